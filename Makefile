@@ -1,0 +1,54 @@
+# Everything lives inside the checkout: the environment, caches, temporary files and runs.
+SHELL   := /bin/bash
+PYTHON  ?= python3
+CACHE   := $(CURDIR)/.cache
+BIN     := $(CURDIR)/.venv/bin
+STAMP   := .venv/.ready
+
+export PIP_CACHE_DIR            := $(CACHE)/pip
+export XDG_CACHE_HOME           := $(CACHE)
+export HF_HOME                  := $(CACHE)/huggingface
+export MPLCONFIGDIR             := $(CACHE)/matplotlib
+export TORCHINDUCTOR_CACHE_DIR  := $(CACHE)/inductor
+export NUMBA_CACHE_DIR          := $(CACHE)/numba
+export TRITON_CACHE_DIR         := $(CACHE)/triton
+export TMPDIR                   := $(CACHE)/tmp
+export PYTHONPYCACHEPREFIX      := $(CACHE)/pycache
+export HF_HUB_OFFLINE           ?= 1
+
+.PHONY: setup demo test test-fast lint types layers clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "retnet needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@mkdir -p $(TMPDIR)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@mkdir -p $(TMPDIR)
+	@$(BIN)/retnet demo configs/demo.toml --run-dir runs/demo
+
+test: lint types layers
+	@mkdir -p $(TMPDIR)
+	$(BIN)/python -m pytest --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+
+test-fast: setup
+	@mkdir -p $(TMPDIR)
+	$(BIN)/python -m pytest -m "not slow" --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+
+lint: setup
+	$(BIN)/ruff check --cache-dir $(CACHE)/ruff
+	$(BIN)/ruff format --check --cache-dir $(CACHE)/ruff
+
+types: setup
+	$(BIN)/mypy --cache-dir $(CACHE)/mypy
+
+layers: setup
+	$(BIN)/lint-imports --cache-dir $(CACHE)/import-linter
+
+clean:
+	rm -rf .venv .cache

@@ -1,0 +1,29 @@
+"""Retention and the few other primitives, as functions of tensors.
+
+Legend, used in every shape comment of the project:
+
+    B batch    T tokens    H heads    K query/key width per head    V value width per head
+    C chunk length    N packed documents    D model width
+
+`retention` is one function in three forms; `retention_step` is its decoding step on slots of state.
+`rotate` turns pairs of queries and keys by position; `log_decays` makes the γ of each head.
+"""
+
+from retnet.ops.decay import Decay, log_decays
+from retnet.ops.retention import BACKENDS, FORMS, retention, retention_step
+from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
+
+__all__ = [
+    "BACKENDS",
+    "FORMS",
+    "LAYOUTS",
+    "SPACINGS",
+    "Decay",
+    "frequencies",
+    "log_decays",
+    "positions",
+    "retention",
+    "retention_step",
+    "rotate",
+    "rotation",
+]

@@ -1,0 +1,46 @@
+"""Decay schedules: the γ of each head, as natural logarithms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Decay = Literal["paper", "experiments", "none"] | float | tuple[float, ...]
+
+
+def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
+    """ln γ of each head, [H] fp32 on the CPU, computed in fp64.
+
+    Args:
+        decay: ``"paper"``: γ = 1 − 2^(−5−h), the paper's default (§3); ``"experiments"``: γ = 1 − exp(linspace(ln 1/32,
+            ln 1/512, H)), the paper's own runs; ``"none"``: γ = 1; a number: that γ for every head; a list: one γ a head.
+        num_heads: H.
+
+    Raises:
+        ValueError: an unknown name, a γ outside (0, 1], or a list whose length is not H.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    if decay == "paper":
+        # log1p(−2^(−5−h)) keeps what 1 − 2^(−5−h) would round away for many heads
+        return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64))).float()
+    if decay == "experiments":
+        ends = math.log(1 / 32), math.log(1 / 512)
+        return torch.log1p(-torch.exp(torch.linspace(*ends, num_heads, dtype=torch.float64))).float()
+    if decay == "none":
+        return torch.zeros(num_heads)
+    if isinstance(decay, str):
+        raise ValueError(
+            f"unknown decay {decay!r}; allowed: 'paper', 'experiments', 'none', a number in (0, 1], or one number a head"
+        )
+    gammas = [float(decay)] * num_heads if isinstance(decay, (int, float)) else [float(g) for g in decay]
+    if len(gammas) != num_heads:
+        raise ValueError(f"decay lists {len(gammas)} values for {num_heads} heads; give one γ a head")
+    for gamma in gammas:
+        if not 0 < gamma <= 1:
+            raise ValueError(f"decay γ = {gamma} is outside (0, 1]")
+    return torch.tensor(gammas, dtype=torch.float64).log().float()

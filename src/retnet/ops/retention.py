@@ -1,0 +1,223 @@
+"""The op of the contract: checks its arguments, picks a backend, runs it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from retnet.ops import cpu, reference
+
+BACKENDS = ("reference", "cpu", "triton")
+FORMS = ("parallel", "recurrent", "chunkwise")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_log = logging.getLogger("retnet.ops")
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    form: str = "chunkwise",
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Retention (paper §2): o_n = scale · q_n S_n with S_n = γ S_{n-1} + k_nᵀ v_n, for all tokens of a sequence.
+
+    Args:
+        q: queries [B,T,H,K]; any floating type of fp64, fp32, bf16, fp16.
+        k: keys [B,T,H,K].
+        v: values [B,T,H,V], V may differ from K.
+        log_decay: ln γ of each head, [H], fp32 or fp64, in (−∞, 0]; see `log_decays`.
+        state: to start from, fp32 (fp64 for fp64 inputs): [B,H,K,V], or [N,H,K,V] with `cu_seqlens`; default zeros.
+        cu_seqlens: int32 or int64 [N+1], bounds of N documents packed in one row (B = 1), from 0 to T, empty ones allowed.
+        scale: factor of the query-key products, default K^(−1/2).
+        form: ``"parallel"``, ``"recurrent"`` or ``"chunkwise"``: one function, three ways to compute it.
+        chunk_size: C of the chunkwise form; default: the backend's choice.
+        backend: ``"reference"`` (any device, autograd of everything), ``"cpu"`` (explicit backward, constant memory in the
+            number of chunks; no gradient of `log_decay`), or ``"auto"``: the fastest that can run, logged once.
+
+    Returns:
+        The output [B,T,H,V] in the type of v, and the state after the last token (of each document), shaped as `state`.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it is and what is allowed; or a backend that cannot run.
+    """
+    _check_inputs(q, k, v, log_decay, time=True)
+    rows = q.shape[0] if cu_seqlens is None else _check_documents(cu_seqlens, q)
+    _check_state(state, q, v, rows)
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, FORMS))}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    backend = _backend(backend, q, log_decay)
+    if backend == "reference":
+        return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or 64)
+    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or _chunk(q, v)}[form]
+    return cpu.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
+
+
+def retention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One decoding step of the recurrent form: S ← γ S + kᵀ v in place, o = scale · q S.
+
+    Args:
+        q: queries [B,H,K].
+        k: keys [B,H,K].
+        v: values [B,H,V].
+        log_decay: ln γ of each head, [H], in (−∞, 0].
+        state: [N,H,K,V], contiguous, fp32 (fp64 for fp64 inputs); the rows in use are updated in place.
+        slots: int32 or int64 [B], the row of `state` of each batch row, distinct; −1 marks padding, whose output is zero.
+            Default: rows 0 … B−1.
+        scale: factor of the query-key products, default K^(−1/2).
+
+    Returns:
+        The output [B,H,V] in the type of v. There is no gradient; train with `retention`.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it is and what is allowed.
+    """
+    _check_inputs(q, k, v, log_decay, time=False)
+    B = q.shape[0]
+    if slots is not None and (slots.shape != (B,) or slots.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"slots has shape {tuple(slots.shape)} and type {slots.dtype}; allowed: [{B}] of int32 or int64"
+        )
+    if state.dim() != 4:
+        raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
+    _check_state(state, q, v, state.shape[0])
+    if not state.is_contiguous():
+        raise ValueError(
+            "state is not contiguous, and it is updated in place; pass state.contiguous() and keep that"
+        )
+    if slots is None and state.shape[0] < B:
+        raise ValueError(f"state has {state.shape[0]} rows for a batch of {B}; give at least {B}, or slots")
+    if (
+        slots is not None
+        and _readable(slots)
+        and B
+        and not -1 <= int(slots.min()) <= int(slots.max()) < state.shape[0]
+    ):
+        raise ValueError(f"slots holds {slots.tolist()}; allowed: −1 (padding) to {state.shape[0] - 1}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.device.type == "cpu":
+        return cpu.step(q, k, v, log_decay, state, slots, scale)
+    return reference.retention_step(q, k, v, log_decay, state, slots, scale)
+
+
+def _chunk(q: Tensor, v: Tensor) -> int:
+    """Measured on two cores: work inside a chunk grows with C, dispatch and state traffic shrink with it."""
+    return 128 if q.shape[3] * v.shape[3] >= 128 * 128 else 64
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at the values of x costs no synchronisation and does not break a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bool) -> None:
+    lead = "B,T,H" if time else "B,H"
+    if q.dim() != (4 if time else 3):
+        raise ValueError(f"q has shape {tuple(q.shape)}; allowed: [{lead},K]")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; allowed: that of q, {tuple(q.shape)}")
+    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}; allowed: [{lead},V] = {(*q.shape[:-1], 'V')} as in q"
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has type {q.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has type {x.dtype}; allowed: that of q, {q.dtype}")
+    heads = q.shape[-2]
+    if log_decay.shape != (heads,) or log_decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_decay has shape {tuple(log_decay.shape)} and type {log_decay.dtype}; "
+            f"allowed: [{heads}], one a head, fp32 or fp64 (half types round γ to 1)"
+        )
+    for name, x in (("k", k), ("v", v), ("log_decay", log_decay)):
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}; allowed: the device of q, {q.device}")
+    if _readable(log_decay):
+        for head, value in enumerate(log_decay.tolist()):
+            if not -math.inf < value <= 0:
+                raise ValueError(
+                    f"log_decay of head {head} is {value}, γ = {_exp(value)}; allowed: γ in (0, 1], log_decay in (−∞, 0]"
+                )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _check_documents(cu_seqlens: Tensor, q: Tensor) -> int:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and type {cu_seqlens.dtype}; allowed: [N+1] of int32 or int64"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens packs documents in one row, but q has batch {q.shape[0]}; allowed: B = 1"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; allowed: the device of q, {q.device}")
+    if _readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != q.shape[1] or sorted(bounds) != bounds:
+            raise ValueError(f"cu_seqlens is {bounds}; allowed: non-decreasing from 0 to T = {q.shape[1]}")
+    return len(cu_seqlens) - 1
+
+
+def _check_state(state: Tensor | None, q: Tensor, v: Tensor, rows: int) -> None:
+    if state is None:
+        return
+    shape = (rows, q.shape[-2], q.shape[-1], v.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if state.shape != shape:
+        raise ValueError(f"state has shape {tuple(state.shape)}; allowed: {shape}")
+    if state.dtype != wide:
+        raise ValueError(f"state has type {state.dtype}; allowed for {q.dtype} inputs: {wide}")
+    if state.device != q.device:
+        raise ValueError(f"state is on {state.device}; allowed: the device of q, {q.device}")
+
+
+def _backend(name: str, q: Tensor, log_decay: Tensor) -> str:
+    if name == "auto":
+        name = "cpu" if q.device.type == "cpu" and not log_decay.requires_grad else "reference"
+        if not torch.compiler.is_compiling():
+            _say_once(name, q.device.type, log_decay.requires_grad)
+        return name
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
+    if name == "triton":
+        raise ValueError("backend 'triton' has no kernels in this version; use 'auto', 'reference' or 'cpu'")
+    if name == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' cannot run tensors on {q.device}; use 'auto' or 'reference'")
+    if name == "cpu" and log_decay.requires_grad:
+        raise ValueError(
+            "log_decay requires a gradient, which backend 'cpu' does not compute; use backend 'reference'"
+        )
+    return name
+
+
+@cache
+def _say_once(name: str, device: str, learns_decay: bool) -> None:
+    why = f"tensors on {device}" + (", gradient of log_decay wanted" if learns_decay else "")
+    _log.info("retention: backend 'auto' is %r (%s)", name, why)

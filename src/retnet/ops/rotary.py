@@ -1,0 +1,118 @@
+"""Rotation of queries and keys: Q ⊙ Θ, K ⊙ Θ̄ with Θ_n = e^{inθ} (paper §2), in the layouts and spacings found in the field.
+
+Angles are formed in fp64 and reduced to one turn before they become fp32, so a token at position 10⁷ is rotated as
+exactly as one at position 10.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("interleaved", "halves")
+SPACINGS = ("inclusive", "geometric")
+
+
+def frequencies(key_dim: int, spacing: str = "inclusive", base: float = 10000.0) -> Tensor:
+    """θ of each pair, [K/2] fp64, radians per token.
+
+    Args:
+        key_dim: K, even.
+        spacing: ``"inclusive"``: base^−linspace(0, 1, K/2), end point included (torchscale);
+            ``"geometric"``: base^(−2i/K) (the usual rotary embedding, flash-linear-attention).
+        base: the slowest pair turns once in about 2π·base tokens.
+
+    Raises:
+        ValueError: odd or non-positive `key_dim`, unknown `spacing`, non-positive `base`.
+    """
+    if key_dim < 2 or key_dim % 2:
+        raise ValueError(f"rotation turns pairs: key_dim must be even and at least 2, got {key_dim}")
+    if base <= 0:
+        raise ValueError(f"the base of the rotation must be positive, got {base}")
+    if spacing == "inclusive":
+        exponents = torch.linspace(0, 1, key_dim // 2, dtype=torch.float64)
+    elif spacing == "geometric":
+        exponents = torch.arange(0, key_dim, 2, dtype=torch.float64) / key_dim
+    else:
+        raise ValueError(f"unknown rotary spacing {spacing!r}; allowed: {', '.join(map(repr, SPACINGS))}")
+    return base**-exponents
+
+
+def positions(length: int, cu_seqlens: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
+    """Position of each token in its sequence, int64 [B,T], counted from `start`; in packed rows from each document's begin.
+
+    Args:
+        length: T.
+        cu_seqlens: [N+1] bounds of packed documents; then the result is [1,T].
+        start: int64 position of the first token, [B], or [N] with `cu_seqlens`; default zeros, B = 1.
+    """
+    if cu_seqlens is None:
+        n = torch.arange(length, device=None if start is None else start.device)[None]
+        return n if start is None else start[:, None] + n
+    bounds = cu_seqlens.long()
+    shift = -bounds[:-1] if start is None else start - bounds[:-1]
+    n = torch.arange(length, device=bounds.device)
+    return (n + shift.repeat_interleave(bounds.diff(), output_size=length))[None]
+
+
+def rotation(position: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · θ, each [..., K/2] in `dtype`, for `position` [...] and `theta` [K/2] fp64."""
+    angle = (position[..., None] * theta).remainder(2 * math.pi)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Tensor:
+    """Turns the pairs of x [..., H, K] by the angles of `rotation` [..., K/2], the same for all heads.
+
+    Args:
+        x: queries or keys; the result has its type, the arithmetic is at least fp32.
+        cos: cosine of the angles, [..., K/2].
+        sin: sine of the angles, [..., K/2].
+        layout: a pair is (x_2i, x_2i+1) when ``"interleaved"``, (x_i, x_{i+K/2}) when ``"halves"``.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown rotary layout {layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return torch.ops.retnet.rotate(x, cos, sin, layout == "interleaved")
+    return _rotate(x, cos, sin, layout == "interleaved")
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous()
+    cos, sin = (
+        cos.unsqueeze(-2).to(wide.dtype),
+        sin.unsqueeze(-2).to(wide.dtype),
+    )  # [..., 1, K/2], for all heads
+    if interleaved:  # a pair is one complex number: a single pass over memory
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    out = torch.empty_like(wide)
+    (a, b), (turned_a, turned_b) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
+    return out.to(x.dtype)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+    _, cos, sin, interleaved = inputs
+    ctx.save_for_backward(cos, sin)  # type: ignore[arg-type]
+    ctx.interleaved = interleaved  # type: ignore[attr-defined]
+
+
+def _turn_back(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The transpose of a rotation is the rotation by the opposite angle. The angles themselves have no gradient."""
+    cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+    return torch.ops.retnet.rotate(grad, cos, -sin, ctx.interleaved), None, None, None  # type: ignore[attr-defined]
+
+
+torch.library.define("retnet::rotate", "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+torch.library.impl("retnet::rotate", "CompositeExplicitAutograd", _rotate)
+torch.library.register_fake(
+    "retnet::rotate", lambda x, cos, sin, interleaved: torch.empty_like(x).contiguous()
+)
+torch.library.register_autograd("retnet::rotate", _turn_back, setup_context=_save)

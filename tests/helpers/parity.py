@@ -1,0 +1,48 @@
+"""One place for the comparisons every fast path has to pass."""
+
+import torch
+from torch import Tensor
+
+from retnet.ops import retention
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in fp64 (absolute where `want` vanishes); a shape that differs is an error, NaN is infinite."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    if want.numel() == 0:
+        return 0.0
+    got, want = got.detach().double(), want.detach().double()
+    error = (got - want).norm() / (want.norm() if want.any() else 1.0)
+    return float(error.nan_to_num(nan=float("inf")))
+
+
+def random_inputs(B, T, H, K, V, *, dtype=torch.float64, rows=None, seed=0):
+    """q, k, v and a state, leaves that want gradients, from a seed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    wide = torch.promote_types(dtype, torch.float32)
+    state = leaf(B if rows is None else rows, H, K, V, dtype=wide)
+    return leaf(B, T, H, K), leaf(B, T, H, K), leaf(B, T, H, V), state
+
+
+def outputs_and_gradients(inputs, log_decay, *, seed=1, **options) -> dict[str, Tensor]:
+    """Output, final state and the gradients of every input under a random linear functional of both."""
+    leaves = [x.detach().clone().requires_grad_() if x is not None else None for x in inputs]
+    q, k, v, state = leaves
+    out, final = retention(q, k, v, log_decay, state, **options)
+    g = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in (out, final)]
+    wanted = [x for x in leaves if x is not None]
+    loss = (out * weights[0]).sum() + (final * weights[1]).sum()
+    grads = torch.autograd.grad(loss, wanted, materialize_grads=True)  # of no tokens: zeros
+    names = ["dq", "dk", "dv", "dstate"][: len(grads)]
+    return {"out": out.detach(), "state": final.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    errors = {name: relative(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance, errors
