@@ -61,14 +61,15 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     def choose(kind: type, value: Any) -> Any:  # noqa: ANN401
         if isinstance(kind, type) and issubclass(kind, Choice):
-            return build(_chosen(kind, value, where), value, where)
+            return build(_chosen(kind, value, where), value)
         raise NotImplementedError(f"no way to build a {kind}")
 
     try:
         return msgspec.convert(data, cls, strict=True, dec_hook=choose)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
+        if isinstance(error.__cause__, UserError):  # from `choose`, which knows the mistake but not its place
+            place = str(error).rpartition(" - at `$.")[2].rstrip("`")
+            raise UserError(f"{place}: {error.__cause__}" if place else str(error.__cause__)) from None
         raise UserError(_readable(str(error), cls, data, where)) from None
 
 
@@ -127,13 +128,17 @@ def config_path(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path
-    homes = [home for home in _config_homes() if home.is_dir()]
-    for home in homes:
+    for home in _config_homes():
         shipped = home / f"{name.removeprefix('configs/').removesuffix('.toml')}.toml"
         if shipped.is_file():
             return shipped
-    known = sorted({str(f.relative_to(h).with_suffix("")) for h in homes for f in h.rglob("*.toml")})
-    raise UserError(f"no configuration {name!r}: not a .toml file, and {nearest(name, known)}")
+    raise UserError(f"no configuration {name!r}: not a .toml file, and {nearest(name, shipped_configs())}")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the project, such as ``paper/6.7b``."""
+    homes = _config_homes()
+    return sorted({str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")})
 
 
 def _config_homes() -> list[Path]:

@@ -1,0 +1,33 @@
+"""`retnet train`: a configuration in, a run directory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from retnet.settings import config_path, load, parse_overrides
+
+
+@click.command("train", context_settings={"ignore_unknown_options": True})
+@click.argument("config")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its newest checkpoint.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[str, ...]) -> None:
+    """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
+
+    Settings are changed with --section.field VALUE, such as --train.steps 500 or --model.mixer.decay none.
+    `retnet config show CONFIG` prints all of them.
+    """
+    from retnet.train.config import RunConfig
+    from retnet.train.host import keep_freed_memory
+    from retnet.train.progress import Progress
+    from retnet.train.trainer import train
+
+    path = config_path(config)
+    resolved = load(RunConfig, path, parse_overrides(overrides))
+    keep_freed_memory()
+    outcome = train(resolved, run_dir or Path("runs") / path.stem, resume=resume, progress=Progress())
+    if outcome.finished and outcome.quality is not None:
+        click.echo(f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out")

@@ -1,0 +1,62 @@
+"""What every sequence mixer is: one module, one set of weights, three ways to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from retnet.settings import Choice
+
+# A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
+State = tuple[Any, ...]
+
+
+class MixerConfig(Choice):
+    """Base of the mixers' configurations; which one a table describes is said by its key ``name``."""
+
+    name: str
+
+    @classmethod
+    def options(cls) -> Mapping[str, type]:
+        """Name → configuration of every row of `MIXERS`."""
+        from retnet.mixers import MIXERS  # the table lists classes that are built on this one
+
+        return {name: mixer.Config for name, mixer in MIXERS.items()}
+
+
+class Mixer(nn.Module):
+    """Mixes information along time. `forward`, `prefill` and repeated `step` are the same function.
+
+    Packed documents (`cu_seqlens`, B = 1) never see each other; with them, batch rows of a state are documents.
+    It is made from the model's width and a configuration of its own `Config` class. A state may be updated in place: use the one that is returned, and clone what must stay.
+    """
+
+    Config: ClassVar[Any]
+
+    def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Whole sequences, for training: x [B,T,D] → [B,T,D]."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def prefill(self, x: Tensor, state: Any, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+        """Many tokens from a state: x [B,T,D] → [B,T,D] and the state after them."""
+        raise TypeError(f"{type(self).__name__} does not define prefill")
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+        """One token from a state: x [B,D] → [B,D] and the state after it."""
+        raise TypeError(f"{type(self).__name__} does not define step")
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:  # noqa: ANN401
+        """The state before the first token. `dtype` is that of the computation; states are at least fp32."""
+        raise TypeError(f"{type(self).__name__} does not define init_state")
+
+    def mixing_flops(self, length: int) -> int:
+        """Floating-point operations per token of a forward pass over `length` tokens, projections not counted."""
+        raise TypeError(f"{type(self).__name__} does not define mixing_flops")

@@ -1,0 +1,239 @@
+"""Gated multi-scale retention (paper §3): MSR(X) = (swish(X W_G) ⊙ GroupNorm_h(heads)) W_O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.mixers.base import Mixer, MixerConfig
+from retnet.ops import BACKENDS, Decay, frequencies, log_decays, positions, retention, retention_step, rotate, rotation
+from retnet.settings import UserError
+
+
+@dataclass(frozen=True)
+class RetentionConfig(MixerConfig):
+    """Multi-scale retention; the paper's ablations (§7) are its fields.
+
+    `score_norm` is the paper's score normalisation (§2): ``"decay"`` divides each output row by s_t = √Σ_{i≤t} γ^{t−i}
+    (factor 2), ``"paper"`` also by max(|Σ_i R_ti|, 1) (factor 3). Under a head norm both cancel up to its ε, and the
+    default is ``"none"``; ``"decay"`` is then exactly a head norm with ε·s_t² in place of ε, which is what torchscale
+    computes. Without a head norm they change the function, so the choice must be written down.
+    """
+
+    name: Literal["retention"] = "retention"
+    num_heads: int = 4
+    key_dim: int | None = None  # per head; d_model / num_heads
+    value_dim: int | None = None  # per head; twice key_dim
+    decay: Decay = "paper"  # or "experiments", "none", one γ, one γ a head
+    gate: bool = True
+    head_norm: Literal["group", "rms", "none"] = "group"
+    head_norm_affine: bool = False
+    head_norm_eps: float = 1e-6
+    score_norm: Literal["none", "decay", "paper"] | None = None
+    rotary: Literal["interleaved", "halves", "none"] = "interleaved"
+    rotary_spacing: Literal["inclusive", "geometric"] = "inclusive"
+    rotary_base: float = 10000.0
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto"  # auto: parallel where one chunk holds all
+    chunk_size: int | None = None  # the backend's choice
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1:
+            raise UserError(f"num_heads is {self.num_heads}; it must be at least 1")
+        for field in ("key_dim", "value_dim", "chunk_size"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"{field} is {value}; it must be at least 1")
+        if self.head_norm_eps < 0:
+            raise UserError(f"head_norm_eps is {self.head_norm_eps}; it must not be negative")
+        if self.head_norm == "none" and self.score_norm is None:
+            raise UserError(
+                "head_norm = 'none' leaves the outputs unnormalised, so score_norm must be chosen: "
+                "'none', 'decay' (rows divided by √Σγ) or 'paper' (also by max(|Σ scores|, 1))"
+            )
+        if self.backend not in ("auto", *BACKENDS):
+            raise UserError(f"backend is {self.backend!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
+        try:
+            log_decays(self.decay, self.num_heads)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(K, V) per head for a model of this width.
+
+        Raises:
+            UserError: the width does not divide by the heads and no `key_dim` is given, or a rotated K is odd.
+        """
+        if self.key_dim is None and d_model % self.num_heads:
+            raise UserError(
+                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}; change one, or set key_dim"
+            )
+        key_dim = self.key_dim or d_model // self.num_heads
+        if self.rotary != "none" and key_dim % 2:
+            raise UserError(f"key_dim {key_dim} is odd, and rotation turns pairs; make it even or set rotary = 'none'")
+        return key_dim, self.value_dim or 2 * key_dim
+
+
+class RetentionState(NamedTuple):
+    """What one layer remembers; constant in the number of tokens seen."""
+
+    kv: Tensor  # [B,H,K,V], fp32 or fp64 (V + 1 columns under score_norm "paper")
+    position: Tensor  # int64 [B], tokens seen so far
+
+
+class MultiScaleRetention(Mixer):
+    """Retention with one γ a head, each head normalised by itself, gated (paper §3).
+
+    Weights: q_proj, k_proj [H·K, D], v_proj, gate_proj [H·V, D], out_proj [D, H·V], and head_norm [H·V] if affine.
+    γ and the angles are constants of the configuration: they keep their precision when the module's type changes.
+    """
+
+    Config: ClassVar[type[RetentionConfig]] = RetentionConfig
+
+    log_decay: Tensor  # [H] fp32
+    theta: Tensor  # [K/2] fp64
+
+    def __init__(self, d_model: int, config: RetentionConfig) -> None:
+        super().__init__(d_model, config)
+        self.config = config
+        self.num_heads = config.num_heads
+        self.key_dim, self.value_dim = config.widths(d_model)
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(d_model, keys, bias=False)
+        self.k_proj = nn.Linear(d_model, keys, bias=False)
+        self.v_proj = nn.Linear(d_model, values, bias=False)
+        self.gate_proj = nn.Linear(d_model, values, bias=False) if config.gate else None
+        self.out_proj = nn.Linear(values, d_model, bias=False)
+        affine = config.head_norm_affine and config.head_norm != "none"
+        self.head_norm_weight = nn.Parameter(torch.ones(values)) if affine else None
+        self.head_norm_bias = nn.Parameter(torch.zeros(values)) if affine and config.head_norm == "group" else None
+        self._set_constants(self.q_proj.weight.device)
+
+    def _set_constants(self, device: torch.device) -> None:
+        config = self.config
+        log_decay = log_decays(config.decay, self.num_heads).to(device)
+        theta = torch.zeros(0, dtype=torch.float64, device=device)
+        if config.rotary != "none":
+            theta = frequencies(self.key_dim, config.rotary_spacing, config.rotary_base).to(device)
+        self.register_buffer("log_decay", log_decay, persistent=False)
+        self.register_buffer("theta", theta, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleRetention:
+        """Moves like any module, but `.to(bfloat16)` must not round γ to 1, nor leave meta tensors uncomputed."""
+        super()._apply(fn, recurse)
+        self._set_constants(self.q_proj.weight.device)
+        return self
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [B,T,D] → [B,T,D], every sequence from its beginning."""
+        position = positions(x.shape[1], cu_seqlens).to(x.device)
+        return self._mix(x, position, None, cu_seqlens)[0]
+
+    def prefill(
+        self, x: Tensor, state: RetentionState, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, RetentionState]:
+        """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
+        position = positions(x.shape[1], cu_seqlens, start=state.position)
+        y, kv = self._mix(x, position, state.kv, cu_seqlens)
+        seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        return y, RetentionState(kv, state.position + seen)
+
+    def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
+        """x [B,D] from `state` → [B,D]; the state is updated in place."""
+        q, k, v = self._project(x, state.position)
+        o = retention_step(q, k, v, self.log_decay, state.kv)
+        y = self._finish(o, x, state.position)
+        state.position.add_(1)
+        return y, state
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RetentionState:
+        """Zeros: nothing seen. On the module's own device by default, fp32 unless `dtype` is fp64."""
+        weight = self.q_proj.weight
+        device = weight.device if device is None else device
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        values = self.value_dim + (self.config.score_norm == "paper")
+        kv = torch.zeros(batch, self.num_heads, self.key_dim, values, device=device, dtype=wide)
+        return RetentionState(kv, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def mixing_flops(self, length: int) -> int:
+        """Chunkwise: scores and their sum inside a chunk of C tokens, and the state's update and reading."""
+        K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size or 128, length)
+        return self.num_heads * (2 * C * (K + V) + 4 * K * V)
+
+    def _mix(
+        self, x: Tensor, position: Tensor, kv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        q, k, v = self._project(x, position)
+        form = config.form
+        if form == "auto":
+            form = "parallel" if x.shape[1] <= (config.chunk_size or 64) else "chunkwise"
+        o, kv = retention(
+            q,
+            k,
+            v,
+            self.log_decay,
+            kv,
+            cu_seqlens,
+            form=form,
+            chunk_size=config.chunk_size,
+            backend=config.backend,
+        )
+        return self._finish(o, x, position), kv
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [...,H,K], rotated, and values [...,H,V] of x [...,D] at int64 `position` [...]."""
+        heads = (self.num_heads, -1)
+        q = self.q_proj(x).unflatten(-1, heads)
+        k = self.k_proj(x).unflatten(-1, heads)
+        v = self.v_proj(x).unflatten(-1, heads)
+        if self.config.rotary != "none":
+            cos, sin = rotation(position, self.theta, torch.promote_types(x.dtype, torch.float32))
+            q, k = (rotate(y, cos, sin, self.config.rotary) for y in (q, k))
+        if self.config.score_norm == "paper":  # a value of 1 sums the scores of a row
+            v = F.pad(v, (0, 1), value=1.0)
+        return q, k, v
+
+    def _finish(self, o: Tensor, x: Tensor, position: Tensor) -> Tensor:
+        """Normalises the heads o [...,H,V], gates them by x [...,D] and projects back to [...,D]."""
+        y = self._norm_heads(self._norm_scores(o, position)).flatten(-2).to(x.dtype)
+        if self.gate_proj is not None:
+            y = F.silu(self.gate_proj(x)) * y
+        return self.out_proj(y)
+
+    def _norm_scores(self, o: Tensor, position: Tensor) -> Tensor:
+        if self.config.score_norm not in ("decay", "paper"):
+            return o
+        o = o.to(torch.promote_types(o.dtype, torch.float32))
+        seen = (position[..., None] + 1).double()  # tokens up to and including this one
+        log_decay = self.log_decay.double()
+        # Σ_{i≤t} γ^{t−i} = (1 − γ^{t+1}) / (1 − γ), and t + 1 where γ = 1
+        summed = torch.where(log_decay == 0, seen, torch.expm1(seen * log_decay) / torch.expm1(log_decay))
+        o = o * summed.rsqrt().to(o.dtype)[..., None]
+        if self.config.score_norm == "decay":
+            return o
+        return o[..., :-1] / o[..., -1:].abs().clamp(min=1)
+
+    def _norm_heads(self, o: Tensor) -> Tensor:
+        """Each head by itself, statistics in fp32 or better."""
+        config = self.config
+        if config.head_norm == "none":
+            return o
+        o = o.to(torch.promote_types(o.dtype, torch.float32))
+        width = (o.shape[-1],)
+        if config.head_norm == "rms":
+            o = F.rms_norm(o, width, eps=config.head_norm_eps)
+        else:
+            o = F.layer_norm(o, width, eps=config.head_norm_eps)
+        if self.head_norm_weight is not None:
+            o = o * self.head_norm_weight.view(self.num_heads, -1)
+        if self.head_norm_bias is not None:
+            o = o + self.head_norm_bias.view(self.num_heads, -1)
+        return o

@@ -1,0 +1,175 @@
+"""Checkpoint directories: complete or absent, never half-written, every file hashed.
+
+A directory is written under a temporary name, file by file, each flushed to the disk; the manifest with the SHA-256 of
+every file comes last; one rename makes it visible. Loading verifies the manifest, so a file that was cut short or
+changed is refused. Weights are safetensors, configurations TOML; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retnet.model.config import ModelConfig
+from retnet.model.language_model import LanguageModel
+from retnet.settings import UserError, dump, load
+
+MANIFEST = "manifest.json"
+Files = Mapping[str, Callable[[Path], None]]  # name → function that writes the file at the path it is given
+
+
+def write_checkpoint(path: Path, files: Files) -> None:
+    """Writes a directory with these files and a manifest, or, if stopped at any moment, nothing that could be taken for it."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted write
+    partial.mkdir(parents=True)
+    sums = {}
+    for name, write in files.items():
+        write(partial / name)
+        _flush(partial / name)
+        sums[name] = {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size}
+    (partial / MANIFEST).write_text(json.dumps({"files": sums}, indent=2) + "\n", encoding="utf-8")
+    _flush(partial / MANIFEST)
+    _flush(partial)
+    if path.exists():  # an earlier checkpoint of the same step
+        shutil.rmtree(path)
+    partial.rename(path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small text file in one step: readers see the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.replace(path)
+    _flush(path.parent)
+
+
+def verify(path: Path) -> None:
+    """Checks every file of a checkpoint directory against its manifest.
+
+    Raises:
+        UserError: no such directory, no manifest, or a file that is missing, cut short or changed; all are listed.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        what = "has no manifest.json, so it is no complete checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path / MANIFEST} is damaged; take another checkpoint") from None
+    wrong = []
+    for name, want in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            wrong.append(f"{name} is missing")
+        elif file.stat().st_size != want["bytes"]:
+            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {want['bytes']}")
+        elif _sha256(file) != want["sha256"]:
+            wrong.append(f"{name} was changed after it was written")
+    if wrong:
+        raise UserError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; take another checkpoint")
+
+
+def model_files(model: LanguageModel) -> Files:
+    """The files of a model: ``model.safetensors`` and ``model.toml``."""
+    return {
+        "model.safetensors": lambda path: save_tensors(weights(model), path),
+        "model.toml": lambda path: _write(path, dump(model.config)),
+    }
+
+
+def weights(model: LanguageModel) -> dict[str, Tensor]:
+    """Name → tensor of what a model has learned; a tied head is its embedding and not listed twice."""
+    tied = {"head.weight"} if model.config.tie_embeddings else set()
+    return {name: x for name, x in model.state_dict().items() if name not in tied}
+
+
+def load_weights(model: LanguageModel, path: Path) -> None:
+    """Copies ``model.safetensors`` of a verified checkpoint into a model.
+
+    Raises:
+        UserError: tensors that are missing, unknown or misshapen; all are listed.
+    """
+    found, own = load_tensors(path / "model.safetensors"), weights(model)
+    wrong = [f"{name} is missing" for name in own.keys() - found.keys()]
+    wrong += [f"{name} is not part of the model" for name in found.keys() - own.keys()]
+    wrong += [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & found.keys()
+        if own[name].shape != found[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit its configuration: {'; '.join(sorted(wrong))}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model of a checkpoint directory, in evaluation mode, after its hashes have been verified.
+
+    Args:
+        path: a directory written by `write_checkpoint` with `model_files`.
+        device: where the weights go.
+        dtype: type of the weights, default: as saved. γ, angles, states and statistics stay fp32 or better.
+
+    Raises:
+        UserError: the directory is incomplete, damaged, or its weights do not fit its configuration.
+    """
+    path = Path(path)
+    verify(path)
+    config = load(ModelConfig, path / "model.toml")
+    with torch.device("meta"):  # no time spent on initialising what is overwritten
+        model = LanguageModel(config)
+    model = model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight  # `to_empty` makes them two
+    load_weights(model, path)
+    return model.to(dtype=dtype).eval() if dtype else model.eval()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Name → tensor, as safetensors."""
+    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote.
+
+    Raises:
+        UserError: no readable safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,60 @@
+"""What a model costs: parameters by part, operations per token, bytes of state; beside a Transformer's KV cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from retnet.model.config import ModelConfig
+from retnet.model.language_model import Block, LanguageModel
+
+
+class Cost(NamedTuple):
+    """Sizes of a model. Operations count a multiply-add as two."""
+
+    parameters: dict[str, int]  # by part; they sum to all parameters
+    flops_per_token: int  # of a forward pass at `length`; a training step costs three times as much
+    length: int
+    state_bytes: int  # of one sequence, whatever its length
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parameters.values())
+
+
+def cost(config: ModelConfig, length: int = 2048) -> Cost:
+    """Counts a model without allocating it (meta device).
+
+    Args:
+        config: the model; without a vocabulary size, that of bytes (257) is taken.
+        length: tokens in a sequence, which the mixing may depend on.
+    """
+    if config.vocab_size is None:
+        config = ModelConfig(**{**vars(config), "vocab_size": 257})
+    with torch.device("meta"):
+        model = LanguageModel(config)
+        state = model.init_state(1)
+    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+    norms = [m for b in blocks for m in (b.mixer_norm, b.ffn_norm)] + [model.norm, model.embedding_norm]
+    parameters = {
+        "embedding": _count(model.embedding),
+        "mixers": sum(_count(b.mixer) for b in blocks),
+        "feed-forward": sum(_count(b.ffn) for b in blocks),
+        "norms": sum(_count(m) for m in norms if m is not None),
+        "head": 0 if config.tie_embeddings else _count(model.head),
+    }
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    flops = 2 * products + sum(b.mixer.mixing_flops(length) for b in blocks)
+    return Cost(parameters, flops, length, sum(x.nbytes for layer in state for x in layer))
+
+
+def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_number: int = 2) -> int:
+    """Keys and values a Transformer of the same width and depth keeps for `length` tokens, bf16 by default."""
+    return 2 * config.num_layers * config.d_model * length * bytes_per_number
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,205 @@
+"""The language model: plain torch, one mixer of any kind in every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.mixers import MIXERS
+from retnet.model.config import ModelConfig
+from retnet.settings import UserError
+
+ModelState = tuple[Any, ...]  # one mixer state a layer
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with affine weights; statistics in fp32 or better."""
+
+    def __init__(self, width: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layernorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...,D] → [...,D] in the type of x."""
+        if self.bias is None:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # statistics in fp32 inside
+
+
+class FeedForward(nn.Module):
+    """gelu(x W_1) W_2 (paper §3), or gated: (act(x W_1) ⊙ x W_G) W_2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.ffn_dim or 2 * config.d_model
+        self.act = F.silu if config.ffn == "swiglu" else F.gelu
+        self.fc1 = nn.Linear(config.d_model, width, bias=False)
+        self.gate = nn.Linear(config.d_model, width, bias=False) if config.ffn != "gelu" else None
+        self.fc2 = nn.Linear(width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...,D] → [...,D]."""
+        hidden = self.act(self.fc1(x))
+        return self.fc2(hidden if self.gate is None else hidden * self.gate(x))
+
+
+class Block(nn.Module):
+    """Y = Mixer(Norm(X)) + X, X' = FFN(Norm(Y)) + Y (paper §3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = Norm(config.d_model, config)
+        self.mixer = MIXERS[config.mixer.name](config.d_model, config.mixer)
+        self.ffn_norm = Norm(config.d_model, config)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
+        y = x + self.dropout(mixed)
+        return y + self.dropout(self.ffn(self.ffn_norm(y)))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Whole sequences: x [B,T,D] → [B,T,D]."""
+        return self._close(x, self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens))
+
+    def prefill(self, x: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+        """Many tokens from a state: x [B,T,D] → [B,T,D] and the state after them."""
+        mixed, state = self.mixer.prefill(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
+        return self._close(x, mixed), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+        """One token from a state: x [B,D] → [B,D] and the state after it."""
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._close(x, mixed), state
+
+
+class LanguageModel(nn.Module):
+    """Tokens to logits of the next token, in three ways that are one function: `forward`, `prefill`, `step`.
+
+    A padding mask [B,T] keeps masked tokens out of every row's state and positions: the rows are packed into one, run as
+    documents, and laid out again. It may pad on the left, on the right, or anywhere; logits of masked tokens are zero.
+
+    Raises:
+        UserError: a configuration without vocabulary size, or one whose widths do not fit.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("vocab_size is not set; give it, or train with a tokenizer, which sets it")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = Norm(config.d_model, config) if config.embedding_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = Norm(config.d_model, config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        initialise(self)
+
+    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits of whole sequences.
+
+        Args:
+            tokens: int64 [B,T].
+            cu_seqlens: int32 [N+1], bounds of documents packed in one row (B = 1).
+            mask: bool [B,T], False where a token is padding; not together with `cu_seqlens`.
+
+        Returns:
+            [B,T,vocab_size] in the type of the weights.
+        """
+        if mask is not None:
+            return _laid_out(self.head(self.features(tokens[mask][None], _packing(mask, cu_seqlens))), mask)
+        return self.head(self.features(tokens, cu_seqlens))
+
+    def features(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """What the head reads: tokens [B,T] → [B,T,D]."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, cu_seqlens)
+        return self.norm(x)
+
+    def prefill(
+        self, tokens: Tensor, state: Sequence[Any], *, mask: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Many tokens from a state: logits [B,T,vocab_size] and the state after the last unmasked token of each row."""
+        cu_seqlens = None if mask is None else _packing(mask, None)
+        x = self._embed(tokens if mask is None else tokens[mask][None])
+        after = []
+        for block, before in zip(self._blocks(), state, strict=True):
+            x, layer = block.prefill(x, before, cu_seqlens)
+            after.append(layer)
+        logits = self.head(self.norm(x))
+        return (logits if mask is None else _laid_out(logits, mask)), tuple(after)
+
+    def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
+        """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after."""
+        x = self._embed(tokens)
+        after = []
+        for block, before in zip(self._blocks(), state, strict=True):
+            x, layer = block.step(x, before)
+            after.append(layer)
+        return self.head(self.norm(x)), tuple(after)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state before the first token: one mixer state a layer, batch first."""
+        return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.embedding_scale:
+            x = x * math.sqrt(self.config.d_model)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+
+def initialise(model: LanguageModel) -> None:
+    """Fresh weights, by the configuration's `init`.
+
+    ``"deepnet"``: Xavier-normal with gain 1 for queries and keys and β = (8 · layers)^(−1/4) elsewhere (DeepNet, decoder
+    only), embeddings N(0, 1/d_model). ``"normal"``: N(0, 0.02²) everywhere.
+    """
+    config = model.config
+    beta = (8 * config.num_layers) ** -0.25
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module is not model.head:
+                if config.init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_normal_(module.weight, gain=1.0 if name.endswith(("q_proj", "k_proj")) else beta)
+        std = 0.02 if config.init == "normal" else config.d_model**-0.5
+        nn.init.normal_(model.embedding.weight, std=std)
+        if not config.tie_embeddings:
+            nn.init.normal_(model.head.weight, std=std)
+
+
+def _packing(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Bounds of the rows of a mask [B,T] once their padding is taken out, int32 [B+1]."""
+    if cu_seqlens is not None:
+        raise ValueError("mask and cu_seqlens are two ways to say the same; give one")
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)} and type {mask.dtype}; allowed: [B,T] of bool")
+    return F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+
+
+def _laid_out(packed: Tensor, mask: Tensor) -> Tensor:
+    """[1, sum(mask), ...] → [B,T,...] with zeros where the mask is False."""
+    rows = packed.new_zeros(*mask.shape, packed.shape[-1])
+    rows[mask] = packed[0]
+    return rows

@@ -1,0 +1,1 @@
+"""Training: one configuration in, one run directory out, exactly resumable."""

@@ -1,0 +1,75 @@
+"""What is minimised, and how well it goes on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.data import IGNORED, Batch, Batches
+from retnet.model import LanguageModel
+
+
+class Objective(nn.Module):
+    """Summed cross entropy of the next token, in nats: one module with one forward pass, to be compiled or wrapped."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Tokens and targets int64 [B,T], documents bounded by `cu_seqlens` in the rows laid end to end; a scalar, fp32."""
+        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens)
+        return F.cross_entropy(
+            logits.squeeze(0).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+
+def count(batches: Iterable[Batch]) -> int:
+    """Targets that count."""
+    return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+
+
+class Quality(NamedTuple):
+    """How well a model predicts held-out text."""
+
+    loss: float  # nats per token
+    bits_per_byte: float  # of the text's UTF-8 bytes, document starts paid for
+    tokens: int
+
+
+def evaluate(
+    objective: nn.Module,
+    batches: Batches,
+    *,
+    bytes_per_token: float,
+    device: torch.device,
+    autocast: torch.autocast,
+    max_tokens: int | None = None,
+) -> Quality:
+    """Loss over the batches in the order of the text, or over the first `max_tokens` of it.
+
+    Args:
+        objective: an `Objective`; its mode is restored.
+        batches: the held-out text.
+        bytes_per_token: UTF-8 bytes of the text per token, to turn nats per token into bits per byte.
+        device: where the objective lies.
+        autocast: context of the forward pass.
+        max_tokens: None for all.
+    """
+    training = objective.training
+    objective.eval()
+    total, tokens = 0.0, 0
+    with torch.inference_mode(), autocast:
+        for batch in batches.in_order():
+            total += float(objective(*(x.to(device) for x in batch[:3])))
+            tokens += count([batch])
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+    objective.train(training)
+    loss = total / tokens
+    return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)

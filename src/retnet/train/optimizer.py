@@ -1,0 +1,62 @@
+"""AdamW as in the paper (§4), and its learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from retnet.train.config import TrainConfig
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters; weight decay on matrices alone, not on norms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step 0 … steps − 1: a linear rise over `warmup_steps`, then the schedule down to its final fraction.
+
+    ``linear`` and ``cosine`` fall over all that remains, ``wsd`` over the last `decay_fraction` of the steps,
+    ``constant`` never.
+    """
+    warmup = min(config.warmup_steps, config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    begin = warmup
+    if config.schedule == "wsd":
+        begin = max(warmup, config.steps - round(config.steps * config.decay_fraction))
+    if config.schedule == "constant" or step < begin:
+        return config.learning_rate
+    past = (step - begin + 1) / (config.steps - begin)  # in (0, 1], 1 at the last step
+    left = (1 + math.cos(math.pi * past)) / 2 if config.schedule == "cosine" else 1 - past
+    floor = config.final_lr_fraction
+    return config.learning_rate * (floor + (1 - floor) * left)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's memory by name of parameter and of what is remembered, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, memory in optimizer.state.items()
+        for key, value in memory.items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Gives an optimiser the memory that `optimizer_tensors` wrote down."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        own = parameters[parameter]
+        # the step count stays where AdamW keeps it; moments lie beside their parameter
+        optimizer.state[own][key] = value if key == "step" else value.to(own.device, own.dtype)

@@ -1,0 +1,140 @@
+"""A run directory: `config.toml` (resolved), `env.json`, `metrics.jsonl`, `checkpoints/`.
+
+A checkpoint directory holds the model, the tokenizer, the optimiser, the random state and where training stands. The
+files `best` and `last` in `checkpoints/` name one each.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from retnet.model.checkpoint import Files, verify, write_checkpoint, write_text
+from retnet.settings import UserError, dump, load
+from retnet.train.config import RunConfig
+
+# Settings that may differ when a run is continued: they change what is kept and shown, not what is learned.
+HARMLESS = frozenset({"train.log_every", "train.checkpoint_every", "train.keep", "train.tensorboard"})
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "config.toml").is_file()
+
+    def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
+        """Begins a run: writes what it is made from and where it runs.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            write_text(self.path / "config.toml", dump(config))
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {self.path}: {error.strerror}") from None
+
+    def config(self) -> RunConfig:
+        """The resolved configuration of the run."""
+        return load(RunConfig, self.path / "config.toml")
+
+    def save(self, step: int, best_step: int | None, files: Files, *, keep: int) -> None:
+        """Writes the checkpoint of a step, and removes all but the last `keep` and the best."""
+        write_checkpoint(self.checkpoints / _name(step), files)
+        self.point(step, best_step)
+        for old in self._steps()[:-keep]:
+            if best_step is None or old.name != _name(best_step):
+                hidden = old.with_name(f".{old.name}.partial")  # gone at once, however long removing takes
+                old.rename(hidden)
+                shutil.rmtree(hidden)
+
+    def point(self, last_step: int, best_step: int | None) -> None:
+        """Makes `last` and `best` name the checkpoints of these steps."""
+        write_text(self.checkpoints / "last", _name(last_step) + "\n")
+        if best_step is not None:
+            write_text(self.checkpoints / "best", _name(best_step) + "\n")
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, verified; None if there is none yet. What an interrupted write left is removed.
+
+        Raises:
+            UserError: the newest one is damaged.
+        """
+        for partial in self.checkpoints.glob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        steps = self._steps()
+        if not steps:
+            return None
+        verify(steps[-1])
+        return steps[-1]
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+class Metrics:
+    """`metrics.jsonl`, one object a line, in the order of steps; and TensorBoard if wanted."""
+
+    def __init__(self, run: RunDirectory, step: int, tensorboard: bool) -> None:
+        path = run.path / "metrics.jsonl"
+        lines = list(_until(path, step)) if path.is_file() else []
+        write_text(path, "".join(lines))  # a continued run repeats the steps after its checkpoint
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _board(run.path / "tensorboard", step) if tensorboard else None
+
+    def write(self, step: int, **values: float) -> None:
+        """Appends what was measured at the end of a step; the line is with the system before this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _until(path: Path, step: int) -> Iterable[str]:
+    """The whole lines of steps up to this one; a last line cut short by a crash is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _board(path: Path, step: int) -> Any:  # noqa: ANN401
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs TensorBoard: pip install 'retnet[tensorboard]'") from None
+    return SummaryWriter(str(path), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+
+def differences(old: object, new: object, place: str = "") -> list[str]:
+    """Settings that differ between two configurations, as ``"train.steps: 100 → 200"``, harmless ones left out."""
+    if not hasattr(old, "__dataclass_fields__") or type(old) is not type(new):
+        return [] if old == new or place in HARMLESS else [f"{place}: {old!r} → {new!r}"]
+    found: list[str] = []
+    for name in old.__dataclass_fields__:
+        found += differences(getattr(old, name), getattr(new, name), f"{place}.{name}" if place else name)
+    return found
