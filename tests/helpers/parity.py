@@ -46,3 +46,44 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
     assert got.keys() == want.keys()
     errors = {name: relative(got[name], want[name]) for name in want}
     assert max(errors.values()) <= tolerance, errors
+
+
+def run_three_ways(module, x, *, pieces=3):
+    """[forward, prefill in pieces, step by step] of a mixer or language model over x, [B,T,…], each one tensor [B,T,…]."""
+    with torch.no_grad():
+        whole = module(x)
+        state, parts = module.init_state(x.shape[0]), []
+        for piece in x.tensor_split(pieces, dim=1):
+            if piece.shape[1]:
+                y, state = module.prefill(piece, state)
+                parts.append(y)
+        stepped, state = [], module.init_state(x.shape[0])
+        for t in range(x.shape[1]):
+            y, state = module.step(x[:, t], state)
+            stepped.append(y)
+    return whole, torch.cat(parts, dim=1), torch.stack(stepped, dim=1)
+
+
+def assert_three_ways_agree(module, x, tolerance: float) -> None:
+    """forward == prefill == step by step."""
+    whole, *others = run_three_ways(module, x)
+    for name, other in zip(("prefill", "step"), others, strict=True):
+        assert relative(other, whole) <= tolerance, f"{name}: {relative(other, whole):.2e}"
+
+
+def assert_causal(module, x) -> None:
+    """No output depends on a later input, by gradient; every output depends on its own."""
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    for t in (0, x.shape[1] // 2, x.shape[1] - 1):
+        (grad,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        assert not grad[:, t + 1 :].any()
+        assert grad[:, t].any()
+
+
+def assert_rows_independent(module, x) -> None:
+    """A row gives the same whatever rows stand beside it."""
+    with torch.no_grad():
+        together = module(x)
+        for row in range(x.shape[0]):
+            assert relative(together[row : row + 1], module(x[row : row + 1])) < 1e-6

@@ -31,7 +31,8 @@ class Mixer(nn.Module):
     """Mixes information along time. `forward`, `prefill` and repeated `step` are the same function.
 
     Packed documents (`cu_seqlens`, B = 1) never see each other; with them, batch rows of a state are documents.
-    It is made from the model's width and a configuration of its own `Config` class. A state may be updated in place: use the one that is returned, and clone what must stay.
+    A mixer is made from the model's width and a configuration of its own `Config` class.
+    A state may be updated in place: use the one that is returned, and clone what must stay.
     """
 
     Config: ClassVar[Any]

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers.base import Mixer, MixerConfig
-from retnet.ops import BACKENDS, Decay, frequencies, log_decays, positions, retention, retention_step, rotate, rotation
+from retnet.ops import (
+    BACKENDS,
+    Decay,
+    frequencies,
+    log_decays,
+    positions,
+    retention,
+    retention_step,
+    rotate,
+    rotation,
+)
 from retnet.settings import UserError
 
 
@@ -38,7 +48,9 @@ class RetentionConfig(MixerConfig):
     rotary: Literal["interleaved", "halves", "none"] = "interleaved"
     rotary_spacing: Literal["inclusive", "geometric"] = "inclusive"
     rotary_base: float = 10000.0
-    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto"  # auto: parallel where one chunk holds all
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = (
+        "auto"  # auto: parallel where one chunk holds all
+    )
     chunk_size: int | None = None  # the backend's choice
     backend: str = "auto"
 
@@ -75,7 +87,9 @@ class RetentionConfig(MixerConfig):
             )
         key_dim = self.key_dim or d_model // self.num_heads
         if self.rotary != "none" and key_dim % 2:
-            raise UserError(f"key_dim {key_dim} is odd, and rotation turns pairs; make it even or set rotary = 'none'")
+            raise UserError(
+                f"key_dim {key_dim} is odd, and rotation turns pairs; make it even or set rotary = 'none'"
+            )
         return key_dim, self.value_dim or 2 * key_dim
 
 
@@ -111,7 +125,9 @@ class MultiScaleRetention(Mixer):
         self.out_proj = nn.Linear(values, d_model, bias=False)
         affine = config.head_norm_affine and config.head_norm != "none"
         self.head_norm_weight = nn.Parameter(torch.ones(values)) if affine else None
-        self.head_norm_bias = nn.Parameter(torch.zeros(values)) if affine and config.head_norm == "group" else None
+        self.head_norm_bias = (
+            nn.Parameter(torch.zeros(values)) if affine and config.head_norm == "group" else None
+        )
         self._set_constants(self.q_proj.weight.device)
 
     def _set_constants(self, device: torch.device) -> None:

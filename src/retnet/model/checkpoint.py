@@ -28,7 +28,7 @@ Files = Mapping[str, Callable[[Path], None]]  # name → function that writes th
 
 
 def write_checkpoint(path: Path, files: Files) -> None:
-    """Writes a directory with these files and a manifest, or, if stopped at any moment, nothing that could be taken for it."""
+    """Writes a directory with these files and a manifest, or, stopped at any moment, nothing that could be taken for it."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted write
     partial.mkdir(parents=True)

@@ -31,7 +31,9 @@ class Norm(nn.Module):
         if self.bias is None:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # statistics in fp32 inside
+        return F.layer_norm(
+            x, self.weight.shape, self.weight, self.bias, self.eps
+        )  # statistics in fp32 inside
 
 
 class FeedForward(nn.Module):
@@ -96,7 +98,8 @@ class LanguageModel(nn.Module):
         if config.vocab_size is None:
             raise UserError("vocab_size is not set; give it, or train with a tokenizer, which sets it")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        size = (config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(*size, _weight=torch.empty(size))  # filled by `initialise` below
         self.embedding_norm = Norm(config.d_model, config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -104,9 +107,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        initialise(self)
+        if not self.embedding.weight.is_meta:  # there is nothing to fill, and trying costs seconds of imports
+            initialise(self)
 
-    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Logits of whole sequences.
 
         Args:
@@ -117,9 +123,10 @@ class LanguageModel(nn.Module):
         Returns:
             [B,T,vocab_size] in the type of the weights.
         """
-        if mask is not None:
-            return _laid_out(self.head(self.features(tokens[mask][None], _packing(mask, cu_seqlens))), mask)
-        return self.head(self.features(tokens, cu_seqlens))
+        if mask is None:
+            return self.head(self.features(tokens, cu_seqlens))
+        cu_seqlens = _packing(mask, cu_seqlens)
+        return _laid_out(self.head(self.features(tokens[mask][None], cu_seqlens)), mask)
 
     def features(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: tokens [B,T] → [B,T,D]."""
@@ -182,7 +189,9 @@ def initialise(model: LanguageModel) -> None:
                 if config.init == "normal":
                     nn.init.normal_(module.weight, std=0.02)
                 else:
-                    nn.init.xavier_normal_(module.weight, gain=1.0 if name.endswith(("q_proj", "k_proj")) else beta)
+                    nn.init.xavier_normal_(
+                        module.weight, gain=1.0 if name.endswith(("q_proj", "k_proj")) else beta
+                    )
         std = 0.02 if config.init == "normal" else config.d_model**-0.5
         nn.init.normal_(model.embedding.weight, std=std)
         if not config.tie_embeddings:

@@ -16,7 +16,7 @@ SPACINGS = ("inclusive", "geometric")
 
 
 def frequencies(key_dim: int, spacing: str = "inclusive", base: float = 10000.0) -> Tensor:
-    """θ of each pair, [K/2] fp64, radians per token.
+    """θ of each pair, [K/2] fp64 on the CPU, radians per token.
 
     Args:
         key_dim: K, even.
@@ -32,9 +32,9 @@ def frequencies(key_dim: int, spacing: str = "inclusive", base: float = 10000.0)
     if base <= 0:
         raise ValueError(f"the base of the rotation must be positive, got {base}")
     if spacing == "inclusive":
-        exponents = torch.linspace(0, 1, key_dim // 2, dtype=torch.float64)
+        exponents = torch.linspace(0, 1, key_dim // 2, dtype=torch.float64, device="cpu")
     elif spacing == "geometric":
-        exponents = torch.arange(0, key_dim, 2, dtype=torch.float64) / key_dim
+        exponents = torch.arange(0, key_dim, 2, dtype=torch.float64, device="cpu") / key_dim
     else:
         raise ValueError(f"unknown rotary spacing {spacing!r}; allowed: {', '.join(map(repr, SPACINGS))}")
     return base**-exponents

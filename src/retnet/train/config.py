@@ -31,8 +31,12 @@ class TrainConfig:
     weight_decay: float = 0.05  # of matrices; norms have none
     clip: float = 2.0  # of the gradient's norm; 0: none
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 products where the hardware is faster with them
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    precision: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # auto: bf16 products where the hardware is faster with them
+    )
+    activation_checkpointing: bool = (
+        False  # recompute blocks in the backward pass: less memory, a third more time
+    )
     compile: bool = False
     device: str = "auto"
     threads: int | None = None  # of the CPU; torch's choice

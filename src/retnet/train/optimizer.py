@@ -43,7 +43,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's memory by name of parameter and of what is remembered, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
+    """The optimiser's memory by parameter and kind, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value

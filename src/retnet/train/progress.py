@@ -62,12 +62,20 @@ class Progress:
         size = sum(p.numel() for p in model.parameters())
         where = f"{next(model.parameters()).device.type}, {c.precision}"
         goes = f"{c.steps:,} steps of {c.tokens_per_step:,} tokens"
-        self.say(f"training {size / 1e6:.2f} M parameters on {where}: {goes}" + (f", from step {step:,}" if step else ""))
+        self.say(
+            f"training {size / 1e6:.2f} M parameters on {where}: {goes}"
+            + (f", from step {step:,}" if step else "")
+        )
         self._steps, self._first, self._begin = c.steps, step, time.monotonic()
         if not self._console.is_terminal or self._console.quiet:
             yield
             return
-        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), _Measured(), TimeRemainingColumn())
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            _Measured(),
+            TimeRemainingColumn(),
+        )
         with Live(*columns, console=self._console) as self._live:
             self._live.add_task("", total=c.steps, completed=step, loss=None, rate=None, bits=None)
             yield
@@ -81,7 +89,9 @@ class Progress:
             self._line = time.monotonic()
             left = (self._line - self._begin) / max(step - self._first, 1) * (self._steps - step)
             bits = "" if self._bits is None else f", validation {self._bits:.3f} bits/byte"
-            self.say(f"step {step}/{self._steps}: loss {loss:.3f}{bits}, {rate:,.0f} tokens/s, {_duration(left)} left")
+            self.say(
+                f"step {step}/{self._steps}: loss {loss:.3f}{bits}, {rate:,.0f} tokens/s, {_duration(left)} left"
+            )
 
     def validated(self, step: int, bits_per_byte: float) -> None:
         """After a validation."""

@@ -44,7 +44,9 @@ class Outcome(NamedTuple):
     prepared: Prepared
 
 
-def train(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: Progress | None = None) -> Outcome:
+def train(
+    config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: Progress | None = None
+) -> Outcome:
     """Trains a model into a run directory.
 
     Args:
@@ -60,7 +62,9 @@ def train(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progr
     progress = progress or Progress.silent()
     run = RunDirectory(Path(run_dir))
     if run.exists and not resume:
-        raise UserError(f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place")
+        raise UserError(
+            f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place"
+        )
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     prepared = prepare(config.data, on_progress=progress.preparing, on_problem=progress.problem)
@@ -133,7 +137,13 @@ class _Trainer:
                 if self.step % c.log_every == 0 or last:
                     elapsed = time.perf_counter() - begin
                     rate = (self.step - since) * c.tokens_per_step / elapsed
-                    metrics.write(self.step, loss=loss, gradient_norm=norm, lr=self._lr(self.step - 1), tokens_per_s=rate)
+                    metrics.write(
+                        self.step,
+                        loss=loss,
+                        gradient_norm=norm,
+                        lr=self._lr(self.step - 1),
+                        tokens_per_s=rate,
+                    )
                     self.progress.step(self.step, loss, rate)
                     begin, since = time.perf_counter(), self.step
                 if last or (c.eval_every and self.step % c.eval_every == 0):
@@ -148,7 +158,9 @@ class _Trainer:
                 self._save()
             metrics.close()
         if stopped:
-            self.progress.say(f"{stopped[0].name}: saved at step {self.step} of {c.steps}; --resume continues")
+            self.progress.say(
+                f"{stopped[0].name}: saved at step {self.step} of {c.steps}; --resume continues"
+            )
         return Outcome(self.run.path, self.step, self.step == c.steps, self.quality, self.prepared)
 
     def _learn(self) -> tuple[float, float]:
@@ -208,9 +220,13 @@ class _Trainer:
         files: Files = {
             **model_files(self.model),
             "tokenizer.json": self.prepared.tokenizer.save,
-            "optimizer.safetensors": lambda path: save_tensors(optimizer_tensors(self.model, self.optimizer), path),
+            "optimizer.safetensors": lambda path: save_tensors(
+                optimizer_tensors(self.model, self.optimizer), path
+            ),
             "random.safetensors": lambda path: save_tensors(_random_state(self.device), path),
-            "trainer.json": lambda path: _write_json(path, {"step": self.step, "best": self.best, "data": self._data()}),
+            "trainer.json": lambda path: _write_json(
+                path, {"step": self.step, "best": self.best, "data": self._data()}
+            ),
         }
         self.run.save(self.step, self.best[1] if self.best else None, files, keep=self.config.train.keep)
 
