@@ -1,0 +1,229 @@
+"""`retnet generate`: continue prompts with a trained run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retnet.settings import UserError
+
+if TYPE_CHECKING:
+    from retnet.infer import Completion, Decoding, Stats
+
+INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+
+
+@click.command()
+@click.argument("run")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
+@click.option(
+    "--prompt-file", help="File with the text to continue; - is standard input, also without any prompt."
+)
+@click.option("--prompt-lines", is_flag=True, help="Each line of the file or of standard input is a prompt.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens to add."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, help="Keep the K likeliest tokens. [default: all]"
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    default=1.0,
+    help="Keep the fewest tokens whose probability reaches P. [default: all]",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    help="Keep tokens at least P times as probable as the likeliest. [default: all]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1 discourages tokens already seen, those of the prompt included.",
+)
+@click.option("--stop", multiple=True, help="End a text before this string; may be given several times.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each prompt."
+)
+@click.option("--checkpoint", help="best, last or step-… [default: best, or last while there is no best]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", help="float32, bfloat16 or float16. [default: as stored]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, a line for each text.")
+@click.option("--stats", is_flag=True, help="Print tokens, seconds and speed to standard error.")
+def command(
+    run: str,
+    prompts: tuple[str, ...],
+    prompt_file: str | None,
+    prompt_lines: bool,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int,
+    samples: int,
+    checkpoint: str | None,
+    device: str,
+    dtype: str | None,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    """Continue prompts with RUN, a run directory or one of its checkpoints.
+
+    A single text appears as it is made; several are printed one after another, each under a heading. Only
+    what the model adds is printed. With no prompt at all it writes from the beginning of a text. One
+    newline at the end of a prompt file or of standard input is not part of the prompt.
+    """
+    texts = _prompts(prompts, prompt_file, prompt_lines)
+
+    from retnet.infer import Decoding, Sampling, open_run
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype)
+    if checkpoint is None and opened.chosen == "last":
+        click.echo(f"no best checkpoint yet: using last ({opened.checkpoint.name})", err=True)
+    decoding = Decoding(
+        opened.model,
+        opened.tokenizer,
+        texts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        seed=seed,
+        samples=samples,
+    )
+    interrupted = False
+    try:
+        if as_json:
+            _print_in_order(decoding, lambda p, s, done: _json_line(texts[p], s, done))
+        elif len(texts) * samples == 1:
+            _print_as_made(decoding)
+        else:
+            _print_in_order(decoding, lambda p, s, done: _headed(p, s, done, len(texts), samples))
+    except KeyboardInterrupt:
+        interrupted = True
+    if stats:
+        click.echo(_speed(decoding.stats), err=True)
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def _prompts(prompts: tuple[str, ...], file: str | None, lines: bool) -> list[str]:
+    """The prompts of the command line, followed by those of the file or of standard input."""
+    if file is None and not prompts and not sys.stdin.isatty():
+        file = "-"
+    if file is None:
+        if lines:
+            raise UserError("--prompt-lines needs --prompt-file, or prompts on standard input")
+        return [_utf8(prompt.encode(errors="surrogateescape"), "--prompt") for prompt in prompts or ("",)]
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read --prompt-file {file}: {error.strerror}") from None
+    text = _utf8(data, "standard input" if file == "-" else f"--prompt-file {file}").replace("\r\n", "\n")
+    text = text.removesuffix("\n")
+    return [*prompts, *(text.split("\n") if lines else [text])]
+
+
+def _utf8(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
+        ) from None
+
+
+def _print_as_made(decoding: Decoding) -> None:
+    """Prints the one text there is as it is made; after Ctrl-C, also what waited to become a stop string."""
+    shown = 0
+    try:
+        for piece in decoding:
+            _write(piece.text)
+            shown += len(piece.text)
+    except KeyboardInterrupt:
+        _write(decoding.completions()[0][0].text[shown:] + "\n")
+        raise
+    _write("\n")
+
+
+def _print_in_order(decoding: Decoding, form: Callable[[int, int, Completion], str]) -> None:
+    """Prints each text once it and those before it are complete; after Ctrl-C, what there is of the others.
+
+    Args:
+        decoding: makes the texts.
+        form: what to print for a prompt's number, a sample's number (both from 0) and what became of it.
+    """
+    order = deque((p, s) for p, rows in enumerate(decoding.completions()) for s in range(len(rows)))
+    done: dict[tuple[int, int], Completion] = {}
+    try:
+        for piece in decoding:
+            if piece.completion is not None:
+                done[piece.prompt, piece.sample] = piece.completion
+            while order and order[0] in done:
+                _write(form(*order[0], done.pop(order[0])))
+                order.popleft()
+    except KeyboardInterrupt:
+        rows = decoding.completions()
+        for p, s in order:
+            if rows[p][s].tokens:
+                _write(form(p, s, rows[p][s]))
+        raise
+
+
+def _headed(prompt: int, sample: int, done: Completion, prompts: int, samples: int) -> str:
+    name = [f"prompt {prompt + 1}"] * (prompts > 1) + [f"sample {sample + 1}"] * (samples > 1)
+    ending = {"stop": "stop string", "end": "end of text", "length": "token limit"}.get(done.finish)
+    count = f"{len(done.tokens)} token{'s' * (len(done.tokens) != 1)}"
+    return f"=== {', '.join(name)} ({count}, {ending or done.finish}) ===\n{done.text}\n"
+
+
+def _json_line(prompt: str, sample: int, done: Completion) -> str:
+    line = {
+        "prompt": prompt,
+        "sample": sample,
+        "text": done.text,
+        "finish": done.finish,
+        "prompt_tokens": done.prompt_tokens,
+        "tokens": len(done.tokens),
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _write(text: str) -> None:
+    """To standard output at once, as UTF-8 whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+def _speed(stats: Stats) -> str:
+    def line(name: str, tokens: int, seconds: float) -> str:
+        rate = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
+        return f"{name}: {tokens:,} tokens in {seconds:.3f} s ({rate} tokens/s)"
+
+    return "\n".join(
+        (
+            line("prefill", stats.prefill_tokens, stats.prefill_seconds),
+            line("decode", stats.decode_tokens, stats.decode_seconds),
+        )
+    )

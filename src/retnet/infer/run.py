@@ -1,0 +1,118 @@
+"""Opening a trained run, or one checkpoint of it, for inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from retnet.data import Tokenizer
+from retnet.model.checkpoint import load_model
+from retnet.settings import UserError, nearest
+
+if TYPE_CHECKING:
+    from retnet.model import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Run(NamedTuple):
+    """A model ready for inference.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: the one it was trained with.
+        checkpoint: the directory both were read from.
+        chosen: the name under which it was found: "best", "last" or the directory's own.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    checkpoint: Path
+    chosen: str
+
+
+def open_run(
+    path: str | Path, *, checkpoint: str | None = None, device: str = "cpu", dtype: str | None = None
+) -> Run:
+    """Loads model and tokenizer.
+
+    Args:
+        path: a run directory, or a checkpoint directory.
+        checkpoint: "best", "last" or a name such as "step-00001000"; None is the best, or the last while
+            there is no best yet (`Run.chosen` tells).
+        device: what torch calls it, such as "cpu" or "cuda:0"; "auto" is a GPU where there is one.
+        dtype: a key of `DTYPES`; None is that of the file.
+
+    Raises:
+        UserError: nothing there, no such checkpoint, damaged files, or no such device or dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    where, chosen = find_checkpoint(path, checkpoint)
+    model = load_model(where, device=_device(device), dtype=None if dtype is None else DTYPES[dtype]).eval()
+    tokenizer = Tokenizer.load(where / "tokenizer.json")
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None  # no model is built without
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"{vocab_size}; they do not belong together"
+        )
+    return Run(model, tokenizer, where, chosen)
+
+
+def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, str]:
+    """The checkpoint directory of a run, and the name under which it was found; see `open_run`.
+
+    Raises:
+        UserError: nothing there, or no such checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no run at {path}{_neighbours(path)}")
+    if (path / "manifest.json").is_file():
+        if name is not None:
+            raise UserError(f"{path} is a checkpoint itself; leave out the checkpoint name {name!r}")
+        return path, path.name
+    home = path / "checkpoints"
+    if not home.is_dir():
+        raise UserError(
+            f"{path} is neither a run (no checkpoints directory) nor a checkpoint (no manifest.json)"
+        )
+    pointers = [pointer for pointer in ("best", "last") if (home / pointer).is_file()]
+    steps = sorted(step.name for step in home.iterdir() if (step / "manifest.json").is_file())
+    known = [*pointers, *steps]
+    if not known:
+        raise UserError(f"{path} has no checkpoint yet; it gets its first when training saves one")
+    chosen = name if name is not None else known[0] if pointers else steps[-1]
+    if chosen not in known:
+        raise UserError(f"no checkpoint {chosen!r} in {path}; {nearest(chosen, known)}")
+    if chosen not in pointers:
+        return home / chosen, chosen
+    target = (home / chosen).read_text(encoding="utf-8", errors="replace").strip()
+    if target not in steps:
+        raise UserError(
+            f"{home / chosen} names {target!r}, which is not there; choose from: {', '.join(steps) or 'none'}"
+        )
+    return home / target, chosen
+
+
+def _neighbours(path: Path) -> str:
+    """For a mistyped run: what its parent directory has."""
+    if not path.parent.is_dir():
+        return ""
+    runs = sorted(found.parent.name for found in path.parent.glob("*/checkpoints"))
+    return f"; {nearest(path.name, runs)}" if runs else ""
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
+        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"cannot use the device {name!r} here; {nearest(name, here)}") from None
+    return name
