@@ -47,7 +47,9 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     console.print()
 
     table = Table("context", "state", "KV cache", "ratio", title_justify="left")
-    table.title = "Bytes per sequence: this state, and a Transformer's KV cache of equal width and depth in bf16"
+    table.title = (
+        "Bytes per sequence: this state, and a Transformer's KV cache of equal width and depth in bf16"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for label, length in LENGTHS.items():

@@ -11,7 +11,9 @@ from retnet.settings import config_path, load, parse_overrides
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
 @click.argument("config")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG.")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its newest checkpoint.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[str, ...]) -> None:
@@ -30,4 +32,6 @@ def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[st
     keep_freed_memory()
     outcome = train(resolved, run_dir or Path("runs") / path.stem, resume=resume, progress=Progress())
     if outcome.finished and outcome.quality is not None:
-        click.echo(f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out")
+        click.echo(
+            f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out"
+        )

@@ -77,9 +77,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown rotary layout {layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.retnet.rotate(x, cos, sin, layout == "interleaved")
-    return _rotate(x, cos, sin, layout == "interleaved")
+    return _rotate(
+        x, cos, sin, layout == "interleaved"
+    )  # decoding: the operator's dispatch would cost more than its work
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from retnet.data import Batch, Batches, Prepared, prepare
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import Files, load_tensors, load_weights, model_files, save_tensors
+from retnet.model.cost import cost
 from retnet.settings import UserError
 from retnet.train import host
 from retnet.train.config import RunConfig
@@ -65,6 +66,8 @@ def train(
         raise UserError(
             f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place"
         )
+    cost(config.model)  # shapes that cannot be are said before any work is done
+    host.choose_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     prepared = prepare(config.data, on_progress=progress.preparing, on_problem=progress.problem)
@@ -127,36 +130,28 @@ class _Trainer:
     def loop(self, stopped: list[signal.Signals]) -> Outcome:
         """Trains until the last step, or until a signal has arrived."""
         c = self.config.train
+        saved, busy, logged = self.step, 0.0, self.step  # seconds of learning since the last logged step
         metrics = Metrics(self.run, self.step, c.tensorboard)
-        with self.progress.training(self.config, self.model, self.step):
-            saved, begin, since = self.step, time.perf_counter(), self.step
+        with closing(metrics), self.progress.training(self.config, self.model, self.step):
             while self.step < c.steps and not stopped:
+                begin = time.perf_counter()
                 loss, norm = self._learn()
+                busy += time.perf_counter() - begin
                 self.step += 1
-                last = self.step == c.steps
-                if self.step % c.log_every == 0 or last:
-                    elapsed = time.perf_counter() - begin
-                    rate = (self.step - since) * c.tokens_per_step / elapsed
-                    metrics.write(
-                        self.step,
-                        loss=loss,
-                        gradient_norm=norm,
-                        lr=self._lr(self.step - 1),
-                        tokens_per_s=rate,
-                    )
+                last, improved = self.step == c.steps, False
+                if last or self.step % c.log_every == 0:
+                    rate = (self.step - logged) * c.tokens_per_step / busy
+                    lr = learning_rate(self.step - 1, c)
+                    metrics.write(self.step, loss=loss, gradient_norm=norm, lr=lr, tokens_per_s=rate)
                     self.progress.step(self.step, loss, rate)
-                    begin, since = time.perf_counter(), self.step
+                    busy, logged = 0.0, self.step
                 if last or (c.eval_every and self.step % c.eval_every == 0):
                     improved = self._validate(metrics)
-                    begin += time.perf_counter() - begin if since == self.step else 0
-                else:
-                    improved = False
                 if last or improved or self.step % c.checkpoint_every == 0:
                     self._save()
                     saved = self.step
             if saved != self.step:
                 self._save()
-            metrics.close()
         if stopped:
             self.progress.say(
                 f"{stopped[0].name}: saved at step {self.step} of {c.steps}; --resume continues"
@@ -178,21 +173,20 @@ class _Trainer:
             total += float(nats.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
         self._require_finite(norm, "gradient", *batches)
+        lr = learning_rate(self.step, c)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.step)
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total / targets, float(norm)
 
-    def _lr(self, step: int) -> float:
-        return learning_rate(step, self.config.train)
-
     def _require_finite(self, value: Tensor, what: str, *batches: Batch) -> None:
-        if torch.isfinite(value.detach()):
+        number = float(value.detach())
+        if math.isfinite(number):
             return
         documents = sorted({d for batch in batches for d in batch.documents if d >= 0})
         raise UserError(
-            f"the {what} became {float(value)} at step {self.step + 1}, in documents {documents}. The weights of that step "
+            f"the {what} became {number} at step {self.step + 1}, in documents {documents}. The weights of that step "
             "were not touched; the last checkpoint is whole. Try a lower train.learning_rate, more train.warmup_steps, a "
             f"smaller train.clip (now {self.config.train.clip}), train.precision = 'fp32', or look at those documents"
         )

@@ -1,0 +1,164 @@
+"""`retnet bench`: how fast, as ratios to peers and physical limits measured beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from retnet.bench.report import Record
+    from retnet.bench.timing import Say
+    from retnet.model import ModelConfig
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+QUICK = {
+    "model.d_model": "64",
+    "model.num_layers": "2",
+    "model.mixer.num_heads": "2",
+}
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure speed against peers and physical limits.
+
+    Contenders run interleaved in one process, limits are measured right beside each of them, and what is reported are
+    medians of ratios. Needs pip install 'retnet[bench]' and a machine that does nothing else.
+    """
+
+
+def _common(function: Function) -> Function:
+    """The options and overrides of both verbs."""
+    for option in (
+        click.argument("overrides", nargs=-1, type=click.UNPROCESSED),
+        click.option("--quick", is_flag=True, help="A smoke run in seconds; its numbers mean nothing."),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, file_okay=False),
+            default=Path("benchmarks/results"),
+            show_default=True,
+            help="Directory of the record (.json) and the plot (.png).",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@command.command("train", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--config", default="laptop/25m", show_default=True, help="Whose model: a .toml file or a name."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of measurements."
+)
+@click.option("--tokens", type=click.IntRange(1), default=16384, show_default=True, help="Tokens of a step.")
+@click.option(
+    "--extra", is_flag=True, help="Also steps in bf16, and on packed rows, as the trainer makes them."
+)
+@_common
+def train(
+    config: str, rounds: int, tokens: int, extra: bool, out: Path, quick: bool, overrides: tuple[str, ...]
+) -> None:
+    """Training steps beside a Llama of equal size, and beside the machine's fp32 matrix products.
+
+    Settings of the model are changed as in training: --model.num_layers 4.
+    """
+    model = _model(config, overrides, quick)
+    from retnet.bench.training import TrainingBench, measure_training
+
+    bench = TrainingBench(model, tokens=tokens, rounds=rounds, extra=extra)
+    if quick:
+        bench = TrainingBench(
+            model, (64, 128), tokens=256, rounds=2, op_length=256, extra=extra, product_size=256
+        )
+    _run("train", config, bench, quick, out, lambda say: measure_training(bench, say))
+
+
+@command.command("decode", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Rounds of measurements."
+)
+@click.option("--steps", type=click.IntRange(1), default=48, show_default=True, help="Tokens of one sample.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Also so many sequences at once; 1: no.",
+)
+@click.option(
+    "--long",
+    type=click.IntRange(0),
+    default=0,
+    help="Also one generation of so many tokens by laptop/3m, such as 100000.",
+)
+@_common
+def decode(
+    config: str,
+    rounds: int,
+    steps: int,
+    batch: int,
+    long: int,
+    out: Path,
+    quick: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Time per generated token against context length, memory traffic, and a Llama's KV cache.
+
+    Settings of the model are changed as in training: --model.num_layers 4.
+    """
+    model = _model(config, overrides, quick)
+    from retnet.bench.decoding import DecodingBench, measure_decoding
+
+    long_model = _model("laptop/3m", (), quick)
+    bench = DecodingBench(model, batch=batch, rounds=rounds, steps=steps, long=long, long_model=long_model)
+    if quick:
+        contexts = {"contexts": (64, 256), "peer_contexts": (64, 128)}
+        bench = DecodingBench(
+            model,
+            **contexts,
+            batch=2,
+            rounds=2,
+            steps=4,
+            long=long,
+            long_model=long_model,
+            buffer_megabytes=1,
+        )
+    _run("decode", config, bench, quick, out, lambda say: measure_decoding(bench, say))
+
+
+def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
+    from retnet.settings import config_path, load, parse_overrides
+    from retnet.train.config import RunConfig
+
+    settings = parse_overrides(overrides)
+    return load(RunConfig, config_path(config), {**QUICK, **settings} if quick else settings).model
+
+
+def _run(
+    name: str, config: str, bench: object, quick: bool, out: Path, measure: Callable[[Say], Record]
+) -> None:
+    """Measures with a line of progress on the terminal, writes the record, prints its tables."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from retnet.bench import report
+
+    report.prepare(out)
+    progress = Console(stderr=True, highlight=False)
+    with progress.status("measuring") as status:
+        measured = measure(status.update)
+    settings = {"config": config, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
+    record = report.complete(f"{name}-quick" if quick else name, settings, measured)
+    files = report.write(record, out)
+    terminal = click.get_text_stream("stdout").isatty()
+    report.show(record, Console(width=None if terminal else 120, highlight=False))
+    click.echo("wrote " + " and ".join(map(str, files)))

@@ -1,0 +1,205 @@
+"""`retnet data`: train a tokenizer, prepare token shards, check a prepared folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retnet.settings import UserError, build, config_path
+
+if TYPE_CHECKING:
+    from retnet.data import DataConfig, Prepared, Problem, Progress
+
+_SHOWN = 20  # problems printed one by one
+_LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
+
+
+@click.group()
+def command() -> None:
+    """Train a tokenizer, prepare token shards, check a prepared folder.
+
+    A CORPUS is 'stdlib', a file, folder or glob of .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet,
+    or hf:NAME[:CONFIG[:SPLIT]].
+    """
+
+
+@command.command()
+@click.argument("corpora", metavar="CORPUS...", nargs=-1, required=True)
+@click.option(
+    "--vocab-size", type=int, default=8192, show_default=True, help="Tokens, the document start included."
+)
+@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The tokenizer.json to write.")
+@click.option("--text-field", default="text", show_default=True, help="Field of records that holds the text.")
+@click.option(
+    "--max-bytes", type=int, default=1 << 30, show_default=True, help="Text to learn from, at most."
+)
+def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: str, max_bytes: int) -> None:
+    """Train a byte-level BPE on the text of one or more corpora."""
+    from retnet.data import Tokenizer, read_texts
+
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: there is no folder {Path(out).absolute().parent}")
+    problems = _Problems()
+    read = 0
+
+    def limited() -> Iterator[str]:
+        nonlocal read
+        for text in read_texts(corpora, text_field, problems.add):
+            read += len(text.encode())
+            yield text
+            if read >= max_bytes:
+                return
+
+    trained = Tokenizer.train(limited(), vocab_size)
+    if not read:
+        raise UserError(f"no text in {', '.join(corpora)}{problems.summary()}")
+    trained.save(out)
+    click.echo(
+        f"{out}: {trained.vocab_size:,} tokens, learned from {read:,} bytes of text; SHA-256 {trained.fingerprint}"
+    )
+    if read >= max_bytes:
+        click.echo(f"stopped reading at --max-bytes {max_bytes:,}")
+    if trained.vocab_size < vocab_size:
+        click.echo(
+            f"the text has no more than {trained.vocab_size:,} tokens worth learning, {vocab_size:,} were asked for"
+        )
+    problems.report()
+
+
+@command.command()
+@click.argument("config", required=False)
+@click.option("--corpus", multiple=True, help="Text to train on; may be given several times.")
+@click.option("--validation", multiple=True, help="Text to validate on, instead of a part of the corpus.")
+@click.option("--validation-fraction", type=float, help="Part of the documents held out.")
+@click.option("--tokenizer", help="'bytes', a tokenizer.json, or a folder that holds one.")
+@click.option("--text-field", help="Field of records that holds the text.")
+@click.option("--out", help="Where the prepared folder goes.")
+def prepare(
+    config: str | None,
+    corpus: tuple[str, ...],
+    validation: tuple[str, ...],
+    validation_fraction: float | None,
+    tokenizer: str | None,
+    text_field: str | None,
+    out: str | None,
+) -> None:
+    """Write token shards for the [data] of CONFIG (a .toml or a shipped name); options take precedence over it.
+
+    Killed, it goes on where it stopped when called again. What is prepared already is left as it is.
+    """
+    from retnet.data import prepare as prepare_shards
+
+    given = {
+        "corpus": corpus,
+        "validation": validation,
+        "validation_fraction": validation_fraction,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "cache": out,
+    }
+    settings = _settings(config, {key: value for key, value in given.items() if value not in (None, ())})
+    problems = _Problems()
+    with _progress() as show:
+        prepared = prepare_shards(settings, on_progress=show, on_problem=problems.add)
+    _describe(prepared)
+
+
+@command.command()
+@click.argument("folder")
+def check(folder: str) -> None:
+    """Compare every file of a prepared FOLDER with the hashes in its manifest."""
+    from retnet.data import load
+
+    _describe(load(folder, verify=True))
+    click.echo("every hash is right")
+
+
+def _settings(config: str | None, given: dict[str, object]) -> DataConfig:
+    from retnet.data import DataConfig
+
+    table: dict[str, object] = {}
+    if config is not None:
+        path = config_path(config)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8")).get("data", {})
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+    return build(DataConfig, table | given, "data")
+
+
+def _describe(prepared: Prepared) -> None:
+    manifest = prepared.manifest
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        click.echo(
+            f"{name:10} {split.documents:>12,} documents {split.tokens:>16,} tokens {split.bytes:>18,} bytes of text"
+        )
+    for kind, count in sorted(manifest.problems.items()):
+        click.echo(f"problems   {count:>12,} {kind}")
+    for words in manifest.examples[:3]:
+        click.echo(f"           {words}")
+    click.echo(f"in {prepared.directory}")
+
+
+class _Problems:
+    """Prints the first problems as they come and counts all."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
+        seen = sum(self.counts.values())
+        if seen <= _SHOWN:
+            click.echo(str(problem), err=True)
+        elif seen == _SHOWN + 1:
+            click.echo("further problems are only counted", err=True)
+
+    def summary(self) -> str:
+        """Counts in parentheses, or nothing."""
+        counts = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(self.counts.items()))
+        return f" ({counts})" if counts else ""
+
+    def report(self) -> None:
+        if self.counts:
+            click.echo(f"problems{self.summary()}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.fields[seen]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, seen="")
+
+        def show(progress: Progress) -> None:
+            seen = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
+            bar.update(task, completed=progress.bytes_read, total=progress.bytes_total or None, seen=seen)
+
+        yield show
+
+
+def _lines() -> Callable[[Progress], None]:
+    last = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY:
+            last = time.monotonic()
+            part = f"{progress.bytes_read / progress.bytes_total:.0%}, " if progress.bytes_total else ""
+            click.echo(f"{part}{progress.documents:,} documents, {progress.tokens:,} tokens", err=True)
+
+    return show

@@ -1,0 +1,29 @@
+"""Corpora, tokenizers, token shards and the order of batches.
+
+`prepare` turns a `DataConfig` into memory-mapped tokens; `Batches` reads them as a function of seed and position.
+"""
+
+from retnet.data.batches import IGNORED, Batch, Batches
+from retnet.data.config import DataConfig
+from retnet.data.manifest import Manifest
+from retnet.data.prepare import Progress, prepare, read_texts
+from retnet.data.readers import Problem
+from retnet.data.shards import Prepared, TokenShards, load
+from retnet.data.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Batches",
+    "DataConfig",
+    "Manifest",
+    "Prepared",
+    "Problem",
+    "Progress",
+    "TextStream",
+    "TokenShards",
+    "Tokenizer",
+    "load",
+    "prepare",
+    "read_texts",
+]

@@ -1,0 +1,47 @@
+"""The section [data] of a run: which text, which tokenizer, where the prepared tokens go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retnet.settings import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    A corpus is ``stdlib`` (source and documentation of the running Python), a file, a folder or a glob of
+    ``.txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet``, or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset,
+    or a local folder of data files, streamed); a list joins several, in order. A folder that `prepare` wrote
+    stands for itself.
+
+    Attributes:
+        corpus: the text to train on.
+        validation: the text to validate on; None splits it off `corpus`, whole documents at a time, by a hash of
+            the file's path (text files) or of the text (records).
+        validation_fraction: the part of the documents split off, in (0, 1); unused when `validation` is given.
+        tokenizer: ``bytes``, a ``tokenizer.json``, or a Hugging Face folder that holds one.
+        text_field: the field or column of JSON Lines, Parquet and Hugging Face records that holds the text.
+        cache: where prepared tokens go, one folder per fingerprint of everything above.
+    """
+
+    corpus: str | tuple[str, ...] = "stdlib"
+    validation: str | tuple[str, ...] | None = None
+    validation_fraction: float = 0.02
+    tokenizer: str = "bytes"
+    text_field: str = "text"
+    cache: str = ".cache/data"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
+        for name in ("corpus", "validation"):
+            value = getattr(self, name)
+            if value is not None and (not value or "" in as_tuple(value)):
+                raise UserError(f"{name} must name at least one corpus, got {value!r}")
+
+
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One corpus or several, as several."""
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,160 @@
+"""What a prepared folder says about itself, and how its files are written so that a kill leaves none half-made.
+
+manifest.json                 written last: without it the folder is unfinished
+tokenizer.json
+train-00000.tokens            little-endian uint16 or uint32, documents one after the other, each BOS + tokens
+train-00000.offsets           little-endian uint64, where documents start, counted from the start of this file
+validation-00000.tokens, …
+segment-00000.json            only while unfinished: the shards that are complete, and where reading went on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from retnet.settings import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+FORMAT = "retnet-tokens"
+VERSION = 1
+VERIFY_BELOW = 256 << 20  # bytes; smaller folders have their hashes checked whenever they are opened
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """One file of tokens and its offsets. `bytes` are those of the text in UTF-8, BOS not counted."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    tokens_sha256: str
+    offsets_sha256: str
+
+
+class Split(msgspec.Struct, frozen=True):
+    """Train or validation: totals over its shards."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: list[Shard]
+
+
+class Corpus(msgspec.Struct, frozen=True):
+    """A corpus as it was named, how many files it had, their bytes, and a hash of their names, sizes and times."""
+
+    name: str
+    files: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Everything known of a prepared folder.
+
+    Attributes:
+        format: always ``retnet-tokens``.
+        version: of the format.
+        fingerprint: SHA-256 of what the tokens were made from and how.
+        dtype: of the tokens.
+        tokenizer: SHA-256 of the tokenizer (`Tokenizer.fingerprint`).
+        vocab_size: of the tokenizer.
+        bos_id: the id that starts each document.
+        corpora: what was read.
+        problems: kind → how many.
+        examples: the first problems, in words.
+        train: its documents, tokens, bytes and shards.
+        validation: the same.
+    """
+
+    format: str
+    version: int
+    fingerprint: str
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    vocab_size: int
+    bos_id: int
+    corpora: list[Corpus]
+    problems: dict[str, int]
+    examples: list[str]
+    train: Split
+    validation: Split
+
+
+def read_manifest(directory: Path, verify: bool | None = None) -> Manifest:
+    """The manifest of a folder whose files fit it.
+
+    Args:
+        directory: what `prepare` wrote.
+        verify: compare SHA-256 of all shards too; None does so below `VERIFY_BELOW` bytes. Sizes always are compared.
+
+    Raises:
+        UserError: it is unfinished, altered, or of another format.
+    """
+    try:
+        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a finished folder of tokens: it has no {MANIFEST}") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UserError(_damaged(directory, f"{MANIFEST} cannot be read ({error})")) from None
+    if (manifest.format, manifest.version) != (FORMAT, VERSION):
+        have = f"{manifest.format} version {manifest.version}"
+        raise UserError(
+            f"{directory} has format {have}; this library reads {FORMAT} version {VERSION}: prepare it again"
+        )
+    shards = [*manifest.train.shards, *manifest.validation.shards]
+    width = np.dtype(manifest.dtype).itemsize
+    sizes = {f"{s.name}.tokens": s.tokens * width for s in shards}
+    sizes |= {f"{s.name}.offsets": s.documents * 8 for s in shards}
+    for file, size in sizes.items():
+        path = directory / file
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise UserError(_damaged(directory, f"{file} should have {size} bytes, found {found}"))
+    if verify or (verify is None and sum(sizes.values()) < VERIFY_BELOW):
+        for shard in shards:
+            for file, wanted in (("tokens", shard.tokens_sha256), ("offsets", shard.offsets_sha256)):
+                if sha256_of(directory / f"{shard.name}.{file}") != wanted:
+                    raise UserError(_damaged(directory, f"{shard.name}.{file} is not what was written"))
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there completely or not at all, whenever the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        finish(file.fileno())
+    move(temporary, path)
+
+
+def finish(descriptor: int) -> None:
+    """Waits until what was written is on the disk."""
+    os.fsync(descriptor)
+
+
+def move(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name, and waits until the name is on the disk."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _damaged(directory: Path, why: str) -> str:
+    return f"{directory} is damaged: {why}; delete the folder and prepare it again"

@@ -1,0 +1,309 @@
+"""From a `DataConfig` to token shards: reading in order, tokenising on all cores, writing segment by segment."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet.data import manifest, sources
+from retnet.data.config import DataConfig, as_tuple
+from retnet.data.readers import PIECE, Piece, Problem, read
+from retnet.data.shards import Prepared, load
+from retnet.data.sources import Source
+from retnet.data.tokenizer import Tokenizer
+from retnet.data.writer import Segments
+from retnet.settings import UserError
+
+SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
+_BATCH = max(os.cpu_count() or 1, 2) << 20  # characters tokenised at a time; does not show in the result
+_BATCH_EVENTS = 8192
+_AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or written
+
+
+class Progress(NamedTuple):
+    """How far preparing has come: bytes of the sources read, of how many (0: unknown), documents and tokens written."""
+
+    bytes_read: int
+    bytes_total: int
+    documents: int
+    tokens: int
+
+
+class _Event(NamedTuple):
+    """What a reader gave, and where: reading goes on there after a kill."""
+
+    source: int
+    number: int  # within the source
+    content: Piece | Problem
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_problem: Callable[[Problem], None] | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Prepared:
+    """Makes the token shards of a configuration, or finds them made.
+
+    They lie in ``config.cache / fingerprint``; the fingerprint covers the sources (paths, sizes, modification times),
+    the tokenizer and the split, so a change of any of them prepares anew. Killed, it goes on after the last finished
+    segment when called again, and gives the same bytes. Several processes may call it at once: one works, the others
+    wait. The shards do not depend on the number of cores.
+
+    Args:
+        config: what to prepare.
+        on_progress: called every few megabytes.
+        on_problem: called for everything in the sources that was left out or mended; all are counted in the manifest.
+        shard_tokens: tokens per segment.
+
+    Raises:
+        UserError: no such corpus or tokenizer, no text in it, nothing on one side of the split, or a damaged folder.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if isinstance(config.corpus, str) and (Path(config.corpus) / manifest.MANIFEST).is_file():
+        return _already_prepared(config, tokenizer)
+    corpora, found = _find(config)
+    fingerprint = _fingerprint(config, found, tokenizer, shard_tokens)
+    directory = Path(config.cache) / fingerprint[:16]
+    if not (directory / manifest.MANIFEST).is_file():
+        with _alone_in(directory):
+            if not (directory / manifest.MANIFEST).is_file():
+                segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
+                report = _Report(found, on_progress, on_problem)
+                _fill(segments, config, found, tokenizer, shard_tokens, report)
+                _complete(segments, directory, fingerprint, tokenizer, corpora)
+    return load(directory)
+
+
+def read_texts(
+    corpora: str | tuple[str, ...], text_field: str, on_problem: Callable[[Problem], None]
+) -> Iterator[str]:
+    """All texts of corpora, in pieces, one after the other: what a tokenizer is trained on."""
+    for spec in as_tuple(corpora):
+        for source in sources.find(spec):
+            for content in read(source, text_field):
+                if isinstance(content, Piece):
+                    yield content.text
+                else:
+                    on_problem(content)
+
+
+class _Report:
+    """Counts for progress, and hands problems on."""
+
+    def __init__(
+        self,
+        found: list[Source],
+        on_progress: Callable[[Progress], None] | None,
+        on_problem: Callable[[Problem], None] | None,
+    ) -> None:
+        sizes = [(source.size if source.stop is None else source.stop) - source.start for source in found]
+        self._before = np.cumsum([0, *sizes])
+        self._on_progress, self._on_problem = on_progress, on_problem
+        self.documents = self.tokens = 0
+
+    def problem(self, problem: Problem) -> None:
+        if self._on_problem:
+            self._on_problem(problem)
+
+    def progress(self, event: _Event) -> None:
+        if self._on_progress:
+            position = event.content.position if isinstance(event.content, Piece) else 0
+            read_so_far = int(self._before[event.source]) + position
+            self._on_progress(Progress(read_so_far, int(self._before[-1]), self.documents, self.tokens))
+
+
+def _fill(
+    segments: Segments,
+    config: DataConfig,
+    found: list[Source],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    report: _Report,
+) -> None:
+    """Reads, tokenises and writes everything that earlier segments do not hold."""
+    events = _events(found, config.text_field, *segments.cursor)
+    for batch in _encoded(events, tokenizer):
+        for event, tokens, num_bytes in batch:
+            content = event.content
+            if isinstance(content, Problem):
+                segments.problem(content.kind, str(content))
+                report.problem(content)
+                continue
+            decided = found[event.source].validation
+            validation = content.share < config.validation_fraction if decided is None else decided
+            segments.add(validation, content.first, tokens, num_bytes)
+            report.documents += content.first
+            report.tokens += len(tokens) + content.first
+            if segments.tokens >= shard_tokens:
+                segments.commit(event.source, event.number + 1)
+        report.progress(batch[-1][0])
+    segments.commit(len(found), 0)
+
+
+def _events(found: list[Source], text_field: str, source: int, number: int) -> Iterator[_Event]:
+    """Everything the sources give from event `number` of source `source` on."""
+    for here in range(source, len(found)):
+        for count, content in enumerate(read(found[here], text_field)):
+            if here > source or count >= number:
+                yield _Event(here, count, content)
+
+
+_Encoded = list[tuple[_Event, NDArray[np.integer], int]]
+
+
+def _encoded(events: Iterator[_Event], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+    """Events with their tokens and bytes, in order. The tokenizer itself works on all cores, outside Python's lock."""
+    dtype = _dtype(tokenizer)
+
+    def encode(batch: list[_Event]) -> _Encoded:
+        texts = [event.content.text if isinstance(event.content, Piece) else "" for event in batch]
+        arrays = tokenizer.encode_batch(texts, dtype)
+        if any((tokens == tokenizer.bos_id).any() for tokens in arrays):
+            raise UserError("this tokenizer gives its document start for ordinary text; it cannot be used")
+        return [(event, a, len(text.encode())) for event, a, text in zip(batch, arrays, texts, strict=True)]
+
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[Future[_Encoded]] = deque()
+        try:
+            for batch in _batches(events):
+                waiting.append(pool.submit(encode, batch))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _batches(events: Iterable[_Event]) -> Iterator[list[_Event]]:
+    batch: list[_Event] = []
+    size = 0
+    for event in events:
+        batch.append(event)
+        size += len(event.content.text) if isinstance(event.content, Piece) else 0
+        if size >= _BATCH or len(batch) >= _BATCH_EVENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _complete(
+    segments: Segments,
+    directory: Path,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    corpora: list[manifest.Corpus],
+) -> None:
+    """Writes the tokenizer and the manifest, which makes the folder a finished one."""
+    train, validation, problems, examples = segments.close()
+    for split, name in ((train, "train"), (validation, "validation")):
+        if not split.documents:
+            shutil.rmtree(directory)
+            raise UserError(_nothing(name, train.documents + validation.documents, problems, examples))
+    tokenizer.save(directory / manifest.TOKENIZER)
+    dtype: Literal["uint16", "uint32"] = "uint16" if _dtype(tokenizer).itemsize == 2 else "uint32"
+    whole = manifest.Manifest(
+        format=manifest.FORMAT,
+        version=manifest.VERSION,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        corpora=corpora,
+        problems=problems,
+        examples=examples,
+        train=train,
+        validation=validation,
+    )
+    manifest.write_whole(
+        directory / manifest.MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1)
+    )
+    segments.forget()
+
+
+def _nothing(split: str, documents: int, problems: dict[str, int], examples: list[str]) -> str:
+    found = ", ".join(f"{count} × {kind}" for kind, count in problems.items())
+    seen = f" ({found}; the first: {examples[0]})" if found else ""
+    if not documents:
+        return f"the corpus is empty: no document has any text{seen}"
+    return (
+        f"none of the {documents} documents falls into the {split} split{seen}; add text, change "
+        "data.validation_fraction, or name a data.validation corpus"
+    )
+
+
+def _find(config: DataConfig) -> tuple[list[manifest.Corpus], list[Source]]:
+    """The corpora as the manifest names them, and their sources with the split decided as far as names decide it."""
+    corpora: list[manifest.Corpus] = []
+    train: list[Source] = []
+    validation: list[Source] = []
+    for specs, side in ((config.corpus, train), (config.validation or (), validation)):
+        for spec in as_tuple(specs):
+            found = sources.find(spec)
+            listing = "\n".join(f"{s.name} {s.identity}" for s in found)
+            digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+            corpora.append(manifest.Corpus(spec, len(found), sum(s.size for s in found), digest))
+            side += found
+    if config.validation is None:
+        return corpora, sources.hold_out(train, config.validation_fraction)
+    decided = [s._replace(validation=False) for s in train]
+    return corpora, decided + [s._replace(validation=True) for s in validation]
+
+
+def _fingerprint(config: DataConfig, found: list[Source], tokenizer: Tokenizer, shard_tokens: int) -> str:
+    """SHA-256 of everything that decides the bytes of the shards."""
+    where = [source._replace(path=os.path.abspath(source.path)) for source in found]
+    fraction = config.validation_fraction if config.validation is None else None
+    rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer.fingerprint, config.text_field, fraction]
+    return hashlib.sha256(json.dumps([rules, where]).encode()).hexdigest()
+
+
+def _already_prepared(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
+    prepared = load(str(config.corpus))
+    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+        file = prepared.directory / manifest.TOKENIZER
+        raise UserError(
+            f"{config.corpus} was prepared with another tokenizer; set data.tokenizer to {str(file)!r}"
+        )
+    if config.validation is not None:
+        raise UserError(
+            f"{config.corpus} is prepared and has its own validation split; leave data.validation out"
+        )
+    return prepared
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Holds a folder for this process alone; the lock falls when the process does."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}; set data.cache to another folder"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        directory.mkdir(exist_ok=True)  # whoever held the lock before may have given up and cleaned up
+        yield

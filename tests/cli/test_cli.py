@@ -1,0 +1,109 @@
+"""The command as a user meets it: help at once, mistakes in one line, the smoke run from an empty directory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from retnet.cli import VERBS
+
+RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
+
+
+def retnet(*words, cwd, **options):
+    return subprocess.run(
+        [*RETNET, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def test_help_lists_every_verb_and_imports_none(tmp_path):
+    code = (
+        "import sys; from retnet.cli import cli; cli.main(['--help'], standalone_mode=False);"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'rich.progress'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_does_not_import_torch(verb, tmp_path):
+    code = (
+        f"import sys; from retnet.cli import cli; cli.main(['{verb}', '--help'], standalone_mode=False);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "no verb 'trian'; did you mean 'train'?"),
+        (["train", "smok"], "no configuration 'smok': not a .toml file, and did you mean 'smoke'"),
+        (["train", "smoke", "--train.stepz", "3"], "unknown setting 'train.stepz'; did you mean 'steps'"),
+        (["train", "smoke", "--train.steps", "x"], "train.steps 'x': Expected `int`"),
+        (["train", "smoke", "--train.steps", "0"], "steps is 0; it must be at least 1"),
+        (["train", "smoke", "--model.mixer.name", "retntion"], "did you mean 'retention'"),
+        (["train", "smoke", "--model.mixer.num_heads", "3"], "d_model 64 is not a multiple of num_heads 3"),
+        (["train", "smoke", "--train.device", "tpu"], "device 'tpu' cannot be used here"),
+        (["train", "smoke", "--data.corpus", "nowhere"], "nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
+        (["config", "show", "paper/9b"], "no configuration 'paper/9b'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(words, message, tmp_path):
+    done = retnet(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_config_show(tmp_path):
+    done = retnet("config", "show", "paper/6.7b", "--model.num_layers", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("num_layers = 16", "3,427,540,992", "flops per token", "32k", "KV cache"):
+        assert part in done.stdout, part
+
+
+def test_config_list(tmp_path):
+    assert "paper/13b\n" in retnet("config", "list", cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_smoke_run_from_an_empty_directory(tmp_path):
+    """Train, be refused, resume, generate: the names other work relies on."""
+    begin = time.monotonic()
+    done = retnet("train", "smoke", "--run-dir", "r", "--train.steps", "10", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 120
+    assert "bits/byte held out" in done.stdout
+    assert {"config.toml", "env.json", "metrics.jsonl", "checkpoints"} <= set(os.listdir(tmp_path / "r"))
+    lines = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert losses[-1] < losses[0]
+
+    again = retnet("train", "smoke", "--run-dir", "r", "--train.steps", "10", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+
+    texts = [
+        retnet("generate", "r", "--prompt", "def ", "--max-tokens", "20", "--seed", seed, cwd=tmp_path).stdout
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert set(os.listdir(tmp_path)) == {"r", ".cache"}
+
+
+def test_the_environment_of_tests_is_one_thread():
+    assert torch.get_num_threads() == 1
