@@ -138,7 +138,9 @@ def config_path(name: str) -> Path:
 def shipped_configs() -> list[str]:
     """Names of the configurations that come with the project, such as ``paper/6.7b``."""
     homes = _config_homes()
-    return sorted({str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")})
+    return sorted(
+        {str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")}
+    )
 
 
 def _config_homes() -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from retnet.settings import config_path, dump, load, parse_overrides, shipped_configs
@@ -31,7 +33,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     run = load(RunConfig, config_path(name), parse_overrides(overrides))
     size = cost(run.model, run.train.seq_len)
     click.echo(dump(run))
-    console = Console(width=None if click.get_text_stream("stdout").isatty() else 100, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
     table = Table("part", "parameters", title="Parameters", title_justify="left")
     table.columns[1].justify = "right"

@@ -141,7 +141,7 @@ class MultiScaleRetention(Mixer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleRetention:
         """Moves like any module, but `.to(bfloat16)` must not round γ to 1, nor leave meta tensors uncomputed."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._set_constants(self.q_proj.weight.device)
         return self
 

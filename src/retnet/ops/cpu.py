@@ -17,6 +17,7 @@ a contiguous [B·H, C, …] buffer first, which is what the batched product want
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,10 +196,10 @@ def chunk_backward(
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
         return *grads, d_state
     for rows, places in _documents(cu_seqlens):
-        inputs = [x[0, places] for x in (q, k, v)]
-        parts = tuple(torch.empty_like(x) for x in inputs)
+        qd, kd, vd = (x[0, places] for x in (q, k, v))
+        parts = torch.empty_like(qd), torch.empty_like(kd), torch.empty_like(vd)
         part_d_state = d_state[rows]
-        _backward(d_out[0, places], part_d_state, *inputs, before[rows], factors, chunk, parts)  # type: ignore[arg-type]
+        _backward(d_out[0, places], part_d_state, qd, kd, vd, before[rows], factors, chunk, parts)
         for grad, part in zip(grads, parts, strict=True):
             grad[0, places] = part
         d_state[rows] = part_d_state
@@ -278,28 +279,16 @@ def _fake_step(
     return torch.empty_like(v)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+def _save(ctx: Any, inputs: tuple[object, ...], output: object) -> None:  # noqa: ANN401
     *tensors, scale, chunk = inputs
-    ctx.save_for_backward(*tensors)  # type: ignore[arg-type]
-    ctx.scale, ctx.chunk = scale, chunk  # type: ignore[attr-defined]
+    ctx.save_for_backward(*tensors)
+    ctx.scale, ctx.chunk = scale, chunk
 
 
-def _gradients(
-    ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, d_final: Tensor
-) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors  # type: ignore[attr-defined]
-    dq, dk, dv, d_state = torch.ops.retnet.chunk_backward(
-        d_out,
-        d_final,
-        q,
-        k,
-        v,
-        log_decay,
-        state,
-        cu_seqlens,
-        ctx.scale,
-        ctx.chunk,  # type: ignore[attr-defined]
-    )
+def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    inputs = ctx.saved_tensors
+    dq, dk, dv, d_state = torch.ops.retnet.chunk_backward(d_out, d_final, *inputs, ctx.scale, ctx.chunk)
+    state = inputs[4]
     return dq, dk, dv, None, d_state if state is not None else None, None, None, None
 
 

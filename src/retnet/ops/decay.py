@@ -13,7 +13,7 @@ Decay = Literal["paper", "experiments", "none"] | float | tuple[float, ...]
 
 
 def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
-    """ln γ of each head, [H] fp32 on the CPU, computed in fp64.
+    """ln γ of each head, [H] fp32, computed in fp64 and on the CPU, also where modules are being made on the meta device.
 
     Args:
         decay: ``"paper"``: γ = 1 − 2^(−5−h), the paper's default (§3); ``"experiments"``: γ = 1 − exp(linspace(ln 1/32,
@@ -25,13 +25,16 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
     """
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-    exact = {"dtype": torch.float64, "device": "cpu"}  # also where modules are being made on the meta device
     if decay == "paper":
         # log1p(−2^(−5−h)) keeps what 1 − 2^(−5−h) would round away for many heads
-        return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, **exact))).float()
+        return torch.log1p(
+            -torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64, device="cpu"))
+        ).float()
     if decay == "experiments":
         ends = math.log(1 / 32), math.log(1 / 512)
-        return torch.log1p(-torch.exp(torch.linspace(*ends, num_heads, **exact))).float()
+        return torch.log1p(
+            -torch.exp(torch.linspace(*ends, num_heads, dtype=torch.float64, device="cpu"))
+        ).float()
     if decay == "none":
         return torch.zeros(num_heads, device="cpu")
     if isinstance(decay, str):
@@ -44,4 +47,4 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
     for gamma in gammas:
         if not 0 < gamma <= 1:
             raise ValueError(f"decay γ = {gamma} is outside (0, 1]")
-    return torch.tensor(gammas, **exact).log().float()
+    return torch.tensor(gammas, dtype=torch.float64, device="cpu").log().float()

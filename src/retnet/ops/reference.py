@@ -93,23 +93,21 @@ def retention(
     rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is None:
         state = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=wide)
-    wide_inputs = [x.to(wide) for x in (q, k, v, log_decay)]
+    narrow = v.dtype
+    q, k, v, log_decay = (x.to(wide) for x in (q, k, v, log_decay))
     if cu_seqlens is None:
-        out, state = run(*wide_inputs, state, scale, chunk_size)
-        return out.to(v.dtype), state
-    q, k, v_wide, log_decay = wide_inputs
+        out, state = run(q, k, v, log_decay, state, scale, chunk_size)
+        return out.to(narrow), state
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         part = slice(start, end)
-        out, after = run(
-            q[:, part], k[:, part], v_wide[:, part], log_decay, state[i : i + 1], scale, chunk_size
-        )
+        out, after = run(q[:, part], k[:, part], v[:, part], log_decay, state[i : i + 1], scale, chunk_size)
         outputs.append(out)
         states.append(after)
     if not states:
-        return (v_wide * scale).to(v.dtype), state
-    return torch.cat(outputs, dim=1).to(v.dtype), torch.cat(states)
+        return (v * scale).to(narrow), state
+    return torch.cat(outputs, dim=1).to(narrow), torch.cat(states)
 
 
 def retention_step(

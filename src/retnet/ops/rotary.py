@@ -7,6 +7,7 @@ exactly as one at position 10.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,16 +101,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out.to(x.dtype)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+def _save(ctx: Any, inputs: tuple[object, ...], output: object) -> None:  # noqa: ANN401
     _, cos, sin, interleaved = inputs
-    ctx.save_for_backward(cos, sin)  # type: ignore[arg-type]
-    ctx.interleaved = interleaved  # type: ignore[attr-defined]
+    ctx.save_for_backward(cos, sin)
+    ctx.interleaved = interleaved
 
 
-def _turn_back(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The transpose of a rotation is the rotation by the opposite angle. The angles themselves have no gradient."""
-    cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
-    return torch.ops.retnet.rotate(grad, cos, -sin, ctx.interleaved), None, None, None  # type: ignore[attr-defined]
+    cos, sin = ctx.saved_tensors
+    return torch.ops.retnet.rotate(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
 torch.library.define("retnet::rotate", "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")

@@ -44,7 +44,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's memory by parameter and kind, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()

@@ -127,7 +127,7 @@ def _board(path: Path, step: int) -> Any:  # noqa: ANN401
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("train.tensorboard needs TensorBoard: pip install 'retnet[tensorboard]'") from None
-    return SummaryWriter(str(path), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def differences(old: object, new: object, place: str = "") -> list[str]:

@@ -7,6 +7,7 @@ therefore ends with the weights of one that never was.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -249,12 +250,7 @@ class _Trainer:
 def _recompute_blocks(model: LanguageModel) -> None:
     """Keeps only the inputs of blocks for the backward pass; from outside, names of weights stay as they are."""
     for block in model.blocks:
-        inner = block.forward
-
-        def outer(x: Tensor, cu_seqlens: Tensor | None = None, inner: object = inner) -> Tensor:
-            return checkpoint(inner, x, cu_seqlens, use_reentrant=False)  # type: ignore[arg-type]
-
-        block.forward = outer  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
