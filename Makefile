@@ -14,6 +14,7 @@ export NUMBA_CACHE_DIR          := $(CACHE)/numba
 export TRITON_CACHE_DIR         := $(CACHE)/triton
 export TMPDIR                   := $(CACHE)/tmp
 export PYTHONPYCACHEPREFIX      := $(CACHE)/pycache
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export HF_HUB_OFFLINE           ?= 1
 
 .PHONY: setup demo test test-fast lint types layers clean

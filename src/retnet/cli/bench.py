@@ -147,6 +147,7 @@ def _run(
 ) -> None:
     """Measures with a line of progress on the terminal, writes the record, prints its tables."""
     import dataclasses
+    import sys
 
     from rich.console import Console
 
@@ -159,6 +160,5 @@ def _run(
     settings = {"config": config, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
     record = report.complete(f"{name}-quick" if quick else name, settings, measured)
     files = report.write(record, out)
-    terminal = click.get_text_stream("stdout").isatty()
-    report.show(record, Console(width=None if terminal else 120, highlight=False))
+    report.show(record, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     click.echo("wrote " + " and ".join(map(str, files)))

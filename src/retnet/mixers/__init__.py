@@ -1,6 +1,6 @@
 """Sequence mixers: one file each, one protocol (`Mixer`), one table."""
 
-from retnet.mixers.base import Mixer, MixerConfig, State
+from retnet.mixers.base import Linear, Mixer, MixerConfig, State
 from retnet.mixers.retention import MultiScaleRetention, RetentionConfig, RetentionState
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -9,6 +9,7 @@ MIXERS: dict[str, type[Mixer]] = {
 
 __all__ = [
     "MIXERS",
+    "Linear",
     "Mixer",
     "MixerConfig",
     "MultiScaleRetention",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from retnet.ops import products
 from retnet.settings import Choice
 
 # A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
@@ -25,6 +26,17 @@ class MixerConfig(Choice):
         from retnet.mixers import MIXERS  # the table lists classes that are built on this one
 
         return {name: mixer.Config for name, mixer in MIXERS.items()}
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, whose product with a few rows, which is decoding, runs at the memory's speed."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...,in_features] → [...,out_features]."""
+        return products(input, (self.weight,))[0]
 
 
 class Mixer(nn.Module):

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Mixer, MixerConfig
+from retnet.mixers.base import Linear, Mixer, MixerConfig
 from retnet.ops import (
     BACKENDS,
+    Core,
     Decay,
     frequencies,
+    gated_heads,
     log_decays,
     positions,
+    products,
     retention,
     retention_step,
     rotate,
@@ -118,11 +121,11 @@ class MultiScaleRetention(Mixer):
         self.num_heads = config.num_heads
         self.key_dim, self.value_dim = config.widths(d_model)
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(d_model, keys, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, values, bias=False)
-        self.gate_proj = nn.Linear(d_model, values, bias=False) if config.gate else None
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+        self.q_proj = Linear(d_model, keys)
+        self.k_proj = Linear(d_model, keys)
+        self.v_proj = Linear(d_model, values)
+        self.gate_proj = Linear(d_model, values) if config.gate else None
+        self.out_proj = Linear(values, d_model)
         affine = config.head_norm_affine and config.head_norm != "none"
         self.head_norm_weight = nn.Parameter(torch.ones(values)) if affine else None
         self.head_norm_bias = (
@@ -161,11 +164,26 @@ class MultiScaleRetention(Mixer):
 
     def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
         """x [B,D] from `state` → [B,D]; the state is updated in place."""
-        q, k, v = self._project(x, state.position)
-        o = retention_step(q, k, v, self.log_decay, state.kv)
-        y = self._finish(o, x, state.position)
+        y = self._step_fused(x, state)
+        if y is None:
+            q, k, v = self._project(x, state.position)
+            o = retention_step(q, k, v, self.log_decay, state.kv)
+            y = self._finish(o, x, state.position)
         state.position.add_(1)
         return y, state
+
+    def _step_fused(self, x: Tensor, state: RetentionState) -> Tensor | None:
+        """`step` in three calls where `gated_heads` covers this configuration and machine; None elsewhere."""
+        c = self.config
+        if x.dtype is not torch.float32 or self.head_norm_weight is not None or c.score_norm == "paper":
+            return None
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+        q, k, v, *gate = products(x, tuple([p.weight for p in projections if p is not None]))
+        core = Core(
+            self.log_decay, self.theta, c.rotary, c.score_norm == "decay", c.head_norm, c.head_norm_eps
+        )
+        y = gated_heads(q, k, v, gate[0] if gate else None, state.position, state.kv, core)
+        return None if y is None else self.out_proj(y)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

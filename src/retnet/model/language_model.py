@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers import MIXERS
+from retnet.mixers import MIXERS, Linear
 from retnet.model.config import ModelConfig
 from retnet.settings import UserError
 
@@ -43,9 +43,9 @@ class FeedForward(nn.Module):
         super().__init__()
         width = config.ffn_dim or 2 * config.d_model
         self.act = F.silu if config.ffn == "swiglu" else F.gelu
-        self.fc1 = nn.Linear(config.d_model, width, bias=False)
-        self.gate = nn.Linear(config.d_model, width, bias=False) if config.ffn != "gelu" else None
-        self.fc2 = nn.Linear(width, config.d_model, bias=False)
+        self.fc1 = Linear(config.d_model, width)
+        self.gate = Linear(config.d_model, width) if config.ffn != "gelu" else None
+        self.fc2 = Linear(width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...,D] → [...,D]."""
@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = Norm(config.d_model, config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         if not self.embedding.weight.is_meta:  # there is nothing to fill, and trying costs seconds of imports

@@ -10,6 +10,7 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
+from retnet.ops.decode import Core, decoding, gated_heads, products
 from retnet.ops.retention import BACKENDS, FORMS, retention, retention_step
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
 
@@ -18,10 +19,14 @@ __all__ = [
     "FORMS",
     "LAYOUTS",
     "SPACINGS",
+    "Core",
     "Decay",
+    "decoding",
     "frequencies",
+    "gated_heads",
     "log_decays",
     "positions",
+    "products",
     "retention",
     "retention_step",
     "rotate",

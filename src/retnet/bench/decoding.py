@@ -1,0 +1,310 @@
+"""`retnet bench decode`: time per generated token against context length, memory traffic and a Llama's KV cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from retnet.bench import peers
+from retnet.bench.timing import (
+    Contender,
+    Sample,
+    Say,
+    Spread,
+    Target,
+    interleave,
+    median_seconds,
+    memory_bandwidth,
+    spread,
+    times_faster,
+)
+from retnet.bench.training import cost_vocabulary
+from retnet.infer.states import select_rows
+from retnet.model import LanguageModel, ModelConfig, ModelState
+from retnet.settings import UserError
+from retnet.train.host import keep_freed_memory
+
+OURS, PEER = "retnet", "llama"
+WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
+PIECE = 2048  # tokens of one call of `prefill`
+NOTES = (
+    "one step: one token a sequence through the whole model, fp32, inference mode; seconds are medians over steps",
+    "contexts of the retnet rows are real: random tokens were prefilled, and every sample starts from a copy of that state",
+    "the Llama's caches hold random keys and values (DynamicCache, which concatenates: what generate() does by default); "
+    "every sample starts from a cache of the stated length, which then grows by one token a step",
+    "floor: bytes that a step must read ÷ read bandwidth + bytes it must read and write ÷ update bandwidth",
+    "read: all weights but an untied embedding, of which a step needs one row; for the Llama also its cache. Updated: the "
+    "state, counted twice, once in and once out",
+    "bandwidths are measured beside every contender with a buffer that no cache holds, on all threads of torch; models "
+    "whose weights fit the caches can be faster than this floor",
+)
+
+
+@dataclass(frozen=True)
+class DecodingBench:
+    """What `measure_decoding` measures."""
+
+    model: ModelConfig
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    peer_contexts: tuple[int, ...] = (1024, 8192, 32768)
+    batch: int = 8  # also so many sequences at once, at two contexts; 1: no
+    rounds: int = 7
+    steps: int = 48  # of one sample, fewer where they are slow
+    long: int = 0  # tokens of one continuous generation; 0: none
+    long_model: ModelConfig | None = None  # that generates them
+    buffer_megabytes: int = 256  # that bandwidth is measured with
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.long and self.long < 2 * FIRST:
+            raise UserError(f"--long is {self.long}; it must be at least {2 * FIRST}, or 0 for none")
+
+
+@dataclass
+class Row:
+    """One line of the result."""
+
+    name: str
+    batch: int
+    context: int  # tokens seen before the first timed step
+    read: int  # bytes a step reads
+    updated: int  # bytes a step reads and writes, counted once
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> Spread:
+        """Of one step, which makes `batch` tokens."""
+        return spread(s.seconds for s in self.samples)
+
+    @property
+    def floor(self) -> Spread:
+        """Seconds that the memory traffic of a step takes at the measured bandwidths."""
+        return spread(self._floor(s) for s in self.samples)
+
+    @property
+    def over_floor(self) -> Spread:
+        """Time ÷ floor, round by round."""
+        return spread(s.seconds / self._floor(s) for s in self.samples)
+
+    def _floor(self, sample: Sample) -> float:
+        return self.read / sample.limits["read"] + 2 * self.updated / sample.limits["update"]
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return {
+            "name": self.name,
+            "batch": self.batch,
+            "context": self.context,
+            "read_bytes": self.read,
+            "updated_bytes": self.updated,
+            "seconds_per_step": vars(self.seconds),
+            "floor_seconds": vars(self.floor),
+            "over_floor": vars(self.over_floor),
+            "rounds": [s._asdict() for s in self.samples],
+        }
+
+
+def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
+    """Runs all contenders, interleaved; plain data for the record (see `retnet.bench.report`).
+
+    Raises:
+        UserError: transformers is missing, or no Llama fits beside the model.
+    """
+    peers.need("transformers")
+    keep_freed_memory()
+    torch.manual_seed(0)
+    config = _with_vocabulary(bench.model)
+    long = None
+    if bench.long:  # first, while the process is small
+        long = generate_long(_with_vocabulary(bench.long_model or config), bench.long, say)
+    rows, contenders = _contenders(bench, config, say)
+    samples = interleave(contenders, memory_bandwidth(bench.buffer_megabytes), bench.rounds, say)
+    for row, contender in zip(rows, contenders, strict=True):
+        row.samples = samples[contender.name]
+    every = [s for part in samples.values() for s in part]
+    return {
+        "notes": NOTES,
+        "limits": {
+            f"{name}_bytes_per_s": vars(spread(s.limits[name] for s in every)) for name in ("read", "update")
+        },
+        "rows": [row.record() for row in rows],
+        "long": long,
+        "targets": [target.record() for target in [*targets(rows), *long_targets(long)]],
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step reads: all, tied ones once; of an untied embedding a row, which is not counted."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    looked_up = sum(w.nbytes for w in embeddings if id(w) not in heads)
+    return sum(p.nbytes for p in model.parameters()) - looked_up
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    """What decoding one sequence should reach: flat in the context, and near the floor everywhere."""
+    ours = [row for row in rows if row.name == OURS and row.batch == 1]
+    first = ours[0]
+    found = [
+        Target(
+            f"time per token at {row.context:,} ÷ at {first.context:,} tokens of context",
+            times_faster(first.samples, row.samples),
+            least=0.95,
+            most=1.05,
+        )
+        for row in ours[1:]
+    ]
+    worst = max((row.over_floor for row in ours), key=lambda s: s.median)
+    return [*found, Target("time per token ÷ floor, the worst context", worst, most=1.5)]
+
+
+FIRST = 100  # tokens into a generation that all later ones are compared with
+BLOCKS, BLOCK = 5, 20  # at each mark: so many blocks of so many steps, alternating with steps at token 100
+
+
+def generate_long(config: ModelConfig, tokens: int, say: Say) -> dict[str, Any]:
+    """One continuous greedy generation of `tokens` tokens: time per token and resident memory along the way.
+
+    At token 100, 1,000, 10,000 … and at the end, blocks of its steps alternate with blocks of steps that start over from
+    the state at token 100, so that both see the same machine.
+    """
+    model = LanguageModel(config).eval()
+    marks = sorted({FIRST * 10**n for n in range(20) if FIRST * 10**n <= tokens} | {tokens})
+    process, found = psutil.Process(), []
+    with torch.inference_mode():
+        generation = _Generation(model, model.init_state(1), torch.zeros(1, dtype=torch.long))
+        early: _Generation | None = None
+        for mark in marks:
+            say(f"one generation: up to token {mark:,} of {tokens:,}")
+            while generation.made < mark:
+                generation.step()
+            if early is None:
+                early = generation.copy()
+            pairs = [(generation.block(), early.copy().block()) for _ in range(BLOCKS)]
+            found.append(
+                {
+                    "token": mark,
+                    "seconds_per_token": statistics.median(t for now, _ in pairs for t in now),
+                    "ratio_to_first": vars(
+                        spread(statistics.median(a) / statistics.median(b) for a, b in pairs)
+                    ),
+                    "rss_bytes": process.memory_info().rss,
+                }
+            )
+    return {"parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens, "marks": found}
+
+
+def long_targets(long: dict[str, Any] | None) -> list[Target]:
+    """A long generation stays as fast and as large as it was at token 100."""
+    if long is None:
+        return []
+    first, last = long["marks"][0], long["marks"][-1]
+    grown = last["rss_bytes"] / first["rss_bytes"]
+    where = f"at token {last['token']:,} ÷ at token {first['token']:,}"
+    return [
+        Target(f"time per token {where}", Spread(**last["ratio_to_first"]), least=0.95, most=1.05),
+        Target(f"resident memory {where}", Spread(grown, grown, grown), most=1.01),
+    ]
+
+
+class _Generation:
+    """A text in the making."""
+
+    def __init__(self, model: LanguageModel, state: ModelState, token: Tensor, made: int = 0) -> None:
+        self.model, self.state, self.token, self.made = model, state, token, made
+
+    def step(self) -> None:
+        logits, self.state = self.model.step(self.token, self.state)
+        self.token = logits.argmax(-1)
+        self.made += 1
+
+    def block(self) -> list[float]:
+        """Seconds of each of the next steps."""
+        return [median_seconds(self.step, 1, warmup=0) for _ in range(BLOCK)]
+
+    def copy(self) -> _Generation:
+        return _Generation(self.model, select_rows(self.state, [0]), self.token, self.made)
+
+
+def _with_vocabulary(config: ModelConfig) -> ModelConfig:
+    return config if config.vocab_size else replace(config, vocab_size=cost_vocabulary(config))
+
+
+def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[list[Row], list[Contender]]:
+    assert config.vocab_size is not None
+    ours = LanguageModel(config).eval()
+    size = sum(p.numel() for p in ours.parameters())
+    peer = peers.llama(config.vocab_size, config.d_model, config.num_layers, size).eval()
+    states = _states(ours, bench.contexts, say)
+    rows, contenders = [], []
+
+    def add(row: Row, start: Callable[[], Callable[[], object]]) -> None:
+        def measure() -> float:
+            with torch.inference_mode():
+                return median_seconds(start(), bench.steps, warmup=WARMUP)
+
+        rows.append(row)
+        contenders.append(Contender(f"{row.name}, B {row.batch}, context {row.context}", measure))
+
+    def add_ours(batch: int, context: int) -> None:
+        state = states[context]
+        updated = batch * sum(x.nbytes for layer in state for x in layer)
+        add(
+            Row(OURS, batch, context, weight_bytes(ours), updated),
+            lambda: _stepper(ours, select_rows(state, [0] * batch)),
+        )
+
+    def add_peer(batch: int, context: int) -> None:
+        layers = peers.random_cache(peer, batch, context)
+        cached = sum(x.nbytes for layer in layers for x in layer)
+        add(Row(PEER, batch, context, weight_bytes(peer) + cached, 0), lambda: _llama_stepper(peer, layers))
+
+    for context in bench.contexts:
+        add_ours(1, context)
+    for context in bench.peer_contexts:
+        add_peer(1, context)
+    if bench.batch > 1:
+        for context in (bench.contexts[0], bench.contexts[-1]):
+            add_ours(bench.batch, context)
+        for context in bench.peer_contexts[:2]:
+            add_peer(bench.batch, context)
+    return rows, contenders
+
+
+def _states(model: LanguageModel, contexts: tuple[int, ...], say: Say) -> dict[int, ModelState]:
+    """Context → the state after so many random tokens of one text."""
+    states, seen = {}, 0
+    with torch.inference_mode():
+        state = model.init_state(1)
+        for context in sorted(contexts):
+            say(f"prefilling {context:,} tokens")
+            while seen < context:
+                piece = torch.randint(model.config.vocab_size or 1, (1, min(PIECE, context - seen)))
+                _, state = model.prefill(piece, state)
+                seen += piece.shape[1]
+            states[context] = select_rows(state, [0])
+    return states
+
+
+def _stepper(model: LanguageModel, state: ModelState) -> Callable[[], object]:
+    tokens = torch.zeros(len(state[0][0]), dtype=torch.long)
+
+    def step() -> None:
+        nonlocal state
+        _, state = model.step(tokens, state)
+
+    return step
+
+
+def _llama_stepper(model: nn.Module, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    cache = peers.dynamic_cache(layers)
+    tokens = torch.zeros(len(layers[0][0]), 1, dtype=torch.long)
+    return lambda: model(input_ids=tokens, past_key_values=cache, use_cache=True)

@@ -1,0 +1,124 @@
+"""Who we are measured against: a Llama of equal size, and retention as one would write it first."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retnet.ops.reference import decay_mask
+from retnet.settings import UserError
+
+HEAD_WIDTH = 64
+
+
+def need(*modules: str) -> tuple[ModuleType, ...]:
+    """Imports what only measurements use.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    try:
+        return tuple(import_module(name) for name in modules)
+    except ImportError as error:
+        name = error.name or modules[0]
+        raise UserError(f"retnet bench needs {name}, which is missing; pip install 'retnet[bench]'") from None
+
+
+def llama(vocab_size: int, d_model: int, num_layers: int, parameters: int) -> nn.Module:
+    """A Hugging Face `LlamaForCausalLM` with fresh weights: SDPA attention, heads of 64, tied embeddings.
+
+    Args:
+        vocab_size: rows of the embedding.
+        d_model: width.
+        num_layers: depth.
+        parameters: of the model to be compared with; the feed-forward width is chosen to come closest.
+
+    Raises:
+        UserError: transformers is missing, the width is no multiple of 64, or no feed-forward width comes within 2 %.
+    """
+    (transformers,) = need("transformers")
+    if d_model % HEAD_WIDTH:
+        raise UserError(
+            f"d_model is {d_model}, but the Llama beside it has heads of {HEAD_WIDTH}; take a multiple of {HEAD_WIDTH}"
+        )
+    rest = vocab_size * d_model + num_layers * (4 * d_model**2 + 2 * d_model) + d_model
+    per_width = 3 * d_model * num_layers
+    width = max(8, 8 * round((parameters - rest) / per_width / 8))
+    if abs(rest + width * per_width - parameters) > 0.02 * parameters:
+        raise UserError(
+            f"no Llama of d_model {d_model} and {num_layers} layers has about {parameters:,} parameters; the nearest has "
+            f"{rest + width * per_width:,}. Take a wider model"
+        )
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=d_model,
+        intermediate_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=d_model // HEAD_WIDTH,
+        max_position_embeddings=2**20,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
+
+
+def llama_flops_per_token(model: nn.Module, length: int) -> int:
+    """Of a forward pass over `length` tokens, a multiply-add as two; causal attention as half of the full square."""
+    config: Any = model.config
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return int(2 * products + config.num_hidden_layers * 2 * config.hidden_size * length)
+
+
+def random_cache(model: nn.Module, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of `length` tokens for every layer, fp32 [B, heads, T, 64]; their values do not change any time."""
+    config: Any = model.config
+    shape = (batch, config.num_key_value_heads, length, HEAD_WIDTH)
+    return [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+
+
+def dynamic_cache(layers: list[tuple[Tensor, Tensor]]) -> Any:  # noqa: ANN401
+    """A `DynamicCache`, what `generate` uses by default, that starts with a copy of these keys and values."""
+    (transformers,) = need("transformers")
+    return transformers.DynamicCache(layers)
+
+
+def chunk_loop(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, chunk: int) -> Tensor:
+    """Chunkwise retention (paper §2), differentiated by autograd.
+
+    Splits once and concatenates once, so its backward is linear in the number of chunks.
+
+    Args:
+        q: [B,T,H,K].
+        k: [B,T,H,K].
+        v: [B,T,H,V].
+        log_decay: ln γ, [H].
+        scale: of the query-key products.
+        chunk: C; T must be a multiple of it.
+
+    Returns:
+        [B,T,H,V].
+    """
+    j = torch.arange(chunk, device=q.device)
+    log_decay = log_decay.to(q.dtype)[:, None]
+    mask = decay_mask(log_decay[:, 0], chunk) * scale  # [H,C,C]
+    xi = torch.exp(log_decay * (j + 1))[..., None] * scale  # [H,C,1]
+    zeta = torch.exp(log_decay * (chunk - 1 - j))[..., None]
+    carry = torch.exp(log_decay * chunk)[..., None]
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    outputs = []
+    for qc, kc, vc in zip(*(torch.split(x.transpose(1, 2), chunk, dim=2) for x in (q, k, v)), strict=True):
+        outputs.append((qc @ kc.mT * mask) @ vc + (qc * xi) @ state)
+        state = carry * state + (kc * zeta).mT @ vc
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def parallel_form(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
+    """(Q Kᵀ ⊙ D) V of all tokens at once, differentiated by autograd; shapes as in `chunk_loop`."""
+    mask = decay_mask(log_decay.to(q.dtype), q.shape[1]) * scale  # [H,T,T]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.mT * mask) @ v).transpose(1, 2)

@@ -1,0 +1,159 @@
+"""What a measurement leaves behind: a JSON record, a picture beside it, tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from retnet.bench import peers
+from retnet.bench.plots import draw
+from retnet.settings import UserError
+from retnet.train import host
+
+Record = dict[str, Any]
+
+
+def host_slug(cpu: str, cores: int | None) -> str:
+    """A short name of a machine for file names: ``"AMD EPYC"`` with 2 cores → ``"amd-epyc-2c"``."""
+    name = re.sub(r"\((?:r|tm)\)|@.*|\bcpu\b|\bprocessor\b|\b\d+-core\b", " ", cpu.lower())
+    words = re.findall(r"[a-z0-9]+", name) or ["unknown"]
+    return "-".join([*words, f"{cores or 0}c"])
+
+
+def prepare(out: Path) -> None:
+    """Checks, before minutes are spent on measuring, that a record can be written.
+
+    Raises:
+        UserError: matplotlib is missing, or the directory cannot be made.
+    """
+    peers.need("matplotlib.figure")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from None
+
+
+def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> Record:
+    """Adds to what was measured where, when and with what it was measured."""
+    return {
+        "name": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": host.describe(),
+        "peers": {"transformers": metadata.version("transformers")},
+        "memory": "freed memory is kept by malloc (retnet.train.host.keep_freed_memory), for all contenders alike",
+        "configuration": dict(configuration),
+        **measured,
+    }
+
+
+def write(record: Record, out: Path) -> tuple[Path, Path]:
+    """Writes ``NAME.HOST.json`` and ``NAME.HOST.png``; returns their paths.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    stem = f"{record['name']}.{host_slug(record['host']['cpu'], record['host']['cores'])}"
+    data, picture = out / f"{stem}.json", out / f"{stem}.png"
+    try:
+        data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw(record, picture)
+    except OSError as error:
+        raise UserError(f"cannot write {stem} to {out}: {error.strerror}; choose another --out") from None
+    return data, picture
+
+
+def show(record: Record, console: Console) -> None:
+    """Prints the tables of a record."""
+    tables = [_op_table(record), _training_table(record)] if "op" in record else [_decoding_table(record)]
+    if record.get("long"):
+        tables.append(_long_table(record["long"]))
+    for table in [*tables, _target_table(record)]:
+        console.print(table)
+    rates = (f"{name} {_spread(rate, 1e-9, 1)} G" for name, rate in record["limits"].items())
+    console.print("limits, median (least..greatest): " + "; ".join(rates))
+
+
+def _spread(values: Mapping[str, float], scale: float = 1.0, digits: int = 2) -> str:
+    median, low, high = (f"{values[key] * scale:,.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}..{high})"
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _training_table(record: Record) -> Table:
+    columns = ("T", "batch", "tokens/s", "model flops ÷ fp32 products", "÷ torch.mm")
+    table = _table("Training steps, median (least..greatest) over rounds", ("contender",), columns)
+    for row in record["rows"]:
+        table.add_row(
+            row["name"],
+            f"{row['length']:,}",
+            str(row["batch"]),
+            _spread(row["tokens_per_s"], digits=0),
+            _spread(row["of_limit"]),
+            _spread(row["of_torch_mm"]),
+        )
+    return table
+
+
+def _op_table(record: Record) -> Table:
+    shape = " ".join(f"{name} {size}" for name, size in record["op"]["shape"].items())
+    table = _table(f"The op alone, forward + backward, {shape}", ("contender",), ("ms",))
+    for row in record["op"]["rows"]:
+        table.add_row(row["name"], _spread(row["seconds"], 1e3, 1))
+    return table
+
+
+def _decoding_table(record: Record) -> Table:
+    columns = ("batch", "context", "ms per step", "floor, ms", "time ÷ floor")
+    table = _table("One token a sequence, median (least..greatest) over rounds", ("contender",), columns)
+    for row in record["rows"]:
+        table.add_row(
+            row["name"],
+            str(row["batch"]),
+            f"{row['context']:,}",
+            _spread(row["seconds_per_step"], 1e3),
+            _spread(row["floor_seconds"], 1e3),
+            _spread(row["over_floor"]),
+        )
+    return table
+
+
+def _long_table(long: Record) -> Table:
+    title = f"One generation of {long['tokens']:,} tokens, {long['parameters'] / 1e6:.1f} M parameters"
+    table = _table(title, (), ("at token", "ms per token", "÷ at token 100", "resident memory, MB"))
+    for mark in long["marks"]:
+        table.add_row(
+            f"{mark['token']:,}",
+            f"{mark['seconds_per_token'] * 1e3:.3f}",
+            _spread(mark["ratio_to_first"], digits=3),
+            f"{mark['rss_bytes'] / 1e6:,.1f}",
+        )
+    return table
+
+
+def _target_table(record: Record) -> Table:
+    quick = " (meaningless after a quick run)" if record["configuration"]["quick"] else ""
+    table = _table(f"Targets{quick}", ("what",), ("wanted", "seen", "met"))
+    for target in record["targets"]:
+        table.add_row(
+            target["what"],
+            target["wanted"],
+            _spread(target["seen"], digits=3),
+            "yes" if target["met"] else "NO",
+        )
+    return table

@@ -1,0 +1,285 @@
+"""`retnet bench train`: training steps beside a Llama of equal size and beside the machine's matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.bench import peers
+from retnet.bench.timing import (
+    Contender,
+    Sample,
+    Say,
+    Spread,
+    Target,
+    interleave,
+    matrix_products,
+    median_seconds,
+    spread,
+    times_faster,
+)
+from retnet.mixers import RetentionConfig
+from retnet.model import LanguageModel, ModelConfig
+from retnet.model.cost import cost
+from retnet.ops import log_decays, retention
+from retnet.settings import UserError
+from retnet.train.config import TrainConfig
+from retnet.train.host import keep_freed_memory
+from retnet.train.optimizer import adamw
+
+OURS, PEER, BF16, PACKED = "retnet", "llama", "retnet, bf16 autocast", "retnet, one packed row"
+OP = {
+    "ours": "retnet.ops.retention",
+    "chunk 64": "autograd, chunks of 64",
+    "chunk 128": "autograd, chunks of 128",
+    "parallel": "autograd, parallel form",
+}
+NOTES = (
+    "one step: forward, cross entropy, backward, fused AdamW, on random tokens; fp32 unless a row says otherwise",
+    "model flops of a step: 3 × those of a forward pass; a chunk of retention counted as a full square, causal attention "
+    "as half of one, norms, activations and the optimiser not at all",
+    "of_limit: model flops per second ÷ rate of fp32 matrix products by the fastest library that torch has, measured right "
+    "before and after in the same process; of_torch_mm: ÷ that of torch.mm, which may not be the fastest",
+    "bf16 and packed rows are extra: no target concerns them",
+)
+
+
+@dataclass(frozen=True)
+class TrainingBench:
+    """What `measure_training` measures."""
+
+    model: ModelConfig
+    lengths: tuple[int, ...] = (512, 2048, 8192, 16384)  # those above `tokens` are left out
+    tokens: int = 16384  # of every step, whatever the length
+    rounds: int = 3
+    op_length: int = 2048  # of the op alone, one row
+    extra: bool = False  # also bf16 and packed rows, at 2048 tokens
+    product_size: int = 1536  # of the matrices that give the limit
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"--rounds is {self.rounds}; it must be at least 1")
+        if not self.used_lengths or any(self.tokens % length for length in self.used_lengths):
+            raise UserError(
+                f"--tokens is {self.tokens}; it must be a multiple of every sequence length up to it: "
+                f"{', '.join(map(str, self.lengths))}"
+            )
+        if not isinstance(self.model.mixer, RetentionConfig):
+            raise UserError(f"model.mixer.name is {self.model.mixer.name!r}; bench measures 'retention'")
+
+    @property
+    def used_lengths(self) -> tuple[int, ...]:
+        """The lengths of which a step holds at least one row."""
+        return tuple(length for length in self.lengths if length <= self.tokens)
+
+
+@dataclass
+class Row:
+    """One line of the result."""
+
+    name: str
+    length: int  # tokens of a row
+    batch: int  # rows of a step
+    flops: float  # model flops of a step, forward and backward
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> Spread:
+        """Tokens learned from in a second."""
+        return spread(self.length * self.batch / s.seconds for s in self.samples)
+
+    @property
+    def of_limit(self) -> Spread:
+        """Model flops per second as a fraction of the machine's fp32 matrix products, by the fastest library."""
+        return spread(self.flops / s.seconds / max(s.limits.values()) for s in self.samples)
+
+    @property
+    def of_torch_mm(self) -> Spread:
+        """Model flops per second as a fraction of the rate of `torch.mm`."""
+        return spread(self.flops / s.seconds / s.limits["torch_mm"] for s in self.samples)
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return {
+            "name": self.name,
+            "length": self.length,
+            "batch": self.batch,
+            "flops_per_step": self.flops,
+            "tokens_per_s": vars(self.tokens_per_second),
+            "of_limit": vars(self.of_limit),
+            "of_torch_mm": vars(self.of_torch_mm),
+            "rounds": [s._asdict() for s in self.samples],
+        }
+
+
+def measure_training(bench: TrainingBench, say: Say) -> dict[str, Any]:
+    """Runs all contenders, interleaved; plain data for the record (see `retnet.bench.report`).
+
+    Raises:
+        UserError: transformers is missing, or no Llama fits beside the model.
+    """
+    peers.need("transformers")
+    keep_freed_memory()
+    torch.manual_seed(0)
+    if bench.model.vocab_size is None:  # bytes
+        bench = replace(bench, model=replace(bench.model, vocab_size=cost_vocabulary(bench.model)))
+    rows, contenders = _steps(bench)
+    op = _op_contenders(bench)
+    limits = matrix_products(bench.product_size)
+    samples = interleave([*contenders, *op], limits, bench.rounds, say)
+    for row, contender in zip(rows, contenders, strict=True):
+        row.samples = samples[contender.name]
+    op_samples = {name: samples[name] for name in OP.values()}
+    every = [s for part in samples.values() for s in part]
+    return {
+        "notes": NOTES,
+        "limits": {
+            f"fp32_{name}_flops_per_s": vars(spread(s.limits[name] for s in every)) for name in limits
+        },
+        "rows": [row.record() for row in rows],
+        "op": {
+            "shape": dict(zip("BTHKV", _op_shape(bench), strict=True)),
+            "rows": [
+                {
+                    "name": name,
+                    "seconds": vars(spread(s.seconds for s in part)),
+                    "rounds": [s._asdict() for s in part],
+                }
+                for name, part in op_samples.items()
+            ],
+        },
+        "targets": [
+            target.record() for target in [*step_targets(rows), op_target(op_samples, bench.op_length)]
+        ],
+    }
+
+
+def cost_vocabulary(config: ModelConfig) -> int:
+    """The vocabulary `cost` assumes where a configuration leaves it to the tokenizer: that of bytes."""
+    return cost(config).parameters["embedding"] // config.d_model
+
+
+def step_targets(rows: list[Row]) -> list[Target]:
+    """What whole steps should reach, as far as the rows were measured."""
+    at = {(row.name, row.length): row for row in rows}
+    targets = []
+    if row := at.get((OURS, 2048)):
+        targets.append(Target("model flops ÷ fp32 products, T 2048", row.of_limit, least=0.80))
+    if (long := at.get((OURS, 16384))) and (short := at.get((OURS, 2048))):
+        ratio = times_faster(long.samples, short.samples)  # equal tokens a step
+        targets.append(Target("tokens/s at T 16384 ÷ at T 2048", ratio, least=0.90))
+    for length, least in ((2048, 1.0), (8192, 2.0)):
+        if (ours := at.get((OURS, length))) and (peer := at.get((PEER, length))):
+            ratio = times_faster(ours.samples, peer.samples)
+            targets.append(Target(f"tokens/s ÷ those of the Llama, T {length}", ratio, least=least))
+    return targets
+
+
+def op_target(samples: Mapping[str, list[Sample]], length: int) -> Target:
+    """Ours against the faster of the straightforward ones, chosen by its median."""
+    ratios = [times_faster(samples[OP["ours"]], samples[name]) for name in OP.values() if name != OP["ours"]]
+    best = min(ratios, key=lambda ratio: ratio.median)
+    return Target(f"op, forward + backward: times faster than autograd, T {length}", best, least=1.5)
+
+
+def _steps(bench: TrainingBench) -> tuple[list[Row], list[Contender]]:
+    config = bench.model
+    assert config.vocab_size is not None
+    ours = LanguageModel(config)
+    size = sum(p.numel() for p in ours.parameters())
+    peer = peers.llama(config.vocab_size, config.d_model, config.num_layers, size)
+    learn, peer_learn = _Learner(ours, ours), _Learner(peer, _llama_logits(peer))
+    rows, contenders = [], []
+
+    def add(name: str, length: int, flops_per_token: int, step: Callable[[Tensor, Tensor], None]) -> None:
+        batch = bench.tokens // length
+        text = torch.randint(ours.config.vocab_size or 1, (batch, length + 1))
+        tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        rows.append(Row(name, length, batch, 3.0 * flops_per_token * bench.tokens))
+        contenders.append(
+            Contender(
+                f"{name}, T {length}", lambda: median_seconds(lambda: step(tokens, targets), 1, warmup=0)
+            )
+        )
+
+    for length in bench.used_lengths:
+        flops = cost(config, length).flops_per_token
+        add(OURS, length, flops, learn.step)
+        add(PEER, length, peers.llama_flops_per_token(peer, length), peer_learn.step)
+        if bench.extra and length == min(bench.used_lengths, key=lambda n: abs(n - 2048)):
+            add(BF16, length, flops, partial(learn.step, autocast=torch.autocast("cpu", torch.bfloat16)))
+            add(PACKED, length, flops, _Learner(ours, _packed_logits(ours), learn.optimizer).step)
+    return rows, contenders
+
+
+class _Learner:
+    """A model, its optimiser and the steps they make; `logits` maps tokens [B,T] to [B,T,vocab_size] (or packed alike)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        logits: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.logits = logits
+        self.optimizer = optimizer or adamw(model.train(), TrainConfig())
+
+    def step(
+        self, tokens: Tensor, targets: Tensor, autocast: AbstractContextManager[Any] | None = None
+    ) -> None:
+        with autocast or nullcontext():
+            logits = self.logits(tokens)
+        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _llama_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+
+def _packed_logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+    """As the trainer lays a batch out: its rows end to end, each a document."""
+
+    def logits(tokens: Tensor) -> Tensor:
+        rows, length = tokens.shape
+        bounds = torch.arange(rows + 1, dtype=torch.int32) * length
+        packed: Tensor = model(tokens.reshape(1, -1), cu_seqlens=bounds)
+        return packed
+
+    return logits
+
+
+def _op_shape(bench: TrainingBench) -> tuple[int, int, int, int, int]:
+    mixer = bench.model.mixer
+    assert isinstance(mixer, RetentionConfig)
+    return 1, bench.op_length, mixer.num_heads, *mixer.widths(bench.model.d_model)
+
+
+def _op_contenders(bench: TrainingBench) -> list[Contender]:
+    mixer = bench.model.mixer
+    assert isinstance(mixer, RetentionConfig)
+    B, T, H, K, V = _op_shape(bench)
+    q, k, v = (torch.randn(B, T, H, width, requires_grad=True) for width in (K, K, V))
+    d_out = torch.randn(B, T, H, V)
+    log_decay, scale = log_decays(mixer.decay, H), K**-0.5
+
+    def contender(name: str, forward: Callable[[], Tensor]) -> Contender:
+        def both() -> None:
+            torch.autograd.grad(forward(), (q, k, v), d_out)
+
+        return Contender(name, lambda: median_seconds(both, 7))
+
+    return [
+        contender(OP["ours"], lambda: retention(q, k, v, log_decay, backend="cpu")[0]),
+        contender(OP["chunk 64"], lambda: peers.chunk_loop(q, k, v, log_decay, scale, 64)),
+        contender(OP["chunk 128"], lambda: peers.chunk_loop(q, k, v, log_decay, scale, 128)),
+        contender(OP["parallel"], lambda: peers.parallel_form(q, k, v, log_decay, scale)),
+    ]

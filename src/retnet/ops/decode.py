@@ -1,0 +1,232 @@
+"""Decoding on a CPU: every weight and every state is read once, at the speed of the memory, in few calls.
+
+torch's matrix product with a few rows runs on one thread at a third of that thread's bandwidth, updates a state in three
+passes, and dispatches seventy small operators a layer. The kernels here, compiled by numba where it is installed, do the
+same in one pass on all threads. Without numba, or for other types, the functions return what torch computes, or None
+for "compose it from the parts"; the parts are the law, and the kernels are tested against them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_ROWS = 8  # beyond, torch's matrix product is the faster one
+MIN_SIZE = 1 << 14  # numbers in a weight or state; below, torch's overhead is the smaller one
+
+_NORMS = {"none": 0, "group": 1, "rms": 2}
+_LAYOUTS = {"none": 0, "interleaved": 1, "halves": 2}
+_log = logging.getLogger("retnet.ops")
+
+
+class Core(NamedTuple):
+    """What turns projections into the gated, normalised heads of multi-scale retention; constants of a mixer."""
+
+    log_decay: Tensor  # [H] fp32
+    theta: Tensor  # [K/2] fp64, empty without rotation
+    layout: str  # "interleaved", "halves" or "none"
+    bridge: bool  # rows divided by √Σγ before the norm (score_norm "decay")
+    norm: str  # "group", "rms" or "none"
+    eps: float
+
+
+class _Kernels(NamedTuple):
+    products: Callable[..., None]
+    core: Callable[..., None]
+
+
+def products(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """x Wᵀ for each W: x [...,K] and weights [N,K] → [...,N]; differentiable, any type.
+
+    Few fp32 rows on the CPU without gradient, which is decoding, take the compiled path, in one call.
+    """
+    if (
+        x.dim() == 2
+        and _eligible(x)
+        and weights[0].numel() >= MIN_SIZE
+        and (kernels := _kernels()) is not None
+    ):
+        out = tuple([x.new_empty(x.shape[0], w.shape[0]) for w in weights])
+        kernels.products(
+            x.contiguous().numpy(),
+            tuple([w.detach().numpy() for w in weights]),
+            tuple([y.numpy() for y in out]),
+        )
+        return out
+    return tuple(F.linear(x, w) for w in weights)
+
+
+def gated_heads(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, position: Tensor, state: Tensor, core: Core
+) -> Tensor | None:
+    """One step of gated multi-scale retention between its projections (paper §3), in one pass over the state.
+
+    Rotates q and k, moves the state on, reads it, normalises each head, and gates by swish(gate).
+
+    Args:
+        q: [B,H·K], not rotated.
+        k: [B,H·K], not rotated.
+        v: [B,H·V].
+        gate: [B,H·V] or None.
+        position: int64 [B], of this token.
+        state: [B,H,K,V] fp32, contiguous, updated in place.
+        core: constants of the mixer.
+
+    Returns:
+        [B,H·V], or None, and nothing done, where the kernel cannot run: other types, devices, no numba, a gradient.
+    """
+    if (
+        not _eligible(q)
+        or state.dtype is not torch.float32
+        or state.numel() < MIN_SIZE
+        or not state.is_contiguous()
+    ):
+        return None
+    if (kernels := _kernels()) is None:
+        return None
+    out = torch.empty_like(v)
+    kernels.core(
+        q.numpy(),
+        k.numpy(),
+        v.numpy(),
+        (out if gate is None else gate).numpy(),
+        gate is not None,
+        position.numpy(),
+        state.numpy(),
+        core.log_decay.numpy(),
+        core.theta.numpy(),
+        _LAYOUTS[core.layout],
+        core.bridge,
+        _NORMS[core.norm],
+        core.eps,
+        out.numpy(),
+    )
+    return out
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """While tokens are decoded on a CPU, lets the kernels here have the cores.
+
+    torch's thread pool and numba's are two, and each keeps its threads spinning for a while after work: on a machine
+    whose cores are all in use they slow each other down several times. torch's part of a step needs one thread.
+    """
+    threads = torch.get_num_threads()
+    if _kernels() is None:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _eligible(x: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and x.shape[0] <= MAX_ROWS
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@cache
+def _kernels() -> _Kernels | None:
+    """Compiled on first use, a few seconds, and kept on disk beside this file."""
+    try:
+        import numba
+    except ImportError:
+        _log.info(
+            "decoding: numba is not installed, so torch's products are used; pip install 'retnet[fast]' is faster"
+        )
+        return None
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    compiled = numba.njit(parallel=True, fastmath=True, cache=True)
+    return _Kernels(_compile_products(compiled, numba.prange), _compile_core(compiled, numba.prange))
+
+
+def _compile_products(compiled: Any, prange: Any) -> Callable[..., None]:  # noqa: ANN401
+    @compiled
+    def kernel(x: Any, weights: Any, out: Any) -> None:  # noqa: ANN401
+        for i in range(len(weights)):
+            weight, y = weights[i], out[i]
+            for n in prange(weight.shape[0]):
+                for b in range(x.shape[0]):
+                    total = x[b, 0] * 0
+                    for j in range(weight.shape[1]):
+                        total += weight[n, j] * x[b, j]
+                    y[b, n] = total
+
+    return kernel
+
+
+def _compile_core(compiled: Any, prange: Any) -> Callable[..., None]:  # noqa: ANN401
+    @compiled
+    def kernel(  # noqa: ANN202
+        q: Any,  # noqa: ANN401
+        k: Any,  # noqa: ANN401
+        v: Any,  # noqa: ANN401
+        gate: Any,  # noqa: ANN401
+        gated: bool,
+        position: Any,  # noqa: ANN401
+        state: Any,  # noqa: ANN401
+        log_decay: Any,  # noqa: ANN401
+        theta: Any,  # noqa: ANN401
+        layout: int,
+        bridge: bool,
+        norm: int,
+        eps: float,
+        out: Any,  # noqa: ANN401
+    ):
+        B, H, K, V = state.shape
+        scale = 1 / math.sqrt(K)
+        for row in prange(B * H):
+            b, h = row // H, row % H
+            query, key = q[b, h * K : (h + 1) * K].copy(), k[b, h * K : (h + 1) * K].copy()
+            if layout > 0:
+                for i in range(K // 2):
+                    angle = (position[b] * theta[i]) % (2 * math.pi)
+                    cos, sin = math.cos(angle), math.sin(angle)
+                    m, n = (2 * i, 2 * i + 1) if layout == 1 else (i, i + K // 2)
+                    query[m], query[n] = query[m] * cos - query[n] * sin, query[n] * cos + query[m] * sin
+                    key[m], key[n] = key[m] * cos - key[n] * sin, key[n] * cos + key[m] * sin
+            value, y, s = v[b, h * V : (h + 1) * V], out[b, h * V : (h + 1) * V], state[b, h]
+            keep = q.dtype.type(math.exp(log_decay[h]))
+            for j in range(V):
+                y[j] = 0
+            for i in range(K):
+                ki, qi = key[i], q.dtype.type(query[i] * scale)
+                for j in range(V):
+                    s[i, j] = keep * s[i, j] + ki * value[j]
+                    y[j] += qi * s[i, j]
+            shrink = 1.0
+            if bridge:
+                seen, log = position[b] + 1, float(log_decay[h])
+                shrink = 1 / math.sqrt(seen if log == 0 else math.expm1(seen * log) / math.expm1(log))
+            mean, square = 0.0, 0.0
+            if norm == 1:
+                for j in range(V):
+                    mean += y[j]
+                mean /= V
+            if norm > 0:
+                for j in range(V):
+                    square += (y[j] - mean) ** 2
+                shrink /= math.sqrt(square / V * shrink * shrink + eps)
+            for j in range(V):
+                y[j] = (y[j] - mean) * shrink
+                if gated:
+                    g = gate[b, h * V + j]
+                    y[j] *= g / (1 + math.exp(-g))
+
+    return kernel

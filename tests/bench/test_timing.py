@@ -1,0 +1,90 @@
+import pytest
+
+from retnet.bench import timing
+from retnet.bench.timing import Contender, Sample, Spread, Target, interleave, spread, times_faster
+
+
+def test_a_spread_is_median_least_greatest():
+    assert spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert spread(x / 2 for x in (2, 4)) == Spread(1.5, 1.0, 2.0)
+
+
+def test_ratios_are_formed_inside_rounds():
+    """The machine halves its speed in round 2; the ratio does not notice, that of the medians would."""
+    ours = [Sample(s, {}) for s in (1.0, 2.0, 2.0)]
+    peer = [Sample(s, {}) for s in (3.0, 6.0, 3.0)]
+    assert times_faster(ours, peer) == Spread(3.0, 1.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "met", "wanted"),
+    [
+        ({"least": 0.8}, True, "≥ 0.8"),
+        ({"least": 0.81}, False, "≥ 0.81"),
+        ({"most": 0.8}, True, "≤ 0.8"),
+        ({"most": 0.79}, False, "≤ 0.79"),
+        ({"least": 0.95, "most": 1.05}, False, "≥ 0.95 and ≤ 1.05"),
+    ],
+)
+def test_targets_judge_the_median(bounds, met, wanted):
+    target = Target("x", Spread(0.8, 0.1, 2.0), **bounds)
+    assert (target.met, target.wanted) == (met, wanted)
+    assert target.record() == {
+        "what": "x",
+        "wanted": wanted,
+        "seen": {"median": 0.8, "low": 0.1, "high": 2.0},
+        "met": met,
+    }
+
+
+def test_rounds_are_interleaved_and_limits_stand_on_both_sides():
+    calls, rates = [], iter(range(100))
+
+    def contender(name):
+        return Contender(name, lambda: calls.append(name) or float(len(calls)))
+
+    def limit():
+        calls.append("limit")
+        return next(rates)
+
+    samples = interleave([contender("a"), contender("b")], {"x": limit}, 2, lambda _: None)
+    first, second = ["limit", "a", "limit", "b", "limit"], ["limit", "b", "limit", "a", "limit"]
+    assert calls == ["a", "b", *first, *second]
+    assert samples == {
+        "a": [Sample(4.0, {"x": 0.5}), Sample(11.0, {"x": 4.5})],
+        "b": [Sample(6.0, {"x": 1.5}), Sample(9.0, {"x": 3.5})],
+    }
+
+
+def test_median_seconds_counts_calls_and_keeps_its_budget(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def run():
+        calls.append(1)
+        clock[0] += len(calls)  # 1, 2, 3 … seconds
+
+    assert timing.median_seconds(run, 5, warmup=2, budget=100) == 5  # of 3, 4, 5, 6, 7
+    assert len(calls) == 7
+    calls.clear()
+    assert (
+        timing.median_seconds(run, 50, warmup=0, budget=7) == 2.5
+    )  # of 1, 2, 3, 4: 6 seconds are within, 10 not
+    calls.clear()
+    assert timing.median_seconds(run, 2, warmup=0, budget=0) == 1.5
+    calls.clear()
+    assert timing.median_seconds(run, 9, warmup=0, budget=0) == 2
+
+
+def test_limits_are_rates_per_second(monkeypatch):
+    clock = [0.0]
+
+    def tick():
+        clock[0] += 0.25  # between any two looks at the clock
+        return clock[0]
+
+    monkeypatch.setattr(timing.time, "perf_counter", tick)
+    bandwidth = timing.memory_bandwidth(megabytes=1)
+    assert bandwidth["read"]() == 2**20 / 0.25
+    assert bandwidth["update"]() == 2 * 2**20 / 0.25
+    assert {limit() for limit in timing.matrix_products(size=8).values()} == {2 * 8**3 / 0.25}

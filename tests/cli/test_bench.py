@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from retnet.cli import cli
+from retnet.settings import UserError
+
+
+def quick(verb, out, *options):
+    """The record of a quick run, the size of its picture and what it printed."""
+    words = ["bench", verb, "--quick", "--out", out, *options]
+    result = CliRunner().invoke(cli, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (data,), (picture,) = out.glob(f"{verb}-quick.*.json"), out.glob(f"{verb}-quick.*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(data) in result.stdout
+    assert str(picture) in result.stdout
+    return json.loads(data.read_text(encoding="utf-8")), result.stdout
+
+
+def fails(*words):
+    with pytest.raises(UserError) as error:
+        CliRunner().invoke(cli, ["bench", *map(str, words)], catch_exceptions=False)
+    return str(error.value)
+
+
+def check(record, verb):
+    assert record["name"] == f"{verb}-quick"
+    assert record["host"]["versions"]["torch"]
+    assert record["configuration"]["quick"]
+    assert record["configuration"]["model"]["d_model"] == 64
+    assert all(len(row["rounds"]) == 2 for row in record["rows"])
+    for target in record["targets"]:
+        assert target["met"] in (True, False)
+        assert target["seen"]["low"] <= target["seen"]["median"] <= target["seen"]["high"]
+
+
+def test_train(tmp_path):
+    record, shown = quick("train", tmp_path / "new" / "place", "--extra", "--model.num_layers", 1)
+    check(record, "train")
+    assert record["configuration"]["model"]["num_layers"] == 1
+    assert {(row["name"], row["length"]) for row in record["rows"]} == {
+        *((name, length) for name in ("retnet", "llama") for length in (64, 128)),
+        ("retnet, bf16 autocast", 128),
+        ("retnet, one packed row", 128),
+    }
+    assert record["op"]["shape"] == {"B": 1, "T": 256, "H": 2, "K": 32, "V": 64}
+    assert len(record["op"]["rows"]) == 4
+    assert "Targets (meaningless after a quick run)" in shown
+
+
+def test_decode(tmp_path):
+    record, shown = quick("decode", tmp_path, "--long", 200)
+    check(record, "decode")
+    assert {(row["name"], row["batch"], row["context"]) for row in record["rows"]} == {
+        *(("retnet", batch, context) for batch in (1, 2) for context in (64, 256)),
+        *(("llama", batch, context) for batch in (1, 2) for context in (64, 128)),
+    }
+    assert [mark["token"] for mark in record["long"]["marks"]] == [100, 200]
+    assert "One generation of 200 tokens" in shown
+
+
+def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):
+    assert "no configuration 'laptop/26m'" in fails("train", "--config", "laptop/26m")
+    assert "unexpected argument 'please'" in fails("train", "please")
+    assert "unknown setting" in fails("decode", "--model.width", 3)
+    assert "--tokens is 1000" in fails("train", "--tokens", 1000)
+    assert "--long is 5" in fails("decode", "--long", 5)
+    (tmp_path / "file").touch()
+    assert "cannot make the directory" in fails("train", "--quick", "--out", tmp_path / "file" / "below")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'retnet[bench]'" in fails("train", "--quick", "--out", tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'retnet[bench]'" in fails("decode", "--quick", "--out", tmp_path)
+
+
+def test_values_out_of_range_are_refused():
+    result = CliRunner().invoke(cli, ["bench", "decode", "--rounds", "0"])
+    assert result.exit_code == 2
+    assert "Invalid value for '--rounds': 0 is not in the range x>=1" in result.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from retnet.cli import cli; cli(['bench', 'train', '--help'], standalone_mode=False);"
+        "sys.exit(' '.join({'torch', 'transformers', 'matplotlib'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--tokens" in done.stdout

@@ -1,0 +1,72 @@
+"""Every example in README.md and docs/ runs: Python blocks as they stand, `retnet` commands in one directory, in order."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
+# The same commands at sizes that a test can run.
+SMALL = ["--train.steps", "2", "--train.batch_size", "2", "--train.seq_len", "64", "--train.eval_tokens", "500"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def commands() -> list[str]:
+    """The `retnet` lines of all bash blocks, in the order of the pages."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("retnet ")]
+
+
+def run(words: list[str], cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A directory with a reader's own texts and a finished run, as the pages assume."""
+    home = tmp_path_factory.mktemp("reader")
+    (home / "my-texts").mkdir()
+    for i in range(20):
+        text = f"Chapter {i}. It was a dark and stormy night, and the rain fell in torrents.\n" * 20
+        (home / "my-texts" / f"{i}.txt").write_text(text)
+    run([*RETNET, "train", "smoke", "--run-dir", "runs/demo", *SMALL], home)
+    return home
+
+
+def test_pages_have_examples():
+    assert len(commands()) >= 15
+    assert len(blocks(ROOT / "README.md", "python")) == 3
+
+
+@pytest.mark.slow
+def test_commands(workplace):
+    for line in commands():
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] in ("train", "bench"):
+            words += SMALL if words[0] == "train" else ["--quick", "--out", "records"]
+        run([*RETNET, *words], workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python(page, workplace):
+    if not (workplace / "runs/smoke").exists():
+        run([*RETNET, "train", "smoke", "--run-dir", "runs/smoke", *SMALL], workplace)
+    for code in blocks(page, "python"):
+        run([sys.executable, "-W", "error", "-c", code], workplace)
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
