@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 # The same commands at sizes that a test can run.
-SMALL = ["--train.steps", "2", "--train.batch_size", "2", "--train.seq_len", "64", "--train.eval_tokens", "500"]
+SMALL = [
+    "--train.steps",
+    "2",
+    "--train.batch_size",
+    "2",
+    "--train.seq_len",
+    "64",
+    "--train.eval_tokens",
+    "500",
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -26,7 +35,9 @@ def commands() -> list[str]:
 
 
 def run(words: list[str], cwd: Path) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -117,6 +117,28 @@ def chunk_loop(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float,
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+def indexed_states(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, chunk: int) -> Tensor:
+    """Chunkwise retention as it is usually written: all chunks at once, and a loop that carries the state over them.
+
+    Indexing one chunk of a tensor of all chunks makes autograd write a gradient of all chunks each time, so its backward
+    is quadratic in their number. Shapes as in `chunk_loop`.
+    """
+    j = torch.arange(chunk, device=q.device)
+    log_decay = log_decay.to(q.dtype)[:, None]
+    xi = torch.exp(log_decay * (j + 1))[:, None, :, None] * scale  # [H,1,C,1]
+    zeta = torch.exp(log_decay * (chunk - 1 - j))[:, None, :, None]
+    carry = torch.exp(log_decay * chunk)[..., None]
+    q, k, v = (x.transpose(1, 2).unflatten(2, (-1, chunk)) for x in (q, k, v))  # [B,H,N,C,·]
+    written = (k * zeta).mT @ v  # [B,H,N,K,V]
+    state, states = torch.zeros_like(written[:, :, 0]), []
+    for n in range(q.shape[2]):
+        states.append(state)
+        state = carry * state + written[:, :, n]
+    mask = (decay_mask(log_decay[:, 0], chunk) * scale)[:, None]  # [H,1,C,C]
+    out = (q @ k.mT * mask) @ v + (q * xi) @ torch.stack(states, dim=2)
+    return out.flatten(2, 3).transpose(1, 2)
+
+
 def parallel_form(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> Tensor:
     """(Q Kᵀ ⊙ D) V of all tokens at once, differentiated by autograd; shapes as in `chunk_loop`."""
     mask = decay_mask(log_decay.to(q.dtype), q.shape[1]) * scale  # [H,T,T]
