@@ -203,7 +203,7 @@ class TestSizes:
         size = cost(
             ModelConfig(vocab_size=100, d_model=64, num_layers=3, mixer=RetentionConfig(num_heads=2)), 4096
         )
-        C, K, V = 128, 32, 64
+        C, K, V = 64, 32, 64
         assert size.flops_per_token == 2 * (3 * 12 * 64**2 + 100 * 64) + 3 * 2 * (2 * C * (K + V) + 4 * K * V)
 
     def test_kv_cache_of_a_transformer(self):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retnet.mixers.base import Linear, Mixer, MixerConfig
 from retnet.ops import (
     BACKENDS,
+    CHUNK,
     Core,
     Decay,
     frequencies,
@@ -54,7 +55,7 @@ class RetentionConfig(MixerConfig):
     form: Literal["auto", "parallel", "chunkwise", "recurrent"] = (
         "auto"  # auto: parallel where one chunk holds all
     )
-    chunk_size: int | None = None  # the backend's choice
+    chunk_size: int | None = None  # of the op's choice
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -198,7 +199,7 @@ class MultiScaleRetention(Mixer):
 
     def mixing_flops(self, length: int) -> int:
         """Chunkwise: scores and their sum inside a chunk of C tokens, and the state's update and reading."""
-        K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size or 128, length)
+        K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size or CHUNK, length)
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
     def _mix(
@@ -208,7 +209,7 @@ class MultiScaleRetention(Mixer):
         q, k, v = self._project(x, position)
         form = config.form
         if form == "auto":
-            form = "parallel" if x.shape[1] <= (config.chunk_size or 64) else "chunkwise"
+            form = "parallel" if x.shape[1] <= (config.chunk_size or CHUNK) else "chunkwise"
         o, kv = retention(
             q,
             k,

@@ -10,12 +10,14 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Core, decoding, gated_heads, products
-from retnet.ops.retention import BACKENDS, FORMS, retention, retention_step
+from retnet.ops.decode import Core, decoding, gated_heads
+from retnet.ops.products import products
+from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
 
 __all__ = [
     "BACKENDS",
+    "CHUNK",
     "FORMS",
     "LAYOUTS",
     "SPACINGS",

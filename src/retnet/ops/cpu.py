@@ -10,14 +10,15 @@ For a chunk that starts from S and ends in S' (j, i: places inside the chunk; ξ
     G = (do vᵀ) ⊙ D     dq = G k + ξ ⊙ (do Sᵀ)        dk = Gᵀ q + ζ ⊙ (v dS'ᵀ)
                         dS = γ^C dS' + (q ⊙ ξ)ᵀ do    dv = Aᵀ do + ζ ⊙ (k dS')
 
-Matrix products run in fp32 (fp64 for fp64 inputs): on CPUs half types are slower, not faster. Each chunk is copied to
-a contiguous [B·H, C, …] buffer first, which is what the batched product wants and stays in the caches.
+Products run in fp32 (fp64 for fp64 inputs), whatever the inputs' type. A block of a few chunks at a time is copied to
+buffers in which each chunk of each head is contiguous, which is what the batched product wants and stays in the caches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,33 +46,57 @@ class _Factors:
 
 
 class _Buffers:
-    """Reused memory for the chunks of one call: `get(name, n, width)` is a contiguous-by-head [B,H,n,width]."""
+    """Reused memory for the blocks of one call, laid out [G,B,H,n,width]: G chunks of n tokens, each chunk contiguous."""
 
-    def __init__(self, like: Tensor, batch: int, heads: int, dtype: torch.dtype) -> None:
-        self._like, self._lead, self._dtype = like, batch * heads, dtype
-        self._batch, self._heads = batch, heads
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self._dtype = like, dtype
         self._memory: dict[str, Tensor] = {}
 
-    def get(self, name: str, length: int, width: int) -> Tensor:
-        size = self._lead * length * width
+    def get(self, name: str, *shape: int) -> Tensor:
+        """Memory of this shape, its content undefined."""
+        size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = self._like.new_empty(size, dtype=self._dtype)
-        return self._memory[name][:size].view(self._batch, self._heads, length, width)
+        return self._memory[name][:size].view(shape)
 
-    def load(self, name: str, x: Tensor) -> Tensor:
-        """x [B,n,H,W] copied to [B,H,n,W]."""
-        return self.get(name, x.shape[1], x.shape[3]).copy_(x.transpose(1, 2))
+    def load(self, name: str, x: Tensor, block: _Block) -> Tensor:
+        """The block's tokens of x [B,T,H,W], as [G,B,H,n,W]."""
+        source = block.of(x)
+        return self.get(name, *source.shape).copy_(source)
 
 
-def _chunks(length: int, chunk: int) -> Iterator[slice]:
-    for start in range(0, length, chunk):
-        yield slice(start, min(start + chunk, length))
+class _Block(NamedTuple):
+    """`chunks` neighbouring chunks of `length` tokens; what needs no state is computed for all of them at once."""
+
+    start: int
+    chunks: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """A view of x [B,T,H,W] as [G,B,H,n,W]."""
+        part = x[:, self.start : self.start + self.chunks * self.length]
+        return part.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
+
+
+def _blocks(q: Tensor, chunk: int) -> list[_Block]:
+    """Cuts T tokens into blocks of full chunks, and what is left into a shorter chunk of its own.
+
+    A block holds about 16 matrices of a product: enough for all threads and few calls, small enough for the caches.
+    """
+    (B, T, H, _), blocks, start = q.shape, [], 0
+    most = max(1, 16 // max(1, B * H))
+    while start < T:
+        full = (T - start) // chunk
+        block = _Block(start, min(most, full), chunk) if full else _Block(start, 1, T - start)
+        blocks.append(block)
+        start += block.chunks * block.length
+    return blocks
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
-    """out = a @ b + beta · out on [B,H,·,·] tensors that are contiguous up to a transposition of the last two."""
-    flat = out.flatten(0, 1)
-    torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), beta=beta, out=flat)
+    """out = a @ b + beta · out, on contiguous tensors [...,·,·] or their transposes."""
+    flat = out.flatten(0, -3)
+    torch.baddbmm(flat, a.flatten(0, -3), b.flatten(0, -3), beta=beta, out=flat)
     return out
 
 
@@ -79,17 +104,18 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: _Factors, chunk: int, out: Tensor
 ) -> None:
     """Fills `out` [B,T,H,V] and moves `state` [B,H,K,V] to the end, in place."""
-    (B, T, H, _), V = q.shape, v.shape[3]
-    buffers = _Buffers(q, B, H, state.dtype)
-    for part in _chunks(T, chunk):
-        n = part.stop - part.start
-        D, xi, zeta, carry = factors.of(n)
-        qc, kc, vc = (buffers.load(name, x[:, part]) for name, x in (("q", q), ("k", k), ("v", v)))
-        A = _bmm(qc, kc.mT, buffers.get("A", n, n)).mul_(D)
-        o = _bmm(A, vc, buffers.get("o", n, V))
-        _bmm(qc.mul_(xi), state, o, beta=1.0)
-        out[:, part] = o.transpose(1, 2)
-        _bmm(kc.mul_(zeta).mT, vc, state.mul_(carry), beta=1.0)
+    buffers = _Buffers(q, state.dtype)
+    for block in _blocks(q, chunk):
+        D, xi, zeta, carry = factors.of(block.length)
+        qc, kc, vc = (buffers.load(name, x, block) for name, x in (("q", q), ("k", k), ("v", v)))
+        A = _bmm(qc, kc.mT, buffers.get("A", *qc.shape[:-1], block.length)).mul_(D)
+        o = _bmm(A, vc, buffers.get("o", *vc.shape))
+        qc.mul_(xi)
+        kc.mul_(zeta)
+        for i in range(block.chunks):
+            _bmm(qc[i], state, o[i], beta=1.0)
+            _bmm(kc[i].mT, vc[i], state.mul_(carry), beta=1.0)
+        block.of(out).copy_(o)
 
 
 def _backward(
@@ -104,31 +130,37 @@ def _backward(
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Fills `grads` (of q, k, v) and moves `d_state` [B,H,K,V] to the begin, in place. `state` is overwritten."""
-    B, T, H, K = q.shape
-    V = v.shape[3]
     dq, dk, dv = grads
-    buffers = _Buffers(q, B, H, state.dtype)
-    for part in _chunks(T, chunk):  # forwards in time, S runs along
-        n = part.stop - part.start
-        D, xi, zeta, carry = factors.of(n)
-        qc, kc, vc = (buffers.load(name, x[:, part]) for name, x in (("q", q), ("k", k), ("v", v)))
-        gc = buffers.load("g", d_out[:, part])
-        A = _bmm(qc, kc.mT, buffers.get("A", n, n)).mul_(D)
-        dv[:, part] = _bmm(A.mT, gc, buffers.get("dv", n, V)).transpose(1, 2)
+    buffers = _Buffers(q, state.dtype)
+    inputs = (("q", q), ("k", k), ("v", v), ("g", d_out))
+    blocks = _blocks(q, chunk)
+    for block in blocks:  # forwards in time, S runs along
+        D, xi, zeta, carry = factors.of(block.length)
+        qc, kc, vc, gc = (buffers.load(name, x, block) for name, x in inputs)
+        A = _bmm(qc, kc.mT, buffers.get("A", *qc.shape[:-1], block.length)).mul_(D)
+        block.of(dv).copy_(_bmm(A.mT, gc, buffers.get("dv", *vc.shape)))
         G = _bmm(gc, vc.mT, A).mul_(D)
-        dk[:, part] = _bmm(G.mT, qc, buffers.get("dk", n, K)).transpose(1, 2)
-        dqc = _bmm(G, kc, buffers.get("dq", n, K))
-        _bmm(gc.mul_(xi), state.mT, dqc, beta=1.0)
-        dq[:, part] = dqc.transpose(1, 2)
-        _bmm(kc.mul_(zeta).mT, vc, state.mul_(carry), beta=1.0)
-    for part in reversed(list(_chunks(T, chunk))):  # backwards in time, dS runs along
-        n = part.stop - part.start
-        _, xi, zeta, carry = factors.of(n)
-        qc, kc, vc = (buffers.load(name, x[:, part]) for name, x in (("q", q), ("k", k), ("v", v)))
-        gc = buffers.load("g", d_out[:, part])
-        dk[:, part] += _bmm(vc.mul_(zeta), d_state.mT, buffers.get("dk", n, K)).transpose(1, 2)
-        dv[:, part] += _bmm(kc.mul_(zeta), d_state, buffers.get("dv", n, V)).transpose(1, 2)
-        _bmm(qc.mul_(xi).mT, gc, d_state.mul_(carry), beta=1.0)
+        block.of(dk).copy_(_bmm(G.mT, qc, buffers.get("dk", *kc.shape)))
+        dqc = _bmm(G, kc, buffers.get("dq", *qc.shape))
+        gc.mul_(xi)
+        kc.mul_(zeta)
+        for i in range(block.chunks):
+            _bmm(gc[i], state.mT, dqc[i], beta=1.0)
+            _bmm(kc[i].mT, vc[i], state.mul_(carry), beta=1.0)
+        block.of(dq).copy_(dqc)
+    for block in reversed(blocks):  # backwards in time, dS runs along
+        _, xi, zeta, carry = factors.of(block.length)
+        qc, kc, vc, gc = (buffers.load(name, x, block) for name, x in inputs)
+        qc.mul_(xi)
+        kc.mul_(zeta)
+        vc.mul_(zeta)
+        dkc, dvc = buffers.get("dk", *kc.shape), buffers.get("dv", *vc.shape)
+        for i in reversed(range(block.chunks)):
+            _bmm(vc[i], d_state.mT, dkc[i])
+            _bmm(kc[i], d_state, dvc[i])
+            _bmm(qc[i].mT, gc[i], d_state.mul_(carry), beta=1.0)
+        block.of(dk).add_(dkc)
+        block.of(dv).add_(dvc)
 
 
 def _documents(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

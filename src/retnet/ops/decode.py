@@ -2,8 +2,8 @@
 
 torch's matrix product with a few rows runs on one thread at a third of that thread's bandwidth, updates a state in three
 passes, and dispatches seventy small operators a layer. The kernels here, compiled by numba where it is installed, do the
-same in one pass on all threads. Without numba, or for other types, the functions return what torch computes, or None
-for "compose it from the parts"; the parts are the law, and the kernels are tested against them.
+same in one pass on all threads. Where they cannot run (no numba, another type, a gradient) the functions return None,
+which means "compose it from the parts"; the parts are the law, and the kernels are tested against them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS = 8  # beyond, torch's matrix product is the faster one
@@ -43,25 +42,15 @@ class _Kernels(NamedTuple):
     core: Callable[..., None]
 
 
-def products(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """x Wᵀ for each W: x [...,K] and weights [N,K] → [...,N]; differentiable, any type.
-
-    Few fp32 rows on the CPU without gradient, which is decoding, take the compiled path, in one call.
-    """
-    if (
-        x.dim() == 2
-        and _eligible(x)
-        and weights[0].numel() >= MIN_SIZE
-        and (kernels := _kernels()) is not None
-    ):
-        out = tuple([x.new_empty(x.shape[0], w.shape[0]) for w in weights])
-        kernels.products(
-            x.contiguous().numpy(),
-            tuple([w.detach().numpy() for w in weights]),
-            tuple([y.numpy() for y in out]),
-        )
-        return out
-    return tuple(F.linear(x, w) for w in weights)
+def few_rows(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """x Wᵀ for each W, x [B,K] and weights [N,K] → [B,N]; None where the kernel cannot run or would not gain."""
+    if x.dim() != 2 or not _eligible(x) or weights[0].numel() < MIN_SIZE or (kernels := _kernels()) is None:
+        return None
+    out = tuple([x.new_empty(x.shape[0], w.shape[0]) for w in weights])
+    kernels.products(
+        x.contiguous().numpy(), tuple([w.detach().numpy() for w in weights]), tuple([y.numpy() for y in out])
+    )
+    return out
 
 
 def gated_heads(

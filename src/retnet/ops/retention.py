@@ -15,6 +15,8 @@ BACKENDS = ("reference", "cpu", "triton")
 FORMS = ("parallel", "recurrent", "chunkwise")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
+
 _log = logging.getLogger("retnet.ops")
 
 
@@ -41,7 +43,7 @@ def retention(
         cu_seqlens: int32 or int64 [N+1], bounds of N documents packed in one row (B = 1), from 0 to T, empty ones allowed.
         scale: factor of the query-key products, default K^(−1/2).
         form: ``"parallel"``, ``"recurrent"`` or ``"chunkwise"``: one function, three ways to compute it.
-        chunk_size: C of the chunkwise form; default: the backend's choice.
+        chunk_size: C of the chunkwise form; default: `CHUNK`.
         backend: ``"reference"`` (any device, autograd of everything), ``"cpu"`` (explicit backward, constant memory in the
             number of chunks; no gradient of `log_decay`), or ``"auto"``: the fastest that can run, logged once.
 
@@ -61,8 +63,8 @@ def retention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     backend = _backend(backend, q, log_decay)
     if backend == "reference":
-        return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or 64)
-    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or _chunk(q, v)}[form]
+        return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
+    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
     return cpu.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
 
 
@@ -119,11 +121,6 @@ def retention_step(
     if q.device.type == "cpu":
         return cpu.step(q, k, v, log_decay, state, slots, scale)
     return reference.retention_step(q, k, v, log_decay, state, slots, scale)
-
-
-def _chunk(q: Tensor, v: Tensor) -> int:
-    """Measured on two cores: work inside a chunk grows with C, dispatch and state traffic shrink with it."""
-    return 128 if q.shape[3] * v.shape[3] >= 128 * 128 else 64
 
 
 def _readable(x: Tensor) -> bool:
