@@ -162,22 +162,8 @@ def _compile_products(compiled: Any, prange: Any) -> Callable[..., None]:  # noq
 
 def _compile_core(compiled: Any, prange: Any) -> Callable[..., None]:  # noqa: ANN401
     @compiled
-    def kernel(  # noqa: ANN202
-        q: Any,  # noqa: ANN401
-        k: Any,  # noqa: ANN401
-        v: Any,  # noqa: ANN401
-        gate: Any,  # noqa: ANN401
-        gated: bool,
-        position: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        log_decay: Any,  # noqa: ANN401
-        theta: Any,  # noqa: ANN401
-        layout: int,
-        bridge: bool,
-        norm: int,
-        eps: float,
-        out: Any,  # noqa: ANN401
-    ):
+    def kernel(*arguments: Any) -> None:  # noqa: ANN401
+        q, k, v, gate, gated, position, state, log_decay, theta, layout, bridge, norm, eps, out = arguments
         B, H, K, V = state.shape
         scale = 1 / math.sqrt(K)
         for row in prange(B * H):

@@ -25,7 +25,7 @@ def products(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if (out := decode.few_rows(x, weights)) is not None:
             return out
         if x.numel() >= MANY_ROWS * x.shape[-1] and torch.backends.mkldnn.enabled and _HAS_ONEDNN:
-            return tuple([_ManyRows.apply(x, w) for w in weights])
+            return tuple([_ManyRows.apply(x, w) for w in weights])  # type: ignore[no-untyped-call]
     return tuple([F.linear(x, w) for w in weights])
 
 
@@ -44,7 +44,7 @@ class _ManyRows(torch.autograd.Function):
         return _onednn(x, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
         x, weight = ctx.saved_tensors
         dx = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
