@@ -12,6 +12,7 @@ from tests.helpers.parity import random_inputs, relative
 
 STRAIGHTFORWARD = {
     "chunks of 8": lambda *x: peers.chunk_loop(*x, chunk=8),
+    "chunks of 8, indexed": lambda *x: peers.indexed_states(*x, chunk=8),
     "chunks of 32": lambda *x: peers.chunk_loop(*x, chunk=32),
     "parallel": peers.parallel_form,
 }

@@ -48,7 +48,7 @@ def test_train(tmp_path):
         ("retnet, one packed row", 128),
     }
     assert record["op"]["shape"] == {"B": 1, "T": 256, "H": 2, "K": 32, "V": 64}
-    assert len(record["op"]["rows"]) == 4
+    assert len(record["op"]["rows"]) == len(record["op"]["rows_with_kept_memory"]) == 6
     assert "Targets (meaningless after a quick run)" in shown
 
 

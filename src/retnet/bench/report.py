@@ -48,7 +48,7 @@ def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> R
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host.describe(),
         "peers": {"transformers": metadata.version("transformers")},
-        "memory": "freed memory is kept by malloc (retnet.train.host.keep_freed_memory), for all contenders alike",
+        "memory": "freed memory is kept by malloc (retnet.train.host.keep_freed_memory), for all contenders alike, unless said",
         "configuration": dict(configuration),
         **measured,
     }
@@ -112,9 +112,11 @@ def _training_table(record: Record) -> Table:
 
 def _op_table(record: Record) -> Table:
     shape = " ".join(f"{name} {size}" for name, size in record["op"]["shape"].items())
-    table = _table(f"The op alone, forward + backward, {shape}", ("contender",), ("ms",))
-    for row in record["op"]["rows"]:
-        table.add_row(row["name"], _spread(row["seconds"], 1e3, 1))
+    columns = ("ms", "÷ ours", "ms, memory kept", "÷ ours")
+    table = _table(f"The op alone, forward + backward, {shape}", ("contender",), columns)
+    for rows in zip(record["op"]["rows"], record["op"]["rows_with_kept_memory"], strict=True):
+        pairs = ((_spread(row["seconds"], 1e3, 1), _spread(row["times_ours"])) for row in rows)
+        table.add_row(rows[0]["name"], *(cell for pair in pairs for cell in pair))
     return table
 
 
