@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from retnet.mixers import MultiScaleRetention, RetentionConfig
+from retnet.model import ModelConfig
+from retnet.model.language_model import FeedForward
 from retnet.ops import decode, decoding, products
 from tests.helpers.parity import assert_three_ways_agree, relative
 
@@ -77,6 +79,21 @@ def test_products(rows):
         assert all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
         strided = torch.randn(rows, 260)[:, ::2]
         assert relative(products(strided, weights)[0], F.linear(strided, weights[0])) < 1e-5
+
+
+@pytest.mark.parametrize("ffn", ["gelu", "geglu", "swiglu"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fused_feed_forward(ffn, rows, monkeypatch):
+    module = FeedForward(ModelConfig(d_model=130, ffn=ffn, ffn_dim=300))
+    x = torch.randn(rows, 130)
+    with torch.no_grad():
+        gate = None if module.gate is None else module.gate.weight
+        act = "silu" if ffn == "swiglu" else "gelu"
+        fused = decode.feed_forward(x, module.fc1.weight, gate, module.fc2.weight, act)
+        assert torch.equal(module(x), fused)  # decoding takes it
+        parts_alone(monkeypatch)
+        assert relative(fused, module(x)) < 1e-5
+    assert module(x.requires_grad_()).requires_grad
 
 
 def test_other_types_go_through_torch():

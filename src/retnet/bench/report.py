@@ -48,7 +48,7 @@ def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> R
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host.describe(),
         "peers": {"transformers": metadata.version("transformers")},
-        "memory": "freed memory is kept by malloc (retnet.train.host.keep_freed_memory), for all contenders alike, unless said",
+        "memory": "malloc keeps freed memory (retnet.train.host.keep_freed_memory), for all contenders alike, unless said",
         "configuration": dict(configuration),
         **measured,
     }

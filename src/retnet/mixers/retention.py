@@ -16,11 +16,11 @@ from retnet.ops import (
     CHUNK,
     Core,
     Decay,
+    few_rows,
     frequencies,
     gated_heads,
     log_decays,
     positions,
-    products,
     retention,
     retention_step,
     rotate,
@@ -179,11 +179,13 @@ class MultiScaleRetention(Mixer):
         if x.dtype is not torch.float32 or self.head_norm_weight is not None or c.score_norm == "paper":
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
-        q, k, v, *gate = products(x, tuple([p.weight for p in projections if p is not None]))
+        projected = few_rows(x, tuple([p.weight for p in projections if p is not None]))
+        if projected is None:
+            return None
         core = Core(
             self.log_decay, self.theta, c.rotary, c.score_norm == "decay", c.head_norm, c.head_norm_eps
         )
-        y = gated_heads(q, k, v, gate[0] if gate else None, state.position, state.kv, core)
+        y = gated_heads(projected, state.position, state.kv, core)
         return None if y is None else self.out_proj(y)
 
     def init_state(

@@ -10,7 +10,7 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Core, decoding, gated_heads
+from retnet.ops.decode import Core, decoding, feed_forward, few_rows, gated_heads
 from retnet.ops.products import products
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
@@ -24,6 +24,8 @@ __all__ = [
     "Core",
     "Decay",
     "decoding",
+    "feed_forward",
+    "few_rows",
     "frequencies",
     "gated_heads",
     "log_decays",
