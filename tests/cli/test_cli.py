@@ -105,5 +105,15 @@ def test_smoke_run_from_an_empty_directory(tmp_path):
     assert set(os.listdir(tmp_path)) == {"r", ".cache"}
 
 
+@pytest.mark.slow
+def test_demo_from_an_empty_directory(tmp_path):
+    for _ in range(2):  # a finished demo shows its results again
+        done = retnet("demo", "smoke", "--run-dir", "d", "--train.steps", "5", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for part in ("gzip -9", "xz -9", "this RetNet", "A sample, 300 bytes", "retnet generate d"):
+            assert part in done.stdout
+    assert done.stderr.count("step 5") == 0
+
+
 def test_the_environment_of_tests_is_one_thread():
     assert torch.get_num_threads() == 1
