@@ -60,8 +60,11 @@ def positions(length: int, cu_seqlens: Tensor | None = None, *, start: Tensor | 
 
 def rotation(position: Tensor, theta: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """cos and sin of position · θ, each [..., K/2] in `dtype`, for `position` [...] and `theta` [K/2] fp64."""
-    angle = (position[..., None] * theta).remainder(2 * math.pi)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    turns = (
+        position[..., None] * (theta / (2 * math.pi))
+    ).frac()  # fp64; only what is left after whole turns is narrowed
+    angle = (turns * (2 * math.pi)).to(dtype)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Tensor:
