@@ -62,10 +62,11 @@ class Progress:
         size = sum(p.numel() for p in model.parameters())
         where = f"{next(model.parameters()).device.type}, {c.precision}"
         goes = f"{c.steps:,} steps of {c.tokens_per_step:,} tokens"
-        self.say(
-            f"training {size / 1e6:.2f} M parameters on {where}: {goes}"
-            + (f", from step {step:,}" if step else "")
-        )
+        begun = f", from step {step:,}" if step else ""
+        if step < c.steps:
+            self.say(f"training {size / 1e6:.2f} M parameters on {where}: {goes}{begun}")
+        else:
+            self.say(f"finished before: {goes}")
         self._steps, self._first, self._begin = c.steps, step, time.monotonic()
         if not self._console.is_terminal or self._console.quiet:
             yield
