@@ -12,6 +12,7 @@ For a chunk that starts from S and ends in S' (j, i: places inside the chunk; ξ
 
 Products run in fp32 (fp64 for fp64 inputs), whatever the inputs' type. A block of a few chunks at a time is copied to
 buffers in which each chunk of each head is contiguous, which is what the batched product wants and stays in the caches.
+Where numba is installed, `retnet.ops.chunks` does the same without torch's operators.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.ops import chunks
 from retnet.ops.reference import decay_mask
 
 
@@ -43,6 +45,12 @@ class _Factors:
         carry = torch.exp(self._log_decay * length).to(self._xi.dtype)[:, None, None]
         zeta = self._zeta[:, self._chunk - length :]
         return self._mask[:, :length, :length], self._xi[:, :length], zeta, carry
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """D·scale [H,C,C], ξ·scale [H,C], ζ [H,C] of a full chunk, and γ^n [H,C+1]; contiguous."""
+        n = torch.arange(self._chunk + 1)
+        carry = torch.exp(self._log_decay[:, None] * n).to(self._xi.dtype)
+        return self._mask.contiguous(), self._xi.flatten(1), self._zeta.flatten(1), carry
 
 
 class _Buffers:
@@ -163,6 +171,18 @@ def _backward(
         block.of(dv).add_(dvc)
 
 
+def _walks(factors: _Factors, q: Tensor, cu_seqlens: Tensor | None) -> chunks.Walks:
+    """All sequences of q, [B,T,H,K] or packed, for the compiled kernels."""
+    B, T = q.shape[:2]
+    bounds = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.long()
+    return chunks.Walks(bounds[:-1], bounds.diff(), *factors.tables())
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """[B,T,H,W] → [B·T,H,W], contiguous, in the type of `like`."""
+    return x.to(like.dtype).contiguous().flatten(0, 1)
+
+
 def _documents(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Packed documents grouped by equal length, as (rows of the state [n], places of their tokens [n,L]).
 
@@ -195,8 +215,14 @@ def chunk_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B,T,H,V] in v's type and final state, see the module's docstring."""
     final = _initial(q, v, state, cu_seqlens)
+    chunk = max(1, min(chunk, q.shape[1]))
+    factors = _Factors(log_decay, chunk, scale, final.dtype)
+    if chunks.available(final, chunk):
+        qr, kr, vr = (_rows(x, final) for x in (q, k, v))
+        rows = torch.empty_like(vr)
+        chunks.forward(qr, kr, vr, final, rows, _walks(factors, q, cu_seqlens))
+        return rows.view(v.shape).to(v.dtype), final
     out = v.new_empty(v.shape)
-    factors = _Factors(log_decay, max(1, min(chunk, q.shape[1])), scale, final.dtype)
     if cu_seqlens is None:
         _forward(q, k, v, final, factors, chunk, out)
         return out, final
@@ -222,8 +248,14 @@ def chunk_backward(
     """Gradients of q, k, v and the initial state, given those of the output and the final state."""
     before = _initial(q, v, state, cu_seqlens)
     d_state = d_final.clone(memory_format=torch.contiguous_format)
+    chunk = max(1, min(chunk, q.shape[1]))
+    factors = _Factors(log_decay, chunk, scale, before.dtype)
+    if chunks.available(before, chunk):
+        qr, kr, vr, gr = (_rows(x, before) for x in (q, k, v, d_out))
+        dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
+        chunks.backward(gr, d_state, qr, kr, vr, before, (dq, dk, dv), _walks(factors, q, cu_seqlens))
+        return *(d.view(x.shape).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), d_state
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    factors = _Factors(log_decay, max(1, min(chunk, q.shape[1])), scale, before.dtype)
     if cu_seqlens is None:
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
         return *grads, d_state
