@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retnet.mixers import MultiScaleRetention, RetentionConfig
-from retnet.model import ModelConfig
-from retnet.model.language_model import FeedForward
-from retnet.ops import decode, decoding, products
+from retnet.mixers import RetentionConfig
+from retnet.model import Block, ModelConfig
+from retnet.ops import decode, native, product, retention_step
 from tests.helpers.parity import assert_three_ways_agree, relative
 
 numba = pytest.importorskip("numba")
@@ -31,19 +30,30 @@ def parts_alone(monkeypatch):
     monkeypatch.setattr(decode, "_kernels", lambda: None)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_fused_heads_are_their_parts(options, monkeypatch):
-    module = MultiScaleRetention(256, RetentionConfig(num_heads=4, **options))
-    x = torch.randn(3, 40, 256)
+FFN = ["gelu", "geglu", "swiglu"]
+
+
+def block(number=0, *, ffn="gelu", norm="layernorm", **options):
+    torch.manual_seed(number)
+    mixer = RetentionConfig(num_heads=4, **options)
+    made = Block(ModelConfig(d_model=256, mixer=mixer, ffn=ffn, ffn_dim=300, norm=norm)).eval()
+    for parameter in made.parameters():  # norms that do something
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize(("options", "ffn"), [(o, FFN[i % 3]) for i, o in enumerate(OPTIONS)], ids=str)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_fused_block_is_its_parts(options, ffn, norm, monkeypatch):
+    module = block(ffn=ffn, norm=norm, **options)
+    x = torch.randn(5, 40, 256)
     with torch.no_grad():
-        fused, composed = module.init_state(3), module.init_state(3)
+        fused, composed = module.mixer.init_state(5), module.mixer.init_state(5)
         fused.position.add_(10**6)  # far into a text, where angles are large
         composed.position.add_(10**6)
         outs = []
         for t in range(40):
-            assert (
-                module._step_fused(x[:, t], module.init_state(3)) is not None
-            )  # it is the kernel that is tested
+            assert module._step_fused(x[:, t], module.mixer.init_state(5)) is not None  # it is what is tested
             y, fused = module.step(x[:, t], fused)
             outs.append(y)
         parts_alone(monkeypatch)
@@ -54,72 +64,67 @@ def test_fused_heads_are_their_parts(options, monkeypatch):
     assert torch.equal(fused.position, composed.position)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_three_ways_at_a_size_that_is_fused(options):
-    assert_three_ways_agree(
-        MultiScaleRetention(256, RetentionConfig(num_heads=4, **options)), torch.randn(2, 50, 256), 1e-5
-    )
-
-
 @pytest.mark.parametrize("options", [{"head_norm_affine": True}, {"score_norm": "paper"}], ids=str)
 def test_what_is_not_fused_is_composed(options):
-    module = MultiScaleRetention(256, RetentionConfig(num_heads=4, **options))
+    module = block(**options)
+    state = module.mixer.init_state(1)
     with torch.no_grad():
-        assert module._step_fused(torch.randn(1, 256), module.init_state(1)) is None
-    assert_three_ways_agree(module, torch.randn(1, 50, 256), 1e-5)
+        assert module._step_fused(torch.randn(1, 256), state) is None
+    assert not state.kv.any()
+    assert_three_ways_agree(module.mixer, torch.randn(1, 50, 256), 1e-5)
+
+
+@pytest.mark.parametrize("change", ["double", "training", "gradient", "replaced", "strided", "batch"])
+def test_nothing_happens_to_a_state_the_kernel_refuses(change):
+    module, B = block(), 9 if change == "batch" else 1
+    if change == "double":
+        module.double()
+    if change == "training":
+        module.train()
+    if change == "strided":
+        module.ffn.fc2.weight = torch.nn.Parameter(torch.randn(300, 256).t())
+    state = module.mixer.init_state(B)
+    if change == "replaced":  # as LoRA does
+        module.mixer.q_proj = torch.nn.Sequential(module.mixer.q_proj)
+    with torch.set_grad_enabled(change == "gradient"):
+        x = torch.randn(B, 256, dtype=state.kv.dtype)
+        assert module._step_fused(x, state) is None
+    assert not state.kv.any()
+    assert not state.position.any()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
-def test_products(rows):
-    x = torch.randn(rows, 130)
-    weights = tuple(torch.randn(n, 130) for n in (200, 131, 513))
-    want = [F.linear(x, w) for w in weights]
+def test_product(rows):
+    x, weight = torch.randn(rows, 130), torch.randn(513, 130)
     with torch.no_grad():
-        got = products(x, weights)
-        assert all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+        assert relative(product(x, weight), F.linear(x, weight)) < 1e-5
         strided = torch.randn(rows, 260)[:, ::2]
-        assert relative(products(strided, weights)[0], F.linear(strided, weights[0])) < 1e-5
+        assert relative(product(strided, weight), F.linear(strided, weight)) < 1e-5
+        strided = torch.randn(513, 260)[:, ::2]
+        assert relative(product(x, strided), F.linear(x, strided)) < 1e-5
 
 
-@pytest.mark.parametrize("ffn", ["gelu", "geglu", "swiglu"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_fused_feed_forward(ffn, rows, monkeypatch):
-    module = FeedForward(ModelConfig(d_model=130, ffn=ffn, ffn_dim=300))
-    x = torch.randn(rows, 130)
-    with torch.no_grad():
-        gate = None if module.gate is None else module.gate.weight
-        act = "silu" if ffn == "swiglu" else "gelu"
-        fused = decode.feed_forward(x, module.fc1.weight, gate, module.fc2.weight, act)
-        assert torch.equal(module(x), fused)  # decoding takes it
-        parts_alone(monkeypatch)
-        assert relative(fused, module(x)) < 1e-5
-    assert module(x.requires_grad_()).requires_grad
+@pytest.mark.parametrize(("H", "K", "V"), [(1, 1, 1), (3, 60, 100), (4, 64, 128)])
+@pytest.mark.parametrize("slots", [None, [2, -1, 0, 4, -1]])
+def test_step_in_one_pass(H, K, V, slots, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(5, H, K, generator=g) for _ in range(2))
+    v, state = torch.randn(5, H, V, generator=g), torch.randn(6, H, K, V, generator=g)
+    log_decay = torch.tensor([1.0, 0.9, 0.5, 0.99])[:H].log()
+    rows = None if slots is None else torch.tensor(slots, dtype=torch.int32)
+    one, other = state.clone(), state.clone()
+    fused = retention_step(q, k, v, log_decay, one, rows)
+    parts_alone(monkeypatch)
+    composed = retention_step(q, k, v, log_decay, other, rows)
+    assert relative(fused, composed) < 1e-6
+    assert relative(one, other) < 1e-6
 
 
 def test_other_types_go_through_torch():
     for dtype in (torch.float64, torch.bfloat16):
         x, w = torch.randn(1, 256, dtype=dtype), torch.randn(256, 256, dtype=dtype)
         with torch.no_grad():
-            assert torch.equal(products(x, (w,))[0], F.linear(x, w))
-
-
-def test_nothing_happens_to_a_state_the_kernel_refuses():
-    module = MultiScaleRetention(256, RetentionConfig(num_heads=4)).double()
-    state = module.init_state(1)
-    with torch.no_grad():
-        assert module._step_fused(torch.randn(1, 256, dtype=torch.float64), state) is None
-    assert not state.kv.any()
-
-
-def test_torch_gets_its_threads_back():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with decoding():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+            assert torch.equal(product(x, w), F.linear(x, w))
 
 
 def test_without_numba_it_says_what_to_install(monkeypatch, caplog):
@@ -127,5 +132,5 @@ def test_without_numba_it_says_what_to_install(monkeypatch, caplog):
 
     monkeypatch.setitem(sys.modules, "numba", None)
     with caplog.at_level("INFO", logger="retnet.ops"):
-        assert decode._kernels.__wrapped__() is None
+        assert native.compiler.__wrapped__() is None
     assert "pip install 'retnet[fast]'" in caplog.text

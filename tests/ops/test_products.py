@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retnet.ops import products
+from retnet.ops import product
 from tests.helpers.parity import relative
 
 
@@ -16,7 +16,7 @@ def test_values_and_gradients(shape, dtype):
     d_out = [torch.randn(*shape[:-1], w.shape[0]).to(dtype) for w in weights]
     wide = [y.detach().double().requires_grad_() for y in (x, *weights)]
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
-    got = products(x, weights)
+    got = [product(x, w) for w in weights]
     want = [F.linear(wide[0], w) for w in wide[1:]]
     for a, b in zip(got, want, strict=True):
         assert a.dtype == dtype
@@ -29,24 +29,24 @@ def test_values_and_gradients(shape, dtype):
 def test_strided_inputs_and_frozen_parts():
     x = torch.randn(40, 100).t().requires_grad_()  # not contiguous
     weight = torch.randn(24, 40)
-    out = products(x, (weight,))[0]
+    out = product(x, weight)
     assert relative(out, F.linear(x, weight)) < 1e-6
     (dx,) = torch.autograd.grad(out.t().sum(), x)  # nor is this gradient
     assert relative(dx, weight.sum(0).expand(100, 40)) < 1e-6
-    frozen = products(x.detach(), (weight.requires_grad_(),))[0]
+    frozen = product(x.detach(), weight.requires_grad_())
     (dw,) = torch.autograd.grad(frozen.sum(), weight)
     assert relative(dw, x.detach().sum(0).expand(24, 40)) < 1e-6
 
 
 def test_autocast_has_its_own_way():
     with torch.autocast("cpu", torch.bfloat16):
-        assert products(torch.randn(100, 40), (torch.randn(24, 40),))[0].dtype == torch.bfloat16
+        assert product(torch.randn(100, 40), torch.randn(24, 40)).dtype == torch.bfloat16
 
 
 def test_a_trace_sees_plain_linear_layers():
     class Layer(torch.nn.Module):
         def forward(self, x, w):
-            return products(x, (w,))[0]
+            return product(x, w)
 
     program = torch.export.export(Layer(), (torch.randn(100, 40), torch.randn(24, 40)))
     assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]

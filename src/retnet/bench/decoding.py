@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +27,6 @@ from retnet.bench.timing import (
 from retnet.bench.training import cost_vocabulary
 from retnet.infer.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
-from retnet.ops import decoding
 from retnet.settings import UserError
 from retnet.train.host import keep_freed_memory
 
@@ -181,7 +179,7 @@ def generate_long(config: ModelConfig, tokens: int, say: Say) -> dict[str, Any]:
     model = LanguageModel(config).eval()
     marks = sorted({FIRST * 10**n for n in range(20) if FIRST * 10**n <= tokens} | {tokens})
     process, found = psutil.Process(), []
-    with torch.inference_mode(), decoding():
+    with torch.inference_mode():
         generation = _Generation(model, model.init_state(1), torch.zeros(1, dtype=torch.long))
         early: _Generation | None = None
         for mark in marks:
@@ -248,13 +246,9 @@ def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[li
     states = _states(ours, bench.contexts, say)
     rows, contenders = [], []
 
-    def add(
-        row: Row,
-        start: Callable[[], Callable[[], object]],
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    def add(row: Row, start: Callable[[], Callable[[], object]]) -> None:
         def measure() -> float:
-            with torch.inference_mode(), around():
+            with torch.inference_mode():
                 return median_seconds(start(), bench.steps, warmup=WARMUP)
 
         rows.append(row)
@@ -266,7 +260,6 @@ def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[li
         add(
             Row(OURS, batch, context, weight_bytes(ours), updated),
             lambda: _stepper(ours, select_rows(state, [0] * batch)),
-            decoding,  # as `retnet generate` does
         )
 
     def add_peer(batch: int, context: int) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from retnet.infer.sampling import Sampling, sample
 from retnet.infer.states import join_rows, select_rows
 from retnet.infer.stops import StopScanner
-from retnet.ops import decoding
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -167,8 +166,7 @@ class Decoding:
         began, prefill = time.perf_counter(), self.stats.prefill_seconds
         if self._batch is not None:
             batch = self._batch
-            with decoding():
-                logits, state = self._model.step(batch.tokens, batch.state)
+            logits, state = self._model.step(batch.tokens, batch.state)
             self._batch = batch._replace(logits=logits[:, : self._vocab_size], state=state)
             self.stats.decode_tokens += len(self._live)
         self._admit()

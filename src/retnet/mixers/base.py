@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.ops import products
+from retnet.ops import Core, product
 from retnet.settings import Choice
 
 # A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
@@ -36,7 +37,25 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[...,in_features] → [...,out_features]."""
-        return products(input, (self.weight,))[0]
+        if type(self.weight) is not nn.Parameter:  # quantised or sharded weights bring their own product
+            return F.linear(input, self.weight)
+        return product(input, self.weight)
+
+
+def plain(*layers: nn.Module | None) -> bool:
+    """Whether these are `Linear` as made here, whose weights may be read instead of calling them.
+
+    A layer that was wrapped (LoRA), quantised or offloaded has to be called.
+    """
+    for layer in layers:
+        if layer is not None and (
+            type(layer) is not Linear
+            or type(layer.weight) is not nn.Parameter
+            or layer.weight.is_meta
+            or "forward" in layer.__dict__
+        ):
+            return False
+    return True
 
 
 class Mixer(nn.Module):
@@ -64,11 +83,19 @@ class Mixer(nn.Module):
         """One token from a state: x [B,D] → [B,D] and the state after it."""
         raise TypeError(f"{type(self).__name__} does not define step")
 
+    def core(self) -> Core | None:
+        """The mixer as `retnet.ops.retention_block` reads it, which steps a whole block at once; None: it is composed."""
+        return None
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:  # noqa: ANN401
-        """The state before the first token. `dtype` is that of the computation; states are at least fp32."""
+        """The state before the first token. `dtype` is that of the computation; what accumulates is at least fp32."""
         raise TypeError(f"{type(self).__name__} does not define init_state")
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes of one sequence's state after `length` tokens: a constant, but for mixers whose state grows."""
+        return sum(part.nbytes for part in self.init_state(1, device="meta", dtype=dtype))
 
     def mixing_flops(self, length: int) -> int:
         """Floating-point operations per token of a forward pass over `length` tokens, projections not counted."""

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, Mixer, MixerConfig
+from retnet.mixers.base import Linear, Mixer, MixerConfig, plain
 from retnet.ops import (
     BACKENDS,
     CHUNK,
     Core,
     Decay,
-    few_rows,
     frequencies,
-    gated_heads,
     log_decays,
     positions,
     retention,
@@ -26,6 +24,7 @@ from retnet.ops import (
     rotate,
     rotation,
 )
+from retnet.ops.clamped import clamped_retention
 from retnet.settings import UserError
 
 
@@ -36,7 +35,9 @@ class RetentionConfig(MixerConfig):
     `score_norm` is the paper's score normalisation (§2): ``"decay"`` divides each output row by s_t = √Σ_{i≤t} γ^{t−i}
     (factor 2), ``"paper"`` also by max(|Σ_i R_ti|, 1) (factor 3). Under a head norm both cancel up to its ε, and the
     default is ``"none"``; ``"decay"`` is then exactly a head norm with ε·s_t² in place of ε, which is what torchscale
-    computes. Without a head norm they change the function, so the choice must be written down.
+    computes, but for a clamp. Without a head norm they change the function, so the choice must be written down.
+    ``"torchscale"`` has the clamp too: rows of scores divided by √Σγ, then by clamp(Σ|R|, 1, 5·10⁴). A sum of absolute
+    values has no recurrent form, so it runs whole sequences alone, in the parallel form.
     """
 
     name: Literal["retention"] = "retention"
@@ -48,7 +49,7 @@ class RetentionConfig(MixerConfig):
     head_norm: Literal["group", "rms", "none"] = "group"
     head_norm_affine: bool = False
     head_norm_eps: float = 1e-6
-    score_norm: Literal["none", "decay", "paper"] | None = None
+    score_norm: Literal["none", "decay", "paper", "torchscale"] | None = None
     rotary: Literal["interleaved", "halves", "none"] = "interleaved"
     rotary_spacing: Literal["inclusive", "geometric"] = "inclusive"
     rotary_base: float = 10000.0
@@ -71,6 +72,11 @@ class RetentionConfig(MixerConfig):
             raise UserError(
                 "head_norm = 'none' leaves the outputs unnormalised, so score_norm must be chosen: "
                 "'none', 'decay' (rows divided by √Σγ) or 'paper' (also by max(|Σ scores|, 1))"
+            )
+        if self.score_norm == "torchscale" and self.form not in ("auto", "parallel"):
+            raise UserError(
+                f"score_norm = 'torchscale' runs in the parallel form alone, not {self.form!r}; "
+                "set form = 'parallel', or score_norm = 'decay', which runs in every form"
             )
         if self.backend not in ("auto", *BACKENDS):
             raise UserError(f"backend is {self.backend!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -152,12 +158,16 @@ class MultiScaleRetention(Mixer):
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B,T,D] → [B,T,D], every sequence from its beginning."""
         position = positions(x.shape[1], cu_seqlens).to(x.device)
+        if self.config.score_norm == "torchscale":
+            o = clamped_retention(*self._project(x, position), self.log_decay, cu_seqlens)
+            return self._finish(o, x, position)
         return self._mix(x, position, None, cu_seqlens)[0]
 
     def prefill(
         self, x: Tensor, state: RetentionState, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RetentionState]:
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
+        self._refuse_if_stateless()
         position = positions(x.shape[1], cu_seqlens, start=state.position)
         y, kv = self._mix(x, position, state.kv, cu_seqlens)
         seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
@@ -165,39 +175,56 @@ class MultiScaleRetention(Mixer):
 
     def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
         """x [B,D] from `state` → [B,D]; the state is updated in place."""
-        y = self._step_fused(x, state)
-        if y is None:
-            q, k, v = self._project(x, state.position)
-            o = retention_step(q, k, v, self.log_decay, state.kv)
-            y = self._finish(o, x, state.position)
+        self._refuse_if_stateless()
+        q, k, v = self._project(x, state.position)
+        o = retention_step(q, k, v, self.log_decay, state.kv)
+        y = self._finish(o, x, state.position)
         state.position.add_(1)
         return y, state
 
-    def _step_fused(self, x: Tensor, state: RetentionState) -> Tensor | None:
-        """`step` in three calls where `gated_heads` covers this configuration and machine; None elsewhere."""
+    def core(self) -> Core | None:
+        """This mixer as the compiled step of a block reads it; None where that does not cover it."""
         c = self.config
-        if x.dtype is not torch.float32 or self.head_norm_weight is not None or c.score_norm == "paper":
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)
+        if self.head_norm_weight is not None or c.score_norm in ("paper", "torchscale") or not plain(*layers):
             return None
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
-        projected = few_rows(x, tuple([p.weight for p in projections if p is not None]))
-        if projected is None:
-            return None
-        core = Core(
-            self.log_decay, self.theta, c.rotary, c.score_norm == "decay", c.head_norm, c.head_norm_eps
+        return Core(
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            None if self.gate_proj is None else self.gate_proj.weight,
+            self.out_proj.weight,
+            self.log_decay,
+            self.theta,
+            c.rotary,
+            c.score_norm == "decay",
+            c.head_norm,
+            c.head_norm_eps,
         )
-        y = gated_heads(projected, state.position, state.kv, core)
-        return None if y is None else self.out_proj(y)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RetentionState:
-        """Zeros: nothing seen. On the module's own device by default, fp32 unless `dtype` is fp64."""
+        """Zeros: nothing seen. On the module's own device by default, fp32 unless `dtype` is fp64.
+
+        Raises:
+            UserError: `score_norm` is "torchscale", which no state can carry.
+        """
         weight = self.q_proj.weight
         device = weight.device if device is None else device
+        if not weight.is_meta:  # there nothing is computed: somebody counts bytes
+            self._refuse_if_stateless()
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         values = self.value_dim + (self.config.score_norm == "paper")
         kv = torch.zeros(batch, self.num_heads, self.key_dim, values, device=device, dtype=wide)
         return RetentionState(kv, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def _refuse_if_stateless(self) -> None:
+        if self.config.score_norm == "torchscale":
+            raise UserError(
+                "score_norm = 'torchscale' clamps sums over whole rows of scores, which no state can carry, so it "
+                "computes whole sequences alone; set score_norm = 'decay' to generate or to read in pieces"
+            )
 
     def mixing_flops(self, length: int) -> int:
         """Chunkwise: scores and their sum inside a chunk of C tokens, and the state's update and reading."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers import MIXERS, Linear
+from retnet.mixers.base import plain
 from retnet.model.config import ModelConfig
-from retnet.ops import feed_forward
+from retnet.ops import Shell, retention_block
 from retnet.settings import UserError
 
 ModelState = tuple[Any, ...]  # one mixer state a layer
@@ -50,9 +51,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...,D] → [...,D]."""
-        gate = None if self.gate is None else self.gate.weight
-        if (out := feed_forward(x, self.fc1.weight, gate, self.fc2.weight, self.act.__name__)) is not None:
-            return out  # decoding
         hidden = self.act(self.fc1(x))
         return self.fc2(hidden if self.gate is None else hidden * self.gate(x))
 
@@ -86,11 +84,71 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
         """One token from a state: x [B,D] → [B,D] and the state after it."""
+        if (y := self._step_fused(x, state)) is not None:
+            return y, state
         mixed, state = self.mixer.step(self.mixer_norm(x), state)
         return self._close(x, mixed), state
 
+    def _step_fused(self, x: Tensor, state: Any) -> Tensor | None:  # noqa: ANN401
+        """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
+        if self.training or torch.is_grad_enabled() or (core := self.mixer.core()) is None:
+            return None
+        ffn = self.ffn
+        if not plain(ffn.fc1, ffn.gate, ffn.fc2):
+            return None
+        shell = Shell(
+            self.mixer_norm.weight,
+            self.mixer_norm.bias,
+            self.ffn_norm.weight,
+            self.ffn_norm.bias,
+            ffn.fc1.weight,
+            None if ffn.gate is None else ffn.gate.weight,
+            ffn.fc2.weight,
+            self.mixer_norm.eps,
+            ffn.act.__name__,
+        )
+        return retention_block(x, state.position, state.kv, core, shell)
 
-class LanguageModel(nn.Module):
+
+class Backbone(nn.Module):
+    """What stands below the head: embedding, blocks, norm. Base of `LanguageModel` and of the Hugging Face adapter."""
+
+    block_class: ClassVar[type[Block]] = Block
+
+    def _build(self, config: ModelConfig) -> None:
+        """Makes the parts, weights unfilled. No `__init__`, for a base class beside this one may have its own."""
+        if config.vocab_size is None:
+            raise UserError("vocab_size is not set; give it, or train with a tokenizer, which sets it")
+        size = (config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(*size, _weight=torch.empty(size))  # filled by `initialise` below
+        self.embedding_scale = math.sqrt(config.d_model) if config.embedding_scale else None
+        self.embedding_norm = Norm(config.d_model, config) if config.embedding_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
+        self.norm = Norm(config.d_model, config)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state before the first token: one mixer state a layer, batch first."""
+        return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._enter(self.embedding(tokens))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """From rows of the embedding to what the first block reads."""
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+
+class LanguageModel(Backbone):
     """Tokens to logits of the next token, in three ways that are one function: `forward`, `prefill`, `step`.
 
     A padding mask [B,T] keeps masked tokens out of every row's state and positions: the rows are packed into one, run as
@@ -102,20 +160,13 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.vocab_size is None:
-            raise UserError("vocab_size is not set; give it, or train with a tokenizer, which sets it")
         self.config = config
-        size = (config.vocab_size, config.d_model)
-        self.embedding = nn.Embedding(*size, _weight=torch.empty(size))  # filled by `initialise` below
-        self.embedding_norm = Norm(config.d_model, config) if config.embedding_norm else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = Norm(config.d_model, config)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self._build(config)
+        self.head = Linear(config.d_model, self.embedding.num_embeddings)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         if not self.embedding.weight.is_meta:  # there is nothing to fill, and trying costs seconds of imports
-            initialise(self)
+            initialise(self, config, None if config.tie_embeddings else self.head)
 
     def forward(
         self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None
@@ -132,8 +183,8 @@ class LanguageModel(nn.Module):
         """
         if mask is None:
             return self.head(self.features(tokens, cu_seqlens))
-        cu_seqlens = _packing(mask, cu_seqlens)
-        return _laid_out(self.head(self.features(tokens[mask][None], cu_seqlens)), mask)
+        cu_seqlens = packing(mask, cu_seqlens)
+        return laid_out(self.head(self.features(tokens[mask][None], cu_seqlens)), mask)
 
     def features(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: tokens [B,T] → [B,T,D]."""
@@ -146,14 +197,14 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: Sequence[Any], *, mask: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Many tokens from a state: logits [B,T,vocab_size] and the state after the last unmasked token of each row."""
-        cu_seqlens = None if mask is None else _packing(mask, None)
+        cu_seqlens = None if mask is None else packing(mask)
         x = self._embed(tokens if mask is None else tokens[mask][None])
         after = []
         for block, before in zip(self._blocks(), state, strict=True):
             x, layer = block.prefill(x, before, cu_seqlens)
             after.append(layer)
         logits = self.head(self.norm(x))
-        return (logits if mask is None else _laid_out(logits, mask)), tuple(after)
+        return (logits if mask is None else laid_out(logits, mask)), tuple(after)
 
     def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after."""
@@ -164,35 +215,17 @@ class LanguageModel(nn.Module):
             after.append(layer)
         return self.head(self.norm(x)), tuple(after)
 
-    def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> ModelState:
-        """The state before the first token: one mixer state a layer, batch first."""
-        return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks())
 
-    def _blocks(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        if self.config.embedding_scale:
-            x = x * math.sqrt(self.config.d_model)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        return self.dropout(x)
-
-
-def initialise(model: LanguageModel) -> None:
+def initialise(model: Backbone, config: ModelConfig, head: nn.Linear | None) -> None:
     """Fresh weights, by the configuration's `init`.
 
     ``"deepnet"``: Xavier-normal with gain 1 for queries and keys and β = (8 · layers)^(−1/4) elsewhere (DeepNet, decoder
-    only), embeddings N(0, 1/d_model). ``"normal"``: N(0, 0.02²) everywhere.
+    only), embeddings N(0, 1/d_model). ``"normal"``: N(0, 0.02²) everywhere. A tied head is None.
     """
-    config = model.config
     beta = (8 * config.num_layers) ** -0.25
     with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module is not model.head:
+        for name, module in model.blocks.named_modules():
+            if isinstance(module, nn.Linear):
                 if config.init == "normal":
                     nn.init.normal_(module.weight, std=0.02)
                 else:
@@ -201,11 +234,11 @@ def initialise(model: LanguageModel) -> None:
                     )
         std = 0.02 if config.init == "normal" else config.d_model**-0.5
         nn.init.normal_(model.embedding.weight, std=std)
-        if not config.tie_embeddings:
-            nn.init.normal_(model.head.weight, std=std)
+        if head is not None:
+            nn.init.normal_(head.weight, std=std)
 
 
-def _packing(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def packing(mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Bounds of the rows of a mask [B,T] once their padding is taken out, int32 [B+1]."""
     if cu_seqlens is not None:
         raise ValueError("mask and cu_seqlens are two ways to say the same; give one")
@@ -214,7 +247,7 @@ def _packing(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
 
 
-def _laid_out(packed: Tensor, mask: Tensor) -> Tensor:
+def laid_out(packed: Tensor, mask: Tensor) -> Tensor:
     """[1, sum(mask), ...] → [B,T,...] with zeros where the mask is False."""
     rows = packed.new_zeros(*mask.shape, packed.shape[-1])
     rows[mask] = packed[0]

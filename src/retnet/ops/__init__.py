@@ -10,8 +10,8 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Core, decoding, feed_forward, few_rows, gated_heads
-from retnet.ops.products import products
+from retnet.ops.decode import Core, Shell, retention_block
+from retnet.ops.products import product
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
 
@@ -23,15 +23,13 @@ __all__ = [
     "SPACINGS",
     "Core",
     "Decay",
-    "decoding",
-    "feed_forward",
-    "few_rows",
+    "Shell",
     "frequencies",
-    "gated_heads",
     "log_decays",
     "positions",
-    "products",
+    "product",
     "retention",
+    "retention_block",
     "retention_step",
     "rotate",
     "rotation",

@@ -74,7 +74,7 @@ def _run(name: str, tensors: tuple[Tensor, ...], walks: Walks) -> None:
     threads = max(1, min(torch.get_num_threads(), H * N))
     together = max(1, min(H, H * N // threads, CACHE // (K * V * v.itemsize)))
     sizes = (M, H, K, V, walks.mask.shape[1], N, together)
-    native.run(getattr(kernels, name), (*tensors, *walks, order), sizes, threads)
+    native.run(getattr(kernels, name), (*tensors, *walks, order), sizes, threads=threads)
 
 
 @cache
@@ -106,7 +106,8 @@ def _compile_forward(compiler: native.Compiler, panels: Panels, number: type) ->
         scores, values, outs = empty(1, C, C)[0], empty(1, C, V)[0], empty(1, C, V)[0]
         queries, keys, keys_t = empty(1, C, K)[0], empty(1, C, K)[0], empty(1, K, C)[0]
         groups = (H + together - 1) // together
-        states, sink = empty(together, K, V), np.zeros(1, number)
+        states = empty(together, K, V)
+        sink: Any = np.zeros(1, number)
         for task in range(thread(), N * groups, threads()):
             row, first = order[task // groups], task % groups * together
             heads, last = min(together, H - first), starts[row] + lengths[row]
@@ -173,7 +174,7 @@ def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -
         )
         groups = (H + together - 1) // together
         states, spare = empty(together, K, V), empty(1, K, V)[0]
-        sink = np.zeros(1, number)
+        sink: Any = np.zeros(1, number)
         for task in range(thread(), N * groups, threads()):
             row, first = order[task // groups], task % groups * together
             heads, start, last = min(together, H - first), starts[row], starts[row] + lengths[row]

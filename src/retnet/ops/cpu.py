@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.ops import chunks
+from retnet.ops import chunks, decode
 from retnet.ops.reference import decay_mask
 
 
@@ -254,7 +254,7 @@ def chunk_backward(
         qr, kr, vr, gr = (_rows(x, before) for x in (q, k, v, d_out))
         dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
         chunks.backward(gr, d_state, qr, kr, vr, before, (dq, dk, dv), _walks(factors, q, cu_seqlens))
-        return *(d.view(x.shape).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), d_state
+        return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), d_state
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if cu_seqlens is None:
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
@@ -274,18 +274,22 @@ def retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
     """One token for each of B rows of `state` [N,H,K,V], which change in place; slot −1 is padding, its output zero."""
-    if slots is not None:
-        rows = slots.long()
-        real = (rows >= 0).nonzero().squeeze(1)
-        rows = rows[real]
-        part, out = state[rows], torch.zeros_like(v)
-        out[real] = retention_step(q[real], k[real], v[real], log_decay, part, None, scale)
-        state[rows] = part
+    rows = torch.arange(q.shape[0]) if slots is None else slots.long()
+    if (out := decode.state_step(q, k, v, log_decay, state, rows, scale)) is not None:
         return out
-    B = q.shape[0]
+    if slots is not None:
+        real = (rows >= 0).nonzero().squeeze(1)
+        part, out = state[rows[real]], torch.zeros_like(v)
+        out[real] = _step(q[real], k[real], v[real], log_decay, part, scale)
+        state[rows[real]] = part
+        return out
+    return _step(q, k, v, log_decay, state[: len(rows)], scale)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float) -> Tensor:
+    """One token for every row of `state` [B,H,K,V], by torch's operators."""
     wide = state.dtype
-    gamma = log_decay.to(wide).exp()[:, None, None]
-    part = state[:B].mul_(gamma).flatten(0, 1)  # [BH,K,V], a view
+    part = state.mul_(log_decay.to(wide).exp()[:, None, None]).flatten(0, 1)  # [BH,K,V], a view
     part.baddbmm_(k.to(wide).flatten(0, 1)[:, :, None], v.to(wide).flatten(0, 1)[:, None, :])
     out = torch.bmm((q.to(wide) * scale).flatten(0, 1)[:, None, :], part)
     return out.view(v.shape).to(v.dtype)

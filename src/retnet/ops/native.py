@@ -30,10 +30,22 @@ class Compiler(NamedTuple):
     barrier: Callable[[], None]  # waits for all threads of the team
 
 
-def run(kernel: Any, tensors: Sequence[Tensor], numbers: Sequence[int], threads: int | None = None) -> None:  # noqa: ANN401
-    """Runs a kernel on `threads` (torch's number) threads; its table holds the addresses of `tensors`, then `numbers`."""
-    table = (ctypes.c_int64 * (len(tensors) + len(numbers)))(*[x.data_ptr() for x in tensors], *numbers)
-    _parallel()(kernel.address, table, threads or torch.get_num_threads(), 0)
+def run(
+    kernel: Any,  # noqa: ANN401
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    reals: Sequence[float] = (),
+    threads: int | None = None,
+) -> None:
+    """Runs a kernel on `threads` (torch's number) threads.
+
+    Its table holds the addresses of `tensors`, then `numbers`, then the address of `reals`, as fp64.
+    """
+    floats = (ctypes.c_double * len(reals))(*reals)
+    numbers = (*[x.data_ptr() for x in tensors], *numbers, ctypes.addressof(floats))
+    _parallel()(
+        kernel.address, (ctypes.c_int64 * len(numbers))(*numbers), threads or torch.get_num_threads(), 0
+    )
 
 
 @cache
@@ -51,7 +63,7 @@ def compiler() -> Compiler | None:
         _log.info("torch does not use GNU OpenMP here, so its own operators are used")
         return None
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def pointer(_: Any, address: Any) -> Any:  # noqa: ANN401
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
             return builder.inttoptr(values[0], context.get_value_type(signature.return_type))

@@ -46,7 +46,7 @@ def compile_panels(compiler: native.Compiler, number: type) -> Panels:
     @compiler.function
     def empty(count: int, rows: int, columns: int) -> Any:  # noqa: ANN401
         size = (rows + W - 1) // W * W * ((columns + W - 1) // W * W)
-        memory = np.empty(count * size + 64 // item, number)
+        memory: Any = np.empty(count * size + 64 // item, number)
         skip = (-memory.ctypes.data % 64) // item
         return memory[skip : skip + count * size].reshape(count, size)
 
@@ -179,7 +179,7 @@ def _compile_tile(number: type, rows: int, width: int) -> Any:  # noqa: ANN401
     vector = ir.VectorType(scalar, width // 2)
     item = np.dtype(number).itemsize
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def tile(_: Any, a: Any, si: Any, sk: Any, sp: Any, b: Any, c: Any, beta: Any, panels: Any) -> Any:  # noqa: ANN401
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
             a, si, sk, sp, b, c, beta, panels = values

@@ -19,14 +19,14 @@ from retnet.ops import decode
 MANY_ROWS = 64  # from here on oneDNN is the faster one
 
 
-def products(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """x Wᵀ for each W: x [...,K] and weights [N,K] → [...,N]; differentiable, any type, any device."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ: x [...,K] and weight [N,K] → [...,N]; differentiable, any type, any device."""
     if x.dtype is torch.float32 and x.device.type == "cpu" and _eager():
-        if (out := decode.few_rows(x, weights)) is not None:
-            return (out,) if len(weights) == 1 else out.split([w.shape[0] for w in weights], dim=1)
+        if (out := decode.few_rows(x, weight)) is not None:
+            return out
         if x.numel() >= MANY_ROWS * x.shape[-1] and torch.backends.mkldnn.enabled and _HAS_ONEDNN:
-            return tuple([_ManyRows.apply(x, w) for w in weights])  # type: ignore[no-untyped-call]
-    return tuple([F.linear(x, w) for w in weights])
+            return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]
+    return F.linear(x, weight)
 
 
 def _eager() -> bool:
