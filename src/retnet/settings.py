@@ -68,7 +68,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         return msgspec.convert(data, cls, strict=True, dec_hook=choose)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):  # from `choose`, which knows the mistake but not its place
-            place = str(error).rpartition(" - at `$.")[2].rstrip("`")
+            _, found, place = str(error).rpartition(" - at `$.")
+            place = place.rstrip("`") if found else ""
             raise UserError(f"{place}: {error.__cause__}" if place else str(error.__cause__)) from None
         raise UserError(_readable(str(error), cls, data, where)) from None
 

@@ -71,13 +71,16 @@ def assert_three_ways_agree(module, x, tolerance: float) -> None:
         assert relative(other, whole) <= tolerance, f"{name}: {relative(other, whole):.2e}"
 
 
-def assert_causal(module, x) -> None:
-    """No output depends on a later input, by gradient; every output depends on its own."""
+def assert_causal(module, x, *, leak: float = 0.0) -> None:
+    """No output depends on a later input, by gradient; every output depends on its own.
+
+    `leak` is what an FFT, whose rounding knows no order, may leave on later inputs, relative to the largest gradient.
+    """
     x = x.detach().clone().requires_grad_()
     y = module(x)
     for t in (0, x.shape[1] // 2, x.shape[1] - 1):
         (grad,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
-        assert not grad[:, t + 1 :].any()
+        assert (grad[:, t + 1 :].abs() <= leak * grad.abs().max()).all()
         assert grad[:, t].any()
 
 

@@ -226,3 +226,9 @@ def test_a_model_needs_a_vocabulary():
 def test_impossible_sizes(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ModelConfig(**wrong)
+
+
+def test_rows_of_caches_that_grow_are_joined():
+    from retnet.model.states import join_rows
+
+    assert join_rows([(torch.ones(1, 2, 3),), (torch.ones(2, 5, 3),)])[0].shape == (3, 5, 3)

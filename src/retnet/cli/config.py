@@ -55,8 +55,8 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, length in LENGTHS.items():
-        cache = kv_cache_bytes(run.model, length)
-        table.add_row(label, f"{size.state_bytes:,}", f"{cache:,}", f"{cache / size.state_bytes:.2f}×")
+        state, cache = cost(run.model, length).state_bytes, kv_cache_bytes(run.model, length)
+        table.add_row(label, f"{state:,}", f"{cache:,}", f"{cache / state:.2f}×")
     console.print(table)
 
 

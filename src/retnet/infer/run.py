@@ -9,6 +9,7 @@ import torch
 
 from retnet.data import Tokenizer
 from retnet.model.checkpoint import load_model
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, nearest
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def open_run(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
     where, chosen = find_checkpoint(path, checkpoint)
-    model = load_model(where, device=_device(device), dtype=None if dtype is None else DTYPES[dtype]).eval()
+    model = load_model(where, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]).eval()
     tokenizer = Tokenizer.load(where / "tokenizer.json")
     vocab_size = model.config.vocab_size
     assert vocab_size is not None  # no model is built without
@@ -63,51 +64,12 @@ def open_run(
     return Run(model, tokenizer, where, chosen)
 
 
-def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, str]:
-    """The checkpoint directory of a run, and the name under which it was found; see `open_run`.
+def pick_device(name: str) -> str:
+    """The device of this name; "auto" is a GPU where there is one.
 
     Raises:
-        UserError: nothing there, or no such checkpoint.
+        UserError: no such device here.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"no run at {path}{_neighbours(path)}")
-    if (path / "manifest.json").is_file():
-        if name is not None:
-            raise UserError(f"{path} is a checkpoint itself; leave out the checkpoint name {name!r}")
-        return path, path.name
-    home = path / "checkpoints"
-    if not home.is_dir():
-        raise UserError(
-            f"{path} is neither a run (no checkpoints directory) nor a checkpoint (no manifest.json)"
-        )
-    pointers = [pointer for pointer in ("best", "last") if (home / pointer).is_file()]
-    steps = sorted(step.name for step in home.iterdir() if (step / "manifest.json").is_file())
-    known = [*pointers, *steps]
-    if not known:
-        raise UserError(f"{path} has no checkpoint yet; it gets its first when training saves one")
-    chosen = name if name is not None else known[0] if pointers else steps[-1]
-    if chosen not in known:
-        raise UserError(f"no checkpoint {chosen!r} in {path}; {nearest(chosen, known)}")
-    if chosen not in pointers:
-        return home / chosen, chosen
-    target = (home / chosen).read_text(encoding="utf-8", errors="replace").strip()
-    if target not in steps:
-        raise UserError(
-            f"{home / chosen} names {target!r}, which is not there; choose from: {', '.join(steps) or 'none'}"
-        )
-    return home / target, chosen
-
-
-def _neighbours(path: Path) -> str:
-    """For a mistyped run: what its parent directory has."""
-    if not path.parent.is_dir():
-        return ""
-    runs = sorted(found.parent.name for found in path.parent.glob("*/checkpoints"))
-    return f"; {nearest(path.name, runs)}" if runs else ""
-
-
-def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -119,7 +119,7 @@ class MultiScaleRetention(Mixer):
 
     Config: ClassVar[type[RetentionConfig]] = RetentionConfig
 
-    log_decay: Tensor  # [H] fp32
+    log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
     theta: Tensor  # [K/2] fp64
 
     def __init__(self, d_model: int, config: RetentionConfig) -> None:
@@ -142,7 +142,8 @@ class MultiScaleRetention(Mixer):
 
     def _set_constants(self, device: torch.device) -> None:
         config = self.config
-        log_decay = log_decays(config.decay, self.num_heads).to(device)
+        wide = torch.promote_types(self.q_proj.weight.dtype, torch.float32)
+        log_decay = log_decays(config.decay, self.num_heads, wide).to(device)
         theta = torch.zeros(0, dtype=torch.float64, device=device)
         if config.rotary != "none":
             theta = frequencies(self.key_dim, config.rotary_spacing, config.rotary_base).to(device)

@@ -17,7 +17,7 @@ class Cost(NamedTuple):
     parameters: dict[str, int]  # by part; they sum to all parameters
     flops_per_token: int  # of a forward pass at `length`; a training step costs three times as much
     length: int
-    state_bytes: int  # of one sequence, whatever its length
+    state_bytes: int  # of one sequence after `length` tokens
 
     @property
     def total(self) -> int:
@@ -36,7 +36,6 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
         config = ModelConfig(**{**vars(config), "vocab_size": 257})
     with torch.device("meta"):
         model = LanguageModel(config)
-        state = model.init_state(1)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     norms = [m for b in blocks for m in (b.mixer_norm, b.ffn_norm)] + [model.norm, model.embedding_norm]
     parameters = {
@@ -48,7 +47,7 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
     }
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     flops = 2 * products + sum(b.mixer.mixing_flops(length) for b in blocks)
-    return Cost(parameters, flops, length, sum(x.nbytes for layer in state for x in layer))
+    return Cost(parameters, flops, length, sum(b.mixer.state_bytes(length) for b in blocks))
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_number: int = 2) -> int:

@@ -12,13 +12,14 @@ from torch import Tensor
 Decay = Literal["paper", "experiments", "none"] | float | tuple[float, ...]
 
 
-def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
-    """ln γ of each head, [H] fp32, computed in fp64 and on the CPU, also where modules are being made on the meta device.
+def log_decays(decay: Decay | Sequence[float], num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """ln γ of each head, [H], computed in fp64 and on the CPU, also where modules are being made on the meta device.
 
     Args:
         decay: ``"paper"``: γ = 1 − 2^(−5−h), the paper's default (§3); ``"experiments"``: γ = 1 − exp(linspace(ln 1/32,
             ln 1/512, H)), the paper's own runs; ``"none"``: γ = 1; a number: that γ for every head; a list: one γ a head.
         num_heads: H.
+        dtype: of the result, fp32 or fp64; a coarser one would round γ to 1.
 
     Raises:
         ValueError: an unknown name, a γ outside (0, 1], or a list whose length is not H.
@@ -27,16 +28,16 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
     if decay == "paper":
         # log1p(−2^(−5−h)) keeps what 1 − 2^(−5−h) would round away for many heads
-        return torch.log1p(
-            -torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64, device="cpu"))
-        ).float()
+        return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, dtype=torch.float64, device="cpu"))).to(
+            dtype
+        )
     if decay == "experiments":
         ends = math.log(1 / 32), math.log(1 / 512)
         return torch.log1p(
             -torch.exp(torch.linspace(*ends, num_heads, dtype=torch.float64, device="cpu"))
-        ).float()
+        ).to(dtype)
     if decay == "none":
-        return torch.zeros(num_heads, device="cpu")
+        return torch.zeros(num_heads, dtype=dtype, device="cpu")
     if isinstance(decay, str):
         raise ValueError(
             f"unknown decay {decay!r}; allowed: 'paper', 'experiments', 'none', a number in (0, 1], or one number a head"
@@ -47,4 +48,4 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int) -> Tensor:
     for gamma in gammas:
         if not 0 < gamma <= 1:
             raise ValueError(f"decay γ = {gamma} is outside (0, 1]")
-    return torch.tensor(gammas, dtype=torch.float64, device="cpu").log().float()
+    return torch.tensor(gammas, dtype=torch.float64, device="cpu").log().to(dtype)

@@ -1,0 +1,122 @@
+"""The Linear Transformer: positive features in place of softmax (Katharopoulos et al. 2020, "Transformers are RNNs")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retnet.mixers.base import Linear, Mixer, MixerConfig
+from retnet.mixers.parts import Rotary, Rotation, head_width, require_positive, widened
+from retnet.ops import CHUNK, positions, retention, retention_step
+
+
+@dataclass(frozen=True)
+class LinearConfig(MixerConfig):
+    """Linear attention with φ(x) = elu(x) + 1 and its normaliser.
+
+    The shared embedding knows no positions, so they enter here, as rotations of the features in the numerator alone
+    (Su et al. 2021, RoFormer, eq. 19), which leaves the normaliser positive; ``rotary = "none"`` is the bare formula.
+    """
+
+    name: Literal["linear"] = "linear"
+    num_heads: int = 4
+    rotary: Rotation = "halves"
+    rotary_base: float = 10000.0
+    eps: float = 1e-6  # added to the normaliser
+
+    def __post_init__(self) -> None:
+        require_positive(num_heads=self.num_heads, rotary_base=self.rotary_base, eps=self.eps)
+
+
+class LinearState(NamedTuple):
+    """Two sums over all tokens; constant in their number."""
+
+    kv: Tensor  # Σ φ(k)ᵀ v, [B,H,K,K], fp32 or fp64
+    normaliser: Tensor  # Σ φ(k), [B,H,K]
+    position: Tensor  # int64 [B], tokens seen so far
+
+
+class LinearAttention(Mixer):
+    """o_t = φ(q_t) Σ_{s≤t} φ(k_s)ᵀ v_s / (φ(q_t) · Σ_{s≤t} φ(k_s) + ε) for each head (eq. 9 to 12).
+
+    Both sums are retention without decay. Weights: q_proj, k_proj, v_proj, out_proj [D,D].
+    """
+
+    Config: ClassVar[type[LinearConfig]] = LinearConfig
+
+    def __init__(self, d_model: int, config: LinearConfig) -> None:
+        super().__init__(d_model, config)
+        self.config = config
+        self.num_heads = config.num_heads
+        self.key_dim = head_width(d_model, config.num_heads)
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_model)
+        self.v_proj = Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
+        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [B,T,D] → [B,T,D], every sequence from its beginning."""
+        rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        state = self.init_state(rows, device=x.device, dtype=x.dtype)
+        return self.prefill(x, state, cu_seqlens=cu_seqlens)[0]
+
+    def prefill(
+        self, x: Tensor, state: LinearState, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LinearState]:
+        """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
+        position = positions(x.shape[1], cu_seqlens, start=state.position)
+        q, k, turned_q, turned_k, v = self._project(x, position)
+        no_decay = torch.zeros(self.num_heads, device=x.device)
+        sums, kv = retention(turned_q, turned_k, v, no_decay, state.kv, cu_seqlens, scale=1.0)
+        ones = torch.ones_like(v[..., :1])
+        total, normaliser = retention(
+            q, k, ones, no_decay, state.normaliser[..., None], cu_seqlens, scale=1.0
+        )
+        seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        after = LinearState(kv, normaliser[..., 0], state.position + seen)
+        return self._finish(sums, total, x.dtype), after
+
+    def step(self, x: Tensor, state: LinearState) -> tuple[Tensor, LinearState]:
+        """x [B,D] from `state` → [B,D]; the state is updated in place."""
+        q, k, turned_q, turned_k, v = self._project(x, state.position)
+        no_decay = torch.zeros(self.num_heads, device=x.device)
+        sums = retention_step(turned_q, turned_k, v, no_decay, state.kv, scale=1.0)
+        total = (q * state.normaliser.add_(k)).sum(-1, keepdim=True)
+        state.position.add_(1)
+        return self._finish(sums, total, x.dtype), state
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LinearState:
+        """Zeros: nothing seen. fp32 unless `dtype` is fp64."""
+        weight = self.q_proj.weight
+        device = weight.device if device is None else device
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        H, K = self.num_heads, self.key_dim
+        kv = torch.zeros(batch, H, K, K, device=device, dtype=wide)
+        normaliser = torch.zeros(batch, H, K, device=device, dtype=wide)
+        return LinearState(kv, normaliser, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def mixing_flops(self, length: int) -> int:
+        """Two chunkwise sums: of values, K wide, and of ones."""
+        K, C = self.key_dim, min(CHUNK, length)
+        return self.num_heads * sum(2 * C * (K + V) + 4 * K * V for V in (K, 1))
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """φ(q), φ(k), both rotated, and v, each [...,H,K], in fp32 or better, of x [...,D]."""
+        wide, heads = widened(x), (self.num_heads, self.key_dim)
+        q, k, v = (proj(x).to(wide).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = features(q), features(k)
+        return q, k, *self.rotary(q, k, position), v
+
+    def _finish(self, sums: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.out_proj((sums / (total + self.config.eps)).flatten(-2).to(dtype))
+
+
+def features(x: Tensor) -> Tensor:
+    """φ(x) = elu(x) + 1, written so that the exponential of a very negative x is not lost beside the 1."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())

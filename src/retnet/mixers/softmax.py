@@ -1,0 +1,148 @@
+"""Causal softmax attention with rotary positions and a cache of keys and values: the Transformer's mixer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.packing import SequenceMixer
+from retnet.mixers.parts import Rotary, Rotation, append, head_width, require_positive
+from retnet.ops import positions
+from retnet.settings import UserError
+
+QUERIES = (
+    512  # tokens read at once from a cache: a mask of them against all keys is the largest thing there is
+)
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(MixerConfig):
+    """Multi-head attention as in Llama: rotary positions, no biases.
+
+    `sdpa` is how whole sequences are computed: ``"math"`` is the plain formula, which holds a matrix of T × T scores,
+    ``"flash"`` FlashAttention, which does not (on a CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's
+    choice.
+    """
+
+    name: Literal["softmax"] = "softmax"
+    num_heads: int = 4
+    rotary: Rotation = "halves"
+    rotary_base: float = 10000.0
+    sdpa: Literal["auto", "math", "flash"] = "auto"
+
+    def __post_init__(self) -> None:
+        require_positive(num_heads=self.num_heads, rotary_base=self.rotary_base)
+
+
+class SoftmaxState(NamedTuple):
+    """The KV cache; it grows with every token. Places from a row's length on are room to grow into."""
+
+    keys: Tensor  # [B,S,H,K] in the type of the computation: nothing accumulates in it
+    values: Tensor  # [B,S,H,K]
+    length: Tensor  # int64 [B], tokens seen so far
+
+
+class SoftmaxAttention(SequenceMixer):
+    """softmax(Q Kᵀ / √K + causal mask) V for each head (Vaswani et al. 2017), Q and K rotated (Su et al. 2021).
+
+    Weights: q_proj, k_proj, v_proj, out_proj [D,D].
+    """
+
+    Config: ClassVar[type[SoftmaxConfig]] = SoftmaxConfig
+
+    def __init__(self, d_model: int, config: SoftmaxConfig) -> None:
+        super().__init__(d_model, config)
+        self.config = config
+        self.d_model, self.num_heads = d_model, config.num_heads
+        self.key_dim = head_width(d_model, config.num_heads)
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_model)
+        self.v_proj = Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
+        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> SoftmaxState:
+        """An empty cache, in `dtype`."""
+        weight = self.q_proj.weight
+        device = weight.device if device is None else device
+        empty = torch.zeros(
+            batch, 0, self.num_heads, self.key_dim, device=device, dtype=dtype or weight.dtype
+        )
+        return SoftmaxState(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
+        """Keys and values of all tokens, and the length."""
+        return 2 * length * self.d_model * (dtype or self.q_proj.weight.dtype).itemsize + 8
+
+    def mixing_flops(self, length: int) -> int:
+        """Scores and their weighted sum over half the length, which is what a token sees on average."""
+        return 2 * self.d_model * (length + 1)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        q, k, v = self._project(x, positions(x.shape[1]).to(x.device))
+        return self._finish(self._causal(q, k, v))
+
+    def _extend(self, x: Tensor, state: SoftmaxState) -> tuple[Tensor, SoftmaxState]:
+        T, dtype = x.shape[1], state.keys.dtype
+        position = positions(T, start=state.length)
+        q, k, v = (y.to(dtype) for y in self._project(x, position))
+        keys, values = append(state.keys, state.length, k), append(state.values, state.length, v)
+        shortest, longest = int(state.length.min()), int(state.length.max())
+        if longest == 0:
+            o = self._causal(q, k, v)
+        else:
+            seen = keys[:, : longest + T], values[:, : longest + T]
+            o = _attend(q, *seen, position, masked=T > 1 or shortest < longest)
+        return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, self.key_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return *self.rotary(q, k, position), v
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Sequences from their beginning, by the chosen backend: q, k, v [B,T,H,K] → [B,T,H,K]."""
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        try:
+            with _backend(self.config.sdpa):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise UserError(
+                f"sdpa = 'flash' has no kernel for {q.dtype} of head width {self.key_dim} on {q.device}; "
+                "use 'auto' or 'math' (on a GPU: train.precision = 'bf16')"
+            ) from None
+
+    def _finish(self, o: Tensor) -> Tensor:
+        return self.out_proj(o.flatten(-2))
+
+
+def _backend(name: str) -> AbstractContextManager[None]:
+    if name == "auto":
+        return nullcontext()
+    return sdpa_kernel({"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}[name])
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, masked: bool) -> Tensor:
+    """q [B,T,H,K] at `position` [B,T] on keys and values [B,S,H,K], of which each sees those up to its own place."""
+    place = torch.arange(keys.shape[1], device=q.device)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    outputs = []
+    for part, at in zip(q.split(QUERIES, dim=1), position.split(QUERIES, dim=1), strict=True):
+        mask = (place <= at[..., None])[:, None] if masked else None  # [B,1,t,S]
+        outputs.append(
+            F.scaled_dot_product_attention(part.transpose(1, 2), keys, values, attn_mask=mask)
+        )  # [B,H,t,K]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
