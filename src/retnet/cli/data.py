@@ -46,7 +46,7 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
 
     if not Path(out).absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {Path(out).absolute().parent}")
-    problems = _Problems()
+    problems = Problems()
     read = 0
 
     def limited() -> Iterator[str]:
@@ -105,7 +105,7 @@ def prepare(
         "cache": out,
     }
     settings = _settings(config, {key: value for key, value in given.items() if value not in (None, ())})
-    problems = _Problems()
+    problems = Problems()
     with _progress() as show:
         prepared = prepare_shards(settings, on_progress=show, on_problem=problems.add)
     _describe(prepared)
@@ -147,7 +147,7 @@ def _describe(prepared: Prepared) -> None:
     click.echo(f"in {prepared.directory}")
 
 
-class _Problems:
+class Problems:
     """Prints the first problems as they come and counts all."""
 
     def __init__(self) -> None:

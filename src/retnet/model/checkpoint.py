@@ -35,24 +35,24 @@ def write_checkpoint(path: Path, files: Files) -> None:
     sums = {}
     for name, write in files.items():
         write(partial / name)
-        _flush(partial / name)
-        sums[name] = {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size}
+        flush(partial / name)
+        sums[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
     (partial / MANIFEST).write_text(json.dumps({"files": sums}, indent=2) + "\n", encoding="utf-8")
-    _flush(partial / MANIFEST)
-    _flush(partial)
+    flush(partial / MANIFEST)
+    flush(partial)
     if path.exists():  # an earlier checkpoint of the same step
         shutil.rmtree(path)
     partial.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a small text file in one step: readers see the old content or the new."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    _flush(partial)
+    flush(partial)
     partial.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def verify(path: Path) -> None:
@@ -75,7 +75,7 @@ def verify(path: Path) -> None:
             wrong.append(f"{name} is missing")
         elif file.stat().st_size != want["bytes"]:
             wrong.append(f"{name} has {file.stat().st_size} bytes instead of {want['bytes']}")
-        elif _sha256(file) != want["sha256"]:
+        elif sha256(file) != want["sha256"]:
             wrong.append(f"{name} was changed after it was written")
     if wrong:
         raise UserError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; take another checkpoint")
@@ -162,12 +162,14 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Sees to it that a file or directory has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

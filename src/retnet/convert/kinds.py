@@ -1,0 +1,215 @@
+"""Which kind of checkpoint something is, and converting one kind into another."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet import __version__
+from retnet.convert import fla, own, torchscale
+from retnet.convert.clamp import with_clamp
+from retnet.convert.folders import destination
+from retnet.convert.torch_files import SUFFIXES
+from retnet.convert.weights import DTYPES, TOKENS, Found
+from retnet.model.checkpoint import write_checkpoint
+from retnet.settings import UserError, nearest
+
+if TYPE_CHECKING:
+    from retnet.model.hf.tokenizer import SavedTokenizer
+
+READERS = {
+    "torchscale": f"a file {', '.join(SUFFIXES)}, or a folder with one and its config.json",
+    "fla": "a folder whose config.json has model_type 'retnet' and hidden_size",
+    "hf": "a folder whose config.json has model_type 'retentive_network'",
+    "run": "a run (checkpoints/) or one of its checkpoints (manifest.json, model.toml)",
+}
+WRITERS = {
+    "hf": "a Hugging Face folder",
+    "fla": "a folder of flash-linear-attention",
+    "run": "a checkpoint of this library",
+}
+PROVENANCE = "provenance.json"
+
+
+def recognise(source: str | Path) -> str:
+    """The kind of a checkpoint, a key of `READERS`.
+
+    Raises:
+        UserError: nothing is there, it is of no kind, or of more than one.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"there is no {source}; SOURCE is a file or folder on this machine")
+    kinds = _kinds(path)
+    if len(kinds) == 1:
+        return kinds[0]
+    looked = "; ".join(f"{kind}: {what}" for kind, what in READERS.items())
+    if kinds:
+        raise UserError(
+            f"{source} looks like {' and '.join(kinds)}; say which with --from. Looked for: {looked}"
+        )
+    raise UserError(f"{source} is no checkpoint known here. Looked for: {looked}")
+
+
+def _kinds(path: Path) -> list[str]:
+    """Every kind that a file or folder may be of."""
+    if path.is_file():
+        return ["torchscale"] if path.suffix in SUFFIXES else []
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    fla = config.get("model_type") == "retnet" and "hidden_size" in config
+    hf = config.get("model_type") == "retentive_network"
+    pickles = any(file.suffix in SUFFIXES and file.suffix != ".safetensors" for file in path.iterdir())
+    fits = {
+        # The folders of the others may have the optimiser's pickles beside their weights.
+        "torchscale": "decoder_embed_dim" in config or (pickles and not fla and not hf),
+        "fla": fla,
+        "hf": hf,
+        "run": (path / "checkpoints").is_dir() or (path / "model.toml").is_file(),
+    }
+    return [kind for kind, fit in fits.items() if fit]
+
+
+def read(source: str | Path, kind: str | None = None, *, config: str | Path | None = None) -> Found:
+    """The model of a checkpoint.
+
+    Args:
+        source: a file or folder.
+        kind: a key of `READERS`; None recognises it.
+        config: a JSON with torchscale's arguments.
+
+    Raises:
+        UserError: it cannot be read, is damaged, asks for what this library does not compute, or its tensors do not fit.
+    """
+    path = Path(source)
+    if kind is None:
+        kind = recognise(path)
+    elif kind not in READERS:
+        raise UserError(f"unknown kind {kind!r}; {nearest(kind, READERS)}")
+    elif not path.exists():
+        raise UserError(f"there is no {source}; SOURCE is a file or folder on this machine")
+    if config is not None and kind != "torchscale":
+        raise UserError(f"--config gives torchscale's arguments, but {source} is of kind {kind!r}")
+    if kind == "torchscale":
+        return torchscale.read(path, None if config is None else Path(config))
+    if path.is_file():
+        raise UserError(f"{source} is a file, but kind {kind!r} is {READERS[kind]}")
+    return {"fla": fla.read, "hf": own.read_hf, "run": own.read_run}[kind](path)
+
+
+def write(
+    found: Found,
+    dest: str | Path,
+    to: str = "hf",
+    *,
+    source: str | Path,
+    tokenizer: SavedTokenizer | None = None,
+    force: bool = False,
+) -> Path:
+    """Writes a model as a folder with the SHA-256 of all its files and of the files it came from; complete or not at all.
+
+    Args:
+        found: the model.
+        dest: the folder, which is new or empty.
+        to: a key of `WRITERS`.
+        source: where it was read; `dest` may not hold it, and its name goes to ``provenance.json``.
+        tokenizer: a `retnet.data.Tokenizer`; None takes that of the source, if any.
+        force: replace a model that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: `dest` is taken or cannot be written, or the target cannot express the model.
+    """
+    if to not in WRITERS:
+        raise UserError(f"unknown kind {to!r}; {nearest(to, WRITERS)}")
+    path = destination(dest, Path(source), force=force)
+    where_from = {
+        "source": Path(source).resolve().name,
+        "kind": found.kind,
+        "sha256": dict(found.hashes),
+        "notes": list(found.notes),
+        "converted_by": f"retnet {__version__}",
+    }
+    extra = {PROVENANCE: partial(_put, json.dumps(where_from, indent=2).encode() + b"\n")}
+    if tokenizer is not None:
+        given = {key: found.tokens.get(key) for key in TOKENS}
+        found = replace(found, tokens={key: tokenizer.bos_id if x is None else x for key, x in given.items()})
+    try:
+        if to == "run":
+            write_checkpoint(path, {**own.run_files(found, tokenizer), **extra})
+            return path
+        extra |= {name: partial(_put, data) for name, data in _tokenizer_files(found, tokenizer).items()}
+        if to == "hf":
+            own.write_hf(found, path, extra)
+        else:
+            write_checkpoint(path, {**fla.files(found), **extra})
+    except OSError as error:
+        raise UserError(f"cannot write {dest}: {error.strerror or error}") from None
+    return path
+
+
+def _tokenizer_files(found: Found, tokenizer: SavedTokenizer | None) -> Mapping[str, bytes]:
+    """What Hugging Face's tokenizers are kept in: ours in their form, those of the source's folder as they are."""
+    if tokenizer is None and found.kind == "run" and found.tokenizer:
+        tokenizer = own.RunTokenizer(found.tokenizer[own.TOKENIZER])
+    if tokenizer is None:
+        return found.tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        return own.hf_tokenizer_files(tokenizer, Path(scratch))
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    kind: str | None = None,
+    to: str = "hf",
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    tokenizer: SavedTokenizer | None = None,
+    clamp: bool = False,
+    force: bool = False,
+) -> Found:
+    """Reads a checkpoint and writes it as another kind; see `read` and `write`.
+
+    Args:
+        source: a file or folder.
+        dest: the folder to write.
+        kind: of the source, a key of `READERS`; None recognises it.
+        to: a key of `WRITERS`.
+        config: a JSON with torchscale's arguments.
+        dtype: of the weights written, a key of `DTYPES`; None keeps that of the source.
+        tokenizer: a `retnet.data.Tokenizer`; None takes that of the source, if any.
+        clamp: keep torchscale's score clamp: exact, but for whole sequences alone.
+        force: replace a model that is at `dest`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: whatever is wrong with the source, the destination or the combination.
+    """
+    destination(dest, Path(source), force=force)  # before reading gigabytes
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    found = read(source, kind, config=config)
+    if clamp:
+        found = with_clamp(found)
+    if dtype is not None:
+        found = found.to(DTYPES[dtype])
+    write(found, dest, to, source=source, tokenizer=tokenizer, force=force)
+    return found
+
+
+def _put(data: bytes, path: Path) -> None:
+    path.write_bytes(data)

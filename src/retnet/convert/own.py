@@ -1,0 +1,146 @@
+"""This library's own runs and Hugging Face folders, read and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet.convert.folders import Folder
+from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, same
+from retnet.model import ModelConfig
+from retnet.model.checkpoint import Files, model_files, write_checkpoint
+from retnet.model.runs import find_checkpoint
+from retnet.settings import UserError, load
+
+if TYPE_CHECKING:
+    from retnet.model.hf.tokenizer import SavedTokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+class RunTokenizer:
+    """The tokenizer of a run: its file, which says what starts a text."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        (start,) = json.loads(data)["post_processor"]["special_tokens"].values()
+        self.bos_id: int = start["ids"][0]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file."""
+        Path(path).write_bytes(self.data)
+
+
+def read_run(path: Path) -> Found:
+    """The model of a checkpoint directory, or of the best (else last) one of a run.
+
+    Raises:
+        UserError: no such checkpoint, or it is damaged.
+    """
+    where, _ = find_checkpoint(path)
+    folder = Folder(where)
+    folder.read("model.toml")
+    config = load(ModelConfig, where / "model.toml")
+    wanted = {name: Wanted(name, shape) for name, shape in expected(config).items()}
+    tokenizer = {TOKENIZER: folder.read(TOKENIZER)} if (where / TOKENIZER).is_file() else {}
+    tokens = {}
+    if tokenizer:
+        try:
+            bos = RunTokenizer(tokenizer[TOKENIZER]).bos_id
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{where / TOKENIZER} was not written by this library; give another with --tokenizer"
+            ) from None
+        tokens = dict.fromkeys(TOKENS, bos)
+    tensors = fit(folder.tensors(), wanted, str(where))
+    return Found("run", config, tensors, folder.hashes, tokenizer=tokenizer, tokens=tokens)
+
+
+def run_files(found: Found, tokenizer: SavedTokenizer | None) -> Files:
+    """A checkpoint directory, which `retnet generate` opens if it has a tokenizer."""
+    files = dict(model_files(found.model()))
+    if tokenizer is not None:
+        files[TOKENIZER] = tokenizer.save
+    elif TOKENIZER in found.tokenizer:
+        files[TOKENIZER] = partial(_put, found.tokenizer[TOKENIZER])
+    return files
+
+
+def read_hf(path: Path) -> Found:
+    """The model of a folder that `RetNetForCausalLM.save_pretrained` wrote.
+
+    Raises:
+        UserError: weights that are quantised, or do not fit the configuration.
+    """
+    _need_transformers()
+    from retnet.model.hf import RetNetConfig
+
+    folder = Folder(path)
+    given = folder.json("config.json")
+    if given.get("quantization_config"):
+        raise UserError(f"{path} holds quantised weights; convert the model they were made from")
+    try:
+        config = RetNetConfig.from_dict(given).model_config
+    except ValueError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
+    tensors = folder.tensors()
+    if config.tie_embeddings:
+        same(tensors, "lm_head.weight", "model.embedding.weight", str(path))
+    wanted = {
+        "lm_head.weight" if name == "head.weight" else f"model.{name}": Wanted(name, shape)
+        for name, shape in expected(config).items()
+    }
+    return Found(
+        "hf",
+        config,
+        fit(tensors, wanted, str(path)),
+        folder.hashes,
+        tokenizer=folder.tokenizer(),
+        tokens={key: given.get(key) for key in TOKENS},
+    )
+
+
+def write_hf(found: Found, path: Path, extra: Files) -> None:
+    """A folder that `AutoModelForCausalLM.from_pretrained` opens, with these files beside those of the model."""
+    _need_transformers()
+    from retnet.model.hf import RetNetForCausalLM
+    from retnet.model.hf.folder import save
+
+    cached = getattr(found.config.mixer, "score_norm", None) != "torchscale"  # which no cache can carry
+    model = RetNetForCausalLM.from_language_model(found.model(), use_cache=cached, **found.tokens)
+    staging = path.with_name(f".{path.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)  # left by an interrupted write
+    try:
+        staging.mkdir(parents=True)
+        save(model, staging)
+        moved = {file.name: partial(_move, file) for file in sorted(staging.iterdir())}
+        write_checkpoint(path, {**moved, **extra})
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def hf_tokenizer_files(tokenizer: SavedTokenizer, scratch: Path) -> Mapping[str, bytes]:
+    """The files of a tokenizer of ours for transformers, made in an empty directory."""
+    _need_transformers()
+    from retnet.model.hf import hf_tokenizer
+
+    hf_tokenizer(tokenizer).save_pretrained(scratch)
+    return {file.name: file.read_bytes() for file in sorted(scratch.iterdir())}
+
+
+def _need_transformers() -> None:
+    if find_spec("transformers") is None:
+        raise UserError("Hugging Face folders need transformers: pip install 'retnet[hf]'")
+
+
+def _move(source: Path, path: Path) -> None:
+    source.rename(path)
+
+
+def _put(data: bytes, path: Path) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,55 @@
+"""Finding a checkpoint in a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from retnet.settings import UserError, nearest
+
+
+def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, str]:
+    """The checkpoint directory of a run, and the name under which it was found.
+
+    Args:
+        path: a run directory, or a checkpoint directory.
+        name: "best", "last" or a name such as "step-00001000"; None is the best, or the last while there is no best yet.
+
+    Raises:
+        UserError: nothing there, or no such checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no run at {path}{_neighbours(path)}")
+    if (path / "manifest.json").is_file():
+        if name is not None:
+            raise UserError(f"{path} is a checkpoint itself; leave out the checkpoint name {name!r}")
+        return path, path.name
+    home = path / "checkpoints"
+    if not home.is_dir():
+        raise UserError(
+            f"{path} is neither a run (no checkpoints directory) nor a checkpoint (no manifest.json)"
+        )
+    pointers = [pointer for pointer in ("best", "last") if (home / pointer).is_file()]
+    steps = sorted(step.name for step in home.iterdir() if (step / "manifest.json").is_file())
+    known = [*pointers, *steps]
+    if not known:
+        raise UserError(f"{path} has no checkpoint yet; it gets its first when training saves one")
+    chosen = name if name is not None else known[0] if pointers else steps[-1]
+    if chosen not in known:
+        raise UserError(f"no checkpoint {chosen!r} in {path}; {nearest(chosen, known)}")
+    if chosen not in pointers:
+        return home / chosen, chosen
+    target = (home / chosen).read_text(encoding="utf-8", errors="replace").strip()
+    if target not in steps:
+        raise UserError(
+            f"{home / chosen} names {target!r}, which is not there; choose from: {', '.join(steps) or 'none'}"
+        )
+    return home / target, chosen
+
+
+def _neighbours(path: Path) -> str:
+    """For a mistyped run: what its parent directory has."""
+    if not path.parent.is_dir():
+        return ""
+    runs = sorted(found.parent.name for found in path.parent.glob("*/checkpoints"))
+    return f"; {nearest(path.name, runs)}" if runs else ""
