@@ -1,0 +1,7 @@
+"""What a trained model is worth: perplexity and the tasks of the paper."""
+
+from retnet.evals.corpus import Corpus
+from retnet.evals.models import Candidate, open_model
+from retnet.evals.perplexity import Measured, Result, measure
+
+__all__ = ["Candidate", "Corpus", "Measured", "Result", "measure", "open_model"]

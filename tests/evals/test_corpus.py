@@ -1,0 +1,135 @@
+import gzip
+import json
+import random
+
+import pytest
+import torch
+
+from retnet.data import Batches, DataConfig, prepare
+from retnet.data.readers import PIECE
+from retnet.evals.corpus import Corpus, TextHash
+from retnet.evals.perplexity import measure
+from retnet.evals.readers import RecurrentReader
+from retnet.settings import UserError, dump
+from retnet.train import objective
+from retnet.train.config import RunConfig
+
+SENTENCES = "It was a dark and stormy night; the rain fell in torrents. Ünder the röof."
+
+
+def texts(*specs, **options):
+    """The documents of a corpus, and its problems."""
+    problems, documents = [], []
+    for piece in Corpus([str(spec) for spec in specs], **options).texts(problems.append):
+        if piece.first:
+            documents.append("")
+        documents[-1] += piece.text
+        assert 0 <= piece.done <= 1
+    return documents, problems
+
+
+def test_files_of_all_kinds_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.md").write_text("one")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write('{"body": "three"}\n{"body": ""}\n{"other": 1}\n{"body": "four"}\n')
+    documents, problems = texts(tmp_path, text_field="body")
+    assert documents == ["one", "two", "three", "four"]
+    assert [problem.kind for problem in problems] == ["empty document", "no text"]
+    assert texts(tmp_path / "b.txt", str(tmp_path / "*.md"))[0] == ["two", "one"]
+
+
+def test_the_hash_is_of_the_text_not_of_its_pieces(tmp_path):
+    long = "abc " * PIECE
+    (tmp_path / "long.txt").write_text(long)
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": long}) + "\n")
+    (tmp_path / "two.jsonl").write_text(
+        json.dumps({"text": long[:4]}) + "\n" + json.dumps({"text": long[4:]})
+    )
+    digests = []
+    for name in ("long.txt", "same.jsonl", "two.jsonl"):
+        text_hash = TextHash()
+        for piece in Corpus([str(tmp_path / name)]).texts(print):
+            text_hash.add(piece)
+        digests.append(text_hash.hexdigest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Records, which the hash of their text splits, and text files, which that of their names does."""
+    chance = random.Random(0)
+    lines = [
+        {"text": f"{i} " + SENTENCES * chance.randrange(1, 4), "note": "x" * chance.randrange(5)}
+        for i in range(60)
+    ]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for i in range(20):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"file {i} {SENTENCES}")
+    return tmp_path / "corpus"
+
+
+def run_with(tmp_path, **data):
+    """A run directory of this [data], and what training validates on."""
+    config = RunConfig(data=DataConfig(cache=str(tmp_path / "cache"), **data))
+    run = tmp_path / "run"
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(dump(config))
+    prepared = prepare(config.data)
+    shards = prepared.validation
+    spans = [shards.document_span(i) for i in range(shards.num_documents)]
+    return run, prepared, [prepared.tokenizer.decode(shards.tokens(a + 1, b).tolist()) for a, b in spans]
+
+
+def test_a_run_stands_for_what_its_training_held_out(tmp_path, records):
+    run, prepared, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
+    assert texts(run) == (held_out, [])
+    assert 5 < len(held_out) < 60
+    assert texts(prepared.directory)[0] == held_out  # the shards themselves, decoded
+    (run / "config.toml").write_text(dump(RunConfig(data=DataConfig(corpus=str(prepared.directory)))))
+    assert texts(run)[0] == held_out  # a run on a prepared folder
+
+
+def test_a_run_whose_only_file_was_cut(tmp_path):
+    (tmp_path / "one.txt").write_text("\n".join(f"line {i} of äll" for i in range(500)))
+    run, _, held_out = run_with(tmp_path, corpus=str(tmp_path / "one.txt"), validation_fraction=0.1)
+    assert texts(run)[0] == held_out
+    assert len(held_out) == 1
+
+
+def test_a_run_with_other_validation_text(tmp_path, records):
+    (tmp_path / "other.txt").write_text("something else")
+    run, _, held_out = run_with(tmp_path, corpus=str(records), validation=str(tmp_path / "other.txt"))
+    assert texts(run)[0] == held_out == ["something else"]
+
+
+def test_what_is_not_there(tmp_path, records):
+    with pytest.raises(UserError, match="no corpus"):
+        Corpus([str(tmp_path / "nowhere")])
+    run, _, _ = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
+    for file in records.iterdir():
+        file.unlink()
+    records.rmdir()
+    with pytest.raises(UserError, match=r"the validation split of .*run cannot be found again: no corpus"):
+        Corpus([str(run)])
+    with pytest.raises(UserError, match="no data"):
+        Corpus([])
+
+
+def test_windows_are_the_rows_that_training_validates_on(tmp_path, records, model):
+    """Of one document: training's own evaluation and ours cut it alike, and give the same loss."""
+    (tmp_path / "other.txt").write_text(SENTENCES * 20)
+    run, prepared, _ = run_with(tmp_path, corpus=str(records), validation=str(tmp_path / "other.txt"))
+    batches = Batches(prepared.validation, seq_len=64, batch_size=3, seed=0)
+    quality = objective.evaluate(
+        objective.Objective(model),
+        batches,
+        bytes_per_token=1.0,
+        device=torch.device("cpu"),
+        autocast=torch.autocast("cpu", enabled=False),
+    )
+    measured = measure(RecurrentReader(model), prepared.tokenizer, Corpus([str(run)]), lengths=(64,))
+    assert measured.tokens == quality.tokens
+    assert measured.results[0].nats_per_token.value == pytest.approx(quality.loss, rel=1e-6)
+    assert measured.results[1].nats_per_token.value != pytest.approx(quality.loss, rel=1e-6)
