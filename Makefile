@@ -35,11 +35,11 @@ demo: setup
 
 test: lint types layers
 	@mkdir -p $(TMPDIR)
-	$(BIN)/python -m pytest --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
 
 test-fast: setup
 	@mkdir -p $(TMPDIR)
-	$(BIN)/python -m pytest -m "not slow" --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
 
 lint: setup
 	$(BIN)/ruff check --cache-dir $(CACHE)/ruff

@@ -12,7 +12,7 @@ Legend, used in every shape comment of the project:
 from retnet.ops.decay import Decay, log_decays
 from retnet.ops.decode import Core, Shell, retention_block
 from retnet.ops.products import product
-from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step
+from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "retention",
     "retention_block",
     "retention_step",
+    "retention_steps",
     "rotate",
     "rotation",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops import cpu, reference
+from retnet.ops.triton import configs, operators, support
 
 BACKENDS = ("reference", "cpu", "triton")
 FORMS = ("parallel", "recurrent", "chunkwise")
@@ -31,6 +32,7 @@ def retention(
     form: str = "chunkwise",
     chunk_size: int | None = None,
     backend: str = "auto",
+    keep_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Retention (paper §2): o_n = scale · q_n S_n with S_n = γ S_{n-1} + k_nᵀ v_n, for all tokens of a sequence.
 
@@ -43,9 +45,13 @@ def retention(
         cu_seqlens: int32 or int64 [N+1], bounds of N documents packed in one row (B = 1), from 0 to T, empty ones allowed.
         scale: factor of the query-key products, default K^(−1/2).
         form: ``"parallel"``, ``"recurrent"`` or ``"chunkwise"``: one function, three ways to compute it.
-        chunk_size: C of the chunkwise form; default: `CHUNK`.
+        chunk_size: C of the chunkwise form; default: `CHUNK`, and of Triton's kernels `configs.CHUNK` (which round C up to
+            a multiple of 16).
         backend: ``"reference"`` (any device, autograd of everything), ``"cpu"`` (explicit backward, constant memory in the
-            number of chunks; no gradient of `log_decay`), or ``"auto"``: the fastest that can run, logged once.
+            number of chunks; no gradient of `log_decay`), ``"triton"`` (the same on CUDA and ROCm; no recurrent form), or
+            ``"auto"``: the fastest that can run, logged once.
+        keep_states: Triton's kernels keep the states at chunk boundaries from the forward for the backward pass (K·V/C
+            numbers a token and head) instead of computing them again. The other backends have nothing to keep.
 
     Returns:
         The output [B,T,H,V] in the type of v, and the state after the last token (of each document), shaped as `state`.
@@ -61,9 +67,13 @@ def retention(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    backend = _backend(backend, q, log_decay)
+    backend = _backend(backend, q, v, log_decay, form)
     if backend == "reference":
         return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
+    if backend == "triton":
+        length = q.shape[1] if form == "parallel" else chunk_size or configs.CHUNK
+        chunk = configs.round_up(length, 128 if form == "parallel" else 16)
+        return operators.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk, keep_states)[:2]
     chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
     return cpu.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
 
@@ -96,31 +106,52 @@ def retention_step(
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
     _check_inputs(q, k, v, log_decay, time=False)
-    B = q.shape[0]
-    if slots is not None and (slots.shape != (B,) or slots.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"slots has shape {tuple(slots.shape)} and type {slots.dtype}; allowed: [{B}] of int32 or int64"
-        )
-    if state.dim() != 4:
-        raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
-    _check_state(state, q, v, state.shape[0])
-    if not state.is_contiguous():
-        raise ValueError(
-            "state is not contiguous, and it is updated in place; pass state.contiguous() and keep that"
-        )
-    if slots is None and state.shape[0] < B:
-        raise ValueError(f"state has {state.shape[0]} rows for a batch of {B}; give at least {B}, or slots")
-    if (
-        slots is not None
-        and _readable(slots)
-        and B
-        and not -1 <= int(slots.min()) <= int(slots.max()) < state.shape[0]
-    ):
-        raise ValueError(f"slots holds {slots.tolist()}; allowed: −1 (padding) to {state.shape[0] - 1}")
+    _check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.device.type == "cpu":
         return cpu.step(q, k, v, log_decay, state, slots, scale)
+    if _choose(q, v, log_decay.detach(), "chunkwise")[0] == "triton":
+        return operators.step(q, k, v, log_decay, state, slots, scale)
     return reference.retention_step(q, k, v, log_decay, state, slots, scale)
+
+
+def retention_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """T decoding steps at once, as verifying drafted tokens needs them: `retention_step` for one token after the other.
+
+    On a GPU the state is read and written once for all of them.
+
+    Args:
+        q: queries [B,T,H,K].
+        k: keys [B,T,H,K].
+        v: values [B,T,H,V].
+        log_decay: as in `retention_step`, like the rest.
+        state: [N,H,K,V], updated in place.
+        slots: [B].
+        scale: default K^(−1/2).
+
+    Returns:
+        The outputs [B,T,H,V] in the type of v. There is no gradient.
+
+    Raises:
+        ValueError: an argument that does not fit, naming it, what it is and what is allowed.
+    """
+    _check_inputs(q, k, v, log_decay, time=True)
+    _check_pool(q, v, state, slots)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.device.type != "cpu" and _choose(q, v, log_decay.detach(), "chunkwise")[0] == "triton":
+        return operators.step(q, k, v, log_decay, state, slots, scale)
+    out = torch.empty_like(v)
+    for t in range(q.shape[1]):
+        out[:, t] = retention_step(q[:, t], k[:, t], v[:, t], log_decay, state, slots, scale)
+    return out
 
 
 def _readable(x: Tensor) -> bool:
@@ -195,16 +226,42 @@ def _check_state(state: Tensor | None, q: Tensor, v: Tensor, rows: int) -> None:
         raise ValueError(f"state is on {state.device}; allowed: the device of q, {q.device}")
 
 
-def _backend(name: str, q: Tensor, log_decay: Tensor) -> str:
+def _check_pool(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None) -> None:
+    B = q.shape[0]
+    if slots is not None and (slots.shape != (B,) or slots.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"slots has shape {tuple(slots.shape)} and type {slots.dtype}; allowed: [{B}] of int32 or int64"
+        )
+    if slots is not None and slots.device != q.device:
+        raise ValueError(f"slots is on {slots.device}; allowed: the device of q, {q.device}")
+    if state.dim() != 4:
+        raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
+    _check_state(state, q, v, state.shape[0])
+    if not state.is_contiguous():
+        raise ValueError(
+            "state is not contiguous, and it is updated in place; pass state.contiguous() and keep that"
+        )
+    if slots is None and state.shape[0] < B:
+        raise ValueError(f"state has {state.shape[0]} rows for a batch of {B}; give at least {B}, or slots")
+    if (
+        slots is not None
+        and _readable(slots)
+        and B
+        and not -1 <= int(slots.min()) <= int(slots.max()) < state.shape[0]
+    ):
+        raise ValueError(f"slots holds {slots.tolist()}; allowed: −1 (padding) to {state.shape[0] - 1}")
+
+
+def _backend(name: str, q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str:
     if name == "auto":
-        name = "cpu" if q.device.type == "cpu" and not log_decay.requires_grad else "reference"
+        chosen, why = _choose(q, v, log_decay, form)
         if not torch.compiler.is_compiling():
-            _say_once(name, q.device.type, log_decay.requires_grad)
-        return name
+            _say_once(chosen, why)
+        return chosen
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
-    if name == "triton":
-        raise ValueError("backend 'triton' has no kernels in this version; use 'auto', 'reference' or 'cpu'")
+    if name == "triton" and (hindrance := _no_triton(q, v, log_decay, form)) is not None:
+        raise ValueError(f"backend 'triton' cannot run: {hindrance}; or use backend 'auto' or 'reference'")
     if name == "cpu" and q.device.type != "cpu":
         raise ValueError(f"backend 'cpu' cannot run tensors on {q.device}; use 'auto' or 'reference'")
     if name == "cpu" and log_decay.requires_grad:
@@ -214,7 +271,19 @@ def _backend(name: str, q: Tensor, log_decay: Tensor) -> str:
     return name
 
 
+def _choose(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> tuple[str, str]:
+    """The fastest backend that can run these arguments, and why it is that one."""
+    if q.device.type == "cpu":
+        wanted = ", gradient of log_decay wanted" if log_decay.requires_grad else ""
+        return ("reference" if wanted else "cpu"), f"tensors on cpu{wanted}"
+    why = _no_triton(q, v, log_decay, form)
+    return ("triton", f"tensors on {q.device.type}") if why is None else ("reference", why)
+
+
+def _no_triton(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str | None:
+    return support.unsupported(q, v, log_decay, form) or support.missing(str(q.device))
+
+
 @cache
-def _say_once(name: str, device: str, learns_decay: bool) -> None:
-    why = f"tensors on {device}" + (", gradient of log_decay wanted" if learns_decay else "")
+def _say_once(name: str, why: str) -> None:
     _log.info("retention: backend 'auto' is %r (%s)", name, why)
