@@ -52,7 +52,7 @@ def test_an_interrupted_write_leaves_nothing_that_could_be_taken_for_a_checkpoin
 
 def test_the_manifest_is_written_last(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: order.append(path.name))
     write_checkpoint(tmp_path / "c", model_files(model()))
     assert order == ["model.safetensors", "model.toml", "manifest.json", ".c.partial", tmp_path.name]
 
@@ -120,7 +120,7 @@ def test_small_text_files_are_replaced_in_one_step(tmp_path, monkeypatch):
     def crash(_):
         raise OSError("power cut")
 
-    monkeypatch.setattr(checkpoint, "_flush", crash)
+    monkeypatch.setattr(checkpoint, "flush", crash)
     with pytest.raises(OSError, match="power cut"):
         write_text(file, "two")
     assert file.read_text() == "one"

@@ -63,19 +63,20 @@ def verify(path: Path) -> None:
     """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         what = "has no manifest.json, so it is no complete checkpoint" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged; take another checkpoint") from None
     wrong = []
-    for name, want in files.items():
+    for name, (size, digest) in wanted.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             wrong.append(f"{name} is missing")
-        elif file.stat().st_size != want["bytes"]:
-            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {want['bytes']}")
-        elif sha256(file) != want["sha256"]:
+        elif file.stat().st_size != size:
+            wrong.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif sha256(file) != digest:
             wrong.append(f"{name} was changed after it was written")
     if wrong:
         raise UserError(f"checkpoint {path} is damaged: {'; '.join(wrong)}; take another checkpoint")
