@@ -10,7 +10,7 @@ from retnet.bench.report import host_slug
 from retnet.bench.timing import Sample, Spread
 from retnet.bench.training import TrainingBench
 from retnet.mixers import RetentionConfig
-from retnet.model import LanguageModel, ModelConfig
+from retnet.model import LanguageModel, ModelConfig, quantise
 from retnet.model.cost import cost
 from retnet.settings import UserError
 
@@ -97,10 +97,14 @@ def test_targets_of_decoding():
     rows = [
         row("retnet", 1, 1024, 1.0, 2.0),
         row("retnet", 1, 4096, 1.1, 2.2),
+        row("retnet int8", 1, 1024, 0.5, 1.0),
         row("llama", 1, 1024, 9.0, 9.0),
         row("retnet", 8, 1024, 9.0, 9.0),
     ]
-    flat, floor = decoding.targets(rows)
+    flat, floor, int8 = decoding.targets(rows)
+    assert int8.what == "tokens/s with int8 weights ÷ with fp32, 1,024 tokens of context"
+    assert int8.seen.median == pytest.approx(2.0)
+    assert int8.met
     assert flat.seen.median == pytest.approx(1.1)
     assert not flat.met
     assert floor.seen.median == pytest.approx(1.65)
@@ -112,6 +116,9 @@ def test_bytes_of_weights(tied):
     model = LanguageModel(dataclasses.replace(MODEL, tie_embeddings=tied))
     layer = 12 * 64**2 + 4 * 64  # retention 8 d², feed-forward 4 d², two norms
     assert decoding.weight_bytes(model) == 4 * (2 * layer + 2 * 64 + 257 * 64)  # all norms, the head once
+    rows = 2 * 10 * 64 + 257  # each of them has a scale in fp32, and so have the norms
+    int8 = 2 * 12 * 64**2 + 257 * 64 + 4 * (rows + 2 * 4 * 64 + 2 * 64)
+    assert decoding.weight_bytes(quantise(model)) == int8  # of the embedding a row, which is not counted
     assert decoding.weight_bytes(nn.Linear(3, 5)) == 4 * 20
 
 
@@ -126,15 +133,16 @@ def test_contexts_are_what_the_model_has_seen():
     assert [(r.name, r.batch, r.context) for r in rows] == [
         ("retnet", 1, 5),
         ("retnet", 1, 12),
+        ("retnet int8", 1, 5),
         ("llama", 1, 6),
         ("retnet", 2, 5),
         ("retnet", 2, 12),
         ("llama", 2, 6),
     ]
     state = 2 * (2 * 32 * 64 * 4 + 8)  # 2 layers of [2,32,64] fp32 and a position
-    assert (rows[0].updated, rows[3].updated) == (state, 2 * state)
+    assert (rows[0].updated, rows[4].updated) == (state, 2 * state)
     cache = 2 * 2 * 6 * 64 * 4  # 2 layers, keys and values, 6 tokens of 64
-    assert rows[5].read - rows[2].read == cache
+    assert rows[6].read - rows[3].read == cache
     assert all(contender.measure() > 0 for contender in contenders)
 
 

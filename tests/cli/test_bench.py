@@ -31,7 +31,6 @@ def check(record, verb):
     assert record["name"] == f"{verb}-quick"
     assert record["host"]["versions"]["torch"]
     assert record["configuration"]["quick"]
-    assert record["configuration"]["model"]["d_model"] == 64
     assert all(len(row["rounds"]) == 2 for row in record["rows"])
     for target in record["targets"]:
         assert target["met"] in (True, False)
@@ -41,6 +40,7 @@ def check(record, verb):
 def test_train(tmp_path):
     record, shown = quick("train", tmp_path / "new" / "place", "--extra", "--model.num_layers", 1)
     check(record, "train")
+    assert record["configuration"]["model"]["d_model"] == 64
     assert record["configuration"]["model"]["num_layers"] == 1
     assert {(row["name"], row["length"]) for row in record["rows"]} == {
         *((name, length) for name in ("retnet", "llama") for length in (64, 128)),
@@ -55,12 +55,33 @@ def test_train(tmp_path):
 def test_decode(tmp_path):
     record, shown = quick("decode", tmp_path, "--long", 200)
     check(record, "decode")
+    assert record["configuration"]["model"]["d_model"] == 64
     assert {(row["name"], row["batch"], row["context"]) for row in record["rows"]} == {
         *(("retnet", batch, context) for batch in (1, 2) for context in (64, 256)),
         *(("llama", batch, context) for batch in (1, 2) for context in (64, 128)),
+        ("retnet int8", 1, 64),
     }
     assert [mark["token"] for mark in record["long"]["marks"]] == [100, 200]
     assert "One generation of 200 tokens" in shown
+
+
+def test_ops(tmp_path):
+    record, shown = quick("ops", tmp_path, "--lengths", "100,128", "--device", "cpu")
+    check(record, "ops")
+    assert record["configuration"]["lengths"] == [100, 128]
+    names = {"retnet", "retnet, reference", "autograd, parallel form", "SDPA, H·K wide", "SDPA, H·V wide"}
+    chunked = {"autograd, indexed chunks", "autograd, split chunks"}  # of 128 tokens
+    found = {(row["length"], row["name"]) for row in record["rows"]} - {
+        (length, "retnet, torch operators")
+        for length in (100, 128)  # where numba is
+    }
+    assert found == {(length, name) for length in (100, 128) for name in names} | {(128, n) for n in chunked}
+    assert {row["mode"] for row in record["rows"]} == {"forward", "forward + backward"}
+    assert all(row["times_ours"]["median"] == 1 for row in record["rows"] if row["name"] == "retnet")
+    assert {(row["batch"], row["key_dim"]) for row in record["steps"]} == {(1, 256), (8, 256), (1, 64)}
+    assert max(record["errors"].values()) < 1e-5
+    assert "A step of decoding" in shown
+    assert "The op, H 2, K 16, V 32" in shown
 
 
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):
@@ -69,6 +90,9 @@ def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):
     assert "unknown setting" in fails("decode", "--model.width", 3)
     assert "--tokens is 1000" in fails("train", "--tokens", 1000)
     assert "--long is 5" in fails("decode", "--long", 5)
+    assert "--lengths is '2k'" in fails("ops", "--lengths", "2k")
+    assert "--shapes is '8x256'" in fails("ops", "--shapes", "8x256")
+    assert "device 'abacus' cannot be used" in fails("ops", "--device", "abacus")
     (tmp_path / "file").touch()
     assert "cannot make the directory" in fails("train", "--quick", "--out", tmp_path / "file" / "below")
     monkeypatch.setitem(sys.modules, "transformers", None)

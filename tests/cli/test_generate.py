@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from retnet.cli import cli
 from retnet.data import Tokenizer
 from retnet.infer import Sampling, generate, open_run
+from retnet.mixers.base import Int8Linear
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint, write_text
 from retnet.settings import UserError
@@ -141,10 +142,24 @@ def test_dtypes(run, dtype):
     assert call(run, "--prompt", "a", "--max-tokens", 5, "--dtype", dtype)[0]
 
 
+def test_int8_weights(run):
+    opened = open_run(run, weights="int8")
+    want = generate(opened.model, opened.tokenizer, ["The cat"], max_tokens=20, seed=3)[0][0].text
+    assert (
+        call(run, "--prompt", "The cat", "--max-tokens", 20, "--seed", 3, "--weights", "int8")[0]
+        == want + "\n"
+    )
+    assert call(run, "--prompt", "a", "--max-tokens", 5, "--weights", "int8", "--dtype", "float32")[0]
+    assert isinstance(opened.model.head, Int8Linear)
+
+
 def test_mistakes_end_in_one_sentence(run, tmp_path):
     assert "no run at" in fails(tmp_path / "none", "--prompt", "a")
     assert "did you mean 'last'" in fails(run, "--prompt", "a", "--checkpoint", "lst")
     assert "unknown dtype 'int8'" in fails(run, "--prompt", "a", "--dtype", "int8")
+    assert "unknown weights 'int4'; " in fails(run, "--prompt", "a", "--weights", "int4")
+    both = fails(run, "--prompt", "a", "--weights", "int8", "--dtype", "bfloat16")
+    assert both == "int8 weights are computed with in float32, not bfloat16; leave out one of the two"
     assert "cannot use the device 'tpu'" in fails(run, "--prompt", "a", "--device", "tpu")
     assert "at least one character" in fails(run, "--prompt", "a", "--stop", "")
     assert "cannot read --prompt-file" in fails(run, "--prompt-file", tmp_path / "none.txt")

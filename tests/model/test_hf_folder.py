@@ -294,7 +294,10 @@ def edit(file, **changes):
             "manifest.json is damaged",
         ),
         (lambda f: (f / "manifest.json").write_text('{"files": {}}'), "is not in the manifest"),
-        (lambda f: (f / "manifest.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'), "../x is missing"),
+        (
+            lambda f: (f / "manifest.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'),
+            "../x is missing",
+        ),
     ],
 )
 def test_changes_are_refused(single, change, message):

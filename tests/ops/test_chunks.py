@@ -1,6 +1,8 @@
 """The compiled kernels and the loops they replace are the same function; `test_retention` holds both to the law."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,3 +110,13 @@ def test_products_of_panels(number):
     _, result = matrix(40, 40)
     panels.product(in_panels, False, right, result, 0.0, LOWER_RESULT)
     assert np.abs(np.tril(content(result, 40, 40) - a @ b)).max() < 1e-4
+
+
+def test_another_process_finds_the_kernels_on_disk():
+    assert chunks._kernels(torch.float32) is not None
+    code = (
+        "import torch; from retnet.ops import chunks; kernels = chunks._kernels(torch.float32);"
+        "print([kernel.cache_hits for kernel in kernels])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[1, 1]"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from retnet.mixers import RetentionConfig
+from retnet.mixers.base import Int8Linear, Linear
 from retnet.model import Block, ModelConfig
 from retnet.ops import decode, native, product, retention_step
 from tests.helpers.parity import assert_three_ways_agree, relative
@@ -27,7 +28,7 @@ OPTIONS = [
 
 def parts_alone(monkeypatch):
     """Without numba: everything is composed of torch's operators."""
-    monkeypatch.setattr(decode, "_kernels", lambda: None)
+    monkeypatch.setattr(decode, "_kernels", lambda _: None)
 
 
 FFN = ["gelu", "geglu", "swiglu"]
@@ -102,6 +103,88 @@ def test_product(rows):
         assert relative(product(strided, weight), F.linear(strided, weight)) < 1e-5
         strided = torch.randn(513, 260)[:, ::2]
         assert relative(product(x, strided), F.linear(x, strided)) < 1e-5
+
+
+def int8(weight):
+    """Codes and scales of a weight."""
+    scale = weight.abs().amax(1) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 9])
+def test_product_with_int8_weights(rows, monkeypatch):
+    x = torch.randn(rows, 131)
+    codes, scale = int8(torch.randn(513, 131) * torch.logspace(-3, 3, 513)[:, None])
+    weight = codes.double() * scale.double()[:, None]
+    want, size = F.linear(x.double(), weight), F.linear(x.double().abs(), weight.abs())
+    with torch.no_grad():
+        assert (decode.few_rows(x, codes, scale) is None) == (rows > decode.MAX_ROWS)
+        for _ in range(2):
+            got = product(x, codes, scale)
+            assert ((got - want).abs() <= 1e-6 * size).all()  # each row by its own measure
+            strided = product(torch.stack((x, x), -1)[..., 0], codes.t().contiguous().t(), scale)
+            assert relative(strided, want) < 1e-5
+            parts_alone(monkeypatch)
+
+
+WRONG = {
+    "weights of another type": lambda w, c, s: (c.to(torch.uint8), s),
+    "fp32 weights with a scale": lambda w, c, s: (w, s),
+    "int8 weights without": lambda w, c, s: (c, None),
+    "bf16 weights": lambda w, c, s: (w.bfloat16(), None),
+    "scales of another type": lambda w, c, s: (c, s.double()),
+    "too few scales": lambda w, c, s: (c, s[:-1]),
+    "strided scales": lambda w, c, s: (c, torch.stack((s, s), 1)[:, 0]),
+    "scales on another device": lambda w, c, s: (c, s.to("meta")),
+    "weights on another device": lambda w, c, s: (w.to("meta"), None),
+    "narrower weights": lambda w, c, s: (w[:, :-1].contiguous(), None),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_kernel_reads_only_what_it_knows(wrong):
+    weight = torch.randn(200, 130)
+    with torch.no_grad():
+        assert decode.few_rows(torch.randn(1, 130), *WRONG[wrong](weight, *int8(weight))) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        "no scales",
+        "a short scale",
+        "a layer in fp32",
+        "a short weight",
+        "a short norm",
+        "a position",
+        "a missing weight",
+    ],
+)
+def test_a_block_with_int8_weights_is_read_only_if_all_of_it_fits(change):
+    module = block(ffn="swiglu")
+    mixer, ffn = module.mixer, module.ffn
+    for layers in (mixer, ffn):
+        for name, layer in list(layers.named_children()):
+            setattr(layers, name, Int8Linear(layer))
+    state = module.mixer.init_state(1)
+    if change == "no scales":
+        mixer.k_proj.scale = None
+    if change == "a short scale":
+        ffn.fc2.scale = ffn.fc2.scale[:-1]
+    if change == "a layer in fp32":
+        mixer.out_proj = Linear(512, 256)
+    if change == "a short weight":
+        ffn.gate.codes = ffn.gate.codes[:, :-1].contiguous()
+    if change == "a short norm":
+        module.ffn_norm.weight = torch.nn.Parameter(torch.ones(255))
+    if change == "a missing weight":
+        mixer.v_proj = None
+    if change == "a position":
+        state = state._replace(position=torch.zeros(1, dtype=torch.int32))
+    with torch.no_grad():
+        assert (module._step_fused(torch.randn(1, 256), state) is None) == (change is not None)
+    assert state.kv.any() == (change is None)
 
 
 @pytest.mark.parametrize(("H", "K", "V"), [(1, 1, 1), (3, 60, 100), (4, 64, 128)])

@@ -26,15 +26,17 @@ from retnet.bench.timing import (
 )
 from retnet.bench.training import cost_vocabulary
 from retnet.infer.states import select_rows
-from retnet.model import LanguageModel, ModelConfig, ModelState
+from retnet.mixers.base import Int8Linear
+from retnet.model import LanguageModel, ModelConfig, ModelState, quantise
 from retnet.settings import UserError
 from retnet.train.host import keep_freed_memory
 
-OURS, PEER = "retnet", "llama"
+OURS, INT8, PEER = "retnet", "retnet int8", "llama"
 WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
 PIECE = 2048  # tokens of one call of `prefill`
 NOTES = (
     "one step: one token a sequence through the whole model, fp32, inference mode; seconds are medians over steps",
+    "retnet int8: the same model with int8 weights and an fp32 scale for each of their rows; all else is fp32",
     "contexts of the retnet rows are real: random tokens were prefilled, and every sample starts from a copy of that state",
     "the Llama's caches hold random keys and values (DynamicCache, which concatenates: what generate() does by default); "
     "every sample starts from a cache of the stated length, which then grows by one token a step",
@@ -146,11 +148,12 @@ def weight_bytes(model: nn.Module) -> int:
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     looked_up = sum(w.nbytes for w in embeddings if id(w) not in heads)
-    return sum(p.nbytes for p in model.parameters()) - looked_up
+    int8 = sum(m.codes.nbytes + m.scale.nbytes for m in model.modules() if isinstance(m, Int8Linear))
+    return sum(p.nbytes for p in model.parameters()) + int8 - looked_up
 
 
 def targets(rows: list[Row]) -> list[Target]:
-    """What decoding one sequence should reach: flat in the context, and near the floor everywhere."""
+    """What decoding one sequence should reach: flat in the context, near the floor everywhere, faster with int8 weights."""
     ours = [row for row in rows if row.name == OURS and row.batch == 1]
     first = ours[0]
     found = [
@@ -163,7 +166,17 @@ def targets(rows: list[Row]) -> list[Target]:
         for row in ours[1:]
     ]
     worst = max((row.over_floor for row in ours), key=lambda s: s.median)
-    return [*found, Target("time per token ÷ floor, the worst context", worst, most=1.5)]
+    found.append(Target("time per token ÷ floor, the worst context", worst, most=1.5))
+    by_context = {row.context: row for row in ours}
+    return found + [
+        Target(
+            f"tokens/s with int8 weights ÷ with fp32, {row.context:,} tokens of context",
+            times_faster(row.samples, by_context[row.context].samples),
+            least=1.8,
+        )
+        for row in rows
+        if row.name == INT8
+    ]
 
 
 FIRST = 100  # tokens into a generation that all later ones are compared with
@@ -254,12 +267,12 @@ def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[li
         rows.append(row)
         contenders.append(Contender(f"{row.name}, B {row.batch}, context {row.context}", measure))
 
-    def add_ours(batch: int, context: int) -> None:
+    def add_ours(batch: int, context: int, name: str = OURS, model: LanguageModel = ours) -> None:
         state = states[context]
         updated = batch * sum(x.nbytes for layer in state for x in layer)
         add(
-            Row(OURS, batch, context, weight_bytes(ours), updated),
-            lambda: _stepper(ours, select_rows(state, [0] * batch)),
+            Row(name, batch, context, weight_bytes(model), updated),
+            lambda: _stepper(model, select_rows(state, [0] * batch)),
         )
 
     def add_peer(batch: int, context: int) -> None:
@@ -269,6 +282,7 @@ def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[li
 
     for context in bench.contexts:
         add_ours(1, context)
+    add_ours(1, bench.contexts[0], INT8, quantise(ours))
     for context in bench.peer_contexts:
         add_peer(1, context)
     if bench.batch > 1:

@@ -64,6 +64,7 @@ INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 @click.option("--checkpoint", help="best, last or step-… [default: best, or last while there is no best]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", help="float32, bfloat16 or float16. [default: as stored]")
+@click.option("--weights", help="int8: round them, for faster decoding on a CPU. [default: as --dtype says]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, a line for each text.")
 @click.option("--stats", is_flag=True, help="Print tokens, seconds and speed to standard error.")
 def command(
@@ -83,6 +84,7 @@ def command(
     checkpoint: str | None,
     device: str,
     dtype: str | None,
+    weights: str | None,
     as_json: bool,
     stats: bool,
 ) -> None:
@@ -99,7 +101,7 @@ def command(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype)
+    opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
     if checkpoint is None and opened.chosen == "last":
         click.echo(f"no best checkpoint yet: using last ({opened.checkpoint.name})", err=True)
     decoding = Decoding(

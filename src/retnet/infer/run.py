@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from retnet.data import Tokenizer
+from retnet.model import quantise
 from retnet.model.checkpoint import load_model
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, nearest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from retnet.model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("int8",)
 
 
 class Run(NamedTuple):
@@ -35,7 +37,12 @@ class Run(NamedTuple):
 
 
 def open_run(
-    path: str | Path, *, checkpoint: str | None = None, device: str = "cpu", dtype: str | None = None
+    path: str | Path,
+    *,
+    checkpoint: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: str | None = None,
 ) -> Run:
     """Loads model and tokenizer.
 
@@ -45,14 +52,23 @@ def open_run(
             there is no best yet (`Run.chosen` tells).
         device: what torch calls it, such as "cpu" or "cuda:0"; "auto" is a GPU where there is one.
         dtype: a key of `DTYPES`; None is that of the file.
+        weights: "int8" for linear layers with int8 weights, see `retnet.model.quantise`; None is as `dtype` says.
 
     Raises:
-        UserError: nothing there, no such checkpoint, damaged files, or no such device or dtype.
+        UserError: nothing there, no such checkpoint, damaged files, or no such device, dtype or weights.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}; {nearest(weights, WEIGHTS)}")
+    if weights is not None and dtype not in (None, "float32"):
+        raise UserError(
+            f"{weights} weights are computed with in float32, not {dtype}; leave out one of the two"
+        )
     where, chosen = find_checkpoint(path, checkpoint)
-    model = load_model(where, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]).eval()
+    model = load_model(
+        where, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]
+    ).eval()
     tokenizer = Tokenizer.load(where / "tokenizer.json")
     vocab_size = model.config.vocab_size
     assert vocab_size is not None  # no model is built without
@@ -61,7 +77,7 @@ def open_run(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
             f"{vocab_size}; they do not belong together"
         )
-    return Run(model, tokenizer, where, chosen)
+    return Run(quantise(model) if weights else model, tokenizer, where, chosen)
 
 
 def pick_device(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, Mixer, MixerConfig, plain
+from retnet.mixers.base import Linear, Mixer, MixerConfig, stored
 from retnet.ops import (
     BACKENDS,
     CHUNK,
@@ -186,15 +186,14 @@ class MultiScaleRetention(Mixer):
     def core(self) -> Core | None:
         """This mixer as the compiled step of a block reads it; None where that does not cover it."""
         c = self.config
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)
-        if self.head_norm_weight is not None or c.score_norm in ("paper", "torchscale") or not plain(*layers):
+        if self.head_norm_weight is not None or c.score_norm in ("paper", "torchscale"):
             return None
+        if (read := stored(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)) is None:
+            return None
+        weights, scales = read
         return Core(
-            self.q_proj.weight,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            None if self.gate_proj is None else self.gate_proj.weight,
-            self.out_proj.weight,
+            weights,
+            scales,
             self.log_decay,
             self.theta,
             c.rotary,

@@ -2,5 +2,6 @@
 
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import Block, LanguageModel, ModelState
+from retnet.model.quantise import quantise
 
-__all__ = ["Block", "LanguageModel", "ModelConfig", "ModelState"]
+__all__ = ["Block", "LanguageModel", "ModelConfig", "ModelState", "quantise"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers import MIXERS, Linear
-from retnet.mixers.base import plain
+from retnet.mixers.base import stored
 from retnet.model.config import ModelConfig
 from retnet.ops import Shell, retention_block
 from retnet.settings import UserError
@@ -93,19 +93,18 @@ class Block(nn.Module):
         """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
         if self.training or torch.is_grad_enabled() or (core := self.mixer.core()) is None:
             return None
-        ffn = self.ffn
-        if not plain(ffn.fc1, ffn.gate, ffn.fc2):
+        if (read := stored(self.ffn.fc1, self.ffn.gate, self.ffn.fc2)) is None:
             return None
+        weights, scales = read
         shell = Shell(
             self.mixer_norm.weight,
             self.mixer_norm.bias,
             self.ffn_norm.weight,
             self.ffn_norm.bias,
-            ffn.fc1.weight,
-            None if ffn.gate is None else ffn.gate.weight,
-            ffn.fc2.weight,
+            weights,
+            scales,
             self.mixer_norm.eps,
-            ffn.act.__name__,
+            self.ffn.act.__name__,
         )
         return retention_block(x, state.position, state.kv, core, shell)
 

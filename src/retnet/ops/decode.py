@@ -4,12 +4,15 @@ torch's matrix product with a few rows runs on one thread at a third of that thr
 passes, and dispatches seventy small operators a layer. The kernels here, compiled by numba where it is installed, do the
 same in one pass on all of torch's threads. Where they cannot run (no numba, another type, a gradient) the functions return
 None, which means "compose it from the parts"; the parts are the law, and the kernels are tested against them.
+
+Weights are fp32, or int8 with one fp32 scale a row, a quarter of the bytes: one source, compiled once for each. int8 numbers
+become fp32 in registers, and a row's scale multiplies its finished dot product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,11 +32,8 @@ _LAYOUTS = {"none": 0, "interleaved": 1, "halves": 2}
 class Core(NamedTuple):
     """Multi-scale retention, as the kernel of a block reads it: weights [out,in] and constants of a mixer."""
 
-    q: Tensor  # [H·K,D]
-    k: Tensor  # [H·K,D]
-    v: Tensor  # [H·V,D]
-    gate: Tensor | None  # [H·V,D]
-    out: Tensor  # [D,H·V]
+    weights: Sequence[Tensor | None]  # q and k [H·K,D], v and gate (or None) [H·V,D], out [D,H·V]
+    scales: Sequence[Tensor | None]  # [out] fp32 of each weight that is int8
     log_decay: Tensor  # [H] fp32
     theta: Tensor  # [K/2] fp64, empty without rotation
     layout: str  # "interleaved", "halves" or "none"
@@ -49,9 +49,8 @@ class Shell(NamedTuple):
     mixer_bias: Tensor | None  # [D]
     ffn_norm: Tensor  # [D]
     ffn_bias: Tensor | None  # [D]
-    fc1: Tensor  # [N,D]
-    gate: Tensor | None  # [N,D]
-    fc2: Tensor  # [D,N]
+    weights: Sequence[Tensor | None]  # fc1 and gate (or None) [N,D], fc2 [D,N]
+    scales: Sequence[Tensor | None]  # [out] fp32 of each weight that is int8
     norm_eps: float
     act: str  # "gelu" or "silu"
 
@@ -62,13 +61,22 @@ class _Kernels(NamedTuple):
     step: Any
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x Wᵀ: fp32 x [B,K] and weight [N,K] → [B,N]; None where the kernel cannot run."""
-    if not _eligible(x, weight) or (kernels := _kernels()) is None:
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
+    """x Wᵀ: fp32 x [B,K] and weight [N,K] → [B,N]; None where the kernel cannot run.
+
+    W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N].
+    """
+    number = torch.float32 if scale is None else torch.int8
+    if not _eligible(x, weight) or x.shape[1] != weight.shape[1] or not _readable((weight,), number):
+        return None
+    if scale is not None and not _readable((scale,), torch.float32, weight.shape[:1]):
+        return None
+    if (kernels := _kernels(number)) is None:
         return None
     x, (N, K) = x.contiguous(), weight.shape
     out = torch.empty(x.shape[0], N)
-    native.run(kernels.product, (x, weight, out), (x.shape[0], K, N))
+    tensors = (x, weight, out) if scale is None else (x, weight, out, scale)
+    native.run(kernels.product, tensors, (x.shape[0], K, N))
     return out
 
 
@@ -79,41 +87,48 @@ def retention_block(x: Tensor, position: Tensor, state: Tensor, core: Core, shel
         x: fp32 [B,D].
         position: int64 [B], of this token; moved on by one, in place.
         state: [B,H,K,V] fp32, contiguous, updated in place.
-        core: the mixer, fp32, contiguous.
-        shell: the rest of the block, fp32, contiguous.
+        core: the mixer; matrices all fp32, or all int8 with their scales, contiguous.
+        shell: the rest of the block, likewise.
 
     Returns:
-        [B,D], or None, and nothing done, where the kernel cannot run: other types, devices, no numba, a gradient.
+        [B,D], or None, and nothing done, where the kernel cannot run: other types, devices, sizes, no numba, a gradient.
     """
-    weights = (*shell[:2], *core[:5], *shell[2:7])
-    used = (state, core.log_decay, *[w for w in weights if w is not None])
-    if not _eligible(x, shell.fc1) or not all(w.dtype is torch.float32 and w.is_contiguous() for w in used):
+    weights, scales, norms = (*core.weights, *shell.weights), (*core.scales, *shell.scales), shell[:4]
+    fc1 = shell.weights[0]
+    if fc1 is None or not _eligible(x, fc1) or state.dim() != 4:
         return None
-    if (kernels := _kernels()) is None:
+    missing = {i for i, w in enumerate(weights) if w is None}
+    (B, D), (_, H, K, V), N, number = x.shape, state.shape, fc1.shape[0], fc1.dtype
+    rows = (H * K, H * K, H * V, H * V, D, N, N, D)
+    sizes = [n * (N if i == 7 else H * V if i == 4 else D) for i, n in enumerate(rows)]
+    fits = (
+        number in _NUMBERS
+        and _readable(weights, number, sizes)
+        and _readable(norms, torch.float32, (D, D, D, D))
+        and _readable((state, core.log_decay), torch.float32, (B * H * K * V, H))
+        and _readable((position,), torch.int64, (B,))
+        and _readable((core.theta,), torch.float64, (0 if core.layout == "none" else K // 2,))
+        and _readable(scales, torch.float32, rows)
+        and missing <= {3, 6}  # the gates
+        and (number is torch.float32 or missing == {i for i, s in enumerate(scales) if s is None})
+    )
+    if not fits or (kernels := _kernels(number)) is None:
         return None
-    (B, D), (_, H, K, V), N = x.shape, state.shape, shell.fc1.shape[0]
     memory, y = torch.empty(B * (2 * H * (K + V) + H * V + D + N)), torch.empty(B, D)
     x = x.contiguous()
-    tensors = (
-        x,
-        *[x if w is None else w for w in weights],
-        memory,
-        y,
-        position,
-        state,
-        core.log_decay,
-        core.theta,
-    )
+    read = [x if w is None else w for w in (*norms, *weights)]
+    read += [memory, y, position, state, core.log_decay, core.theta]
+    read += [] if number is torch.float32 else [x if s is None else s for s in scales]
     flags = (
-        core.gate is not None,
+        core.weights[3] is not None,
         _LAYOUTS[core.layout],
         core.bridge,
         _NORMS[core.norm],
         shell.mixer_bias is not None,
-        shell.gate is not None,
+        shell.weights[1] is not None,
         shell.act == "silu",
     )
-    native.run(kernels.block, tensors, (B, D, H, K, V, N, *flags), (core.eps, shell.norm_eps))
+    native.run(kernels.block, (x, *read), (B, D, H, K, V, N, *flags), (core.eps, shell.norm_eps))
     return y
 
 
@@ -131,13 +146,28 @@ def state_step(
         slots: int64 [B], the row of `state` of each batch row; −1 is padding, whose output is zero.
         scale: factor of the query-key products.
     """
-    if any(x.dtype is not torch.float32 for x in (q, k, v, state)) or (kernels := _kernels()) is None:
+    if (
+        any(x.dtype is not torch.float32 for x in (q, k, v, state))
+        or (kernels := _kernels(torch.float32)) is None
+    ):
         return None
     q, k, v, slots = (x.contiguous() for x in (q, k, v, slots))
     out = torch.empty(v.shape)
     numbers = (*q.shape, v.shape[2], state.shape[0])
     native.run(kernels.step, (q, k, v, log_decay.float(), state, slots, out), numbers, (scale,))
     return out
+
+
+def _readable(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, sizes: Sequence[int] | None = None
+) -> bool:
+    """Whether a kernel may read so many numbers of this type at the addresses of these tensors; None is never read."""
+    for i, x in enumerate(tensors):
+        if x is not None and not (
+            x.dtype is dtype and x.is_cpu and x.is_contiguous() and (sizes is None or x.numel() == sizes[i])
+        ):
+            return False
+    return True
 
 
 def _eligible(x: Tensor, weight: Tensor) -> bool:
@@ -147,53 +177,80 @@ def _eligible(x: Tensor, weight: Tensor) -> bool:
         and x.shape[0] <= MAX_ROWS
         and x.is_cpu
         and weight.numel() >= MIN_SIZE
-        and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
+_NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
+
+
 @cache
-def _kernels() -> _Kernels | None:
-    """Compiled on first use, a few seconds, and kept on disk beside this file."""
+def _kernels(number: torch.dtype) -> _Kernels | None:
+    """For weights of this type. Compiled on first use, a few seconds, and kept on disk beside this file."""
     if (compiler := native.compiler()) is None:
         return None
-    rows, advance = _compile_rows(compiler), _compile_advance(compiler)
+    matrices, advance = _compile_matrices(compiler, _NUMBERS[number]), _compile_advance(compiler)
     return _Kernels(
-        _compile_product(compiler, rows),
-        _compile_block(compiler, rows, advance),
+        _compile_product(compiler, matrices),
+        _compile_block(compiler, matrices, advance),
         _compile_step(compiler, advance),
     )
 
 
-def _compile_rows(compiler: native.Compiler) -> Callable[..., None]:
-    """rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ."""
-    thread, threads = compiler.thread, compiler.threads
+class _Matrices(NamedTuple):
+    """Compiled functions of weights, which are pairs: numbers [N,K], and a scale for each row where they are int8."""
+
+    matrix: Callable[..., Any]  # matrix(table, at, scale_at, N, K): the weight whose addresses are there
+    rows: Callable[..., None]  # rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ
+    dot: Callable[..., Any]  # dot(weight, r, x): row r of W times x
+    scaled: bool  # whether they are int8
+
+
+def _compile_matrices(compiler: native.Compiler, number: type) -> _Matrices:
+    """For weights of np.float32, or np.int8 with scales."""
+    array, thread, threads = compiler.array, compiler.thread, compiler.threads
+    scaled = number is np.int8
+
+    @compiler.function
+    def matrix(table: Any, at: int, scale_at: int, N: int, K: int) -> Any:  # noqa: ANN401
+        scales = table[scale_at] if scaled else table[at]  # fp32 weights have none, and nobody reads them
+        return array(table[at], (N, K), number), array(scales, (N,), np.float32)
 
     @compiler.function
     def rows(x: Any, weight: Any, out: Any, first: int) -> None:  # noqa: ANN401
-        N, i, n = weight.shape[0], thread(), threads()
+        numbers, scales = weight
+        N, i, n, zero = numbers.shape[0], thread(), threads(), np.float32(0)
         for r in range(N * i // n, N * (i + 1) // n):
-            w, b = weight[r], 0
+            w, b, scale = numbers[r], 0, scales[r] if scaled else np.float32(1)
             while b + 4 <= x.shape[0]:  # a weight that is in a register serves four rows
                 x0, x1, x2, x3 = x[b], x[b + 1], x[b + 2], x[b + 3]
-                s0, s1, s2, s3 = w[0] * 0, w[0] * 0, w[0] * 0, w[0] * 0
+                s0, s1, s2, s3 = zero, zero, zero, zero
                 for j in range(len(w)):
-                    s0 += w[j] * x0[j]
-                    s1 += w[j] * x1[j]
-                    s2 += w[j] * x2[j]
-                    s3 += w[j] * x3[j]
-                out[b, first + r], out[b + 1, first + r] = s0, s1
-                out[b + 2, first + r], out[b + 3, first + r] = s2, s3
+                    wj = np.float32(w[j])
+                    s0 += wj * x0[j]
+                    s1 += wj * x1[j]
+                    s2 += wj * x2[j]
+                    s3 += wj * x3[j]
+                out[b, first + r], out[b + 1, first + r] = s0 * scale, s1 * scale
+                out[b + 2, first + r], out[b + 3, first + r] = s2 * scale, s3 * scale
                 b += 4
             for c in range(b, x.shape[0]):
-                row, s = x[c], w[0] * 0
+                row, s = x[c], zero
                 for j in range(len(w)):
-                    s += w[j] * row[j]
-                out[c, first + r] = s
+                    s += np.float32(w[j]) * row[j]
+                out[c, first + r] = s * scale
 
-    return rows
+    @compiler.function
+    def dot(weight: Any, r: int, x: Any) -> Any:  # noqa: ANN401
+        numbers, scales = weight
+        w, s = numbers[r], np.float32(0)
+        for j in range(len(w)):
+            s += np.float32(w[j]) * x[j]
+        return s * scales[r] if scaled else s
+
+    return _Matrices(matrix, rows, dot, scaled)
 
 
 def _compile_advance(compiler: native.Compiler) -> Callable[..., None]:
@@ -212,27 +269,24 @@ def _compile_advance(compiler: native.Compiler) -> Callable[..., None]:
     return advance
 
 
-def _compile_product(compiler: native.Compiler, rows: Callable[..., None]) -> Any:  # noqa: ANN401
-    array = compiler.array
+def _compile_product(compiler: native.Compiler, matrices: _Matrices) -> Any:  # noqa: ANN401
+    array, (matrix, rows, _, scaled) = compiler.array, matrices
+    sizes = 4 if scaled else 3  # where in the table they begin, after the addresses
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
-        B, K, N = table[3], table[4], table[5]
-        x, weight = array(table[0], (B, K), np.float32), array(table[1], (N, K), np.float32)
-        rows(x, weight, array(table[2], (B, N), np.float32), 0)
+        B, K, N = table[sizes], table[sizes + 1], table[sizes + 2]
+        x, out = array(table[0], (B, K), np.float32), array(table[2], (B, N), np.float32)
+        rows(x, matrix(table, 1, 3, N, K), out, 0)
 
     return kernel
 
 
-def _compile_block(compiler: native.Compiler, rows: Callable[..., None], advance: Callable[..., None]) -> Any:  # noqa: ANN401
+def _compile_block(compiler: native.Compiler, matrices: _Matrices, advance: Callable[..., None]) -> Any:  # noqa: ANN401
     array, thread, threads, barrier = compiler.array, compiler.thread, compiler.threads, compiler.barrier
-
-    @compiler.function
-    def dot(w: Any, x: Any) -> Any:  # noqa: ANN401
-        s = w[0] * 0
-        for j in range(len(w)):
-            s += w[j] * x[j]
-        return s
+    matrix, rows, dot, scaled = matrices
+    scales = 19  # where in the table the scales begin, if there are any, and then the sizes
+    sizes = scales + 8 if scaled else scales
 
     @compiler.function
     def normed(x: Any, weight: Any, bias: Any, centred: bool, eps: float) -> Any:  # noqa: ANN401
@@ -279,18 +333,19 @@ def _compile_block(compiler: native.Compiler, rows: Callable[..., None], advance
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
-        B, D, H, K, V, N = table[19], table[20], table[21], table[22], table[23], table[24]
-        gated, layout, bridge, norm = table[25], table[26], table[27], table[28]
-        centred, ffn_gated, silu = table[29], table[30], table[31]
-        reals = array(table[32], (2,), np.float64)
+        B, D, H = table[sizes], table[sizes + 1], table[sizes + 2]
+        K, V, N = table[sizes + 3], table[sizes + 4], table[sizes + 5]
+        gated, layout, bridge = table[sizes + 6], table[sizes + 7], table[sizes + 8]
+        norm, centred = table[sizes + 9], table[sizes + 10]
+        ffn_gated, silu = table[sizes + 11], table[sizes + 12]
+        reals = array(table[sizes + 13], (2,), np.float64)
         x = array(table[0], (B, D), np.float32)
         mixer_norm, mixer_bias = array(table[1], (D,), np.float32), array(table[2], (D,), np.float32)
-        wq, wk = array(table[3], (H * K, D), np.float32), array(table[4], (H * K, D), np.float32)
-        wv, wg = array(table[5], (H * V, D), np.float32), array(table[6], (H * V, D), np.float32)
-        wo = array(table[7], (D, H * V), np.float32)
-        ffn_norm, ffn_bias = array(table[8], (D,), np.float32), array(table[9], (D,), np.float32)
-        fc1, fc_gate = array(table[10], (N, D), np.float32), array(table[11], (N, D), np.float32)
-        fc2 = array(table[12], (D, N), np.float32)
+        ffn_norm, ffn_bias = array(table[3], (D,), np.float32), array(table[4], (D,), np.float32)
+        wq, wk = matrix(table, 5, scales, H * K, D), matrix(table, 6, scales + 1, H * K, D)
+        wv, wg = matrix(table, 7, scales + 2, H * V, D), matrix(table, 8, scales + 3, H * V, D)
+        wo, fc1 = matrix(table, 9, scales + 4, D, H * V), matrix(table, 10, scales + 5, N, D)
+        fc_gate, fc2 = matrix(table, 11, scales + 6, N, D), matrix(table, 12, scales + 7, D, N)
         memory = array(table[13], (B * (2 * H * (K + V) + H * V + D + N),), np.float32)
         out, position = array(table[14], (B, D), np.float32), array(table[15], (B,), np.int64)
         state, log_decay = array(table[16], (B, H, K, V), np.float32), array(table[17], (H,), np.float32)
@@ -343,7 +398,7 @@ def _compile_block(compiler: native.Compiler, rows: Callable[..., None], advance
             for b in range(B):
                 h = hidden[b, r]
                 a = h / (1 + math.exp(-h)) if silu else 0.5 * h * (1 + math.erf(h * math.sqrt(0.5)))
-                hidden[b, r] = a * dot(fc_gate[r], z[b]) if ffn_gated else a
+                hidden[b, r] = a * dot(fc_gate, r, z[b]) if ffn_gated else a
         barrier()
         rows(hidden, fc2, out, 0)
         for b in range(B):

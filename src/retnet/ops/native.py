@@ -8,9 +8,11 @@ A kernel is a function of one table of 64-bit numbers, addresses and sizes, so c
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +72,7 @@ def compiler() -> Compiler | None:
 
         return numba.types.voidptr(address), generate
 
-    function = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+    function = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
 
     @function
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
@@ -79,12 +81,38 @@ def compiler() -> Compiler | None:
     external = numba.types.ExternalFunction
     return Compiler(
         function,
-        numba.cfunc(numba.types.void(numba.types.CPointer(numba.types.int64)), cache=True),
+        _kernel,
         array,
         external("omp_get_thread_num", numba.types.int32()),
         external("omp_get_num_threads", numba.types.int32()),
         external("GOMP_barrier", numba.types.void()),
     )
+
+
+def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
+    """Compiles void(table), or finds it on disk, beside its file or where NUMBA_CACHE_DIR says.
+
+    numba's own key for what is on disk holds random numbers of the functions that a kernel calls, so it would never be
+    found again. Here it is the constants that a kernel was made with, and the text of this package.
+    """
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    signature = types.void(types.CPointer(types.int64))
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    constants = [repr(x) for x in cells if isinstance(x, (int, float, str, type))]
+    key = (function.__module__, function.__qualname__, *constants, _text_of_package())
+    compiled.enable_caching()
+    compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+    compiled.compile()
+    return compiled
+
+
+@cache
+def _text_of_package() -> str:
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 @cache

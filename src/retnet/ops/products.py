@@ -19,13 +19,18 @@ from retnet.ops import decode
 MANY_ROWS = 64  # from here on oneDNN is the faster one
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ: x [...,K] and weight [N,K] → [...,N]; differentiable, any type, any device."""
-    if x.dtype is torch.float32 and x.device.type == "cpu" and _eager():
-        if (out := decode.few_rows(x, weight)) is not None:
-            return out
-        if x.numel() >= MANY_ROWS * x.shape[-1] and torch.backends.mkldnn.enabled and _HAS_ONEDNN:
-            return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x Wᵀ: x [...,K] and weight [N,K] → [...,N]; differentiable, any type, any device.
+
+    With a `scale` [N] in fp32, the weight is int8, and W is its rows times their scales.
+    """
+    fast = x.dtype is torch.float32 and x.device.type == "cpu" and _eager()
+    if fast and (out := decode.few_rows(x, weight, scale)) is not None:
+        return out
+    if scale is not None:
+        weight = (weight * scale[:, None]).to(x.dtype)
+    if fast and x.numel() >= MANY_ROWS * x.shape[-1] and torch.backends.mkldnn.enabled and _HAS_ONEDNN:
+        return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]
     return F.linear(x, weight)
 
 
