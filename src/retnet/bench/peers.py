@@ -1,18 +1,23 @@
-"""Who we are measured against: a Llama of equal size, and retention as one would write it first."""
+"""Who we are measured against: a Llama of equal size, attention, and retention as others write it."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import math
+from collections.abc import Callable
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.ops.reference import decay_mask
 from retnet.settings import UserError
 
-HEAD_WIDTH = 64
+HEAD_WIDTH = 64  # of the Llama
+ATTENTION_WIDTH = 128  # of a head of attention alone: the width that FlashAttention is fastest at
 
 
 def need(*modules: str) -> tuple[ModuleType, ...]:
@@ -26,6 +31,14 @@ def need(*modules: str) -> tuple[ModuleType, ...]:
     except ImportError as error:
         name = error.name or modules[0]
         raise UserError(f"retnet bench needs {name}, which is missing; pip install 'retnet[bench]'") from None
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def llama(vocab_size: int, d_model: int, num_layers: int, parameters: int) -> nn.Module:
@@ -144,3 +157,29 @@ def parallel_form(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: flo
     mask = decay_mask(log_decay.to(q.dtype), q.shape[1]) * scale  # [H,T,T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return ((q @ k.mT * mask) @ v).transpose(1, 2)
+
+
+def attention_heads(width: int) -> tuple[int, int]:
+    """(heads, width of one) of attention that is `width` numbers wide: heads of 128, or of what divides the width."""
+    one = math.gcd(width, ATTENTION_WIDTH)
+    return width // one, one
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention by torch's scaled_dot_product_attention (FlashAttention where it can); all [B,T,heads,width]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def flash_linear_attention() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Its two chunkwise kernels of retention, by name; empty where it is not installed. It runs on GPUs alone.
+
+    Shapes as in `chunk_loop`. Decay and scale are not arguments: γ is the paper's, the scale K^(−1/2).
+    """
+    if find_spec("fla") is None:
+        return {}
+    (module,) = need("fla.ops.retention")
+    return {
+        "flash-linear-attention, chunk": lambda q, k, v: module.chunk_retention(q, k, v)[0],
+        "flash-linear-attention, fused": lambda q, k, v: module.fused_chunk_retention(q, k, v)[0],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from retnet.bench import peers
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = "osD^v"
+MARKERS = "osD^vP*X<>"
 
 Record = dict[str, Any]
 Panel = Callable[[Record, "Axes"], None]
@@ -25,14 +26,16 @@ def draw(record: Record, path: Path) -> None:
         OSError: the file cannot be written.
     """
     (module,) = peers.need("matplotlib.figure")  # no pyplot: neither a display nor global state is wanted
-    panels: list[Panel] = [_rates, _of_limit, _op] if "op" in record else [_decoding]
-    if record.get("long"):
-        panels.append(_long)
-    figure = module.Figure(figsize=(6 * len(panels) if len(panels) > 1 else 8, 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, ax in zip(panels, axes, strict=True):
+    panels = _panels(record)
+    wide = min(len(panels), 3)
+    high = -(-len(panels) // wide)
+    figure = module.Figure(figsize=(6 * wide if wide > 1 else 8, 5 * high), layout="constrained")
+    axes = list(figure.subplots(high, wide, squeeze=False).flat)
+    for panel, ax in zip(panels, axes, strict=False):
         panel(record, ax)
         ax.grid(alpha=0.3)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
     about = record["host"]
     figure.suptitle(
         f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, {record['date'][:10]}: "
@@ -40,6 +43,14 @@ def draw(record: Record, path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
+
+
+def _panels(record: Record) -> list[Panel]:
+    if "steps" in record:
+        shapes = _groups(record["rows"], "heads", "key_dim", "value_dim")
+        return [*(partial(_op_times, shape) for shape in shapes), _op_rates, _steps]
+    panels: list[Panel] = [_rates, _of_limit, _op] if "op" in record else [_decoding]
+    return [*panels, _long] if record.get("long") else panels
 
 
 def _rates(record: Record, ax: Axes) -> None:
@@ -74,6 +85,62 @@ def _op(record: Record, ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set_title(f"The op alone, T {record['op']['shape']['T']:,}")
     ax.set_xlabel("milliseconds, forward + backward")
+
+
+def _op_times(shape: tuple[int, int, int], record: Record, ax: Axes) -> None:
+    """Forward + backward of every contender, by length."""
+    rows = _groups(record["rows"], "heads", "key_dim", "value_dim")[shape]
+    both = [row for row in rows if row["mode"] == "forward + backward"]
+    for marker, ((name,), line) in zip(MARKERS, _groups(both, "name").items(), strict=False):
+        lengths = [row["length"] for row in line]
+        style = "-" if len(line) > 1 else "none"
+        _line(
+            ax, lengths, [row["seconds_per_token"] for row in line], 1e6, label=name, marker=marker, ls=style
+        )
+    _token_axis(ax, {row["length"] for row in both})
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_title("Forward + backward, H {}, K {}, V {}".format(*shape))
+    ax.set_xlabel("tokens of a sequence")
+    ax.set_ylabel("microseconds per token")
+    ax.legend(fontsize=8)
+
+
+def _op_rates(record: Record, ax: Axes) -> None:
+    """Ours beside the matrix products, by length."""
+    ours = [row for row in record["rows"] if row["name"] == record["rows"][0]["name"]]
+    lines = _groups(ours, "heads", "key_dim", "value_dim", "mode").items()
+    for marker, ((*shape, mode), rows) in zip(MARKERS, lines, strict=False):
+        label = "H {}, K {}, V {}, {}".format(*shape, mode)
+        style = "--" if mode == "forward" else "-"
+        _line(
+            ax,
+            [r["length"] for r in rows],
+            [r["of_torch_mm"] for r in rows],
+            label=label,
+            marker=marker,
+            ls=style,
+        )
+    _token_axis(ax, {row["length"] for row in ours})
+    ax.set_ylim(bottom=0)
+    ax.set_title("Our op beside the machine's matrix products")
+    ax.set_xlabel("tokens of a sequence")
+    ax.set_ylabel("flops ÷ products by torch.mm")
+    ax.legend(fontsize=8)
+
+
+def _steps(record: Record, ax: Axes) -> None:
+    rows = [row for row in record["steps"] if row["cold"]]
+    shares = [row["of_bandwidth"] for row in rows]
+    medians = [share["median"] for share in shares]
+    beside = [[abs(share["median"] - share[end]) for share in shares] for end in ("low", "high")]
+    names = [f"{row['name']}\nB {row['batch']}: {m:.2f}" for row, m in zip(rows, medians, strict=True)]
+    ax.barh([name.replace(", ", ",\n") for name in names], medians, xerr=beside, capsize=3, color="C7")
+    ax.axvline(1.0, color="black", ls=":")
+    ax.invert_yaxis()
+    ax.set_title("A step of decoding, H {heads}, K {key_dim}, V {value_dim}".format(**rows[0]))
+    ax.set_xlabel("bytes of the state, in and out ÷ bandwidth of an update")
 
 
 def _decoding(record: Record, ax: Axes) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> R
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host.describe(),
-        "peers": {"transformers": metadata.version("transformers")},
+        "peers": {"transformers": peers.version("transformers")},
         "memory": "malloc keeps freed memory (retnet.train.host.keep_freed_memory), for all contenders alike, unless said",
         "configuration": dict(configuration),
         **measured,
@@ -72,7 +71,10 @@ def write(record: Record, out: Path) -> tuple[Path, Path]:
 
 def show(record: Record, console: Console) -> None:
     """Prints the tables of a record."""
-    tables = [_op_table(record), _training_table(record)] if "op" in record else [_decoding_table(record)]
+    if "steps" in record:
+        tables = [*_ops_tables(record), _step_table(record)]
+    else:
+        tables = [_op_table(record), _training_table(record)] if "op" in record else [_decoding_table(record)]
     if record.get("long"):
         tables.append(_long_table(record["long"]))
     for table in [*tables, _target_table(record)]:
@@ -117,6 +119,40 @@ def _op_table(record: Record) -> Table:
     for rows in zip(record["op"]["rows"], record["op"]["rows_with_kept_memory"], strict=True):
         pairs = ((_spread(row["seconds"], 1e3, 1), _spread(row["times_ours"])) for row in rows)
         table.add_row(rows[0]["name"], *(cell for pair in pairs for cell in pair))
+    return table
+
+
+def _ops_tables(record: Record) -> list[Table]:
+    """One for each head shape; a line holds the medians of one contender at one length, forward and with backward."""
+    tables: dict[tuple[int, ...], Table] = {}
+    lines: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for row in record["rows"]:
+        shape = (row["heads"], row["key_dim"], row["value_dim"])
+        lines.setdefault((shape, row["length"], row["batch"], row["name"]), {})[row["mode"]] = row
+    columns = ("T", "B", "forward, ms", "÷ ours", "+ backward, ms", "÷ ours", "÷ torch.mm", "÷ fastest")
+    for (shape, length, batch, name), modes in lines.items():
+        H, K, V = shape
+        title = f"The op, H {H}, K {K}, V {V}, medians; flops of forward + backward ÷ matrix products"
+        table = tables.setdefault(shape, _table(title, ("contender",), columns))
+        cells = [_medians(modes.get(mode)) for mode in ("forward", "forward + backward")]
+        table.add_row(name, f"{length:,}", f"{batch}", *cells[0][:2], *cells[1])
+    return list(tables.values())
+
+
+def _medians(row: Record | None) -> tuple[str, ...]:
+    """ms of a call, times as long as ours, flops ÷ rate of torch.mm, ÷ that of the fastest library."""
+    values = [row and row[key] for key in ("seconds", "times_ours", "of_torch_mm", "of_limit")]
+    scales = (1e3, 1.0, 1.0, 1.0)
+    return tuple(f"{x['median'] * scale:,.2f}" if x else "–" for x, scale in zip(values, scales, strict=True))
+
+
+def _step_table(record: Record) -> Table:
+    columns = ("B", "H", "K", "V", "µs", "÷ ours", "bytes ÷ update bandwidth")
+    table = _table("A step of decoding, median (least..greatest) over rounds", ("contender",), columns)
+    for row in record["steps"]:
+        sizes = (str(row[key]) for key in ("batch", "heads", "key_dim", "value_dim"))
+        moved = _spread(row["of_bandwidth"]) if row["cold"] else "in the caches"
+        table.add_row(row["name"], *sizes, _spread(row["seconds"], 1e6, 1), _spread(row["times_ours"]), moved)
     return table
 
 

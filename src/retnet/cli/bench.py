@@ -32,9 +32,8 @@ def command() -> None:
 
 
 def _common(function: Function) -> Function:
-    """The options and overrides of both verbs."""
+    """The options of all verbs."""
     for option in (
-        click.argument("overrides", nargs=-1, type=click.UNPROCESSED),
         click.option("--quick", is_flag=True, help="A smoke run in seconds; its numbers mean nothing."),
         click.option(
             "--out",
@@ -60,6 +59,7 @@ def _common(function: Function) -> Function:
     "--extra", is_flag=True, help="Also steps in bf16, and on packed rows, as the trainer makes them."
 )
 @_common
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(
     config: str, rounds: int, tokens: int, extra: bool, out: Path, quick: bool, overrides: tuple[str, ...]
 ) -> None:
@@ -75,7 +75,7 @@ def train(
         bench = TrainingBench(
             model, (64, 128), tokens=256, rounds=2, op_length=256, extra=extra, product_size=256
         )
-    _run("train", config, bench, quick, out, lambda say: measure_training(bench, say))
+    _run("train", bench, quick, out, lambda say: measure_training(bench, say), config=config)
 
 
 @command.command("decode", context_settings={"ignore_unknown_options": True})
@@ -100,6 +100,7 @@ def train(
     help="Also one generation of so many tokens by laptop/3m, such as 100000.",
 )
 @_common
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def decode(
     config: str,
     rounds: int,
@@ -131,7 +132,61 @@ def decode(
             long_model=long_model,
             buffer_megabytes=1,
         )
-    _run("decode", config, bench, quick, out, lambda say: measure_decoding(bench, say))
+    _run("decode", bench, quick, out, lambda say: measure_decoding(bench, say), config=config)
+
+
+@command.command("ops")
+@click.option(
+    "--lengths",
+    help="Tokens of a sequence, such as 512,2048,131072.  [default: 512 to 65536, on a GPU 131072]",
+)
+@click.option(
+    "--shapes", help="Heads x K x V, such as 8x256x512,16x64x128.  [default: 16x64x128,8x128x256,8x256x512]"
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Of a call, at least.  [default: 2048, on a GPU 16384]"
+)
+@click.option(
+    "--peer-work",
+    type=click.FloatRange(0),
+    help="Gflop of a call above which all but ours is left out.  [default: 160, on a GPU 200000]",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of measurements.  [default: 3, on a GPU 7]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@_common
+def ops(
+    lengths: str | None,
+    shapes: str | None,
+    tokens: int | None,
+    peer_work: float | None,
+    rounds: int | None,
+    device: str,
+    out: Path,
+    quick: bool,
+) -> None:
+    """The op and its decoding step beside peers, the machine's matrix products and its memory.
+
+    Forward, and forward + backward, over lengths and head shapes: this library's backends, chunkwise and parallel retention
+    under autograd, SDPA of equal width, and on a GPU flash-linear-attention where it is installed.
+    """
+    from retnet.bench.ops import measure_ops
+    from retnet.bench.ways import Shape, for_device, parse_lengths, parse_shapes
+    from retnet.train.host import choose_device
+
+    options: dict[str, Any] = {}
+    if quick:
+        options = {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
+        options |= {"product_size": 256, "buffer_megabytes": 1}
+    given = {
+        "lengths": None if lengths is None else parse_lengths(lengths),
+        "shapes": None if shapes is None else parse_shapes(shapes),
+        "tokens": tokens,
+        "peer_work": peer_work,
+        "rounds": rounds,
+    }
+    options |= {name: value for name, value in given.items() if value is not None}
+    bench = for_device(choose_device(device), **options)
+    _run("ops", bench, quick, out, lambda say: measure_ops(bench, say))
 
 
 def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
@@ -143,7 +198,7 @@ def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
 
 
 def _run(
-    name: str, config: str, bench: object, quick: bool, out: Path, measure: Callable[[Say], Record]
+    name: str, bench: object, quick: bool, out: Path, measure: Callable[[Say], Record], **settings: str
 ) -> None:
     """Measures with a line of progress on the terminal, writes the record, prints its tables."""
     import dataclasses
@@ -157,8 +212,8 @@ def _run(
     progress = Console(stderr=True, highlight=False)
     with progress.status("measuring") as status:
         measured = measure(status.update)
-    settings = {"config": config, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
-    record = report.complete(f"{name}-quick" if quick else name, settings, measured)
+    configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
+    record = report.complete(f"{name}-quick" if quick else name, configuration, measured)
     files = report.write(record, out)
     report.show(record, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     click.echo("wrote " + " and ".join(map(str, files)))

@@ -1,0 +1,220 @@
+"""What `retnet bench ops` compares: its settings, the ways to compute retention, and what each one multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retnet.bench import peers
+from retnet.ops import CHUNK, chunks, decode, log_decays, native, retention
+from retnet.ops.triton import configs
+from retnet.settings import UserError
+
+OURS, LOOP, REFERENCE = "retnet", "retnet, torch operators", "retnet, reference"
+INDEXED, SPLIT, PARALLEL = "autograd, indexed chunks", "autograd, split chunks", "autograd, parallel form"
+NARROW, WIDE = "SDPA, H·K wide", "SDPA, H·V wide"
+FORWARD, BOTH = "forward", "forward + backward"
+PEER_CHUNK = 128  # of the chunkwise forms that autograd differentiates
+
+
+class Shape(NamedTuple):
+    """Heads and their widths."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        return f"H{self.heads} K{self.key_dim} V{self.value_dim}"
+
+
+LARGE = Shape(8, 256, 512)  # the paper's head size
+
+
+class Algorithm(NamedTuple):
+    """What is multiplied, and so credited: K's and V's of each pair of tokens that meet, K·V's of each token."""
+
+    chunk: int | None  # C; None: all tokens are one chunk
+    triangle: bool  # scores above the diagonal are not computed
+    forward: tuple[int, int, int]
+    backward: tuple[int, int, int]
+
+    def flops(self, length: int, shape: Shape, mode: str) -> float:
+        """Of one sequence, a multiply-add as two."""
+        H, K, V = shape
+        full, rest = divmod(length, min(self.chunk or length, length))
+        pairs = full * self._pairs((length - rest) // full) + self._pairs(rest)
+        parts = [self.forward] if mode == FORWARD else [self.forward, self.backward]
+        return 2.0 * H * sum(pairs * (k * K + v * V) + length * s * K * V for k, v, s in parts)
+
+    def _pairs(self, tokens: int) -> int:
+        return tokens * (tokens + 1) // 2 if self.triangle else tokens**2
+
+
+COMPILED = Algorithm(CHUNK, True, (1, 1, 2), (3, 2, 5))
+TRITON = Algorithm(configs.CHUNK, True, (1, 1, 2), (3, 3, 5))
+LOOPED = Algorithm(CHUNK, False, (1, 1, 2), (3, 2, 5))
+CHUNKWISE = Algorithm(PEER_CHUNK, False, (1, 1, 2), (2, 2, 4))
+SQUARE = Algorithm(None, False, (1, 1, 0), (2, 2, 0))
+ATTENTION = Algorithm(None, True, (1, 1, 0), (3, 2, 0))  # its backward makes the scores anew
+
+
+class Way(NamedTuple):
+    """One contender; it maps q [B,T,H,K], k [B,T,H,K], v [B,T,H,V] to [B,T,H,V]."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    inputs: Shape  # H, K and V, which for attention are its own
+    algorithm: Algorithm | None  # None: not known
+    longest: int | None = None  # sequence that it is tried with
+    multiple: int = 1  # of which a length must be one
+    kernels: bool = True  # else it runs `without_kernels`
+
+    def flops(self, length: int, mode: str) -> float | None:
+        """Of one sequence, where the algorithm is known."""
+        return self.algorithm.flops(length, self.inputs, mode) if self.algorithm else None
+
+
+@dataclass(frozen=True)
+class OpsBench:
+    """What `measure_ops` measures."""
+
+    shapes: tuple[Shape, ...] = (Shape(16, 64, 128), Shape(8, 128, 256), LARGE)
+    lengths: tuple[int, ...] = (512, 2048, 4096, 65536)
+    tokens: int = 2048  # of a call, at least: short sequences come in batches
+    peer_work: float = 160.0  # Gflop of a call above which everything but ours is left out
+    rounds: int = 3  # of the op; of its step, three times as many
+    device: str = "cpu"
+    product_size: int = 1536  # of the matrices that give the limit
+    buffer_megabytes: int = 256  # that bandwidth is measured with, and that the states of large steps fill
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("rounds", 1), ("peer_work", 0)):
+            if not getattr(self, name) >= least:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} is {getattr(self, name)}; it must be at least {least}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError(f"--lengths is {list(self.lengths)}; give at least one, each at least 1")
+        if not self.shapes or min(map(min, self.shapes)) < 1:
+            shown = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
+            raise UserError(f"--shapes is {shown!r}; give at least one, all numbers at least 1")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of q, k and v."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    def batch(self, length: int) -> int:
+        """Sequences of a call."""
+        return max(1, self.tokens // length)
+
+    def includes(self, way: Way, length: int, mode: str) -> bool:
+        """Whether a contender is measured with sequences of this length."""
+        if way.name == OURS:
+            return True
+        short = way.longest is None or length <= way.longest
+        work = (way.flops(length, mode) or 0.0) * self.batch(length)
+        return short and length % way.multiple == 0 and work <= 1e9 * self.peer_work
+
+
+def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN401
+    """What is measured on a device, in some minutes, changed by `options`.
+
+    Raises:
+        UserError: a kind of device that no backend is made for, or an option out of its range.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {str(device)!r}; the op is measured on 'cpu' and 'cuda'")
+    if device.type == "cpu":
+        return OpsBench(**options)
+    gpu: dict[str, Any] = {
+        "device": str(device),
+        "lengths": (512, 2048, 4096, 16384, 65536, 131072),
+        "tokens": 16384,
+        "peer_work": 200e3,
+        "rounds": 7,
+        "product_size": 8192,
+        "buffer_megabytes": 1024,
+    }
+    return OpsBench(**{**gpu, **options})
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``"512,2048"`` → (512, 2048).
+
+    Raises:
+        UserError: something that is no number.
+    """
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--lengths is {text!r}; write numbers, commas between, such as 512,2048") from None
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """``"8x256x512,16x64x128"`` → heads, K and V of each.
+
+    Raises:
+        UserError: something that is not of this form.
+    """
+    try:
+        return tuple(dict.fromkeys(Shape(*map(int, word.lower().split("x"))) for word in text.split(",")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"--shapes is {text!r}; write heads x K x V, commas between, such as 8x256x512,16x64x128"
+        ) from None
+
+
+def ways_on(device: torch.device, shape: Shape) -> list[Way]:
+    """Everything that can run on a device, ours first."""
+    H, K, V = shape
+    log_decay, scale = log_decays("paper", H).to(device), K**-0.5
+    cpu = device.type == "cpu"
+
+    def ours(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: retention(q, k, v, log_decay, backend=backend)[0]
+
+    compiled = cpu and native.compiler() is not None
+    found = [Way(OURS, ours("cpu" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
+    if compiled:
+        found.append(Way(LOOP, ours("cpu"), shape, LOOPED, kernels=False))
+    found.append(Way(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512))
+    for name, form in ((INDEXED, peers.indexed_states), (SPLIT, peers.chunk_loop)):
+        chunked = partial(form, log_decay=log_decay, scale=scale, chunk=PEER_CHUNK)
+        found.append(Way(name, chunked, shape, CHUNKWISE, longest=4096, multiple=PEER_CHUNK))
+    parallel = partial(peers.parallel_form, log_decay=log_decay, scale=scale)
+    found.append(Way(PARALLEL, parallel, shape, SQUARE, longest=4096))
+    for name, width in ((NARROW, H * K), (WIDE, H * V)):
+        heads, one = peers.attention_heads(width)
+        found.append(Way(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
+    if not cpu:
+        found += [Way(name, form, shape, None) for name, form in peers.flash_linear_attention().items()]
+    return found
+
+
+def _algorithm(cpu: bool, compiled: bool) -> Algorithm:
+    if not cpu:
+        return TRITON
+    return COMPILED if compiled else LOOPED
+
+
+def kernels(wanted: bool) -> AbstractContextManager[None]:
+    """In which compiled kernels run on a CPU, or do not."""
+    return nullcontext() if wanted else without_kernels()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """The CPU as it is where numba is not installed: the op and its step are torch's operators."""
+    available, state_step = chunks.available, decode.state_step
+    chunks.available, decode.state_step = lambda *_: False, lambda *_: None
+    try:
+        yield
+    finally:
+        chunks.available, decode.state_step = available, state_step

@@ -1,0 +1,257 @@
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from retnet.bench import ops, peers, steps, ways
+from retnet.bench.devices import recent, stopwatch
+from retnet.bench.ops import Row
+from retnet.bench.steps import Step, StepRow
+from retnet.bench.timing import Sample, Spread
+from retnet.bench.ways import BOTH, FORWARD, LARGE, OURS, Algorithm, OpsBench, Shape, Way, ways_on
+from retnet.ops import chunks, decode, log_decays, native, retention, retention_step
+from retnet.settings import UserError
+from tests.helpers.parity import random_inputs, relative
+
+CPU = torch.device("cpu")
+SMALL = Shape(2, 16, 32)
+
+
+def counted(T, H, K, V, C):
+    """Flops of the explicit algorithm, from the shapes of its products chunk by chunk."""
+    forward = backward = 0
+    for start in range(0, T, C):
+        n = min(C, T - start)
+        forward += n * n * (K + V) + 2 * n * K * V  # q kᵀ, A v; q S, kᵀ v
+        backward += n * n * (3 * K + 2 * V)  # q kᵀ, G k, Gᵀ q; do vᵀ, Aᵀ do
+        backward += 5 * n * K * V  # do Sᵀ, kᵀ v, v dSᵀ, k dS, qᵀ do
+    return 2 * H * forward, 2 * H * (forward + backward)
+
+
+@pytest.mark.parametrize("T", [1, 64, 100, 640])
+def test_flops_are_those_of_the_products(T):
+    forward, both = counted(T, 2, 16, 32, 64)
+    assert ways.LOOPED.flops(T, SMALL, FORWARD) == forward
+    assert ways.LOOPED.flops(T, SMALL, BOTH) == both
+
+
+def test_kernels_get_credit_for_the_triangle_alone():
+    pairs = 64 * 65 // 2 + 36 * 37 // 2
+    assert ways.COMPILED.flops(100, SMALL, FORWARD) == 2 * 2 * (pairs * 48 + 100 * 2 * 16 * 32)
+    gap = ways.LOOPED.flops(100, SMALL, BOTH) - ways.COMPILED.flops(100, SMALL, BOTH)
+    assert gap == 2 * 2 * (64**2 + 36**2 - pairs) * (4 * 16 + 3 * 32)
+
+
+def test_flops_of_forms_without_chunks():
+    assert ways.SQUARE.flops(10, Shape(3, 4, 8), BOTH) == 3 * 2 * 3 * 100 * 12
+    attention = ways.ATTENTION.flops(10, Shape(2, 8, 8), BOTH)
+    assert attention == 2 * 2 * 55 * (2 + 5) * 8
+
+
+@pytest.mark.parametrize("shape", [SMALL, Shape(3, 60, 100)])
+def test_every_way_computes_retention(shape):
+    H, K, V = shape
+    inputs = random_inputs(2, 128, H, K, V, dtype=torch.float32)[:3]
+    want = retention(*(x.double() for x in inputs), log_decays("paper", H), backend="reference")[0]
+    found = [way for way in ways_on(CPU, shape) if way.name not in (ways.NARROW, ways.WIDE)]
+    assert found[0].name == OURS
+    for way in found:
+        with ways.kernels(way.kernels):
+            assert relative(way.forward(*inputs), want) < 1e-5, way.name
+
+
+def test_attention_is_causal_and_of_the_stated_width():
+    narrow, wide = (way for way in ways_on(CPU, Shape(8, 64, 128)) if way.name.startswith("SDPA"))
+    assert (narrow.inputs, wide.inputs) == (Shape(4, 128, 128), Shape(8, 128, 128))
+    assert peers.attention_heads(96) == (3, 32)
+    q, k, v = (torch.randn(2, 5, 3, 8, dtype=torch.float64) for _ in range(3))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(8)
+    masked = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
+    want = torch.einsum("bhts,bshv->bthv", masked.softmax(-1), v)
+    assert relative(peers.causal_attention(q, k, v), want) < 1e-12
+
+
+def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert peers.flash_linear_attention() == {}
+    module = SimpleNamespace(
+        chunk_retention=lambda q, k, v: (q + v, None), fused_chunk_retention=lambda q, k, v: (k + v, None)
+    )
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "need", lambda name: (module,))
+    outputs = [form(1, 2, 4) for form in peers.flash_linear_attention().values()]
+    assert outputs == [5, 6]
+
+
+def test_kernels_are_off_inside_and_on_again_after():
+    pytest.importorskip("numba")
+    if native.compiler() is None:
+        pytest.skip("torch has other threads")
+    q, state = torch.randn(1, 2, 16), torch.zeros(1, 2, 16, 32)
+    v, log_decay = torch.randn(1, 2, 32), log_decays("paper", 2)
+    before = chunks.available, decode.state_step
+    with ways.without_kernels():
+        assert not chunks.available(state, 64)
+        assert decode.state_step(q, q, v, log_decay, state, torch.zeros(1), 1.0) is None
+        slow = retention_step(q, q, v, log_decay, state.clone())
+    assert (chunks.available, decode.state_step) == before
+    assert relative(slow, retention_step(q, q, v, log_decay, state.clone())) < 1e-6
+    with contextlib.suppress(KeyError), ways.without_kernels():
+        {}["a mistake inside"]
+    assert (chunks.available, decode.state_step) == before
+
+
+def test_what_is_left_out():
+    bench = OpsBench(tokens=1024, peer_work=1e-9 * 1000)
+    algorithm = Algorithm(None, False, (1, 0, 0), (0, 0, 0))
+    way = Way("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
+    assert bench.batch(256) == 4
+    assert bench.batch(2000) == 1
+    assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(way, 10, FORWARD)
+    assert not OpsBench(tokens=1, peer_work=1e-9 * 199).includes(way, 10, FORWARD)
+    assert not OpsBench(tokens=20, peer_work=1e-9 * 200).includes(way, 10, FORWARD)
+    assert not OpsBench().includes(way._replace(longest=9), 10, FORWARD)
+    assert not OpsBench().includes(way._replace(multiple=4), 10, FORWARD)
+    assert OpsBench(peer_work=0).includes(way._replace(name=OURS, longest=9), 10, FORWARD)
+
+
+def row(name, length, seconds, shape=LARGE, algorithm=ways.COMPILED):
+    samples = [Sample(s, {"torch_mm": 50.0, "onednn": 100.0}) for s in seconds]
+    return Row(Way(name, lambda q, k, v: v, shape, algorithm), shape, length, 1, BOTH, samples)
+
+
+def test_rates_of_rows():
+    once = Algorithm(None, False, (1, 1, 0), (0, 0, 0))
+    found = row("x", 5, [0.4, 0.8], Shape(1, 1, 1), once)  # 2 · 25 · 2 flops, 20 a token
+    assert found.of_torch_mm == Spread(pytest.approx(0.75), 0.5, 1.0)
+    assert found.of_limit == Spread(pytest.approx(0.375), 0.25, 0.5)
+    assert row("fla", 5, [1.0], algorithm=None).of_limit is None
+
+
+def test_targets_of_the_op():
+    flops = ways.COMPILED.flops(2048, LARGE, BOTH) / 2048
+    second = flops / 50  # what a token takes at the rate of torch.mm
+    rows = [
+        row(OURS, 2048, [second, 2 * second]),
+        row(OURS, 4096, [second, 2 * second]),
+        row(OURS, 65536, [1.2 * second, 2.4 * second]),
+        row(ways.NARROW, 2048, [0.1 * second, 0.1 * second]),
+        row(ways.NARROW, 4096, [3 * second, 6 * second]),
+        row(ways.INDEXED, 2048, [0.5 * second, second]),
+        row(ways.INDEXED, 4096, [2 * second, 4 * second]),
+    ]
+    found = {t.what: (t.seen.median, t.met) for t in ops.op_targets(rows, CPU)}
+    assert found == {
+        "op: flops ÷ rate of torch.mm, forward + backward, T 2048, H8 K256 V512": (
+            pytest.approx(0.75),
+            True,
+        ),
+        "op: time of a token, forward + backward, at T 65536 ÷ at T 2048, H8 K256 V512": (
+            pytest.approx(1.2),
+            False,
+        ),
+        f"op: times faster than {ways.NARROW}, forward + backward, at worst (T 4096, H8 K256 V512)": (
+            pytest.approx(3),
+            True,
+        ),
+        f"op: times faster than {ways.INDEXED}, forward + backward, at worst (T 2048, H8 K256 V512)": (
+            0.5,
+            False,
+        ),
+    }
+
+
+def test_flash_linear_attention_is_judged_by_head_size():
+    shapes = (Shape(16, 64, 128), LARGE)
+    ours = [row(OURS, 2048, [1.0], shape) for shape in shapes]
+    fla = [row("fla", 2048, [2.0], shape, None) for shape in shapes]
+    found = ops.op_targets([*ours, *fla], torch.device("meta"))
+    assert [(t.least, t.met) for t in found] == [(3.0, False), (1.0, True)]
+
+
+def test_targets_of_steps():
+    assert Step(8, LARGE, True).state_bytes == 8 * 8 * 256 * 512 * 4
+    samples = [Sample(s * 2e-6, {"update": 2 * Step(1, LARGE, True).state_bytes / 1e-6}) for s in (1, 2)]
+    rows = [
+        StepRow(name, step, samples)
+        for name in (OURS, ways.LOOP)
+        for step in (Step(1, LARGE, True), Step(8, LARGE, True), Step(1, SMALL, False))
+    ]
+    found = [(t.wanted, pytest.approx(t.seen.median), t.met) for t in steps.step_targets(rows, CPU)]
+    assert found == [("≥ 0.75", 0.375, False), ("≥ 0.75", 3.0, True), ("≤ 15", 3.0, True)]
+    assert [t.wanted for t in steps.step_targets(rows, torch.device("meta"))] == ["≥ 0.8"]
+
+
+def test_wrong_results_are_seen(monkeypatch):
+    shape = Shape(1, 4, 4)
+    monkeypatch.setattr(ops, "CHECKED", 8)
+    right, *_ = found = [way for way in ways_on(CPU, shape) if way.name in (OURS, ways.REFERENCE)]
+    wrong = right._replace(name="wrong", forward=lambda q, k, v: right.forward(q, k, v) * 1.5)
+    broken = right._replace(name="broken", forward=lambda q, k, v: right.forward(q, k, v) * math.nan)
+    errors = ops._errors({shape: [*found, wrong, broken]}, torch.float32, CPU, lambda _: None)
+    assert errors[OURS] < 1e-6
+    assert errors["wrong"] == pytest.approx(0.5, rel=1e-3)
+    assert errors["broken"] == math.inf
+    assert [t.met for e in (errors[OURS], 1e-4) for t in ops.error_targets({OURS: e}, CPU)] == [True, False]
+
+
+def test_too_little_memory_is_said_before(monkeypatch):
+    rows = [row(OURS, 2048, []), row(OURS, 65536, [])]
+    monkeypatch.setattr(ops, "free_memory", lambda _: 5e9)
+    with pytest.raises(UserError, match=r"T 65536 with H8 K256 V512 takes about 9.7 GB .* 5.0 GB are free"):
+        ops._check_memory(rows, OpsBench(), CPU)
+    ops._check_memory(rows[:1], OpsBench(), CPU)
+
+
+def test_limits_are_measured_anew_when_they_are_old():
+    calls = []
+    for age, times in ((1000.0, 1), (-1.0, 3)):
+        calls.clear()
+        limit = recent({"x": lambda: calls.append(1) or float(len(calls))}, age)["x"]
+        assert [limit() for _ in range(3)][-1] == times
+
+
+def test_a_stopwatch_repeats_what_is_fast():
+    calls = []
+    measure = stopwatch(lambda: calls.append(1), CPU, units=4)
+    assert measure() < 0.01
+    assert len(calls) == 1
+    measure()
+    assert len(calls) == 1 + 1 + 20  # one more to warm up
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
+        ({"tokens": 0}, "--tokens is 0"),
+        ({"peer_work": -1.0}, "--peer-work is -1.0; it must be at least 0"),
+        ({"lengths": ()}, "--lengths is "),
+        ({"lengths": (512, 0)}, "each at least 1"),
+        ({"shapes": (Shape(8, 0, 64),)}, "--shapes is '8x0x64'"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(UserError, match=message):
+        OpsBench(**options)
+
+
+def test_options_as_text():
+    assert ways.parse_lengths("2048,512,2048") == (512, 2048)
+    assert ways.parse_shapes("8x256x512,16X64x128") == (LARGE, Shape(16, 64, 128))
+    for text in ("", "512,", "2k"):
+        with pytest.raises(UserError, match=f"--lengths is '{text}'; write numbers"):
+            ways.parse_lengths(text)
+    for text in ("", "8x256", "8x256x512x1", "a,b"):
+        with pytest.raises(UserError, match=f"--shapes is '{text}'; write heads"):
+            ways.parse_shapes(text)
+
+
+def test_defaults_of_devices():
+    assert ways.for_device(CPU, rounds=5) == OpsBench(rounds=5)
+    gpu = ways.for_device(torch.device("cuda"), rounds=2)
+    assert (gpu.device, gpu.lengths[-1], gpu.dtype, gpu.rounds) == ("cuda", 131072, torch.bfloat16, 2)
+    with pytest.raises(UserError, match="--device is 'meta'; the op is measured on 'cpu' and 'cuda'"):
+        ways.for_device(torch.device("meta"))
