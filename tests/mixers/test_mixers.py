@@ -97,7 +97,7 @@ def naive(module: MultiScaleRetention, x: torch.Tensor) -> torch.Tensor:
     """The paper's equations with loops and complex numbers, for the default configuration and the score norms."""
     c, H = module.config, module.num_heads
     T = x.shape[1]
-    gamma = log_decays(c.decay, H).double().exp()
+    gamma = log_decays(c.decay, H, torch.float64).exp()
     heads = []
     q, k, v = (p(x).unflatten(-1, (H, -1)) for p in (module.q_proj, module.k_proj, module.v_proj))
     K = q.shape[-1]
