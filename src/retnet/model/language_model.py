@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retnet.mixers import MIXERS, Linear
 from retnet.mixers.base import stored
 from retnet.model.config import ModelConfig
-from retnet.ops import Shell, retention_block
+from retnet.ops import Plan, Shell, block_plan, retention_block
 from retnet.settings import UserError
 
 ModelState = tuple[Any, ...]  # one mixer state a layer
@@ -64,6 +64,8 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.mixer.name](config.d_model, config.mixer)
         self.ffn_norm = Norm(config.d_model, config)
         self.ffn = FeedForward(config)
+        self._plan: Plan | None = None  # of the compiled step, and what it was made from
+        self._parts: list[tuple[dict[str, Any], str, Any]] = []
         self.dropout = nn.Dropout(config.dropout)
 
     def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -91,9 +93,19 @@ class Block(nn.Module):
 
     def _step_fused(self, x: Tensor, state: Any) -> Tensor | None:  # noqa: ANN401
         """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
-        if self.training or torch.is_grad_enabled() or (core := self.mixer.core()) is None:
+        if self.training or torch.is_grad_enabled():
             return None
-        if (read := stored(self.ffn.fc1, self.ffn.gate, self.ffn.fc2)) is None:
+        if (
+            self._plan is None
+            or self._plan.moved()
+            or any(held.get(n) is not x for held, n, x in self._parts)
+        ):
+            self._plan, self._parts = self._make_plan(), list(_parts(self))
+        return None if self._plan is None else retention_block(x, state.position, state.kv, self._plan)
+
+    def _make_plan(self) -> Plan | None:
+        core, read = self.mixer.core(), stored(self.ffn.fc1, self.ffn.gate, self.ffn.fc2)
+        if core is None or read is None:
             return None
         weights, scales = read
         shell = Shell(
@@ -106,7 +118,15 @@ class Block(nn.Module):
             self.mixer_norm.eps,
             self.ffn.act.__name__,
         )
-        return retention_block(x, state.position, state.kv, core, shell)
+        return block_plan(core, shell)
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """All that a module is made of, as (who holds it, its name, it): a plan holds while these are the same."""
+    for m in module.modules():
+        for held in (m._modules, m._parameters, m._buffers):
+            yield from ((held, name, part) for name, part in held.items())
+        yield m.__dict__, "forward", None  # replaced where weights are offloaded
 
 
 class Backbone(nn.Module):

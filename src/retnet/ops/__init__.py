@@ -10,7 +10,7 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Core, Shell, retention_block
+from retnet.ops.decode import Core, Plan, Shell, block_plan, retention_block
 from retnet.ops.products import product
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
@@ -23,7 +23,9 @@ __all__ = [
     "SPACINGS",
     "Core",
     "Decay",
+    "Plan",
     "Shell",
+    "block_plan",
     "frequencies",
     "log_decays",
     "positions",

@@ -55,6 +55,21 @@ class Shell(NamedTuple):
     act: str  # "gelu" or "silu"
 
 
+class Plan(NamedTuple):
+    """A block whose tensors have been checked, see `block_plan`."""
+
+    tensors: tuple[Tensor | None, ...]  # norms, weights, log_decay, theta, scales
+    pointers: list[int]  # their addresses
+    number: torch.dtype  # of the weights
+    sizes: tuple[int, int, int, int, int]  # D H K V N
+    flags: tuple[int, ...]
+    reals: tuple[float, float]  # ε of the heads' and of the block's norms
+
+    def moved(self) -> bool:
+        """Whether a tensor got other memory, as `.to` and assignments to `.data` give it."""
+        return self.pointers != _addresses(self.tensors)
+
+
 class _Kernels(NamedTuple):
     product: Any
     block: Any
@@ -67,7 +82,12 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor |
     W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N].
     """
     number = torch.float32 if scale is None else torch.int8
-    if not _eligible(x, weight) or x.shape[1] != weight.shape[1] or not _readable((weight,), number):
+    if (
+        not _eligible(x)
+        or weight.numel() < MIN_SIZE
+        or x.shape[1] != weight.shape[1]
+        or not _readable((weight,), number)
+    ):
         return None
     if scale is not None and not _readable((scale,), torch.float32, weight.shape[:1]):
         return None
@@ -80,55 +100,85 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor |
     return out
 
 
-def retention_block(x: Tensor, position: Tensor, state: Tensor, core: Core, shell: Shell) -> Tensor | None:
+def block_plan(core: Core, shell: Shell) -> Plan | None:
+    """What `retention_block` needs of a block, checked: the kernel reads by address. None where it cannot run.
+
+    Checking costs more than the step of a small block; a plan can be kept while its tensors are used and not `moved`.
+    """
+    tensors = (
+        *shell[:4],
+        *core.weights,
+        *shell.weights,
+        core.log_decay,
+        core.theta,
+        *core.scales,
+        *shell.scales,
+    )
+    q, _, v, gate, _ = core.weights
+    fc1, ffn_gate, _ = shell.weights
+    if q is None or v is None or fc1 is None or fc1.numel() < MIN_SIZE:
+        return None
+    (N, D), H, number = fc1.shape, len(core.log_decay), fc1.dtype
+    K, V = q.shape[0] // H, v.shape[0] // H
+    rows = (H * K, H * K, H * V, H * V, D, N, N, D)
+    columns = (D, D, D, D, H * V, D, D, N)
+    weights, scales = tensors[4:12], tensors[14:]
+    missing = {i for i, w in enumerate(weights) if w is None}
+    fits = (
+        number in _NUMBERS
+        and _readable(weights, number, [n * m for n, m in zip(rows, columns, strict=True)])
+        and _readable(tensors[:4], torch.float32, (D, D, D, D))
+        and _readable((core.log_decay,), torch.float32, (H,))
+        and _readable((core.theta,), torch.float64, (0 if core.layout == "none" else K // 2,))
+        and _readable(scales, torch.float32, rows)
+        and missing <= {3, 6}  # the gates
+        and (number is torch.float32 or missing == {i for i, s in enumerate(scales) if s is None})
+    )
+    flags = (
+        gate is not None,
+        _LAYOUTS[core.layout],
+        core.bridge,
+        _NORMS[core.norm],
+        shell.mixer_bias is not None,
+        ffn_gate is not None,
+        shell.act == "silu",
+    )
+    reals = (core.eps, shell.norm_eps)
+    return Plan(tensors, _addresses(tensors), number, (D, H, K, V, N), flags, reals) if fits else None
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def retention_block(x: Tensor, position: Tensor, state: Tensor, plan: Plan) -> Tensor | None:
     """One step of a whole block (paper §3) in one call: y = x + MSR(norm(x)), then y + FFN(norm(y)).
 
     Args:
         x: fp32 [B,D].
         position: int64 [B], of this token; moved on by one, in place.
         state: [B,H,K,V] fp32, contiguous, updated in place.
-        core: the mixer; matrices all fp32, or all int8 with their scales, contiguous.
-        shell: the rest of the block, likewise.
+        plan: of the block, from `block_plan`.
 
     Returns:
         [B,D], or None, and nothing done, where the kernel cannot run: other types, devices, sizes, no numba, a gradient.
     """
-    weights, scales, norms = (*core.weights, *shell.weights), (*core.scales, *shell.scales), shell[:4]
-    fc1 = shell.weights[0]
-    if fc1 is None or not _eligible(x, fc1) or state.dim() != 4:
-        return None
-    missing = {i for i, w in enumerate(weights) if w is None}
-    (B, D), (_, H, K, V), N, number = x.shape, state.shape, fc1.shape[0], fc1.dtype
-    rows = (H * K, H * K, H * V, H * V, D, N, N, D)
-    sizes = [n * (N if i == 7 else H * V if i == 4 else D) for i, n in enumerate(rows)]
+    B, (D, H, K, V, N) = x.shape[0], plan.sizes
     fits = (
-        number in _NUMBERS
-        and _readable(weights, number, sizes)
-        and _readable(norms, torch.float32, (D, D, D, D))
-        and _readable((state, core.log_decay), torch.float32, (B * H * K * V, H))
+        _eligible(x)
+        and x.shape[1] == D
+        and state.shape == (B, H, K, V)
+        and _readable((state,), torch.float32)
         and _readable((position,), torch.int64, (B,))
-        and _readable((core.theta,), torch.float64, (0 if core.layout == "none" else K // 2,))
-        and _readable(scales, torch.float32, rows)
-        and missing <= {3, 6}  # the gates
-        and (number is torch.float32 or missing == {i for i, s in enumerate(scales) if s is None})
     )
-    if not fits or (kernels := _kernels(number)) is None:
+    if not fits or (kernels := _kernels(plan.number)) is None:
         return None
     memory, y = torch.empty(B * (2 * H * (K + V) + H * V + D + N)), torch.empty(B, D)
     x = x.contiguous()
-    read = [x if w is None else w for w in (*norms, *weights)]
-    read += [memory, y, position, state, core.log_decay, core.theta]
-    read += [] if number is torch.float32 else [x if s is None else s for s in scales]
-    flags = (
-        core.weights[3] is not None,
-        _LAYOUTS[core.layout],
-        core.bridge,
-        _NORMS[core.norm],
-        shell.mixer_bias is not None,
-        shell.weights[1] is not None,
-        shell.act == "silu",
-    )
-    native.run(kernels.block, (x, *read), (B, D, H, K, V, N, *flags), (core.eps, shell.norm_eps))
+    own = [z.data_ptr() for z in (memory, y, position, state)]
+    scales = [] if plan.number is torch.float32 else plan.pointers[14:]
+    table = (x.data_ptr(), *plan.pointers[:12], *own, *plan.pointers[12:14], *scales)
+    native.run(kernels.block, (), (*table, B, *plan.sizes, *plan.flags), plan.reals)
     return y
 
 
@@ -170,13 +220,12 @@ def _readable(
     return True
 
 
-def _eligible(x: Tensor, weight: Tensor) -> bool:
+def _eligible(x: Tensor) -> bool:
     return (
         x.dtype is torch.float32
         and x.dim() == 2
         and x.shape[0] <= MAX_ROWS
         and x.is_cpu
-        and weight.numel() >= MIN_SIZE
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
