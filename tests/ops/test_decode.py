@@ -217,3 +217,27 @@ def test_without_numba_it_says_what_to_install(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="retnet.ops"):
         assert native.compiler.__wrapped__() is None
     assert "pip install 'retnet[fast]'" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["copied", "assigned", "parameter", "module", "wrapped", "double"])
+def test_a_plan_ends_when_the_block_changes(change, monkeypatch):
+    module, x = block(), torch.randn(1, 256)
+    with torch.no_grad():
+        module.step(x, module.mixer.init_state(1))  # makes the plan
+        projection, other = module.mixer.q_proj, torch.randn(256, 256)
+        if change == "copied":
+            projection.weight.copy_(other)
+        if change == "assigned":
+            projection.weight.data = other
+        if change == "parameter":
+            projection.weight = torch.nn.Parameter(other)
+        if change == "module":
+            module.mixer.q_proj = block(1).mixer.q_proj
+        if change == "wrapped":
+            monkeypatch.setattr(projection, "forward", lambda x: x @ other.t())
+        if change == "double":
+            module, x = module.double(), x.double()
+        got, _ = module.step(x, module.mixer.init_state(1))
+        parts_alone(monkeypatch)
+        want, _ = module.step(x, module.mixer.init_state(1))
+    assert relative(got, want) < 1e-5
