@@ -74,8 +74,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise UserError(_readable(str(error), cls, data, where)) from None
 
 
-def load(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = None) -> T:
-    """Reads a TOML file, applies overrides (dotted key → text of a TOML value, bare words allowed) and builds `cls`.
+def load(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
+    """Reads a TOML file, applies overrides (dotted key → value; text is read as TOML, bare words allowed), builds `cls`.
 
     Raises:
         UserError: the file cannot be read, is not TOML, or does not fit `cls`.
@@ -86,8 +86,8 @@ def load(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = N
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    for key, text in (overrides or {}).items():
-        _put(data, key, _value(text))
+    for key, value in (overrides or {}).items():
+        _put(data, key, _value(value) if isinstance(value, str) else value)
     try:
         return build(cls, data)
     except UserError as error:
@@ -97,6 +97,16 @@ def load(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = N
 def dump(config: object) -> str:
     """The TOML text of a configuration, complete: loading it gives an equal object. Absent (None) values are left out."""
     return tomli_w.dumps(_plain(config))
+
+
+def flatten(tables: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested tables as overrides for `load`: dotted key → value. A table with a ``name`` (a `Choice`) stays whole."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        place = f"{where}.{key}" if where else key
+        whole = not isinstance(value, Mapping) or "name" in value
+        found |= {place: value} if whole else flatten(value, place)
+    return found
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -136,12 +146,11 @@ def config_path(name: str) -> Path:
     raise UserError(f"no configuration {name!r}: not a .toml file, and {nearest(name, shipped_configs())}")
 
 
-def shipped_configs() -> list[str]:
-    """Names of the configurations that come with the project, such as ``paper/6.7b``."""
+def shipped_configs(*, studies: bool = False) -> list[str]:
+    """Names of the configurations of runs that come with the project, such as ``paper/6.7b``; or those of studies."""
     homes = _config_homes()
-    return sorted(
-        {str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")}
-    )
+    names = {str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")}
+    return sorted(name for name in names if name.startswith("studies/") == studies)
 
 
 def _config_homes() -> list[Path]:
@@ -163,6 +172,9 @@ def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN4
                 _refuse_unknown_keys(_chosen(kind, value, place), value, place)
             elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
                 _refuse_unknown_keys(kind, value, place)
+            elif typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+                for number, item in enumerate(value if isinstance(value, Sequence) else ()):
+                    _refuse_unknown_keys(typing.get_args(kind)[0], item, f"{place}[{number}]")
 
 
 def _chosen(kind: type[Choice], value: Any, where: str) -> type:  # noqa: ANN401
@@ -219,6 +231,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: _plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -49,15 +49,13 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
     problems = Problems()
     read = 0
 
-    def limited() -> Iterator[str]:
+    def counted() -> Iterator[str]:
         nonlocal read
-        for text in read_texts(corpora, text_field, problems.add):
+        for text in read_texts(corpora, text_field, problems.add, max_bytes=max_bytes):
             read += len(text.encode())
             yield text
-            if read >= max_bytes:
-                return
 
-    trained = Tokenizer.train(limited(), vocab_size)
+    trained = Tokenizer.train(counted(), vocab_size)
     if not read:
         raise UserError(f"no text in {', '.join(corpora)}{problems.summary()}")
     trained.save(out)

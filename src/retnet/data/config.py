@@ -11,7 +11,8 @@ from retnet.settings import UserError
 class DataConfig:
     """What to train on.
 
-    A corpus is ``stdlib`` (source and documentation of the running Python), a file, a folder or a glob of
+    A corpus is ``stdlib`` (source and documentation of the running Python), ``package:NAME`` (those of an installed
+    Python package, which is not imported), a file, a folder or a glob of
     ``.txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet``, or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset,
     or a local folder of data files, streamed); a list joins several, in order. A folder that `prepare` wrote
     stands for itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import deque
@@ -90,13 +91,24 @@ def prepare(
 
 
 def read_texts(
-    corpora: str | tuple[str, ...], text_field: str, on_problem: Callable[[Problem], None]
+    corpora: str | tuple[str, ...],
+    text_field: str,
+    on_problem: Callable[[Problem], None],
+    *,
+    max_bytes: int | None = None,
 ) -> Iterator[str]:
-    """All texts of corpora, in pieces, one after the other: what a tokenizer is trained on."""
+    """All texts of corpora, in pieces, one after the other: what a tokenizer is trained on.
+
+    `max_bytes` of UTF-8 end it after the piece that reaches them.
+    """
+    left = math.inf if max_bytes is None else max_bytes
     for spec in as_tuple(corpora):
         for source in sources.find(spec):
             for content in read(source, text_field):
+                if left <= 0:
+                    return
                 if isinstance(content, Piece):
+                    left -= len(content.text.encode())
                     yield content.text
                 else:
                     on_problem(content)

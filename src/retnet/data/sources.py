@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.util
 import os
 import sysconfig
 from collections.abc import Container, Iterator
@@ -58,6 +59,9 @@ def find(spec: str) -> list[Source]:
         root = Path(sysconfig.get_path("stdlib"))
         files = [file.relative_to(root) for file in _walk(root, TEXT, _NOT_STDLIB)]
         return [_source(root / file, file) for file in files if not str(file).startswith(_BUILD_RECORDS)]
+    if spec.startswith("package:"):
+        root = _package(spec)
+        return [_source(file, file.relative_to(root)) for file in _walk(root, TEXT, _NOT_STDLIB)]
     if spec.startswith("hf:"):
         from retnet.data.hub import identity
 
@@ -75,10 +79,21 @@ def find(spec: str) -> list[Source]:
         if found[0].kind == "?":
             raise UserError(f"cannot read {spec}: not one of {_ALLOWED}")
     else:
-        raise UserError(f"no corpus {spec!r}: give 'stdlib', a file, a folder, a glob, or hf:NAME")
+        raise UserError(
+            f"no corpus {spec!r}: give 'stdlib', package:NAME, a file, a folder, a glob, or hf:NAME"
+        )
     if not found:
         raise UserError(f"the corpus {spec!r} has no file of the kinds {_ALLOWED}")
     return found
+
+
+def _package(spec: str) -> Path:
+    """The folder of an installed Python package, which is not imported."""
+    name = spec.removeprefix("package:")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no corpus {spec!r}: there is no installed Python package {name!r} that is a folder")
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def hold_out(sources: list[Source], fraction: float) -> list[Source]:

@@ -1,0 +1,156 @@
+"""What training will take, before it starts: parameters, tokens, operations, memory, hours.
+
+Memory counts what must be there at once: weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter, shared
+out among the processes of a run), what one pass keeps for its backward pass, and the logits with their gradient. What
+blocks keep is counted from the model itself, run on the meta device; kernels' scratch memory and fragmentation are not.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retnet.model import LanguageModel, ModelConfig
+from retnet.model.cost import cost
+from retnet.settings import UserError
+from retnet.train import host
+from retnet.train.config import RunConfig
+
+BYTES_PER_PARAMETER = 16  # fp32: weight, gradient, two moments
+UTILISATION = (
+    0.35  # of the rate of matrix products, where nobody says another; small models on a CPU reach about that
+)
+GIB = 2**30
+ROUGH = 3.0  # how far off the guess of hours may be
+
+
+class Plan(NamedTuple):
+    """One kind of run of a study."""
+
+    name: str
+    runs: int  # how many such, learning rates and seeds together
+    parameters: int
+    tokens: int  # of one run
+    flops: float  # of one run: forward and backward, three times a forward pass
+    model_bytes: int  # weights, gradients and moments, all processes together
+    pass_bytes: int  # what one forward and backward pass keeps, in each process
+
+    def hours(self, flops_per_second: float) -> float:
+        """Of all its runs, one after the other, at a rate really reached."""
+        return self.runs * self.flops / flops_per_second / 3600
+
+    def bytes_per_process(self, processes: int) -> float:
+        """Memory of each of so many processes that share a run."""
+        return self.model_bytes / processes + self.pass_bytes
+
+
+def plan(name: str, config: RunConfig, runs: int) -> Plan:
+    """Counts one kind of run. Without a vocabulary size, that of bytes is taken."""
+    model, c = config.model, config.train
+    model = model if model.vocab_size else replace(model, vocab_size=257)
+    counted = cost(model, c.seq_len)
+    tokens = c.steps * c.tokens_per_step
+    return Plan(
+        name,
+        runs,
+        counted.total,
+        tokens,
+        3.0 * counted.flops_per_token * tokens,
+        BYTES_PER_PARAMETER * counted.total,
+        _pass_bytes(model, config),
+    )
+
+
+def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
+    c = config.train
+    rows = c.batch_size * c.seq_len
+    assert model.vocab_size is not None
+    block = _block_bytes(replace(model, num_layers=1), c.seq_len) * c.batch_size
+    block = block // 2 if c.precision == "bf16" else block
+    inputs = rows * model.d_model * 4
+    kept = model.num_layers * inputs + block if c.activation_checkpointing else model.num_layers * block
+    return kept + 3 * rows * model.vocab_size * 4  # logits in fp32, their logarithms, their gradient
+
+
+@lru_cache
+def _block_bytes(model: ModelConfig, length: int) -> int:
+    """What one block keeps of one sequence for its backward pass, in fp32: each tensor once, weights left out."""
+    with torch.device("meta"):
+        block = LanguageModel(model).blocks[0]
+        x = torch.empty(1, length, model.d_model, requires_grad=True)
+    weights = {id(p) for p in block.parameters()}
+    kept: dict[int, int] = {}  # storage → bytes
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in weights and id(tensor._base) not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = block(x)
+    del graph  # it held the tensors, so that no storage was counted under the address of another
+    return sum(kept.values())
+
+
+def rate() -> float:
+    """Matrix products of this machine in operations per second: fp32 on a CPU, bf16 on a GPU, measured."""
+    if not torch.cuda.is_available():
+        return host.product_rate(torch.float32)
+    a = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a @ a
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(4):
+        a @ a
+    stop.record()
+    torch.cuda.synchronize()
+    seconds = float(start.elapsed_time(stop)) / 1e3
+    return 4 * 2 * 8192**3 / seconds * torch.cuda.device_count()
+
+
+def memory() -> int:
+    """Bytes of one GPU, or of this machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require(plans: list[Plan], hours: float, processes: int, at_once: int) -> float:
+    """Refuses what this machine cannot do.
+
+    Hours are a rough guess, on a busy machine a poor one: only what would take `ROUGH` times the budget is refused.
+
+    Args:
+        plans: what is to be run.
+        hours: it may take.
+        processes: that share one run.
+        at_once: runs at the same time.
+
+    Returns:
+        the hours expected.
+
+    Raises:
+        UserError: it needs more memory, or far more hours; both with the numbers.
+    """
+    for each in plans:
+        need = each.bytes_per_process(processes) * (1 if torch.cuda.is_available() else processes * at_once)
+        if need > memory():
+            raise UserError(
+                f"{each.name} needs about {need / GIB:,.0f} GiB, this machine has {memory() / GIB:,.0f} GiB; take a "
+                "smaller --scale, fewer --workers or more --processes; --dry-run tells what it takes where"
+            )
+    reached = UTILISATION * rate()
+    need = sum(each.hours(reached) for each in plans)
+    if need > ROUGH * hours:
+        raise UserError(
+            f"about {need:,.3g} hours of training would be needed here (at {reached / 1e12:.3g} Tflop/s, "
+            f"{UTILISATION:.0%} of the measured matrix products), but the study may take {hours:g}; "
+            "take a smaller --scale or fewer --seeds, or allow more --hours; --dry-run tells what it takes where"
+        )
+    return need

@@ -1,0 +1,281 @@
+"""The measure ``quality``: models trained alike, with the same tuning effort, and their perplexity over seeds.
+
+Every row of the study is trained once with the first seed at each learning rate of the grid. The rate with the lowest
+in-domain loss is kept, and the other seeds are trained at it; the run that won is itself the first seed's. All runs read
+the same tokens, seed by seed in the same order, for as many steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from retnet.data import Tokenizer, prepare, read_texts
+from retnet.evals import Corpus, measure, open_model
+from retnet.settings import UserError, config_path, flatten, load
+from retnet.studies.estimate import Plan, plan
+from retnet.studies.quality_summary import Found, summarise
+from retnet.studies.study import Job, Measure, Result, Results, Tell
+from retnet.studies.summary import Summary
+from retnet.train.config import RunConfig
+from retnet.train.host import keep_freed_memory
+from retnet.train.progress import Progress
+from retnet.train.trainer import train
+
+IN_DOMAIN = "in-domain"
+BPE_BYTES = 1 << 30  # of text to learn from, at most
+Sets = dict[str, str | tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the things compared.
+
+    Attributes:
+        label: in tables.
+        config: of the run: a shipped name, or the path of a .toml file.
+        settings: tables laid over that configuration.
+        paper: the row of the published table that it stands beside.
+    """
+
+    label: str
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Quality(Measure):
+    """Perplexity of models.
+
+    Attributes:
+        rows: what is compared; the first is what the others are held against.
+        settings: tables laid over the configuration of every row: the data, the budget.
+        learning_rates: the grid, the same for all.
+        seeds: how many, from 0.
+        sets: name → text to measure on beside the validation split, such as ``"package:sympy"`` or a file.
+        set_documents: of each of them, at most.
+        bpe: tokens of a BPE learned from the corpus before the first run; None leaves the tokenizer to the settings.
+        published: the paper's table to stand beside.
+        against: ``parameters`` draws perplexity over the size of models.
+    """
+
+    name: Literal["quality"]
+    rows: tuple[Row, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = (1e-3,)
+    seeds: int = 3
+    sets: Sets = field(default_factory=dict)
+    set_documents: int | None = None
+    bpe: int | None = None
+    published: Literal["architectures", "ablations", "none"] = "none"
+    against: Literal["none", "parameters"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; a study needs at least one")
+        if self.seeds < 1:
+            raise UserError(f"seeds is {self.seeds}; it must be at least 1")
+        if min(self.learning_rates) <= 0:
+            raise UserError(f"learning_rates has {min(self.learning_rates):g}; each must be more than 0")
+        for what, names in (("rows", [_slug(row.label) for row in self.rows]), ("sets", list(self.sets))):
+            twice = {name for name in names if names.count(name) > 1 or name in ("", IN_DOMAIN)}
+            if twice:
+                raise UserError(
+                    f"{what} must have names of their own, but there is {', '.join(sorted(twice))!r}"
+                )
+
+    def check(self) -> None:
+        """Reads every row's configuration and looks for the text of every set."""
+        for row in self.rows:
+            config = self._config(row, Path("."), self.learning_rates[0], 0)
+            if config.train.warmup_steps >= config.train.steps:
+                raise UserError(
+                    f"{row.label}: train.warmup_steps is {config.train.warmup_steps}, which leaves nothing of "
+                    f"train.steps {config.train.steps}"
+                )
+        if self.sets:
+            Corpus([spec for specs in self.sets.values() for spec in _several(specs)])
+
+    def prepare(self, out: Path, say: Callable[[str], None]) -> None:
+        """Learns the tokenizer and makes the token shards, so that runs at the same time find both."""
+        data = self._config(self.rows[0], out, 1.0, 0, tokenizer=not self.bpe).data
+        if self.bpe and not _tokenizer(out).exists():
+            say(f"learning a BPE of {self.bpe:,} tokens from the corpus")
+            texts = read_texts(data.corpus, data.text_field, lambda problem: None, max_bytes=BPE_BYTES)
+            Tokenizer.train(texts, self.bpe).save(_tokenizer(out))
+        say("preparing the tokens")
+        prepare(self._config(self.rows[0], out, 1.0, 0).data, on_problem=lambda p: say(f"data: {p}"))
+
+    def plans(self) -> list[Plan]:
+        """What the runs of each row will take."""
+        runs = len(self.learning_rates) + self.seeds - 1
+        return [
+            plan(row.label, self._config(row, Path("."), 1.0, 0, tokenizer=not self.bpe), runs)
+            for row in self.rows
+        ]
+
+    def count(self) -> int:
+        """The grid for each row, and the other seeds."""
+        return len(self.rows) * (len(self.learning_rates) + self.seeds - 1)
+
+    def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
+        """Seed 0 at every rate for all rows; then the other seeds at each row's best."""
+        named = {
+            self._name(row, rate, 0): (row, rate, 0) for row in self.rows for rate in self.learning_rates
+        }
+        for row in self.rows:
+            best = self._best(row, results, failed)
+            if best is not None:
+                named |= {self._name(row, best, seed): (row, best, seed) for seed in range(1, self.seeds)}
+        return {
+            name: TrainAndEvaluate(
+                "quality", self._config(row, out, rate, seed), self.sets, self.set_documents
+            )
+            for name, (row, rate, seed) in named.items()
+        }
+
+    def summarise(self, results: Results) -> Summary:
+        """Perplexity beside the published numbers, the tuning, and whether the orders agree."""
+        found = []
+        for row in self.rows:
+            tuned = {r: results.get(self._name(row, r, 0)) for r in self.learning_rates}
+            rate = self._best(row, results, [self._name(row, r, 0) for r in self.learning_rates])
+            names = [] if rate is None else [self._name(row, rate, seed) for seed in range(self.seeds)]
+            seeds = [results[name] for name in names if name in results]
+            found.append(Found(row.label, row.paper, rate, seeds, {r: x for r, x in tuned.items() if x}))
+        return summarise(found, [IN_DOMAIN, *self.sets], self.published, self.against)
+
+    def _best(self, row: Row, results: Results, failed: Collection[str]) -> float | None:
+        """The rate of the lowest in-domain loss; None while a run that could still win is missing, or if all failed."""
+        names = {rate: self._name(row, rate, 0) for rate in self.learning_rates}
+        if any(name not in results and name not in failed for name in names.values()):
+            return None
+        losses = {
+            r: results[n]["sets"][IN_DOMAIN]["nats_per_token"] for r, n in names.items() if n in results
+        }
+        return min(losses, key=lambda rate: losses[rate]) if losses else None
+
+    def _name(self, row: Row, rate: float, seed: int) -> str:
+        return f"{_slug(row.label)}.lr-{rate:g}.seed-{seed}"
+
+    def _config(self, row: Row, out: Path, rate: float, seed: int, *, tokenizer: bool = True) -> RunConfig:
+        data: dict[str, Any] = {"data.cache": str(out / "data")}
+        if self.bpe:
+            data |= {"model.vocab_size": self.bpe}
+        if self.bpe and tokenizer:
+            data |= {"data.tokenizer": str(_tokenizer(out))}
+        chosen = {"train.learning_rate": rate, "train.seed": seed}
+        try:
+            return load(
+                RunConfig,
+                config_path(row.config),
+                {**data, **flatten(self.settings), **flatten(row.settings), **chosen},
+            )
+        except UserError as error:
+            raise UserError(f"row {row.label!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainAndEvaluate(Job):
+    """One run, and what it is worth on every set."""
+
+    name: Literal["quality"]
+    run_config: RunConfig
+    sets: Sets
+    set_documents: int | None = None
+
+    def run(self, folder: Path, tell: Tell) -> Result | None:
+        """Trains, or goes on training, in ``folder/run``; then measures in windows of the training length."""
+        keep_freed_memory()
+        begin = time.perf_counter()
+        outcome = train(self.run_config, folder / "run", resume=True, progress=_Heard(tell))
+        if not outcome.finished or int(os.environ.get("RANK", "0")):  # of several processes one measures
+            return None
+        trained = time.perf_counter()
+        sets = dict(self._measure(folder / "run"))
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "learning_rate": self.run_config.train.learning_rate,
+            "seed": self.run_config.train.seed,
+            "tokens": self.run_config.train.steps * self.run_config.train.tokens_per_step,
+            **sets.pop("model"),
+            "sets": sets,
+            "curve": _curve(folder / "run" / "metrics.jsonl"),
+            "seconds": time.perf_counter() - begin,
+            "training_seconds": trained - begin,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        }
+
+    def _measure(self, run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        candidate = open_model(run, checkpoint="last", device=self.run_config.train.device)
+        reader, length = candidate.reader(), self.run_config.train.seq_len
+        yield "model", {key: candidate.about[key] for key in ("parameters", "sha256", "tokenizer_sha256")}
+        for name, specs in {IN_DOMAIN: str(run), **self.sets}.items():
+            found = measure(
+                reader,
+                candidate.tokenizer,
+                Corpus(_several(specs)),
+                lengths=(length,),
+                modes=("windows",),
+                max_documents=None if name == IN_DOMAIN else self.set_documents,
+            )
+            (result,) = found.results
+            assert result.nats_per_token
+            assert result.bits_per_byte
+            assert result.perplexity
+            yield (
+                name,
+                {
+                    "nats_per_token": result.nats_per_token.value,
+                    "perplexity": result.perplexity.value,
+                    "bits_per_byte": result.bits_per_byte.value,
+                    "window": length,
+                    **{key: getattr(found, key) for key in ("documents", "tokens", "bytes", "sha256")},
+                },
+            )
+
+
+class _Heard(Progress):
+    """Says how far training is, and shows nothing."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(Console(quiet=True))
+        self._tell = tell
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        super().step(step, loss, rate)
+        self._tell(0.95 * step / self._steps)
+
+
+MEASURE, JOB = Quality, TrainAndEvaluate
+
+
+def _slug(label: str) -> str:
+    """A label as a file name: ``"− swish gate"`` → ``"swish-gate"``."""
+    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))
+
+
+def _several(specs: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (specs,) if isinstance(specs, str) else tuple(specs)
+
+
+def _tokenizer(out: Path) -> Path:
+    return out / "tokenizer.json"
+
+
+def _curve(metrics: Path) -> dict[str, list[float]]:
+    """Steps, and the training loss of each in nats per token."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    learned = [line for line in lines if "loss" in line]
+    return {"steps": [line["step"] for line in learned], "loss": [line["loss"] for line in learned]}
