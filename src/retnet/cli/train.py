@@ -20,18 +20,21 @@ def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[st
     """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
 
     Settings are changed with --section.field VALUE, such as --train.steps 500 or --model.mixer.decay none.
-    `retnet config show CONFIG` prints all of them.
+    `retnet config show CONFIG` prints all of them. N processes share the work and the weights with
+    torchrun --nproc-per-node=N -m retnet train CONFIG.
     """
     from retnet.train.config import RunConfig
+    from retnet.train.distributed import one_voice
     from retnet.train.host import keep_freed_memory
     from retnet.train.progress import Progress
     from retnet.train.trainer import train
 
-    path = config_path(config)
-    resolved = load(RunConfig, path, parse_overrides(overrides))
     keep_freed_memory()
-    outcome = train(resolved, run_dir or Path("runs") / path.stem, resume=resume, progress=Progress())
-    if outcome.finished and outcome.quality is not None:
+    with one_voice() as speaks:
+        path = config_path(config)
+        resolved = load(RunConfig, path, parse_overrides(overrides))
+        outcome = train(resolved, run_dir or Path("runs") / path.stem, resume=resume, progress=Progress())
+    if speaks and outcome.finished and outcome.quality is not None:
         click.echo(
             f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from retnet.data import IGNORED, Batch, Batches
 from retnet.model import LanguageModel
+from retnet.train.distributed import ALONE, Ranks
 
 
 class Objective(nn.Module):
@@ -50,6 +51,7 @@ def evaluate(
     device: torch.device,
     autocast: torch.autocast,
     max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Quality:
     """Loss over the batches in the order of the text, or over the first `max_tokens` of it.
 
@@ -60,16 +62,24 @@ def evaluate(
         device: where the objective lies.
         autocast: context of the forward pass.
         max_tokens: None for all.
+        ranks: the processes that share the objective's weights; they take turns with the batches.
     """
     training = objective.training
     objective.eval()
-    total, tokens = 0.0, 0
-    with torch.inference_mode(), autocast:
+    total, tokens, turns = 0.0, 0, 0
+    with torch.no_grad(), autocast:
         for batch in batches.in_order():
-            total += float(objective(*(x.to(device) for x in batch[:3])))
+            if turns % ranks.world == ranks.rank:
+                total += float(objective(*(x.to(device) for x in batch[:3])))
+            turns += 1
             tokens += count([batch])
             if max_tokens is not None and tokens >= max_tokens:
                 break
+        if (
+            0 < turns % ranks.world <= ranks.rank
+        ):  # the last turn of others: shared weights are put together by all
+            objective(*(x.to(device) for x in batch[:3]))
+    total = sum(ranks.gather(total))
     objective.train(training)
     loss = total / tokens
     return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)

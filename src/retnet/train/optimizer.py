@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from retnet.train.config import TrainConfig
+from retnet.train.distributed import ALONE, Ranks, spread
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -52,11 +54,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Gives an optimiser the memory that `optimizer_tensors` wrote down."""
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE
+) -> None:
+    """Gives an optimiser the memory that `optimizer_tensors` wrote down, which of several ranks the first has."""
     parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
+    for name in ranks.tell(list(tensors)):
         parameter, _, key = name.rpartition("/")
         own = parameters[parameter]
-        # the step count stays where AdamW keeps it; moments lie beside their parameter
-        optimizer.state[own][key] = value if key == "step" else value.to(own.device, own.dtype)
+        # the step is a number beside its parameter; moments are shaped, typed and shared among ranks as it is
+        memory = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own)
+        spread(tensors.get(name), memory, ranks)
+        optimizer.state[own][key] = memory

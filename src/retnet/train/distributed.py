@@ -1,0 +1,219 @@
+"""Several processes training one model: how they are joined, agree, and share its weights.
+
+Everything here is applied to the model from outside, with torch's FSDP2: each process keeps its part of every weight, of
+its gradient and of the optimiser's memory; the weights of a block are put together while it computes. Without a launcher
+nothing of it happens: there is one process, and no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from retnet.model import LanguageModel
+from retnet.model.checkpoint import weights
+from retnet.settings import UserError
+from retnet.train import host
+
+T = TypeVar("T")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
+PATIENCE = timedelta(days=30)  # while one prepares data or writes a checkpoint
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, numbered by their rank: which one this is, of how many, and how they agree.
+
+    What is said to gather, lead or tell must be called by all ranks, in the same order.
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None  # for words between them, on the CPU; None for a single process
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives here, in the order of ranks, on all of them; anything that JSON can say."""
+        if self.alone:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))), group=self.group)
+        return [
+            json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)
+        ]
+
+    def tell(self, value: T) -> T:
+        """What the first rank gives here; what others give is not looked at."""
+        return self.gather(value if self.first else None)[0]  # type: ignore[return-value]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Does what may end in a mistake of the user on all ranks, and waits for all.
+
+        Raises:
+            UserError: on every rank, if on any.
+        """
+        if self.alone:
+            return act()
+        result, mistake = None, None
+        try:
+            result = act()
+        except UserError as error:
+            mistake = str(error)
+        mistakes = [found for found in self.gather(mistake) if found is not None]
+        if mistakes:
+            raise UserError(mistakes[0])
+        return result  # type: ignore[return-value]
+
+    def lead(self, act: Callable[[], T]) -> T | None:
+        """Lets the first rank do something, however long it takes; the others wait, and get None.
+
+        Raises:
+            UserError: on every rank, if on the first.
+        """
+        return self.together(lambda: act() if self.first else None)
+
+    def device(self, name: str) -> torch.device:
+        """The device of this process: of GPUs, each process on a machine has one of its own.
+
+        Raises:
+            UserError: no such device, fewer GPUs than processes, or one GPU for all of them.
+        """
+        if self.alone or not torch.cuda.is_available() or not name.startswith(("auto", "cuda")):
+            return host.choose_device(name)
+        here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if name not in ("auto", "cuda"):
+            raise UserError(f"train.device {name!r} is one GPU for {self.world} processes; set it to 'cuda'")
+        if here >= gpus:
+            raise UserError(
+                f"process {here} of this machine has no GPU, since there are {gpus}; "
+                f"start torchrun with --nproc-per-node {gpus}, or set train.device to 'cpu'"
+            )
+        torch.cuda.set_device(here)
+        return host.choose_device(f"cuda:{here}")
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    """Joins the processes that torchrun started for one run; without it, there is this one alone.
+
+    Collectives on GPUs go over NCCL, those on CPUs over gloo. A process group that the caller has is used and left as
+    it is.
+    """
+    if not set(LAUNCHED) <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    except UserError:  # raised by all together; after anything else, others may never answer again
+        _leave(own, group)
+        raise
+    _leave(own, group)
+
+
+def _leave(own: bool, group: dist.ProcessGroup) -> None:
+    dist.destroy_process_group(None if own else group)
+
+
+@contextmanager
+def one_voice() -> Iterator[bool]:
+    """Whether this process speaks for all. A mistake that all processes of a machine make is said by its first alone."""
+    try:
+        yield os.environ.get("RANK", "0") == "0"
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(30)  # torchrun ends all as soon as one has ended, and the first must have its say
+        sys.exit(2)
+
+
+def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageModel:
+    """A model of which every rank holds its part: block by block, and the rest together.
+
+    The weights come from the first rank's `whole`, which lies on its CPU; of the others' only the configuration is read, so
+    theirs may lie on the meta device. Gradients are summed over ranks, in the type of the weights.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    # the logits are one, and nobody changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    with torch.device("meta"):
+        model = LanguageModel(whole.config)
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        assert isinstance(part, FSDPModule)
+        part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.to_empty(device=device)
+    full = weights(whole) if ranks.first else {}
+    for name, own in weights(model).items():
+        spread(full.get(name), own, ranks)
+    return model
+
+
+def spread(whole: Tensor | None, part: Tensor, ranks: Ranks) -> None:
+    """Copies a whole tensor, which the first rank has, into every rank's part of it."""
+    if whole is None:
+        full = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+    else:
+        full = whole.to(part.device, part.dtype)
+    if not ranks.alone:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(part, DTensor):
+            full = distribute_tensor(full, part.device_mesh, part.placements)
+        else:
+            dist.broadcast(full, 0)
+    part.copy_(full)
+
+
+def collect(parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors on the first rank's CPU, put together from the parts of all; nothing on the others."""
+    found = {}
+    for name, part in parts.items():
+        full = complete(part, ranks)
+        if ranks.first:
+            found[name] = full.cpu()
+    return found
+
+
+def complete(part: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor as a whole, put together if it lies in parts; all ranks must ask for it."""
+    if ranks.alone:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return part.full_tensor() if isinstance(part, DTensor) else part

@@ -1,0 +1,97 @@
+"""What several processes train, one case after the other, in one launch: torchrun -m tests.train.ranks CONFIG FOLDER
+
+Every case leaves a run in FOLDER/NAME, or FOLDER/NAME.RANK.error with the mistake that this rank was told.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from retnet.mixers import MIXERS
+from retnet.settings import UserError, load
+from retnet.train.config import RunConfig
+from retnet.train.objective import Objective
+from retnet.train.trainer import train
+from tests.train.driver import wrap
+
+STOP = 3  # step after which runs are stopped, to be continued by another number of processes
+
+
+def base(path) -> RunConfig:
+    """The tiny run, without dropout and with an odd number of validation batches."""
+    run = load(RunConfig, path)
+    return changed(run, {"dropout": 0.0}, steps=6, learning_rate=1e-3, eval_every=3, eval_tokens=300)
+
+
+def changed(run: RunConfig, model: dict, **options) -> RunConfig:
+    return replace(run, model=replace(run.model, **model), train=replace(run.train, **options))
+
+
+def cases(run: RunConfig) -> dict[str, RunConfig]:
+    """Name → what is trained in the same way by one process and by several."""
+    short = changed(run, {}, steps=2)
+    mixers = {
+        f"mixer {name}": changed(short, {"mixer": kind.Config(), "tie_embeddings": name == "retention"})
+        for name, kind in MIXERS.items()
+    }
+    return {
+        "plain": run,
+        "still": changed(run, {}, steps=1, learning_rate=0.0),
+        "recomputed": changed(short, {}, activation_checkpointing=True),
+        "bf16 recomputed": changed(short, {}, activation_checkpointing=True, precision="bf16"),
+        **mixers,
+    }
+
+
+def stop_at(step: int) -> None:
+    """SIGTERM for this process in a step: the learning rate is asked for twice in each."""
+    wrap(f"retnet.train.trainer:learning_rate:{2 * step - 1}", lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def break_loss(call: int) -> None:
+    """Makes the loss of one pass of this process NaN."""
+    plain, calls = Objective.forward, iter(range(1, 10**9))
+
+    def broken(self, *batch):
+        loss = plain(self, *batch)
+        return loss * float("nan") if next(calls) == call else loss
+
+    Objective.forward = broken
+
+
+def mistaken(folder: Path, name: str, config: RunConfig) -> None:
+    try:
+        train(config, folder / name)
+    except UserError as error:
+        (folder / f"{name}.{dist.get_rank()}.error").write_text(str(error))
+
+
+def main() -> None:
+    config, folder = sys.argv[1], Path(sys.argv[2])
+    run = base(config)
+    dist.init_process_group()  # once, for all cases
+    for name, case in cases(run).items():
+        train(case, folder / name)
+    train(run, folder / "from one", resume=True)
+    mistaken(folder, "uneven", changed(run, {}, accumulate=3))
+    mistaken(folder, "nowhere", replace(run, data=replace(run.data, corpus="nowhere")))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last:
+        stop_at(STOP)
+    for name in ("stopped", "stopped and continued"):
+        train(run, folder / name)
+        if last:
+            stop_at(STOP)
+    train(run, folder / "stopped and continued", resume=True)
+    if last:
+        break_loss(2)
+    mistaken(folder, "broken", run)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Several processes train what one does, whatever their number when the run began, and end together."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from retnet.data import Batches, prepare
+from retnet.infer import open_run
+from retnet.mixers import MIXERS
+from retnet.model import LanguageModel
+from retnet.model.checkpoint import load_model
+from retnet.settings import UserError, load
+from retnet.train.config import RunConfig
+from retnet.train.distributed import Ranks, one_voice
+from retnet.train.progress import Progress
+from retnet.train.trainer import train
+from tests.train.ranks import STOP, base, cases
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def launch(*words, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=cwd, text=True, **pipes) as process:
+        try:
+            said = process.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and with it the processes that it started
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, *said)
+
+
+def measured(run: Path) -> dict[tuple[int, str], float]:
+    """(step, what) → loss, norm of the gradient, validation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("loss", "gradient_norm", "validation_loss")
+    return {(line["step"], kind): line[kind] for line in lines for kind in kinds if kind in line}
+
+
+def assert_same(got: Path, want: Path, tolerance: float = 1e-5) -> None:
+    got, want = measured(got), measured(want)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert math.isclose(got[key], value, rel_tol=tolerance), (key, got[key], value)
+
+
+class Stopping(Progress):
+    """Sends this process a signal after a step, as a person might."""
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        if step == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def alone(config_file, tmp_path_factory) -> Path:
+    """The cases, trained by this one process, and the plain one stopped after some steps."""
+    home = tmp_path_factory.mktemp("alone")
+    run = base(config_file)
+    for name, case in cases(run).items():
+        train(case, home / name)
+    assert train(run, home / "stopped", progress=Stopping(Console(quiet=True))).step == STOP
+    return home
+
+
+@pytest.fixture(scope="module")
+def shared(config_file, alone, tmp_path_factory) -> Path:
+    """All that two processes do in `ranks.py`."""
+    home = tmp_path_factory.mktemp("shared")
+    shutil.copytree(alone / "stopped", home / "from one")
+    words = ["--standalone", "--nproc-per-node=2", "-m", "tests.train.ranks", config_file, home]
+    done = launch(*words, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_the_same_losses_norms_and_validation(shared, alone):
+    assert_same(shared / "plain", alone / "plain")
+
+
+def test_the_same_first_weights(shared, config_file):
+    """Without learning, the weights of a checkpoint are those the seed gave."""
+    config = load(RunConfig, shared / "still/config.toml")
+    torch.manual_seed(config.train.seed)
+    fresh = LanguageModel(config.model)
+    got = load_model(shared / "still/checkpoints/step-00000001")
+    assert all(torch.equal(got.state_dict()[name], want) for name, want in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer(name, shared, alone):
+    assert_same(shared / f"mixer {name}", alone / f"mixer {name}")
+
+
+def test_recomputed_blocks(shared, alone):
+    assert_same(shared / "recomputed", alone / "recomputed")
+    assert_same(shared / "bf16 recomputed", alone / "bf16 recomputed", tolerance=1e-4)
+
+
+def test_the_same_files(shared, alone):
+    """Names, types and shapes in checkpoints do not tell how many processes there were."""
+    for step in ("step-00000003", "step-00000006"):
+        got, want = (home / "plain/checkpoints" / step for home in (shared, alone))
+        assert sorted(path.name for path in got.iterdir()) == sorted(path.name for path in want.iterdir())
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            ours, theirs = load_file(got / file), load_file(want / file)
+            assert ours.keys() == theirs.keys()
+            for name, x in theirs.items():
+                assert (ours[name].shape, ours[name].dtype) == (x.shape, x.dtype)
+                assert torch.allclose(ours[name], x, rtol=1e-4, atol=1e-6), name
+    processes = [json.loads((home / "plain/env.json").read_text())["processes"] for home in (shared, alone)]
+    assert processes == [2, 1]
+    tokens = torch.arange(20)[None]
+    logits = [open_run(home / "plain").model(tokens) for home in (shared, alone)]
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(shared):
+    for name in ("stopped", "stopped and continued"):
+        assert (shared / name / f"checkpoints/step-{STOP:08d}").is_dir()
+    assert (shared / "stopped/checkpoints/last").read_text() == f"step-{STOP:08d}\n"
+    assert max(step for step, _ in measured(shared / "stopped")) == STOP
+
+
+def test_continued_by_another_number_of_processes(shared, alone, config_file, tmp_path):
+    assert_same(shared / "stopped and continued", alone / "plain")  # 2 → 2
+    assert_same(shared / "from one", alone / "plain")  # 1 → 2
+    shutil.copytree(shared / "stopped", tmp_path / "run")
+    assert train(base(config_file), tmp_path / "run", resume=True).finished
+    assert_same(tmp_path / "run", alone / "plain")  # 2 → 1
+
+
+def test_mistakes_are_told_to_all(shared, config_file):
+    def told(name: str) -> str:
+        first, second = ((shared / f"{name}.{rank}.error").read_text() for rank in (0, 1))
+        assert first == second
+        return first
+
+    assert "train.accumulate is 3, and 2 processes cannot share" in told("uneven")
+    assert "--train.accumulate 6 --train.batch_size 1 makes the same step" in told("uneven")
+    assert "no corpus 'nowhere'" in told("nowhere")
+    assert not (shared / "uneven").exists()
+    # the second pass of the last rank is pass 1 + 2 of the run, in its second step
+    batch = Batches(prepare(base(config_file).data).train, seq_len=32, batch_size=2, seed=0).batch(3)
+    documents = sorted({d for d in batch.documents if d >= 0})
+    assert f"the loss became nan at step 2, in documents {documents}." in told("broken")
+
+
+def test_the_documented_command(config_file, tmp_path):
+    """Two processes, but one voice, with what is right and with what is wrong."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    line = re.search(r"^torchrun (.*)$", page, re.M)[1]
+    words = shlex.split(line.replace("--nproc-per-node=8", "--nproc-per-node=2"))
+    words[words.index("paper/200m")] = str(config_file)
+    done = launch(*words, "--train.steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits/byte held out") == 1
+    assert len(re.findall(r"training [\d.]+ M parameters", done.stderr)) == 1
+    assert "2 processes, each with 1 of the 2 passes of a step" in done.stderr
+    done = launch(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("retnet: error: runs/200m already holds a run; --resume continues it") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_voice(rank, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(SystemExit if rank else UserError), one_voice():
+        raise UserError("once")
+
+
+class TestDevices:
+    """What is chosen on a machine with two GPUs, which this one need not be."""
+
+    @pytest.fixture(autouse=True)
+    def _gpus(self, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
+        monkeypatch.setattr("retnet.train.host.choose_device", torch.device)
+
+    @pytest.mark.parametrize("name", ["auto", "cuda"])
+    def test_each_has_its_own(self, name, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert Ranks(5, 8).device(name) == torch.device("cuda:1")
+        assert Ranks(5, 8).device("cpu") == torch.device("cpu")
+
+    def test_too_few(self, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(UserError, match="process 2 of this machine has no GPU, since there are 2"):
+            Ranks(2, 8).device("auto")
+
+    def test_one_for_all(self, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(UserError, match="'cuda:1' is one GPU for 8 processes; set it to 'cuda'"):
+            Ranks(0, 8).device("cuda:1")
+
+
+def test_one_process_does_not_import_what_it_does_not_use():
+    code = "import sys, retnet.train.trainer; assert 'torch.distributed.fsdp' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
