@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retnet.ops import frequencies, log_decays, positions, retention, rotate, rotation
+from retnet.ops import apply_rotary, frequencies, log_decays, positions, retention, rotate, rotation
 from tests.helpers.parity import random_inputs, relative
 
 
@@ -102,6 +102,38 @@ class TestRotation:
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, rotate(x.bfloat16().float(), cos, sin, layout).bfloat16())
 
+    @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+    def test_queries_and_keys_together(self, backend):
+        q, k = torch.randn(3, 5, 2, 8), torch.randn(3, 5, 2, 8).bfloat16()
+        for position in (positions(5), positions(5, start=torch.tensor([7, 0, 10**7]))):
+            cos, sin = rotation(position, frequencies(8))
+            got = apply_rotary(q, k.float(), position, frequencies(8), "halves", backend)
+            assert torch.equal(got[0], rotate(q, cos, sin, "halves"))
+            assert torch.equal(got[1], rotate(k.float(), cos, sin, "halves"))
+            assert apply_rotary(k, k, position, frequencies(8))[0].dtype == torch.bfloat16
+        one, _ = apply_rotary(q[:, 2], q[:, 2], torch.tensor([2, 2, 2]), frequencies(8))  # a step
+        assert torch.allclose(one, apply_rotary(q, q, positions(5), frequencies(8))[0][:, 2], atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"k": (3, 5, 2, 6)}, r"k has shape \(3, 5, 2, 6\); allowed: that of q, \(3, 5, 2, 8\)"),
+            ({"q": (3, 5, 2, 7)}, r"q has shape \(3, 5, 2, 7\); allowed: \[...,H,K\], K even"),
+            ({"q": (5, 8)}, r"q has shape \(5, 8\)"),
+            (
+                {"position": (2, 5)},
+                r"position has shape \(2, 5\); allowed: \(3, 5\) as in q, or 1 for its first",
+            ),
+            ({"position": (3, 4)}, r"position has shape \(3, 4\)"),
+            ({"position": ()}, r"position has shape \(\)"),
+            ({"theta": (8,)}, r"theta has shape \(8,\); allowed: \(4,\), half of K"),
+        ],
+    )
+    def test_shapes_that_do_not_fit(self, change, message):
+        shapes = {"q": (3, 5, 2, 8), "k": (3, 5, 2, 8), "position": (1, 5), "theta": (4,)} | change
+        with pytest.raises(ValueError, match=message):
+            apply_rotary(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
     def test_positions(self):
         assert positions(3).tolist() == [[0, 1, 2]]
         assert positions(3, start=torch.tensor([5, 0])).tolist() == [[5, 6, 7], [0, 1, 2]]
@@ -122,3 +154,10 @@ class TestRotation:
             ValueError, match="unknown rotary layout 'half'; allowed: 'interleaved', 'halves'"
         ):
             rotate(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), "half")
+        x = torch.zeros(1, 1, 1, 8)
+        with pytest.raises(ValueError, match="unknown rotary layout 'half'"):
+            apply_rotary(x, x, positions(1), frequencies(8), "half")
+        with pytest.raises(
+            ValueError, match="backend is 'cuda'; allowed: 'auto', 'reference', 'cpu', 'triton'"
+        ):
+            apply_rotary(x, x, positions(1), frequencies(8), backend="cuda")

@@ -12,7 +12,7 @@ from torch import Tensor
 from retnet.mixers.base import Linear, MixerConfig
 from retnet.mixers.packing import SequenceMixer
 from retnet.mixers.parts import Rotary, Rotation, exactly, head_width, require_positive, widened
-from retnet.ops import positions
+from retnet.ops import head_norm, positions
 from retnet.settings import UserError
 
 PIECE = 2048  # tokens whose chunks' states are held at once
@@ -101,8 +101,8 @@ class GatedRetention(SequenceMixer):
             for q_i, k_i, v_i, log_decay_i in zip(*pieces, strict=True):
                 o, kv = chunkwise(q_i, k_i, v_i, log_decay_i, kv, self.config.chunk_size)
                 outputs.append(o)
-        y = F.layer_norm(torch.cat(outputs, dim=1), (self.value_dim,), eps=self.config.head_norm_eps)
-        y = F.silu(self.gate_proj(x)) * y.flatten(-2).to(x.dtype)
+        o, gate = torch.cat(outputs, dim=1), self.gate_proj(x)
+        y = head_norm(o, gate, eps=self.config.head_norm_eps, dtype=x.dtype)
         return self.out_proj(y), GatedRetentionState(kv, state.position + x.shape[1])
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.ops import frequencies, rotate, rotation
+from retnet.ops import apply_rotary, frequencies
 from retnet.settings import UserError
 
 Rotation = Literal["interleaved", "halves", "none"]
@@ -93,8 +93,7 @@ class Rotary(nn.Module):
         """q, k [...,H,K] at int64 `position` [...]; types stay."""
         if self.layout == "none":
             return q, k
-        cos, sin = rotation(position, self.theta, widened(q))
-        return rotate(q, cos, sin, self.layout), rotate(k, cos, sin, self.layout)
+        return apply_rotary(q, k, position, self.theta, self.layout)
 
 
 def fft_convolution(x: Tensor, h: Tensor) -> Tensor:

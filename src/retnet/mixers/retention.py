@@ -16,13 +16,13 @@ from retnet.ops import (
     CHUNK,
     Core,
     Decay,
+    apply_rotary,
     frequencies,
+    head_norm,
     log_decays,
     positions,
     retention,
     retention_step,
-    rotate,
-    rotation,
 )
 from retnet.ops.clamped import clamped_retention
 from retnet.settings import UserError
@@ -259,45 +259,39 @@ class MultiScaleRetention(Mixer):
         k = self.k_proj(x).unflatten(-1, heads)
         v = self.v_proj(x).unflatten(-1, heads)
         if self.config.rotary != "none":
-            cos, sin = rotation(position, self.theta, torch.promote_types(x.dtype, torch.float32))
-            q, k = (rotate(y, cos, sin, self.config.rotary) for y in (q, k))
+            q, k = apply_rotary(q, k, position, self.theta, self.config.rotary, self.config.backend)
         if self.config.score_norm == "paper":  # a value of 1 sums the scores of a row
             v = F.pad(v, (0, 1), value=1.0)
         return q, k, v
 
     def _finish(self, o: Tensor, x: Tensor, position: Tensor) -> Tensor:
         """Normalises the heads o [...,H,V], gates them by x [...,D] and projects back to [...,D]."""
-        y = self._norm_heads(self._norm_scores(o, position)).flatten(-2).to(x.dtype)
-        if self.gate_proj is not None:
-            y = F.silu(self.gate_proj(x)) * y
+        config = self.config
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        o, sums = self._norm_scores(o, position)
+        y = head_norm(
+            o,
+            gate,
+            config.head_norm,
+            eps=config.head_norm_eps,
+            weight=self.head_norm_weight,
+            bias=self.head_norm_bias,
+            sums=sums,
+            dtype=x.dtype,
+            backend=config.backend,
+        )
         return self.out_proj(y)
 
-    def _norm_scores(self, o: Tensor, position: Tensor) -> Tensor:
+    def _norm_scores(self, o: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The heads with their scores normalised, but for the sums Σγ [...,H] that `head_norm` divides them by."""
         if self.config.score_norm not in ("decay", "paper"):
-            return o
-        o = o.to(torch.promote_types(o.dtype, torch.float32))
+            return o, None
         seen = (position[..., None] + 1).double()  # tokens up to and including this one
         log_decay = self.log_decay.double()
         # Σ_{i≤t} γ^{t−i} = (1 − γ^{t+1}) / (1 − γ), and t + 1 where γ = 1
-        summed = torch.where(log_decay == 0, seen, torch.expm1(seen * log_decay) / torch.expm1(log_decay))
-        o = o * summed.rsqrt().to(o.dtype)[..., None]
+        sums = torch.where(log_decay == 0, seen, torch.expm1(seen * log_decay) / torch.expm1(log_decay))
         if self.config.score_norm == "decay":
-            return o
-        return o[..., :-1] / o[..., -1:].abs().clamp(min=1)
-
-    def _norm_heads(self, o: Tensor) -> Tensor:
-        """Each head by itself, statistics in fp32 or better."""
-        config = self.config
-        if config.head_norm == "none":
-            return o
+            return o, sums
         o = o.to(torch.promote_types(o.dtype, torch.float32))
-        width = (o.shape[-1],)
-        if config.head_norm == "rms":
-            o = F.rms_norm(o, width, eps=config.head_norm_eps)
-        else:
-            o = F.layer_norm(o, width, eps=config.head_norm_eps)
-        if self.head_norm_weight is not None:
-            o = o * self.head_norm_weight.view(self.num_heads, -1)
-        if self.head_norm_bias is not None:
-            o = o + self.head_norm_bias.view(self.num_heads, -1)
-        return o
+        o = o * sums.rsqrt().to(o.dtype)[..., None]
+        return o[..., :-1] / o[..., -1:].abs().clamp(min=1), None

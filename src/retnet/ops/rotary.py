@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.ops.triton import row_operators  # noqa: F401  defines the operators
+from retnet.ops.triton.support import takes, unfit_rows
+
 LAYOUTS = ("interleaved", "halves")
 SPACINGS = ("inclusive", "geometric")
 
@@ -79,13 +82,67 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
     Raises:
         ValueError: an unknown layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown rotary layout {layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
+    _check_layout(layout)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.retnet.rotate(x, cos, sin, layout == "interleaved")
     return _rotate(
         x, cos, sin, layout == "interleaved"
     )  # decoding: the operator's dispatch would cost more than its work
+
+
+def apply_rotary(
+    q: Tensor,
+    k: Tensor,
+    position: Tensor,
+    theta: Tensor,
+    layout: str = "interleaved",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Q ⊙ Θ and K ⊙ Θ̄ (paper §2): `rotate` of q and k by `rotation` of their positions, on a GPU in one kernel.
+
+    Args:
+        q: queries [...,H,K], any floating type; angles, cos and sin are at least fp32 whatever it is.
+        k: keys [...,H,K].
+        position: int64 [...], as `positions` makes them, or [1,...] where all rows of a batch share them.
+        theta: radians a token, [K/2] fp64, as `frequencies` makes them.
+        layout: as in `rotate`.
+        backend: as in `retention`, except that ``"reference"`` and ``"cpu"`` are both torch's operators.
+
+    Returns:
+        Both in their own types. Positions and θ have no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown layout, or a backend that cannot run.
+    """
+    _check_shapes(q, k, position, theta)
+    if q.device.type != "cpu" or backend != "auto":
+        _check_layout(layout)
+        if takes("rotation", backend, q, unfit_rows(q.shape[-1], q, k)):
+            return torch.ops.retnet.triton_rotary(q, k, position, theta, layout == "interleaved", False)
+    cos, sin = rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
+    return rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
+
+
+def _check_shapes(q: Tensor, k: Tensor, position: Tensor, theta: Tensor) -> None:
+    if q.dim() < 3 or q.shape[-1] % 2:
+        raise ValueError(f"q has shape {tuple(q.shape)}; allowed: [...,H,K], K even")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; allowed: that of q, {tuple(q.shape)}")
+    if (
+        position.dim() != q.dim() - 2
+        or position.shape[1:] != q.shape[1:-2]
+        or position.shape[0] not in (1, q.shape[0])
+    ):
+        raise ValueError(
+            f"position has shape {tuple(position.shape)}; allowed: {tuple(q.shape[:-2])} as in q, or 1 for its first"
+        )
+    if theta.shape != (q.shape[-1] // 2,):
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; allowed: ({q.shape[-1] // 2},), half of K")
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown rotary layout {layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

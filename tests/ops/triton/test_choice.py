@@ -8,8 +8,18 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from retnet.ops import log_decays, reference, retention, retention_step
+from retnet.ops import (
+    apply_rotary,
+    frequencies,
+    head_norm,
+    log_decays,
+    positions,
+    reference,
+    retention,
+    retention_step,
+)
 from retnet.ops.retention import _say_once, retention_steps
 from retnet.ops.triton import configs, support
 from tests.helpers.parity import random_inputs
@@ -21,12 +31,33 @@ def gpu(monkeypatch):
     monkeypatch.setattr(support, "_missing", lambda device: None)
     monkeypatch.setattr(reference, "retention", lambda *arguments: "the reference ran")
     _say_once.cache_clear()
+    support._say_once.cache_clear()
     with FakeTensorMode():
         yield torch.device("cuda")
 
 
+class Seen(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def ours(self):
+        return [name for name in self.names if name.startswith("retnet::")]
+
+
 def on(device, B=2, T=300, H=3, K=64, V=128, dtype=torch.bfloat16):
     return [torch.empty(B, T, H, n, device=device, dtype=dtype) for n in (K, K, V)]
+
+
+def angles(device, T=300, K=64):
+    """Positions and frequencies."""
+    return torch.empty(1, T, device=device, dtype=torch.int64), torch.empty(K // 2, device=device).double()
 
 
 def test_auto_takes_triton_on_a_gpu_and_says_so_once(gpu, caplog):
@@ -43,15 +74,6 @@ def test_auto_takes_triton_on_a_gpu_and_says_so_once(gpu, caplog):
 
 def test_what_auto_runs_on_a_gpu_can_be_seen_in_a_trace(gpu):
     """One operator for a sequence, one for a step. (Autograd on CUDA tensors, even fake ones, aborts torch without CUDA.)"""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        names: list[str] = []  # noqa: RUF012
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     inputs = on(gpu)
     with Seen() as seen:
         retention(*inputs, torch.empty(3, device=gpu))
@@ -61,8 +83,54 @@ def test_what_auto_runs_on_a_gpu_can_be_seen_in_a_trace(gpu):
         few = retention_steps(*inputs, torch.empty(3, device=gpu), pool)
     assert one.shape == (2, 3, 128)
     assert few.shape == (2, 300, 3, 128)
-    ours = [name for name in seen.names if name.startswith("retnet::")]
-    assert ours == ["retnet::triton_forward", "retnet::triton_step", "retnet::triton_step"]
+    assert seen.ours() == ["retnet::triton_forward", "retnet::triton_step", "retnet::triton_step"]
+
+
+def test_what_stands_around_retention_follows_it(gpu, caplog):
+    """A layer of the paper in bf16: rotation, norm and gate are one operator each, and nothing is said of them."""
+    q, k, v = on(gpu)
+    gate = torch.empty(2, 300, 3 * 128, device=gpu, dtype=torch.bfloat16)
+    sums = torch.empty(1, 300, 3, device=gpu)
+    with caplog.at_level(logging.INFO, logger="retnet.ops"), Seen() as seen:
+        turned = apply_rotary(q, k, *angles(gpu))
+        y = head_norm(v, gate, sums=sums)
+        wide = head_norm(v, dtype=torch.float32)
+    assert seen.ours() == ["retnet::triton_rotary", "retnet::triton_norm", "retnet::triton_norm"]
+    assert [(x.shape, x.dtype) for x in turned] == [(q.shape, q.dtype)] * 2
+    assert (y.shape, y.dtype) == (gate.shape, torch.bfloat16)
+    assert (wide.shape, wide.dtype) == (gate.shape, torch.float32)
+    assert not caplog.records
+
+
+def test_what_stands_around_retention_falls_back_as_it_does(gpu, caplog, monkeypatch):
+    monkeypatch.setattr("retnet.ops.rotary.rotation", lambda *arguments: (None, None))
+    monkeypatch.setattr("retnet.ops.rotary.rotate", lambda *arguments: "torch ran")
+    monkeypatch.setattr("retnet.ops.norm._normed", lambda o, *arguments: o)
+    q, k, v = on(gpu, dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="retnet.ops"), Seen() as seen:
+        for _ in range(2):
+            assert apply_rotary(q, k, *angles(gpu)) == ("torch ran", "torch ran")
+            assert head_norm(v).shape == (2, 300, 3 * 128)
+            assert head_norm(torch.empty(1, 1, 1025, device=gpu)).shape == (1, 1025)
+    assert not seen.ours()
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "rotation: backend 'auto' is 'reference' (a tensor has type torch.float64",
+        "head norm: backend 'auto' is 'reference' (a tensor has type torch.float64",
+        "head norm: backend 'auto' is 'reference' (heads have width 1025",
+    ]
+    with pytest.raises(
+        ValueError, match=r"backend 'triton' cannot run rotation: a tensor has type torch\.float64"
+    ):
+        apply_rotary(q, k, *angles(gpu), backend="triton")
+    with pytest.raises(
+        ValueError, match="cannot run head norm: heads have width 1025; allowed: from 1 to 1024"
+    ):
+        head_norm(torch.empty(1, 1, 1025, device=gpu), backend="triton")
+    sums = torch.empty(1, 1, 16, device=gpu, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"cannot run head norm: sums requires a gradient.*or use backend 'auto'"
+    ):
+        head_norm(torch.empty(1, 1, 16, 8, device=gpu), sums=sums, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +197,14 @@ class TestMissing:
             ValueError, match="tensors are on cpu, where Triton runs in its interpreter alone"
         ):
             retention(*inputs, log_decays("paper", 2), backend="triton")
+        with pytest.raises(
+            ValueError, match="cannot run rotation: tensors are on cpu, where Triton runs in its"
+        ):
+            apply_rotary(*inputs[:2], positions(5), frequencies(16), backend="triton")
+        with pytest.raises(
+            ValueError, match="cannot run head norm: tensors are on cpu, where Triton runs in"
+        ):
+            head_norm(inputs[2], backend="triton")
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setattr(support, "find_spec", lambda name: None)
@@ -190,7 +266,7 @@ def test_tiles_that_do_not_fit_a_gpu_say_so():
     with pytest.raises(
         RuntimeError, match=r"out_kernel do not fit sm_90.*150000.*AUTOTUNE=1.*or use backend='reference'"
     ):
-        launch._launch(Kernel(), 1, torch.device("cpu"))
+        launch.start(Kernel(), 1, torch.device("cpu"))
 
 
 class TestTiles:

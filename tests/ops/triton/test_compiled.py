@@ -21,6 +21,10 @@ def test_within_the_limits_of_the_architecture(architecture, K, V):
         "OUT dk",
         "OUT dv",
         "STEP",
+        "ROTARY i",
+        "ROTARY h",
+        "NORM",
+        "NORM dx",
     ]
     assert not [(row.kernel, row.faults) for row in rows if row.faults]
     assert all(row.registers > 0 for row in rows)
@@ -46,6 +50,16 @@ def test_the_tiles_that_fit_any_gpu(monkeypatch):
     small = report.TARGETS["sm_80"]._replace(gpu=report.GPUTarget("cuda", 89, 32), shared=65_536)
     monkeypatch.setitem(report.TARGETS, "sm_89", small)
     assert not [(row.kernel, row.faults) for row in report.examine("sm_89", 128, 256) if row.faults]
+
+
+def test_kernels_around_retention_spill_nothing():
+    """They are bounded by memory, so registers must be left for many programs at once: the widest, most laden variant."""
+    for name, kernel, constants, options, _ in report.kernels_of("sm_90", 60, 1024, torch.float32, False):
+        if name.startswith(("ROTARY", "NORM")):
+            compiled = report.compile_for(report.TARGETS["sm_90"], kernel, constants, options, torch.float32)
+            registers, spilled = report.resources(compiled)
+            assert spilled == 0
+            assert registers <= 168  # three programs of four warps
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Retention on CUDA and ROCm GPUs, in three Triton kernels.
+"""Retention on CUDA and ROCm GPUs, in three Triton kernels, and in three more what stands around it in a layer.
 
 `operators` defines the operators of torch; `kernels` and `step` are the kernels and `launch` is what brings tensors to
-them, imported when an operator first runs; `configs` is the table of tiles, `tuning` the opt-in search for better ones;
+them, imported when an operator first runs. `row_operators`, `row_kernels` and `row_launch` are the same for rotation and
+for head norm with gate, which memory bounds. `configs` is the table of tiles, `tuning` the opt-in search for better ones;
 `support` says what cannot run and why; `report`, which is `python -m retnet.ops.triton`, compiles everything for GPUs
 that are not there.
 """

@@ -16,6 +16,12 @@ CHUNK = (
 )
 MAX_KEY_DIM = 256  # a step keeps a column of K numbers in registers
 MAX_VALUE_DIM = 1024
+ROTARY_SIZE = 1024  # pairs of q, and of k, in a program's registers
+NORM_SIZE = 2048  # numbers of the heads' outputs in a program's registers
+PARTS = (
+    64  # partial sums of the gradients of a norm's weights, a head; a constant, so that their order is one
+)
+PROGRAMS = 2048  # enough to fill any GPU; a program of ROTARY takes more heads where there are more
 
 
 class StateTiles(NamedTuple):
@@ -44,6 +50,14 @@ class StepTiles(NamedTuple):
     """Of STEP: numbers of the state in a program's registers, warps."""
 
     size: int
+    warps: int
+
+
+class RowTiles(NamedTuple):
+    """Of the kernels around retention, which memory bounds: tokens and columns of a program, warps."""
+
+    rows: int
+    columns: int
     warps: int
 
 
@@ -160,6 +174,21 @@ def step_tiles(architecture: str, K: int, V: int) -> tuple[int, int, int]:
     size, warps = table(architecture).step
     keys = 1 << (K - 1).bit_length()
     return keys, max(1, min(size // keys, 1 << (V - 1).bit_length())), warps
+
+
+def rotary_tiles(pairs: int) -> RowTiles:
+    """Tiles of ROTARY for heads of so many pairs."""
+    return _row_tiles(ROTARY_SIZE, pairs)
+
+
+def norm_tiles(V: int) -> RowTiles:
+    """Tiles of NORM for heads of width V."""
+    return _row_tiles(NORM_SIZE, V)
+
+
+def _row_tiles(size: int, width: int) -> RowTiles:
+    columns = _power(width)
+    return RowTiles(max(1, size // columns), columns, 4)
 
 
 def fit_state(tiles: StateTiles, chunk: int) -> StateTiles:

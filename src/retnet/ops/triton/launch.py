@@ -129,7 +129,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *arguments: object, **constants: Any) -> None:  # noqa: ANN401
+def start(kernel: Any, programs: int, device: torch.device, *arguments: object, **constants: Any) -> None:  # noqa: ANN401
+    """Runs a kernel as so many programs, none of which is nothing to do.
+
+    Raises:
+        RuntimeError: its tiles do not fit the device.
+    """
     if programs == 0:
         return
     try:
@@ -167,7 +172,7 @@ def state_pass(
 
     def run(tiles: StateTiles) -> None:
         tiles = configs.fit_state(tiles, chunks.length)
-        _launch(
+        start(
             kernels.state_kernel,
             chunks.rows * H * triton.cdiv(A, tiles.ba) * triton.cdiv(Z, tiles.bz),
             a.device,
@@ -229,7 +234,7 @@ def out_pass(
     def run(tiles: OutTiles) -> None:
         tiles = configs.fit_out(tiles, chunks.length, longest)
         per_chunk = triton.cdiv(longest, tiles.bm)
-        _launch(
+        start(
             kernels.out_kernel,
             chunks.total * H * per_chunk * triton.cdiv(Z, tiles.bz),
             x.device,
@@ -267,7 +272,7 @@ def step_pass(
     B, T, H, K = q.shape
     V = v.shape[3]
     keys, values, warps = configs.step_tiles(architecture(q.device), K, V)
-    _launch(
+    start(
         step_kernel,
         B * H * triton.cdiv(V, values) if T else 0,
         q.device,

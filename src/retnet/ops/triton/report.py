@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
-from retnet.ops.triton import configs, kernels, launch
+from retnet.ops.triton import configs, kernels, launch, row_kernels, row_launch
 from retnet.ops.triton.step import step_kernel
 
 SHAPES = ((64, 128), (128, 256), (256, 512))
@@ -64,6 +64,22 @@ def kernels_of(
     architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
 ) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
     """(name, kernel, constants, options, tiles) of everything that a head [K,V] runs, forward, backward and decoding."""
+    yield from _retention_kernels(architecture, K, V, dtype, packed)
+    for name, interleaved in (("ROTARY i", True), ("ROTARY h", False)):  # interleaved, halves
+        if K % 2 == 0:
+            constants, rows = row_launch.rotary_constants(K, interleaved)
+            yield name, row_kernels.rotary_kernel, constants, launch.options(rows.warps), _written(rows)
+    for name, kernel, more in (
+        ("NORM", row_kernels.norm_kernel, {"SUMS": True}),
+        ("NORM dx", row_kernels.norm_backward_kernel, {}),
+    ):
+        constants, rows = row_launch.norm_constants(V, "group", gated=True, weighed=True, shifted=True)
+        yield name, kernel, constants | more, launch.options(rows.warps), _written(rows)
+
+
+def _retention_kernels(
+    architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
+) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
     precision = launch.precisions(dtype, architecture.startswith("sm"))
     state = configs.fit_state(configs.state_tiles(architecture, K, V, dtype), configs.CHUNK)
     for name, reverse in (("STATE h", False), ("STATE dh", True)):
@@ -94,16 +110,23 @@ def kernels_of(
     yield "STEP", step_kernel, constants, launch.options(warps), f"{keys}×{values} w{warps}"
 
 
-def _written(tiles: configs.StateTiles | configs.OutTiles) -> str:
+def _written(tiles: configs.StateTiles | configs.OutTiles | configs.RowTiles) -> str:
+    if isinstance(tiles, configs.RowTiles):
+        return f"{tiles.rows}×{tiles.columns} w{tiles.warps}"
     return "×".join(map(str, tiles[:-2])) + f" w{tiles.warps} s{tiles.stages}"
 
 
 _NARROW = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _TYPES = {
     **dict.fromkeys(("initial", "final", "state", "log_decay"), "*fp32"),
+    **dict.fromkeys(("weight", "bias", "mean", "rstd", "d_weight", "d_bias"), "*fp32"),
+    **dict.fromkeys(("theta", "sums"), "*fp64"),
     **dict.fromkeys(("bounds", "first_chunk", "table", "slots"), "*i32"),
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "sign", "eps"), "fp32"),
+    "position": "*i64",
 }
+_INPUTS = ("a", "x", "y", "z", "out", "q", "k", "v", "q_out", "k_out", "o", "gate", "d_out", "d_o", "d_gate")
+_PRODUCTS = ("STATE", "OUT")  # kernels that must run on the matrix units
 
 
 def compile_for(
@@ -120,7 +143,7 @@ def compile_for(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ("a", "x", "y", "z", "out", "q", "k", "v"):
+        if name in _INPUTS:
             signature[name] = _NARROW[dtype]
         elif name == "snapshots":
             signature[name] = _NARROW[configs.snapshot_dtype(dtype)]
@@ -172,7 +195,7 @@ def examine(
             faults.append(f"{shared} bytes of shared memory, the limit is {target.shared}")
         if spilled > SPILL_LIMIT:
             faults.append(f"{spilled} bytes spilled, the limit is {SPILL_LIMIT}")
-        if name != "STEP" and dtype != torch.float32 and not matrix:
+        if name.startswith(_PRODUCTS) and dtype != torch.float32 and not matrix:
             faults.append(f"no {target.instruction}")
         if miscompiled:
             faults.append("a product of the transposed result of a product")

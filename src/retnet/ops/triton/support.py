@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from retnet.ops.triton.configs import MAX_KEY_DIM, MAX_VALUE_DIM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("chunkwise", "parallel")
+
+_log = logging.getLogger("retnet.ops")
 
 
 class Refused(NamedTuple):
@@ -66,6 +69,51 @@ def _missing(device: str) -> str | None:
             return "tensors are on cpu, where Triton runs in its interpreter alone (TRITON_INTERPRET=1, for tests)"
     elif torch.version.hip is None and torch.cuda.get_device_capability(where) < (8, 0):
         return f"{torch.cuda.get_device_name(where)} is older than compute capability 8.0 (Ampere)"
+    return None
+
+
+def takes(operator: str, backend: str, x: Tensor, unfit: str | None) -> bool:
+    """Whether Triton runs one of the operators around retention, chosen as for retention itself.
+
+    Args:
+        operator: its name, for the log.
+        backend: ``"auto"``, ``"triton"``, or ``"reference"`` and ``"cpu"``, which are torch.
+        x: a tensor of the call.
+        unfit: why the kernel cannot run these arguments; None if it can.
+
+    Raises:
+        ValueError: `backend` is unknown, or ``"triton"`` and cannot run.
+    """
+    if backend in ("reference", "cpu"):
+        return False
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: 'auto', 'reference', 'cpu', 'triton'")
+    why = unfit or missing(str(x.device))
+    if why is None:
+        return True
+    if backend == "triton":
+        raise ValueError(
+            f"backend 'triton' cannot run {operator}: {why}; or use backend 'auto' or 'reference'"
+        )
+    if not torch.compiler.is_compiling():
+        _say_once(operator, why)
+    return False
+
+
+@cache
+def _say_once(operator: str, why: str) -> None:
+    _log.info("%s: backend 'auto' is 'reference' (%s)", operator, why)
+
+
+def unfit_rows(width: int, *tensors: Tensor | None, constant: Tensor | None = None) -> str | None:
+    """Why the kernels around retention cannot run on heads of this width and on these tensors; None if they can."""
+    if constant is not None and constant.requires_grad:
+        return "sums requires a gradient, which the kernels do not compute"
+    for x in tensors:
+        if x is not None and x.dtype not in DTYPES:
+            return f"a tensor has type {x.dtype}; allowed: {', '.join(map(str, DTYPES))}"
+    if not 1 <= width <= MAX_VALUE_DIM:
+        return f"heads have width {width}; allowed: from 1 to {MAX_VALUE_DIM}"
     return None
 
 

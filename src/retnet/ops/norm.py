@@ -1,0 +1,96 @@
+"""What follows retention in a layer: every head normalised by itself, then gated (paper §3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retnet.ops.triton import row_operators
+from retnet.ops.triton.support import takes, unfit_rows
+
+NORMS = ("group", "rms", "none")
+
+
+def head_norm(
+    o: Tensor,
+    gate: Tensor | None = None,
+    norm: str = "group",
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    sums: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """swish(gate) ⊙ GroupNorm_h(o) (paper §3), on a GPU in one kernel forward and one backward.
+
+    Args:
+        o: outputs of the heads [...,H,V]; statistics are fp32 or better whatever its type.
+        gate: before its swish, [...,H·V]; None: no gate.
+        norm: ``"group"`` (mean and variance of a head), ``"rms"`` (no mean) or ``"none"``.
+        eps: added to the variance.
+        weight: factors [H·V]; None: ones.
+        bias: summands [H·V]; None: zeros.
+        sums: s² by which o is divided first, as o/s, [...,H] or [1,...,H]; under a norm that is ε·s² in place of ε.
+        dtype: of the normalised heads, default that of o. Gated, they take the type of the gate.
+        backend: as in `retention`, except that ``"reference"`` and ``"cpu"`` are both torch's operators.
+
+    Returns:
+        [...,H·V].
+
+    Raises:
+        ValueError: an unknown `norm`, shapes that do not fit, or a backend that cannot run.
+    """
+    _check(o, gate, norm, weight, bias, sums)
+    if (o.device.type != "cpu" or backend != "auto") and takes(
+        "head norm", backend, o, unfit_rows(o.shape[-1], o, gate, weight, bias, constant=sums)
+    ):
+        y = row_operators.head_norm(o, gate, weight, bias, sums, norm, eps)[0]
+        return y if gate is not None or dtype is None else y.to(dtype)
+    y = _normed(o, norm, eps, weight, bias, sums).flatten(-2).to(o.dtype if dtype is None else dtype)
+    return y if gate is None else (F.silu(gate) * y).to(gate.dtype)
+
+
+def _normed(
+    o: Tensor, norm: str, eps: float, weight: Tensor | None, bias: Tensor | None, sums: Tensor | None
+) -> Tensor:
+    """The same by torch's operators, [...,H,V], in fp32 or better."""
+    H, V = o.shape[-2:]
+    o = o.to(torch.promote_types(o.dtype, torch.float32))
+    if sums is not None:
+        o = o * sums.rsqrt().to(o.dtype)[..., None]
+    if norm == "rms":
+        o = F.rms_norm(o, (V,), eps=eps)
+    elif norm == "group":
+        o = F.layer_norm(o, (V,), eps=eps)
+    if weight is not None:
+        o = o * weight.view(H, V)
+    if bias is not None:
+        o = o + bias.view(H, V)
+    return o
+
+
+def _check(
+    o: Tensor,
+    gate: Tensor | None,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    if o.dim() < 3:
+        raise ValueError(f"o has shape {tuple(o.shape)}; allowed: [...,H,V], at least [1,H,V]")
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; allowed: {', '.join(map(repr, NORMS))}")
+    *lead, H, V = o.shape
+    if gate is not None and gate.shape != (*lead, H * V):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; allowed: {(*lead, H * V)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.shape != (H * V,):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {(H * V,)}")
+    if sums is not None and (sums.shape[1:] != o.shape[1:-1] or sums.shape[0] not in (1, o.shape[0])):
+        raise ValueError(
+            f"sums has shape {tuple(sums.shape)}; allowed: {tuple(o.shape[:-1])} as in o, or 1 for its first"
+        )
