@@ -56,6 +56,14 @@ def test_rounds_are_interleaved_and_limits_stand_on_both_sides():
     }
 
 
+def test_each_contender_stands_at_every_place():
+    order = []
+    contenders = [Contender(name, lambda name=name: order.append(name) or 1.0) for name in "abc"]
+    interleave(contenders, {}, 6, lambda _: None)
+    rounds = ["".join(order[i : i + 3]) for i in range(3, 21, 3)]
+    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
 def test_median_seconds_counts_calls_and_keeps_its_budget(monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
@@ -87,4 +95,6 @@ def test_limits_are_rates_per_second(monkeypatch):
     bandwidth = timing.memory_bandwidth(megabytes=1)
     assert bandwidth["read"]() == 2**20 / 0.25
     assert bandwidth["update"]() == 2 * 2**20 / 0.25
+    other = timing.memory_bandwidth(megabytes=1, read_bytes=4001)
+    assert (other["read"](), other["update"]()) == (4000 / 0.25, 2 * 2**20 / 0.25)
     assert {limit() for limit in timing.matrix_products(size=8).values()} == {2 * 8**3 / 0.25}

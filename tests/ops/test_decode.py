@@ -1,12 +1,18 @@
 """The compiled products and heads of decoding against the parts they stand for."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retnet.mixers import RetentionConfig
 from retnet.mixers.base import Int8Linear, Linear
-from retnet.model import Block, ModelConfig
+from retnet.model import Block, LanguageModel, ModelConfig, quantise
+from retnet.model.states import join_rows
 from retnet.ops import decode, native, product, retention_step
 from tests.helpers.parity import assert_three_ways_agree, relative
 
@@ -241,3 +247,168 @@ def test_a_plan_ends_when_the_block_changes(change, monkeypatch):
         parts_alone(monkeypatch)
         want, _ = module.step(x, module.mixer.init_state(1))
     assert relative(got, want) < 1e-5
+
+
+def model(**options):
+    torch.manual_seed(0)
+    mixer = RetentionConfig(num_heads=4, **options.pop("mixer", {}))
+    sizes = {"vocab_size": 257, "d_model": 128, "num_layers": 3, "mixer": mixer}
+    made = LanguageModel(ModelConfig(**(sizes | options))).eval()
+    for parameter in made.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+MODELS = [
+    {},
+    {"tie_embeddings": True, "embedding_scale": True, "norm": "rmsnorm", "ffn": "swiglu"},
+    {"embedding_norm": True, "mixer": {"rotary": "halves", "value_dim": 40}},
+    {"mixer": {"rotary": "none", "gate": False}, "embedding_norm": True, "norm": "rmsnorm", "ffn": "geglu"},
+]
+
+
+@pytest.mark.parametrize("options", MODELS, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_a_model_in_one_call_is_its_blocks(options, rows, kind, monkeypatch):
+    module = quantise(model(**options)) if kind == "int8" else model(**options)
+    exact, tokens = copy.deepcopy(module).double(), torch.randint(257, (rows, 25))
+    with torch.no_grad():
+        want, _ = exact.prefill(tokens, exact.init_state(rows, dtype=torch.float64))
+        _, read = module.prefill(tokens, module.init_state(rows))
+        state = module.init_state(rows)
+        for t in range(25):
+            assert relative(module._step_fused(tokens[:, t], state), want[:, t]) < 1e-4
+        for ours, theirs in zip(state, read, strict=True):
+            assert relative(ours.kv, theirs.kv) < 1e-5
+            assert torch.equal(ours.position, theirs.position)
+        _, after = module.step(tokens[:, 0], state)
+        assert all(a is b for a, b in zip(after, state, strict=True))
+        parts_alone(monkeypatch)
+        assert module._step_fused(tokens[:, 0], state) is None
+
+
+def test_rows_of_a_batch_are_at_their_own_places():
+    """Angles are computed once for all layers, so nothing but positions and θ may decide whether they are."""
+    module = model()
+    module.blocks[1].mixer.theta.mul_(2)  # a layer of other angles
+    exact, tokens = copy.deepcopy(module), torch.randint(257, (3, 9))
+    exact = exact.double()
+    exact.blocks[1].mixer.theta.mul_(2)  # `double` has computed them anew
+    with torch.no_grad():
+        texts = [torch.cat([tokens[i, :n], tokens[i, :1]])[None] for i, n in enumerate((9, 1, 4))]
+        want = torch.cat([exact.prefill(text, exact.init_state(1))[0][:, -1] for text in texts])
+        states = [module.prefill(text[:, :-1], module.init_state(1))[1] for text in texts]
+        fused = module._step_fused(tokens[:, 0], join_rows(states))
+    assert relative(fused, want) < 1e-4
+
+
+CHANGES = {
+    "weights copied": lambda m, w: m.blocks[1].mixer.q_proj.weight.copy_(w),
+    "weights assigned": lambda m, w: setattr(m.blocks[1].mixer.q_proj.weight, "data", w),
+    "a parameter": lambda m, w: setattr(m.blocks[1].mixer.q_proj, "weight", nn.Parameter(w)),
+    "a layer": lambda m, w: setattr(m.blocks[2].mixer, "q_proj", model().blocks[0].mixer.k_proj),
+    "a block": lambda m, w: m.blocks.__setitem__(1, model().blocks[2]),
+    "blocks fewer": lambda m, w: m.blocks.__delitem__(1),
+    "the head": lambda m, w: setattr(m, "head", Linear(128, 300)),
+    "the embedding": lambda m, w: setattr(m, "embedding", nn.Embedding(257, 128)),
+    "the last norm": lambda m, w: m.norm.weight.mul_(2),
+    "a hook": lambda m, w: m.blocks[1].ffn.fc1.register_forward_hook(lambda layer, x, y: 2 * y),
+    "a hook before": lambda m, w: m.norm.register_forward_pre_hook(lambda layer, x: (2 * x[0] + 1,)),
+    "a forward": lambda m, w: setattr(m.blocks[1].ffn_norm, "forward", lambda x: 2 * x),
+    "a wrapped layer": lambda m, w: setattr(m.blocks[1].ffn, "fc2", nn.Sequential(m.blocks[1].ffn.fc2)),
+    "rows": lambda m, w: setattr(m.head, "forward", lambda x: x[:, :5]),
+    "a part in training": lambda m, w: m.blocks[1].train(),
+    "double": lambda m, w: m.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_is_read_anew(change, monkeypatch):
+    module, tokens = model(), torch.tensor([5, 6])
+    with torch.no_grad():
+        module.step(tokens, module.init_state(2))  # makes the plan
+        CHANGES[change](module, torch.randn(128, 128))
+        got, _ = module.step(tokens, module.init_state(2))
+        parts_alone(monkeypatch)
+        want, _ = module.step(tokens, module.init_state(2))
+    assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", ["batch", "gradient", "training", "types", "state", "strided", "length", "int32"]
+)
+def test_nothing_happens_to_the_states_of_a_model_that_is_refused(change):
+    module, rows = model(), 9 if change == "batch" else 2
+    state = module.init_state(rows)
+    tokens = torch.zeros(rows, dtype=torch.int32 if change == "int32" else torch.int64)
+    if change == "training":
+        module.train()
+    if change == "types":
+        state = module.init_state(rows, dtype=torch.float64)
+    if change == "state":
+        state = module.init_state(rows + 1)
+    if change == "strided":
+        state = tuple(s._replace(kv=s.kv.mT.contiguous().mT) for s in state)
+    if change == "length":
+        state = state[:2]
+    with torch.set_grad_enabled(change == "gradient"):
+        assert module._step_fused(tokens, state) is None
+    assert not any(s.kv.any() or s.position.any() for s in state)
+
+
+@pytest.mark.parametrize("token", [-1, 257])
+def test_a_token_that_is_not_in_the_vocabulary_is_an_error(token):
+    module = model()
+    state = module.init_state(1)
+    with torch.no_grad(), pytest.raises(IndexError):
+        module.step(torch.tensor([token]), state)
+    assert not state[0].kv.any()
+
+
+def test_threads_and_copies_have_plans_of_their_own():
+    module = model(tie_embeddings=False)
+    with torch.no_grad():
+        module.step(torch.tensor([1]), module.init_state(1))
+        twin = copy.deepcopy(module)
+        twin.head.weight.mul_(2)
+        texts = torch.randint(257, (6, 30))
+
+        def read(text):
+            with torch.no_grad():
+                state = module.init_state(1)
+                return torch.cat([module.step(token[None], state)[0] for token in text])
+
+        want = [read(text) for text in texts]
+        with ThreadPoolExecutor(3) as pool:
+            got = list(pool.map(read, texts))
+        logits = [m.step(torch.tensor([1]), m.init_state(1))[0] for m in (module, twin)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert relative(logits[1], 2 * logits[0]) < 1e-6
+
+
+def test_other_mixers_and_derived_models_are_composed():
+    class Louder(LanguageModel):
+        def _embed(self, tokens):
+            return 2 * super()._embed(tokens)
+
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=257, d_model=128, num_layers=1, mixer=RetentionConfig(num_heads=4))
+    for module in (Louder(config).eval(), model(mixer={"head_norm_affine": True})):
+        with torch.no_grad():
+            assert module._step_fused(torch.tensor([1]), module.init_state(1)) is None
+        assert_three_ways_agree(module, torch.randint(257, (1, 20)), 1e-5)
+
+
+def test_a_step_under_a_transform_or_a_mode_is_an_operator():
+    q, v, log_decay = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 5), torch.full((3,), -0.1)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        retention_step(q[0], q[0], v[0], log_decay, torch.zeros(1, 3, 4, 5))
+    assert any("retnet" in name for name in seen)

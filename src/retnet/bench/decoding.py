@@ -33,9 +33,12 @@ from retnet.train.host import keep_freed_memory
 
 OURS, INT8, PEER = "retnet", "retnet int8", "llama"
 WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
+SHORT = 10  # rounds of single sequences of ours for each of the others, with so many times fewer steps, at least 4
 PIECE = 2048  # tokens of one call of `prefill`
 NOTES = (
     "one step: one token a sequence through the whole model, fp32, inference mode; seconds are medians over steps",
+    "the speed of a shared memory changes within seconds, so single sequences of ours, whose ratios are judged, take turns "
+    f"in many short rounds ({SHORT} for each round of the rest); a ratio is formed inside a round, and its median reported",
     "retnet int8: the same model with int8 weights and an fp32 scale for each of their rows; all else is fp32",
     "contexts of the retnet rows are real: random tokens were prefilled, and every sample starts from a copy of that state",
     "the Llama's caches hold random keys and values (DynamicCache, which concatenates: what generate() does by default); "
@@ -43,8 +46,9 @@ NOTES = (
     "floor: bytes that a step must read ÷ read bandwidth + bytes it must read and write ÷ update bandwidth",
     "read: all weights but an untied embedding, of which a step needs one row; for the Llama also its cache. Updated: the "
     "state, counted twice, once in and once out",
-    "bandwidths are measured beside every contender with a buffer that no cache holds, on all threads of torch; models "
-    "whose weights fit the caches can be faster than this floor",
+    "bandwidths are measured right before and after every sample, on all threads of torch, each the best of three passes; "
+    "read: the fastest of four readers over a buffer as large as the fp32 weights, which has the same share of it in the "
+    "caches; update: over a buffer that no cache holds. Smaller weights (int8) can be faster than this floor",
 )
 
 
@@ -80,6 +84,11 @@ class Row:
     read: int  # bytes a step reads
     updated: int  # bytes a step reads and writes, counted once
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def short(self) -> bool:
+        """Whether it takes part in the many short rounds."""
+        return self.name != PEER and self.batch == 1
 
     @property
     def seconds(self) -> Spread:
@@ -128,7 +137,11 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
     if bench.long:  # first, while the process is small
         long = generate_long(_with_vocabulary(bench.long_model or config), bench.long, say)
     rows, contenders = _contenders(bench, config, say)
-    samples = interleave(contenders, memory_bandwidth(bench.buffer_megabytes), bench.rounds, say)
+    limits = memory_bandwidth(bench.buffer_megabytes, rows[0].read)
+    short = [contender for row, contender in zip(rows, contenders, strict=True) if row.short]
+    slow = [contender for row, contender in zip(rows, contenders, strict=True) if not row.short]
+    samples = interleave(short, limits, SHORT * bench.rounds, say)
+    samples |= interleave(slow, limits, bench.rounds, say)
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     every = [s for part in samples.values() for s in part]
@@ -260,9 +273,11 @@ def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[li
     rows, contenders = [], []
 
     def add(row: Row, start: Callable[[], Callable[[], object]]) -> None:
+        steps = min(bench.steps, max(4, bench.steps // SHORT)) if row.short else bench.steps
+
         def measure() -> float:
             with torch.inference_mode():
-                return median_seconds(start(), bench.steps, warmup=WARMUP)
+                return median_seconds(start(), steps, warmup=WARMUP)
 
         rows.append(row)
         contenders.append(Contender(f"{row.name}, B {row.batch}, context {row.context}", measure))

@@ -92,8 +92,8 @@ def interleave(
 ) -> dict[str, list[Sample]]:
     """Name → one sample a round, in the order of the rounds.
 
-    Every contender first runs once unmeasured. Odd rounds go through the contenders backwards, so that none always
-    follows the same other.
+    Every contender first runs once unmeasured. Odd rounds go through the contenders backwards, and every two rounds begin
+    with the next one, so that none always follows the same other and each stands at every place.
     """
     for contender in contenders:
         say(f"warming up: {contender.name}")
@@ -101,7 +101,9 @@ def interleave(
     samples: dict[str, list[Sample]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         before = {name: measure() for name, measure in limits.items()}
-        for contender in reversed(contenders) if number % 2 else contenders:
+        first = number // 2 % max(1, len(contenders))
+        order = [*contenders[first:], *contenders[:first]]
+        for contender in reversed(order) if number % 2 else order:
             say(f"round {number + 1} of {rounds}: {contender.name}")
             seconds = contender.measure()
             after = {name: measure() for name, measure in limits.items()}
@@ -146,19 +148,24 @@ def matrix_products(size: int = 1536) -> Limits:
     return limits
 
 
-def memory_bandwidth(megabytes: int = 256) -> Limits:
-    """Bytes per second between memory and the cores, all threads of torch, over a buffer that no cache holds.
+def memory_bandwidth(megabytes: int = 256, read_bytes: int | None = None) -> Limits:
+    """Bytes per second between memory and the cores, all threads of torch.
 
-    ``read``: summing it or taking its norm, whichever is faster; ``update``: multiplying it in place, where reading and
-    writing both count. Each is the best of three passes.
+    ``read``: over a buffer of `read_bytes` (default: that of ``update``), by the fastest of four readers of torch: its sum,
+    its sum as integers, its norm, its product with itself. Which of them is fastest changes with the size and the machine.
+    A buffer of the size of what is judged has the same share of it in the caches. ``update``: multiplying a buffer of so
+    many megabytes in place, where reading and writing both count. Each is the best of three passes, so a limit is rather
+    too high than too low.
     """
     buffer = torch.ones(megabytes * 2**20 // 4)
+    source = buffer if read_bytes is None else torch.ones(max(2, read_bytes // 8 * 2))
+    whole = source.view(torch.int64)
 
     def best(*passes: Callable[[], object]) -> float:
-        return min(_seconds(run) for _ in range(3) for run in passes)
+        return min(_seconds(run) for run in passes for _ in range(3))
 
     return {
-        "read": lambda: buffer.nbytes / best(buffer.sum, buffer.norm),
+        "read": lambda: source.nbytes / best(source.sum, whole.sum, source.norm, lambda: source.dot(source)),
         "update": lambda: 2 * buffer.nbytes / best(lambda: buffer.mul_(1.0)),
     }
 

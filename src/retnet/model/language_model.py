@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from retnet.mixers import MIXERS, Linear
 from retnet.mixers.base import stored
 from retnet.model.config import ModelConfig
-from retnet.ops import Plan, Shell, block_plan, retention_block
+from retnet.model.fused import Fused
+from retnet.ops import Core, Ends, Plan, Shell, make_plan, step_blocks
 from retnet.settings import UserError
 
 ModelState = tuple[Any, ...]  # one mixer state a layer
@@ -64,8 +65,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.mixer.name](config.d_model, config.mixer)
         self.ffn_norm = Norm(config.d_model, config)
         self.ffn = FeedForward(config)
-        self._plan: Plan | None = None  # of the compiled step, and what it was made from
-        self._parts: list[tuple[dict[str, Any], str, Any]] = []
+        self._fused = Fused()
         self.dropout = nn.Dropout(config.dropout)
 
     def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -93,40 +93,31 @@ class Block(nn.Module):
 
     def _step_fused(self, x: Tensor, state: Any) -> Tensor | None:  # noqa: ANN401
         """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
-        if self.training or torch.is_grad_enabled():
-            return None
+        plan = self._fused.plan(self, self._plan)
+        return None if plan is None else step_blocks(x, [(state.kv, state.position)], plan)
+
+    def _plan(self) -> Plan | None:
+        read = self.read()
+        return None if read is None else make_plan([read])
+
+    def read(self) -> tuple[Core, Shell] | None:
+        """The block as the compiled step reads it; None where that does not cover it."""
+        ffn, first, second = self.ffn, self.mixer_norm, self.ffn_norm
         if (
-            self._plan is None
-            or self._plan.moved()
-            or any(held.get(n) is not x for held, n, x in self._parts)
+            type(self.mixer) not in MIXERS.values()
+            or type(ffn) is not FeedForward
+            or not _alike(first, second)
         ):
-            self._plan, self._parts = self._make_plan(), list(_parts(self))
-        return None if self._plan is None else retention_block(x, state.position, state.kv, self._plan)
-
-    def _make_plan(self) -> Plan | None:
-        core, read = self.mixer.core(), stored(self.ffn.fc1, self.ffn.gate, self.ffn.fc2)
-        if core is None or read is None:
             return None
-        weights, scales = read
-        shell = Shell(
-            self.mixer_norm.weight,
-            self.mixer_norm.bias,
-            self.ffn_norm.weight,
-            self.ffn_norm.bias,
-            weights,
-            scales,
-            self.mixer_norm.eps,
-            self.ffn.act.__name__,
-        )
-        return block_plan(core, shell)
+        core, weights = self.mixer.core(), stored(ffn.fc1, ffn.gate, ffn.fc2)
+        if core is None or weights is None:
+            return None
+        norms = (first.weight, first.bias, second.weight, second.bias)
+        return core, Shell(*norms, *weights, first.eps, ffn.act.__name__)
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """All that a module is made of, as (who holds it, its name, it): a plan holds while these are the same."""
-    for m in module.modules():
-        for held in (m._modules, m._parameters, m._buffers):
-            yield from ((held, name, part) for name, part in held.items())
-        yield m.__dict__, "forward", None  # replaced where weights are offloaded
+def _alike(*norms: nn.Module) -> bool:
+    return all(type(norm) is Norm and norm.eps == norms[0].eps for norm in norms)
 
 
 class Backbone(nn.Module):
@@ -145,6 +136,7 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
         self.norm = Norm(config.d_model, config)
+        self._fused = Fused()  # of a model's step with its head
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -227,12 +219,45 @@ class LanguageModel(Backbone):
 
     def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after."""
+        if (logits := self._step_fused(tokens, state)) is not None:
+            return logits, tuple(state)
         x = self._embed(tokens)
         after = []
         for block, before in zip(self._blocks(), state, strict=True):
             x, layer = block.step(x, before)
             after.append(layer)
         return self.head(self.norm(x)), tuple(after)
+
+    def _step_fused(self, tokens: Tensor, state: Sequence[Any]) -> Tensor | None:
+        """`step` in one call where the kernel covers all blocks and both ends; None elsewhere, and nothing done."""
+        plan = self._fused.plan(self, self._plan)
+        return None if plan is None else step_blocks(tokens, [(s.kv, s.position) for s in state], plan)
+
+    def _plan(self) -> Plan | None:
+        norm, first, head = self.norm, self.embedding_norm, stored(self.head)
+        exact = (
+            type(self) is LanguageModel
+            and type(self.embedding) is nn.Embedding
+            and type(self.dropout) is nn.Dropout
+            and self.embedding.max_norm is None  # else looking up changes it
+            and _alike(norm, *([] if first is None else [first]))
+        )
+        blocks = [block.read() if type(block) is Block else None for block in self._blocks()]
+        if not exact or head is None or None in blocks:
+            return None
+        (weight,), (scale,) = head
+        ends = Ends(
+            self.embedding.weight,
+            self.embedding_scale or 1.0,
+            None if first is None else first.weight,
+            None if first is None else first.bias,
+            norm.weight,
+            norm.bias,
+            weight,
+            scale,
+            norm.eps,
+        )
+        return make_plan([block for block in blocks if block is not None], ends)
 
 
 def initialise(model: Backbone, config: ModelConfig, head: nn.Linear | None) -> None:

@@ -6,34 +6,41 @@ Legend, used in every shape comment of the project:
     C chunk length    N packed documents    D model width
 
 `retention` is one function in three forms; `retention_step` is its decoding step on slots of state.
-`rotate` turns pairs of queries and keys by position; `log_decays` makes the γ of each head.
+`apply_rotary` turns pairs of queries and keys by position; `head_norm` is the norm and gate behind retention;
+`log_decays` makes the γ of each head.
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Core, Plan, Shell, block_plan, retention_block
+from retnet.ops.decode import step_blocks
+from retnet.ops.norm import NORMS, head_norm
+from retnet.ops.plans import Core, Ends, Plan, Shell, make_plan
 from retnet.ops.products import product
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
-from retnet.ops.rotary import LAYOUTS, SPACINGS, frequencies, positions, rotate, rotation
+from retnet.ops.rotary import LAYOUTS, SPACINGS, apply_rotary, frequencies, positions, rotate, rotation
 
 __all__ = [
     "BACKENDS",
     "CHUNK",
     "FORMS",
     "LAYOUTS",
+    "NORMS",
     "SPACINGS",
     "Core",
     "Decay",
+    "Ends",
     "Plan",
     "Shell",
-    "block_plan",
+    "apply_rotary",
     "frequencies",
+    "head_norm",
     "log_decays",
+    "make_plan",
     "positions",
     "product",
     "retention",
-    "retention_block",
     "retention_step",
     "retention_steps",
     "rotate",
     "rotation",
+    "step_blocks",
 ]

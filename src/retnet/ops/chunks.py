@@ -74,7 +74,8 @@ def _run(name: str, tensors: tuple[Tensor, ...], walks: Walks) -> None:
     threads = max(1, min(torch.get_num_threads(), H * N))
     together = max(1, min(H, H * N // threads, CACHE // (K * V * v.itemsize)))
     sizes = (M, H, K, V, walks.mask.shape[1], N, together)
-    native.run(getattr(kernels, name), (*tensors, *walks, order), sizes, threads=threads)
+    addresses = (x.data_ptr() for x in (*tensors, *walks, order))
+    native.run(getattr(kernels, name), (*addresses, *sizes), threads)
 
 
 @cache

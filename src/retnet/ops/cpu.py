@@ -274,16 +274,16 @@ def retention_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
     """One token for each of B rows of `state` [N,H,K,V], which change in place; slot −1 is padding, its output zero."""
-    rows = torch.arange(q.shape[0]) if slots is None else slots.long()
+    rows = None if slots is None else slots.long()
     if (out := decode.state_step(q, k, v, log_decay, state, rows, scale)) is not None:
         return out
-    if slots is not None:
+    if rows is not None:
         real = (rows >= 0).nonzero().squeeze(1)
         part, out = state[rows[real]], torch.zeros_like(v)
         out[real] = _step(q[real], k[real], v[real], log_decay, part, scale)
         state[rows[real]] = part
         return out
-    return _step(q, k, v, log_decay, state[: len(rows)], scale)
+    return _step(q, k, v, log_decay, state[: len(q)], scale)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float) -> Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,26 +29,46 @@ class Compiler(NamedTuple):
     function: Callable[..., Any]  # decorator: a compiled function
     kernel: Callable[..., Any]  # decorator: a kernel, void(table), whose `.address` goes to `run`
     array: Callable[..., Any]  # array(address, shape, dtype): contiguous memory as an array
+    real: Callable[..., Any]  # real(number): what `bits` made a number of
+    prefetch: Callable[..., None]  # prefetch(address): begins to read the line of memory there
     thread: Callable[[], int]  # which thread of the team this is
     threads: Callable[[], int]  # size of the team
     barrier: Callable[[], None]  # waits for all threads of the team
 
 
-def run(
-    kernel: Any,  # noqa: ANN401
-    tensors: Sequence[Tensor],
-    numbers: Sequence[int],
-    reals: Sequence[float] = (),
-    threads: int | None = None,
-) -> None:
-    """Runs a kernel on `threads` (torch's number) threads.
+def run(kernel: Any, numbers: Sequence[int], threads: int | None = None) -> None:  # noqa: ANN401
+    """Runs a kernel on `threads` (torch's number) threads; its table holds `numbers`: addresses, sizes, `bits`."""
+    table = (ctypes.c_int64 * len(numbers))(*numbers)
+    _parallel()(kernel.address, table, threads or torch.get_num_threads(), 0)
 
-    Its table holds the addresses of `tensors`, then `numbers`, then the address of `reals`, as fp64.
-    """
-    floats = (ctypes.c_double * len(reals))(*reals)
-    numbers = (*[x.data_ptr() for x in tensors], *numbers, ctypes.addressof(floats))
-    _parallel()(
-        kernel.address, (ctypes.c_int64 * len(numbers))(*numbers), threads or torch.get_num_threads(), 0
+
+def bits(x: float) -> int:
+    """An fp64 number as the 64-bit number that lies in the same memory."""
+    return int(_WHOLE.unpack(_REAL.pack(x))[0])
+
+
+_REAL, _WHOLE = struct.Struct("=d"), struct.Struct("=q")
+
+
+def readable(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, sizes: Sequence[int] | None = None
+) -> bool:
+    """Whether a kernel may read so many numbers of this type at the addresses of these tensors; None is never read."""
+    for i, x in enumerate(tensors):
+        if x is not None and not (
+            x.dtype is dtype and x.is_cpu and x.is_contiguous() and (sizes is None or x.numel() == sizes[i])
+        ):
+            return False
+    return True
+
+
+def plain() -> bool:
+    """Whether operators run at once and as they are: nothing traces, transforms or intercepts them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -55,7 +77,6 @@ def compiler() -> Compiler | None:
     """The compiler, or None where numba is not installed or torch's threads are not those of GNU OpenMP."""
     try:
         import numba
-        from numba.extending import intrinsic
     except ImportError:
         _log.info(
             "numba is not installed, so torch's own operators are used; pip install 'retnet[fast]' is faster"
@@ -64,15 +85,8 @@ def compiler() -> Compiler | None:
     if _parallel() is None:
         _log.info("torch does not use GNU OpenMP here, so its own operators are used")
         return None
-
-    @intrinsic
-    def pointer(_: Any, address: Any) -> Any:  # noqa: ANN401
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
-            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-        return numba.types.voidptr(address), generate
-
     function = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    pointer, real, prefetch = _intrinsics()
 
     @function
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
@@ -83,30 +97,77 @@ def compiler() -> Compiler | None:
         function,
         _kernel,
         array,
+        real,
+        prefetch,
         external("omp_get_thread_num", numba.types.int32()),
         external("omp_get_num_threads", numba.types.int32()),
         external("GOMP_barrier", numba.types.void()),
     )
 
 
+def _intrinsics() -> tuple[Any, Any, Any]:
+    """What numba has no words for: an address as a pointer, a number as the fp64 of the same bits, a prefetch."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def pointer(_: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.voidptr(address), generate
+
+    @intrinsic
+    def real(_: Any, number: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
+            return builder.bitcast(values[0], ir.DoubleType())
+
+        return types.float64(types.int64), generate
+
+    @intrinsic
+    def prefetch(_: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
+            place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+            reading, near, data = (ir.Constant(number, x) for x in (0, 3, 1))
+            builder.call(function, [builder.inttoptr(values[0], place), reading, near, data])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return pointer, real, prefetch
+
+
 def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
     """Compiles void(table), or finds it on disk, beside its file or where NUMBA_CACHE_DIR says.
 
     numba's own key for what is on disk holds random numbers of the functions that a kernel calls, so it would never be
-    found again. Here it is the constants that a kernel was made with, and the text of this package.
+    found again. Here it is the constants that they were made with, and the text of this package.
     """
     from numba import types
     from numba.core.ccallback import CFunc
 
     signature = types.void(types.CPointer(types.int64))
     compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    constants = [repr(x) for x in cells if isinstance(x, (int, float, str, type))]
-    key = (function.__module__, function.__qualname__, *constants, _text_of_package())
+    key = (*_constants(function), _text_of_package())
     compiled.enable_caching()
     compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
     compiled.compile()
     return compiled
+
+
+def _constants(function: Callable[..., None]) -> list[str]:
+    """What a function and all compiled functions that it calls were made with."""
+    found = [function.__module__, function.__qualname__]
+    for cell in function.__closure__ or ():
+        x = cell.cell_contents
+        if isinstance(x, (int, float, str, type)):
+            found.append(repr(x))
+        elif isinstance(called := getattr(x, "py_func", None), FunctionType):
+            found += _constants(called)
+    return found
 
 
 @cache

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from retnet.ops import cpu, reference
+from retnet.ops import cpu, decode, native, reference
 from retnet.ops.triton import configs, operators, support
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -105,6 +105,10 @@ def retention_step(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
+    if slots is None and _plainly_right(q, k, v, log_decay, state):
+        factor = q.shape[2] ** -0.5 if scale is None else float(scale)
+        if (out := decode.state_step(q, k, v, log_decay, state, None, factor)) is not None:
+            return out
     _check_inputs(q, k, v, log_decay, time=False)
     _check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -152,6 +156,41 @@ def retention_steps(
     for t in range(q.shape[1]):
         out[:, t] = retention_step(q[:, t], k[:, t], v[:, t], log_decay, state, slots, scale)
     return out
+
+
+def _plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> bool:
+    """Whether a step is what nearly all steps are, fp32 on a CPU without slots, and every check would pass.
+
+    The checks, and the operator that stands between them and the kernel for tracing, cost more than a small step.
+    """
+    if not (
+        type(q) is type(k) is type(v) is type(log_decay) is type(state) is Tensor
+        and q.dtype is k.dtype is v.dtype is log_decay.dtype is state.dtype is torch.float32
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and log_decay.is_cpu
+        and state.is_cpu
+        and q.dim() == v.dim() == 3
+        and state.dim() == 4
+        and not torch.is_grad_enabled()
+        and native.plain()
+    ):
+        return False
+    (B, H, K), (rows, heads, keys, values) = q.shape, state.shape
+    if not (
+        k.shape == q.shape
+        and v.shape == (B, H, values)
+        and (heads, keys) == (H, K)
+        and rows >= B
+        and state.is_contiguous()
+        and log_decay.shape == (H,)
+    ):
+        return False
+    for value in log_decay.tolist():  # noqa: SIM110  a generator would take as long as all the rest
+        if not -math.inf < value <= 0:
+            return False
+    return True
 
 
 def _readable(x: Tensor) -> bool:
