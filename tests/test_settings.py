@@ -1,7 +1,8 @@
 """Strict configurations: what is refused, how it is said, and that what is written is what is read."""
 
+import tomllib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -125,6 +126,28 @@ def test_an_override_through_a_value(tmp_path):
     path.write_text("inner = 3\n")
     with pytest.raises(UserError, match=r"cannot set 'inner.steps': 'inner' is a value"):
         load(Outer, path, {"inner.steps": "1"})
+
+
+def test_nested_tables_as_overrides(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[inner]\nsteps = 3\nkind = "cosine"\n[shape]\nname = "circle"\n')
+    tables = {"inner": {"steps": 4}, "shape": {"name": "square"}}
+    assert settings.flatten(tables) == {"inner.steps": 4, "shape": {"name": "square"}}
+    got = load(Outer, path, settings.flatten(tables))
+    assert (got.inner.steps, got.inner.kind, got.shape) == (4, "cosine", Square())
+
+
+@dataclass(frozen=True)
+class Several:
+    items: tuple[Inner, ...] = ()
+    table: dict[str, Any] = field(default_factory=dict)
+
+
+def test_tables_in_a_list_are_strict_too():
+    with pytest.raises(UserError, match=r"unknown setting 'items\[1\].stepz'; did you mean 'steps'"):
+        build(Several, {"items": [{"steps": 1}, {"stepz": 2}]})
+    got = build(Several, {"items": [{"steps": 1}], "table": {"a": {"b": [1, 2]}}})
+    assert build(Several, tomllib.loads(dump(got))) == got
 
 
 def test_unreadable_files(tmp_path):

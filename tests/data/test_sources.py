@@ -1,5 +1,6 @@
 """Which files a corpus is, in which order, and which of them are for validation."""
 
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -22,6 +23,19 @@ def test_the_standard_library_without_tests_and_other_peoples_packages():
     assert all((root / source.name).suffix in (".py", ".txt", ".md") for source in found)
     assert sum(source.size for source in found) > 5_000_000
     assert found == find("stdlib")
+
+
+def test_an_installed_package_is_read_but_not_imported():
+    imported = "lm_eval" in sys.modules  # by another test; it is slow
+    found = find("package:lm_eval")
+    assert {"api/task.py", "tasks/piqa/README.md"} & {source.name for source in found}
+    assert ("lm_eval" in sys.modules) == imported
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "click.core", "this", ""])
+def test_what_is_no_package_with_a_folder(name):
+    with pytest.raises(UserError, match=f"no installed Python package '{name}' that is a folder"):
+        find(f"package:{name}")
 
 
 def test_about_two_or_three_percent_of_the_standard_library_is_held_out():

@@ -25,7 +25,7 @@ _LINE_EVERY = 5.0  # seconds between lines of progress where there is no termina
 def command() -> None:
     """Train a tokenizer, prepare token shards, check a prepared folder.
 
-    A CORPUS is 'stdlib', a file, folder or glob of .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet,
+    A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet,
     or hf:NAME[:CONFIG[:SPLIT]].
     """
 

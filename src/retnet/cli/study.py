@@ -120,8 +120,6 @@ def _run(
     ended = run_study(study, out, progress)
     files = write_report(out)
     show(read(out), Console(highlight=False))
-    for job, reason in ended.failed.items():
-        click.echo(f"failed: {job}: {reason}", err=True)
     click.echo("wrote " + " and ".join(map(str, files)))
     if ended.stopped or ended.failed:
         click.echo("the same command goes on where this one ended", err=True)

@@ -77,6 +77,14 @@ def run_study(study: Study, out: Path, console: Console) -> Ended:
     return _Runner(study, folder, console).run()
 
 
+def command(place: Path, processes: int) -> list[str]:
+    """What does the job of a folder, in one process or in several that torchrun starts."""
+    worker = ["-m", "retnet.studies.worker", str(place)]
+    if processes > 1:
+        worker = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *worker]
+    return [sys.executable, *worker]
+
+
 class _Runner:
     """One call's work."""
 
@@ -109,7 +117,7 @@ class _Runner:
 
     def _next(self, busy: set[str]) -> list[tuple[str, Job]]:
         """Jobs that can begin: one for each free worker."""
-        if self.stopping:
+        if self.stopping or len(busy) >= self.study.workers:
             return []
         results = self.folder.results()
         known = self.study.measure.jobs(self.folder.path, results, self.failed)
@@ -135,16 +143,12 @@ class _Runner:
 
     def _process(self, name: str, place: Path, log: IO[str]) -> int:
         """Runs the worker to its end; returns its exit status."""
-        module = ["-m", "retnet.studies.worker", str(place)]
-        if self.study.processes > 1:
-            count = f"--nproc-per-node={self.study.processes}"
-            module = ["-m", "torch.distributed.run", "--standalone", count, *module]
         threads = max((os.cpu_count() or 1) // (self.study.workers * self.study.processes), 1)
         with self.lock:
             if self.stopping:
                 return STOPPED
             process = subprocess.Popen(
-                [sys.executable, *module],
+                command(place, self.study.processes),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -153,15 +157,16 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the jobs to save
             )
             self.running[name] = process
-        assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                self.progress.tell(name, float(line))
-            except ValueError:
-                log.write(line)
+        with process:  # closes the pipe
+            assert process.stdout is not None
+            for line in process.stdout:
+                try:
+                    self.progress.tell(name, float(line))
+                except ValueError:
+                    log.write(line)
         with self.lock:
             del self.running[name]
-        return process.wait()
+        return process.returncode
 
     def _fail(self, name: str, status: int) -> None:
         reason = self.folder.failures().get(name)

@@ -22,7 +22,7 @@ Results = Mapping[str, Result]  # name of a finished job → its result
 Tell = Callable[[float], None]  # a job's way to say how far it is, 0 to 1
 
 # name of a measure → module of `retnet.studies` that defines `MEASURE` and `JOB`
-MODULES = {"quality": "quality"}
+MODULES = {"quality": "quality", "complexity": "complexity", "decoding": "decoding", "training": "training"}
 
 
 class _Rows(Mapping[str, type]):

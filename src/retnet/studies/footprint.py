@@ -1,0 +1,103 @@
+"""Memory as it is: of a process, of what a forward pass keeps for the backward pass, of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+GIB = 2**30
+UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
+
+
+class Watch:
+    """Bytes that a process has come to hold since the watch was made, and the most it ever held meanwhile.
+
+    On a GPU: what torch has allocated there. On a CPU: resident memory. Its peak is the system's own high-water mark
+    (VmHWM), which belongs to this process alone, while getrusage's also counts the process that started it; where the
+    mark cannot be set back (elsewhere than on Linux), the peak is that since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        give_back()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _reset_mark()
+        self.before = self._held()
+
+    def held(self) -> int:
+        """Now, beyond what was held at first."""
+        give_back()
+        return max(self._held() - self.before, 0)
+
+    def peak(self) -> int:
+        """At most, beyond what was held at first."""
+        if self.device.type == "cuda":
+            return max(torch.cuda.max_memory_allocated(self.device) - self.before, 0)
+        return max(_peak_rss() - self.before, 0)
+
+    def _held(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return int(psutil.Process().memory_info().rss)
+
+
+def kept_for_backward(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass: each storage once, weights left out."""
+    known = {w.untyped_storage()._cdata for w in weights}
+    kept: dict[int, int] = {}  # storage → bytes
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = run()
+    del graph  # it held the tensors, so that no storage was counted under the address of another
+    return sum(kept.values())
+
+
+def give_back() -> None:
+    """Hands memory that was freed back to the system, where the C library can."""
+    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_bytes(nbytes: float) -> str:
+    """Bytes as text, in the unit that suits them, such as ``"1.25 GiB"``."""
+    unit, size = next((u, s) for u, s in UNITS if nbytes >= s / 10 or s == 1)
+    return f"{nbytes / size:.3g} {unit}"
+
+
+def _reset_mark() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): VmHWM becomes VmRSS
+
+
+def _peak_rss() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return _peak_of_usage()
+
+
+def _peak_of_usage() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

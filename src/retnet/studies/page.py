@@ -1,0 +1,239 @@
+"""A study as one page of HTML that needs nothing else: no scripts, no network; light or dark as the reader likes."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib import import_module, resources
+from typing import TYPE_CHECKING, Any
+
+from retnet.settings import UserError, dump
+from retnet.studies import figures
+from retnet.studies.study import Study
+from retnet.studies.summary import Table
+
+if TYPE_CHECKING:
+    from retnet.studies.report import Found, JobState
+
+MISSING = "–"
+PUBLISHED = "Shaded: published in the paper, not measured here."
+
+_NUMBER = re.compile(r"[<>≤≥~≈±+−-]?\s*(\.?\d|inf\b|nan\b)")
+_EMPTY = {"", "-", "–", "—"}
+_KNOWN = {
+    "cpu",
+    "gpu",
+    "cores",
+    "threads",
+    "memory_bytes",
+    "platform",
+    "python",
+    "versions",
+    "commit",
+    "dirty",
+}
+_KNOWN |= {"started", "finished", "seconds"}
+
+
+def page(found: Found) -> str:
+    """The page.
+
+    Raises:
+        UserError: matplotlib or Jinja is missing.
+    """
+    try:
+        jinja, markup = import_module("jinja2"), import_module("markupsafe").Markup
+    except ImportError:
+        raise UserError("reports need Jinja2, which is missing; pip install 'retnet[study]'") from None
+    source = resources.files("retnet.studies").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    settings, lists = _settings(found.study)
+    drawn = [
+        {
+            "title": _heading(figure.name),
+            "panels": [
+                (panel.title, markup(svg))
+                for panel, svg in zip(
+                    figure.panels, figures.panels_as_svg(figure, f"drawing{number}"), strict=True
+                )
+            ],
+            "legend": [(name, markup(svg)) for name, svg in figures.legend_as_svg(figure, f"key{number}")],
+            "notes": figure.notes,
+        }
+        for number, figure in enumerate(found.summary.figures)
+    ]
+    text: str = (
+        jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, keep_trailing_newline=True)
+        .from_string(source)
+        .render(
+            title=found.study.title,
+            line=_line(found),
+            about=[" ".join(p.split()) for p in re.split(r"\n\s*\n", found.study.about) if p.strip()],
+            missing=found.missing,
+            failures=found.failures,
+            findings=found.summary.findings,
+            tables=[_grid(table) for table in found.summary.tables],
+            figures=drawn,
+            settings=settings,
+            lists=[_grid(table, results=False) for table in lists],
+            machine=_machine(found.environment),
+            jobs=_grid(_jobs_table(found.jobs), results=False),
+            colors=figures.COLORS,
+            ink=(figures.INK, figures.INK_DARK),
+        )
+    )
+    return text
+
+
+def _grid(table: Table, results: bool = True) -> dict[str, Any]:
+    """A table as the template wants it: every column and row with its CSS classes; of results, what is published apart."""
+    kinds, whole = [], _published(table.title)
+    for number, column in enumerate(table.columns):
+        right = number > 0 and numeric(row[number] for row in table.rows)
+        kinds.append(
+            " ".join(["number"] * right + ["published"] * (results and (whole or _published(column))))
+        )
+    rows = [
+        {
+            "name": row[0],
+            "published": results and _published(row[0]),
+            "cells": list(zip((MISSING if cell in _EMPTY else cell for cell in row), kinds, strict=True))[1:],
+        }
+        for row in table.rows
+    ]
+    shaded = any("published" in kind for kind in kinds) or any(row["published"] for row in rows)
+    return {
+        "title": table.title,
+        "columns": list(zip(table.columns, kinds, strict=True)),
+        "rows": rows,
+        "notes": [*table.notes, *([PUBLISHED] if shaded else [])],
+    }
+
+
+def numeric(cells: Iterable[str]) -> bool:
+    """Whether these are numbers, but for those that are missing."""
+    known = [cell for cell in cells if cell not in _EMPTY]
+    return bool(known) and all(_NUMBER.match(cell) for cell in known)
+
+
+def _published(title: str) -> bool:
+    """Whether a column or a row of this title, or the whole table, holds the paper's numbers."""
+    return re.search(r"^(paper|published)\b|\bpaper$", title.lower()) is not None
+
+
+def _settings(study: Study) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[Table]]:
+    """Every setting but the words: (caption, rows) of plain ones, table by table, and lists of tables each as one."""
+    data = tomllib.loads(dump(study))
+    measure = data.pop("measure")
+    top = {"measure": measure.pop("name"), **data, **measure}
+    plain: list[tuple[str, list[tuple[str, str]]]] = []
+    lists: list[Table] = []
+
+    def walk(place: str, table: Mapping[str, Any]) -> None:
+        rows = [(key, _value(value)) for key, value in table.items() if not _nested(value)]
+        plain.extend([(place, rows)] if rows else [])
+        for key, value in table.items():
+            inner = f"{place}.{key}" if place else key
+            if isinstance(value, Mapping):
+                walk(inner, value)
+            elif _nested(value):
+                lists.append(_list(inner, value))
+
+    walk("", {key: value for key, value in top.items() if key not in ("title", "about")})
+    return plain, lists
+
+
+def _list(place: str, items: list[Mapping[str, Any]]) -> Table:
+    flat = [dict(_leaves(item)) for item in items]
+    columns = tuple(dict.fromkeys(key for item in flat for key in item))
+    return Table(place, columns, tuple(tuple(item.get(key, MISSING) for key in columns) for item in flat))
+
+
+def _leaves(table: Mapping[str, Any], place: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", _value(value)
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    )
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _line(found: Found) -> str:
+    """Where, when and how far, in one line."""
+    about = found.environment
+    far = "all" if not found.missing else f"{found.finished} of"
+    parts = [
+        about.get("gpu") or about.get("cpu"),
+        about.get("cores") and f"{about['cores']} cores",
+        _date(about.get("finished") or about.get("started"))[:10],
+        _time(about.get("seconds")),
+        f"{far} {jobs_in_words(found.total)} finished",
+    ]
+    return " · ".join(str(part) for part in parts if part and part != MISSING)
+
+
+def _machine(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    memory, dirty = about.get("memory_bytes"), about.get("dirty")
+    commit = about.get("commit") or MISSING
+    rows: list[tuple[str, Any]] = [
+        ("processor", about.get("cpu")),
+        ("cores", about.get("cores")),
+        ("threads of torch", about.get("threads")),
+        ("memory", f"{memory / 2**30:.1f} GiB" if isinstance(memory, (int, float)) else None),
+        ("GPU", about.get("gpu") or "none"),
+        ("system", about.get("platform")),
+        ("Python", about.get("python")),
+        *(about.get("versions") or {}).items(),
+        ("commit", f"{commit}, with changes that were not committed" if dirty else commit),
+        ("started", _date(about.get("started"))),
+        ("last worked on", _date(about.get("finished"))),
+        ("wall time", _time(about.get("seconds"))),
+        *((key.replace("_", " "), value) for key, value in about.items() if key not in _KNOWN),
+    ]
+    return [(name, MISSING if value is None else _value(value)) for name, value in rows] if about else []
+
+
+def _jobs_table(jobs: Sequence[JobState]) -> Table:
+    rows = tuple((job.name, job.state, _time(job.seconds)) for job in jobs)
+    return Table("", ("job", "state", "time"), rows)
+
+
+def jobs_in_words(count: int) -> str:
+    """``"1 job"`` or ``"12 jobs"``."""
+    return "1 job" if count == 1 else f"{count:,} jobs"
+
+
+def _heading(name: str) -> str:
+    words = name.replace("-", " ").replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _time(seconds: object) -> str:
+    if not isinstance(seconds, (int, float)):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _date(when: object) -> str:
+    """An ISO date as a reader has it; anything else as it is."""
+    try:
+        return datetime.fromisoformat(str(when)).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return MISSING if when is None else str(when)

@@ -1,0 +1,300 @@
+"""The measure ``training``: whole training steps of a Transformer, with plain attention and with FlashAttention, and RetNet.
+
+Every step learns from the same number of tokens, cut into sequences of one length or another. Speed is measured in one
+process a size, in interleaved rounds; memory in a process of its own for each model and length, as the most it ever held.
+What cannot fit is found out before, from the model on the meta device, and left out with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retnet.bench.devices import free_memory, wait
+from retnet.bench.timing import Contender, interleave, median_seconds
+from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
+from retnet.model import LanguageModel, ModelConfig
+from retnet.settings import UserError
+from retnet.studies.contexts import transformer
+from retnet.studies.estimate import plan
+from retnet.studies.footprint import Watch, in_bytes
+from retnet.studies.study import Job, Measure, Result, Results, Tell
+from retnet.studies.summary import Summary
+from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
+from retnet.train.config import RunConfig, TrainConfig
+from retnet.train.host import choose_device, keep_freed_memory
+from retnet.train.optimizer import adamw
+
+KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables
+SHORT = 64  # tokens whose scores weigh nothing, from which memory that is linear in the length is reckoned
+EXTRA_SCORES = 2  # matrices of scores beyond those kept: their gradient, and what it is made from
+SHARE = 0.85  # of the free memory that may be planned with: estimates do not know scratch memory
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of model.
+
+    Attributes:
+        label: in tables and names of jobs; those of the paper (such as ``"1.3B"``) stand beside its numbers.
+        model: RetNet, with a vocabulary.
+    """
+
+    label: str
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is trained.
+
+    Attributes:
+        sizes: of models.
+        lengths: of sequences; each must divide `tokens`.
+        tokens: of a step, whatever the length.
+        head_width: of the Transformer beside RetNet, which has the same width, depth and, to 2 %, size.
+        rounds: in each of which every model and length is measured once.
+        device: ``"auto"`` is a GPU if there is one; products are bf16 there, fp32 on a CPU; weights are fp32.
+    """
+
+    sizes: tuple[Size, ...]
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    tokens: int = 8192
+    head_width: int = 128
+    rounds: int = 3
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len({size.label for size in self.sizes}) < len(self.sizes):
+            raise UserError("sizes must be at least one, each with a label of its own")
+        for size in self.sizes:
+            if not isinstance(size.model.mixer, RetentionConfig):
+                raise UserError(
+                    f"{size.label}: mixer.name is {size.model.mixer.name!r}; it must be 'retention'"
+                )
+            if size.model.vocab_size is None:
+                raise UserError(f"{size.label}: model.vocab_size is not set; logits are as wide, so give it")
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise UserError(f"lengths are {self.lengths}; give at least one, from 1 on, that rise")
+        if uneven := [n for n in self.lengths if self.tokens % n]:
+            raise UserError(f"length {uneven[0]} does not divide tokens = {self.tokens}; change one")
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}; it must be at least 1")
+
+    def config(self, size: Size, kind: str) -> ModelConfig:
+        """Of the model of a kind (a key of `KINDS`)."""
+        if kind == "retnet":
+            return size.model
+        model = transformer(size.model, self.head_width)
+        sdpa: Literal["math", "flash"] = "math" if kind == "transformer" else "flash"
+        return replace(model, mixer=SoftmaxConfig(num_heads=size.model.d_model // self.head_width, sdpa=sdpa))
+
+    def size(self, label: str) -> Size:
+        """The size of this label."""
+        return next(size for size in self.sizes if size.label == label)
+
+
+@dataclass(frozen=True)
+class TrainingJob(Job):
+    """The speed of all models of a size, or the memory of one (`kind`) at one length."""
+
+    name: Literal["training"]
+    steps: Steps
+    size: str
+    kind: str = ""
+    length: int = 0
+
+    def run(self, folder: Path, tell: Tell) -> Result | None:
+        """One measurement, begun anew if it was interrupted: its rounds belong together."""
+        torch.manual_seed(0)
+        size = self.steps.size(self.size)
+        return (
+            memory(self.steps, size, self.kind, self.length, tell)
+            if self.kind
+            else speed(self.steps, size, tell)
+        )
+
+
+@dataclass(frozen=True)
+class Training(Measure):
+    """Training cost (paper §5): memory and throughput of a Transformer, with and without FlashAttention, and RetNet."""
+
+    name: Literal["training"]
+    steps: Steps
+
+    def check(self) -> None:
+        """Refuses sizes of which not even the cheapest model fits.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        c, device = self.steps, choose_device(self.steps.device)
+        have = SHARE * free_memory(device)
+        for size in c.sizes:
+            fixed, step = need(c, size, "retnet", c.lengths[0], device)
+            if 2 * fixed + step > have:
+                raise UserError(
+                    f"a step of {size.label} takes about {in_bytes(step)} beside {in_bytes(fixed)} of weights, gradients "
+                    f"and moments for each of two models, {in_bytes(2 * fixed + step)} in all; {in_bytes(have)} can be "
+                    f"had on {device}. Take a smaller --scale, or this size out of a copy of the study's .toml"
+                )
+
+    def count(self) -> int:
+        """Speed once a size; memory of each kind at each length."""
+        return len(self.steps.sizes) * (1 + len(KINDS) * len(self.steps.lengths))
+
+    def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
+        """All, at once."""
+        jobs: dict[str, Job] = {}
+        for size in self.steps.sizes:
+            jobs[_speed_job(size)] = TrainingJob("training", self.steps, size.label)
+            for kind in KINDS:
+                for length in self.steps.lengths:
+                    jobs[_memory_job(size, kind, length)] = TrainingJob(
+                        "training", self.steps, size.label, kind, length
+                    )
+        return jobs
+
+    def summarise(self, results: Results) -> Summary:
+        """A table and a pair of panels a size; the paper's table."""
+        c = self.steps
+        speeds = {s.label: results[job] for s in c.sizes if (job := _speed_job(s)) in results}
+        memories = {
+            (s.label, KINDS[kind], length): results[job]
+            for s in c.sizes
+            for kind in KINDS
+            for length in c.lengths
+            if (job := _memory_job(s, kind, length)) in results
+        }
+        return summarise([size.label for size in c.sizes], c.lengths, c.tokens, speeds, memories)
+
+
+MEASURE, JOB = Training, TrainingJob
+
+
+def _speed_job(size: Size) -> str:
+    return f"speed-{size.label}"
+
+
+def _memory_job(size: Size, kind: str, length: int) -> str:
+    return f"memory-{size.label}-{kind}-{length}"
+
+
+def need(steps: Steps, size: Size, kind: str, length: int, device: torch.device) -> tuple[int, int]:
+    """Bytes of weights, gradients and moments, and of what a step holds beside them, estimated without allocating any.
+
+    What blocks keep is counted on the meta device, where attention is always the plain formula; so that of FlashAttention
+    is reckoned from short sequences. The plain formula holds a few matrices of scores more while it computes a layer.
+    """
+    at = SHORT if kind == "flash" and length > SHORT else length
+    fixed, step = _plan(steps.config(size, kind), at, steps.tokens // at, device.type)
+    if kind == "transformer":
+        heads = size.model.d_model // steps.head_width
+        step += EXTRA_SCORES * steps.tokens * length * heads * (4 if device.type == "cpu" else 2)
+    return fixed, step
+
+
+def why_not(steps: Steps, size: Size, kind: str, length: int, device: torch.device, models: int) -> str:
+    """Why a step cannot be tried beside so many models' weights; empty where it can."""
+    fixed, step = need(steps, size, kind, length, device)
+    have = SHARE * free_memory(device)
+    if models * fixed + step <= have:
+        return ""
+    why = "whose scores of all tokens against all are held, " if kind == "transformer" else ""
+    return (
+        f"{KINDS[kind]}, {size.label}, sequences of {length:,}: a step, {why}would need about "
+        f"{in_bytes(models * fixed + step)}; {in_bytes(have)} can be had on {device}"
+    )
+
+
+def speed(steps: Steps, size: Size, tell: Tell) -> Result:
+    """Seconds of a step of each model at each length; both Transformers are one, computed in two ways."""
+    keep_freed_memory()
+    device = choose_device(steps.device)
+    cells = [(kind, length) for kind in KINDS for length in steps.lengths]
+    reasons = {cell: why_not(steps, size, *cell, device, models=2) for cell in cells}
+    able = [cell for cell in cells if not reasons[cell]]
+    learners = {
+        kind: _Learner(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
+    }
+    contenders = []
+    for kind, length in able:
+        config = steps.config(size, kind)
+        learner = learners["retnet" if kind == "retnet" else "flash"]
+        contenders.append(Contender(f"{kind}, {length}", partial(learner.seconds, length, config)))
+    done, total = count(), len(able) * (steps.rounds + 1)
+    samples = interleave(contenders, {}, steps.rounds, lambda _: tell(next(done) / total))
+    return {
+        "device": device.type,
+        "parameters": {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in learners.items()},
+        "rows": [
+            {
+                "kind": KINDS[kind],
+                "length": length,
+                "seconds": [s.seconds for s in samples[f"{kind}, {length}"]],  # of a step, by round
+            }
+            for kind, length in able
+        ],
+        "skipped": [reason for reason in reasons.values() if reason],
+    }
+
+
+def memory(steps: Steps, size: Size, kind: str, length: int, tell: Tell) -> Result:
+    """The most bytes that this process held for a training step, beyond what it held before there was a model."""
+    device = choose_device(steps.device)
+    if reason := why_not(steps, size, kind, length, device, models=1):
+        return {"skipped": reason}
+    config = steps.config(size, kind)
+    small = replace(config, num_layers=1)
+    _Learner(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
+    tell(0.1)
+    watch = Watch(device)
+    learner = _Learner(config, steps.tokens, device)
+    learner.seconds(length, config, rows=1)  # the optimiser's moments exist from the first step on
+    tell(0.4)
+    learner.seconds(length, config)
+    return {"peak_bytes": watch.peak(), "estimated_bytes": sum(need(steps, size, kind, length, device))}
+
+
+class _Learner:
+    """A model, its optimiser and random text."""
+
+    def __init__(self, config: ModelConfig, tokens: int, device: torch.device) -> None:
+        with torch.device(device):
+            self.model = LanguageModel(config).train()
+            self.text = torch.randint(config.vocab_size or 1, (2, tokens))
+        self.device = device
+        self.optimizer = adamw(self.model, TrainConfig())
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+    def seconds(self, length: int, config: ModelConfig, rows: int | None = None) -> float:
+        """Of one step on sequences of this length, all or so many, computed as the configuration of the mixer says."""
+        for module in self.model.modules():
+            if isinstance(module, SoftmaxAttention):
+                module.config = config.mixer  # type: ignore[assignment]
+        return median_seconds(lambda: self._step(self.text[:, : rows and rows * length], length), 1, warmup=0)
+
+    def _step(self, text: Tensor, length: int) -> None:
+        tokens, targets = text.unflatten(1, (-1, length))
+        with self.autocast:
+            logits = self.model(tokens)
+        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        wait(self.device)
+
+
+@lru_cache
+def _plan(model: ModelConfig, length: int, rows: int, device: str) -> tuple[int, int]:
+    precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
+    train = TrainConfig(seq_len=length, batch_size=rows, precision=precision)
+    counted = plan("", RunConfig(model=model, train=train), 1)
+    return counted.model_bytes, counted.pass_bytes

@@ -1,0 +1,48 @@
+"""A study of a measure that says what it is told to: `said` replaces its summary."""
+
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+from retnet.studies import study
+from retnet.studies.summary import Summary
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 20000
+    decay: float = 1e-05
+    on: bool = True
+
+
+@dataclass(frozen=True)
+class Said(study.Measure):
+    name: Literal["said"]
+    rows: tuple[dict[str, Any], ...] = ({"label": "A", "deep": {"er": 1}}, {"label": "<B> & co", "x": [1, 2]})
+    inner: Inner = field(default_factory=Inner)
+    lengths: tuple[int, ...] = ()
+
+    said = Summary()
+
+    def count(self):
+        return 4
+
+    def summarise(self, results):
+        return self.said
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The class, to be told its summary."""
+    monkeypatch.setitem(study.MODULES, "said", "said")
+    monkeypatch.setitem(sys.modules, "retnet.studies.said", SimpleNamespace(MEASURE=Said))
+    monkeypatch.setattr(Said, "said", Summary())
+    return Said
+
+
+@pytest.fixture
+def tiny_study(said):
+    return study.Study("A <tiny> study", 'First\nlines.\n\n\nSecond & "last".\n', said("said"), hours=0.5)
