@@ -31,7 +31,9 @@ def check(record, verb):
     assert record["name"] == f"{verb}-quick"
     assert record["host"]["versions"]["torch"]
     assert record["configuration"]["quick"]
-    assert all(len(row["rounds"]) == 2 for row in record["rows"])
+    for row in record["rows"]:  # our tokens of one sequence are measured in more, shorter rounds
+        short = verb == "decode" and row["batch"] == 1 and row["name"] != "llama"
+        assert len(row["rounds"]) == (20 if short else 2)
     for target in record["targets"]:
         assert target["met"] in (True, False)
         assert target["seen"]["low"] <= target["seen"]["median"] <= target["seen"]["high"]

@@ -8,7 +8,8 @@ from retnet.evals import paper
 from retnet.settings import UserError, dump, load
 from retnet.studies import estimate
 from retnet.studies.quality import Quality, Row
-from retnet.studies.study import Study, find_study, load_study, shipped_studies
+from retnet.studies.shipped import find_study, shipped_studies
+from retnet.studies.study import Study, load_study
 from retnet.train.config import RunConfig
 
 OUT = Path("out")

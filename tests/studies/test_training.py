@@ -103,7 +103,7 @@ def test_ratios_are_formed_inside_rounds():
     memories = {("x", PLAIN, 64): {"peak_bytes": 400}, ("x", OURS, 64): {"peak_bytes": 100}}
     summary = summarise(["x"], [16, 64], 128, {"x": found}, memories)
     rows = {row[0]: row[1:] for row in summary.tables[0].rows}
-    assert rows["64"][:3] == ("400 bytes", "–", "100 bytes")
+    assert rows["64"][:3] == ("0.391 KiB", "–", "100 bytes")
     assert rows["64"][3:6] == ("24 (16..32)", "32 (21.3..42.7)", "48 (32..64)")
     assert rows["64"][6:] == ("2 (2..2)", "1.5 (1.5..1.5)")
     assert rows["16"][6:] == ("–", "0.5 (0.5..0.5)")

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from retnet.settings import Choice, UserError, config_path, load, nearest, shipped_configs
+from retnet.settings import Choice, UserError, load
 from retnet.studies.estimate import Plan
 from retnet.studies.summary import Summary
 
@@ -130,39 +130,6 @@ class Study:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hours <= 0:
             raise UserError(f"hours is {self.hours}; it must be more than 0")
-
-
-def shipped_studies() -> dict[str, list[str]]:
-    """Name → scales of the studies that come with the project."""
-    found: dict[str, list[str]] = {}
-    for config in shipped_configs(studies=True):
-        _, name, scale = config.split("/")
-        found.setdefault(name, []).append(scale)
-    return found
-
-
-def check_study(name: str) -> None:
-    """Refuses a name that is neither a shipped study nor the path of a .toml file.
-
-    Raises:
-        UserError: answers with the nearest names.
-    """
-    if not name.endswith(".toml") and name not in shipped_studies():
-        raise UserError(f"no study {name!r}; {nearest(name, shipped_studies())}; or the path of a .toml file")
-
-
-def find_study(name: str, scale: str) -> Path:
-    """The file of a shipped study at a scale, or of one given by its path.
-
-    Raises:
-        UserError: no such study, or not at this scale; answers with the nearest ones.
-    """
-    if name.endswith(".toml"):
-        return config_path(name)
-    check_study(name)
-    if scale not in (scales := shipped_studies()[name]):
-        raise UserError(f"the study {name!r} has no scale {scale!r}; {nearest(scale, scales)}")
-    return config_path(f"studies/{name}/{scale}")
 
 
 def load_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:

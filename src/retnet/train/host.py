@@ -29,7 +29,9 @@ def keep_freed_memory() -> None:
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, -1)  # never; at 2³¹ − 1, gigabytes of gradients were mapped anew at every step
+    libc.mallopt(
+        trim_threshold, -1
+    )  # never; at 2³¹ − 1, gigabytes of gradients were mapped anew at every step
     libc.mallopt(top_pad, 64 << 20)
 
 

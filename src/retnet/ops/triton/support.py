@@ -43,10 +43,13 @@ def refusal(version: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def missing(device: str) -> str | None:
     """Why no kernel runs on tensors of this device ("cuda", "cuda:1", "cpu"); None if they do. Asked once a device."""
     return _missing(device)
+
+
+# What `torch.compiler.assume_constant_result` does; that imports the whole compiler, seconds for everybody.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from retnet.ops import log_decays, retention
@@ -43,6 +43,7 @@ def check(few):
 def test_it_is_the_law(
     lengths, heads, key_dim, value_dim, chunk_size, gamma, packed, state, keep_states, data_seed
 ):
+    assume(heads * key_dim * value_dim >= 8)  # a state of one number may cancel to nothing but rounding
     log_decay = log_decays(gamma, heads).double()
     shape = (heads, key_dim, value_dim)
     options = {}

@@ -21,7 +21,7 @@ def normal(seed, *shape, dtype=torch.float32, scale=1.0):
     return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
 
 
-def gradients(outputs, leaves, seed=2**40):
+def gradients(outputs, leaves, seed=0x9E3779B9):
     """Of every leaf that is there, under a random linear functional of all outputs, which has no seed of a leaf."""
     loss = sum((y.double() * normal(seed, *y.shape, dtype=torch.float64).detach()).sum() for y in outputs)
     return torch.autograd.grad(loss, [x for x in leaves if x is not None])
