@@ -259,8 +259,8 @@ def test_any_shape_with_tiles_so_small_that_there_are_many(tokens, heads, V, nor
         patch.setattr(configs, "NORM_SIZE", 64)
         patch.setattr(configs, "PARTS", 2)
         gated, affine, sums = flags
-        # A head of one number is its mean: nothing but rounding would be left of its gradient.
-        V = max(V, 15) if norm == "group" else V
+        # A head of one number is its mean, and its own root mean square: nothing but rounding would be left.
+        V = max(V, 15) if norm != "none" else V
         leaves, options = norm_case(
             data_seed,
             1,
