@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retnet.data import Tokenizer
+from retnet.model import Stepper
 
 
 class ToyState(NamedTuple):
@@ -14,7 +15,14 @@ class ToyState(NamedTuple):
     position: torch.Tensor  # [B]
 
 
-class Toy(torch.nn.Module):
+class Steps(torch.nn.Module):
+    """A model whose steppers do nothing but step."""
+
+    def stepper(self, state):
+        return Stepper(state, lambda _: None, self.step)
+
+
+class Toy(Steps):
     """Random, recurrent, sensitive to the order and position of every token; fp64, so rounding changes no choice."""
 
     def __init__(self, vocab_size=257, width=16):
@@ -53,7 +61,7 @@ class Toy(torch.nn.Module):
         return 2 * torch.tanh(memory) @ self.head, (ToyState(memory, old.position + 1),)
 
 
-class Script(torch.nn.Module):
+class Script(Steps):
     """Says after a prompt of one byte what `scripts` has for that byte, then ends the text."""
 
     def __init__(self, scripts, vocab_size=257):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retnet.mixers import RetentionConfig
 from retnet.mixers.base import Int8Linear, Linear
 from retnet.model import Block, LanguageModel, ModelConfig, quantise
-from retnet.model.states import join_rows
+from retnet.model.states import join_rows, select_rows
 from retnet.ops import decode, native, product, retention_step
 from tests.helpers.parity import assert_three_ways_agree, relative
 
@@ -355,6 +355,63 @@ def test_nothing_happens_to_the_states_of_a_model_that_is_refused(change):
     with torch.set_grad_enabled(change == "gradient"):
         assert module._step_fused(tokens, state) is None
     assert not any(s.kv.any() or s.position.any() for s in state)
+
+
+@pytest.mark.parametrize("options", [{}, {"mixer": {"head_norm_affine": True}}], ids=["fused", "composed"])
+def test_a_stepper_is_the_steps_of_its_model(options):
+    module, tokens = model(**options), torch.randint(257, (2, 12))
+    with torch.no_grad():
+        state = module.init_state(2)
+        stepper = module.stepper(module.init_state(2))
+        for token in tokens.t():
+            want, state = module.step(token, state)
+            assert torch.equal(stepper.step(token), want)
+        for ours, theirs in zip(stepper.state, state, strict=True):
+            assert torch.equal(ours.kv, theirs.kv)
+            assert torch.equal(ours.position, theirs.position)
+
+
+def test_a_stepper_sees_weights_that_change_in_place():
+    module, token = model(), torch.tensor([3])
+    with torch.no_grad():
+        stepper = module.stepper(module.init_state(1))
+        stepper.step(token)
+        module.head.weight.mul_(2)
+        state = select_rows(stepper.state, [0])
+        assert torch.equal(stepper.step(token), module.step(token, state)[0])
+
+
+def test_a_stepper_keeps_the_memory_it_reads():
+    """Weights that were replaced are not seen, but reading freed memory would be worse than reading old numbers."""
+    module, token = model(), torch.tensor([3])
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        stepper, other = (m.stepper(m.init_state(1)) for m in (module, twin))
+        stepper.step(token)
+        other.step(token)
+        module.load_state_dict(
+            {k: torch.full_like(v, 7.0) for k, v in module.state_dict().items()}, assign=True
+        )
+        junk = [torch.full((128, 128), 9.0) for _ in range(50)]  # where the old weights were, were they freed
+        assert torch.equal(stepper.step(token), other.step(token))
+    assert len(junk) == 50
+
+
+def test_a_stepper_composes_a_step_that_the_kernel_refuses():
+    module, token = model(), torch.tensor([3])
+    with torch.no_grad():
+        stepper, state = module.stepper(module.init_state(1)), module.init_state(1)
+        for _ in range(2):
+            _, state = module.step(token, state)
+            stepper.step(token)
+    logits = stepper.step(token)  # with a gradient
+    assert logits.requires_grad
+    want, _ = module.step(token, state)
+    assert relative(logits, want) < 1e-6
+    with torch.no_grad():
+        assert stepper.step(token).shape == (1, 257)
+        with pytest.raises(IndexError):
+            stepper.step(torch.tensor([257]))
 
 
 @pytest.mark.parametrize("token", [-1, 257])

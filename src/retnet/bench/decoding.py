@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -245,11 +246,10 @@ class _Generation:
     """A text in the making."""
 
     def __init__(self, model: LanguageModel, state: ModelState, token: Tensor, made: int = 0) -> None:
-        self.model, self.state, self.token, self.made = model, state, token, made
+        self.model, self.stepper, self.token, self.made = model, model.stepper(state), token, made
 
     def step(self) -> None:
-        logits, self.state = self.model.step(self.token, self.state)
-        self.token = logits.argmax(-1)
+        self.token = self.stepper.step(self.token).argmax(-1)
         self.made += 1
 
     def block(self) -> list[float]:
@@ -257,7 +257,7 @@ class _Generation:
         return [median_seconds(self.step, 1, warmup=0) for _ in range(BLOCK)]
 
     def copy(self) -> _Generation:
-        return _Generation(self.model, select_rows(self.state, [0]), self.token, self.made)
+        return _Generation(self.model, select_rows(self.stepper.state, [0]), self.token, self.made)
 
 
 def _with_vocabulary(config: ModelConfig) -> ModelConfig:
@@ -324,13 +324,9 @@ def _states(model: LanguageModel, contexts: tuple[int, ...], say: Say) -> dict[i
 
 
 def _stepper(model: LanguageModel, state: ModelState) -> Callable[[], object]:
+    """As `retnet generate` steps."""
     tokens = torch.zeros(len(state[0][0]), dtype=torch.long)
-
-    def step() -> None:
-        nonlocal state
-        _, state = model.step(tokens, state)
-
-    return step
+    return partial(model.stepper(state).step, tokens)
 
 
 def _llama_stepper(model: nn.Module, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:

@@ -20,7 +20,7 @@ from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from retnet.data import Tokenizer
-    from retnet.model import LanguageModel
+    from retnet.model import LanguageModel, Stepper
 
 Finish = Literal["stop", "end", "length", "interrupted"]
 
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Stats:
-    """What the work took. Decoding counts what `model.step` made; a first token comes with its prompt."""
+    """What the work took. Decoding counts what steps made; a first token comes with its prompt."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -82,7 +82,7 @@ class Decoding:
     made.
 
     Args:
-        model: any `LanguageModel`, in evaluation mode, on any device.
+        model: any `LanguageModel`, in evaluation mode, on any device; it must stay as it is until the last piece.
         tokenizer: of the same vocabulary; ids beyond it are never chosen.
         prompts: the texts to continue; an empty one is a text from its beginning.
         max_tokens: the most tokens to generate for each completion.
@@ -150,6 +150,7 @@ class Decoding:
         self._read: tuple[int, _Batch] | None = None  # the prompt read last, while samples of it wait
         self._live: list[_Row] = []
         self._batch: _Batch | None = None  # of the live rows
+        self._stepper: Stepper | None = None  # of that batch
 
     def __iter__(self) -> Iterator[Piece]:
         """Yields pieces until every completion has ended; each token of each text gives one, in turn."""
@@ -166,8 +167,10 @@ class Decoding:
         began, prefill = time.perf_counter(), self.stats.prefill_seconds
         if self._batch is not None:
             batch = self._batch
-            logits, state = self._model.step(batch.tokens, batch.state)
-            self._batch = batch._replace(logits=logits[:, : self._vocab_size], state=state)
+            if self._stepper is None or self._stepper.state is not batch.state:  # rows came or went
+                self._stepper = self._model.stepper(batch.state)
+            logits = self._stepper.step(batch.tokens)
+            self._batch = batch._replace(logits=logits[:, : self._vocab_size], state=self._stepper.state)
             self.stats.decode_tokens += len(self._live)
         self._admit()
         assert self._batch is not None  # there was a live or a waiting row

@@ -140,7 +140,7 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define step")
 
     def core(self) -> Core | None:
-        """The mixer as `retnet.ops.step_blocks` reads it, which steps whole blocks at once; None: it is composed."""
+        """The mixer as `retnet.ops.make_plan` reads it, which steps whole blocks at once; None: it is composed."""
         return None
 
     def init_state(

@@ -14,10 +14,9 @@ from retnet.mixers import MIXERS, Linear
 from retnet.mixers.base import stored
 from retnet.model.config import ModelConfig
 from retnet.model.fused import Fused
-from retnet.ops import Core, Ends, Plan, Shell, make_plan, step_blocks
+from retnet.model.stepper import ModelState, Stepper
+from retnet.ops import Core, Ends, Plan, Shell, Steps, bind_blocks, make_plan
 from retnet.settings import UserError
-
-ModelState = tuple[Any, ...]  # one mixer state a layer
 
 
 class Norm(nn.Module):
@@ -94,7 +93,8 @@ class Block(nn.Module):
     def _step_fused(self, x: Tensor, state: Any) -> Tensor | None:  # noqa: ANN401
         """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
         plan = self._fused.plan(self, self._plan)
-        return None if plan is None else step_blocks(x, [(state.kv, state.position)], plan)
+        steps = None if plan is None else bind_blocks([(state.kv, state.position)], plan)
+        return None if steps is None else steps(x)
 
     def _plan(self) -> Plan | None:
         read = self.read()
@@ -218,9 +218,19 @@ class LanguageModel(Backbone):
         return (logits if mask is None else laid_out(logits, mask)), tuple(after)
 
     def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
-        """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after."""
+        """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after.
+
+        Many steps of a model that stays as it is are faster through a `stepper`.
+        """
         if (logits := self._step_fused(tokens, state)) is not None:
             return logits, tuple(state)
+        return self._step_composed(tokens, state)
+
+    def stepper(self, state: Sequence[Any]) -> Stepper:
+        """Steps from a state on, for a model that stays as it is meanwhile; see `Stepper`."""
+        return Stepper(state, self._bind, self._step_composed)
+
+    def _step_composed(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         x = self._embed(tokens)
         after = []
         for block, before in zip(self._blocks(), state, strict=True):
@@ -230,8 +240,12 @@ class LanguageModel(Backbone):
 
     def _step_fused(self, tokens: Tensor, state: Sequence[Any]) -> Tensor | None:
         """`step` in one call where the kernel covers all blocks and both ends; None elsewhere, and nothing done."""
+        steps = self._bind(state)
+        return None if steps is None else steps(tokens)
+
+    def _bind(self, state: Sequence[Any]) -> Steps | None:
         plan = self._fused.plan(self, self._plan)
-        return None if plan is None else step_blocks(tokens, [(s.kv, s.position) for s in state], plan)
+        return None if plan is None else bind_blocks([(s.kv, s.position) for s in state], plan)
 
     def _plan(self) -> Plan | None:
         norm, first, head = self.norm, self.embedding_norm, stored(self.head)

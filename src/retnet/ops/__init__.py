@@ -11,7 +11,7 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import step_blocks
+from retnet.ops.decode import Steps, bind_blocks
 from retnet.ops.norm import NORMS, head_norm
 from retnet.ops.plans import Core, Ends, Plan, Shell, make_plan
 from retnet.ops.products import product
@@ -30,7 +30,9 @@ __all__ = [
     "Ends",
     "Plan",
     "Shell",
+    "Steps",
     "apply_rotary",
+    "bind_blocks",
     "frequencies",
     "head_norm",
     "log_decays",
@@ -42,5 +44,4 @@ __all__ = [
     "retention_steps",
     "rotate",
     "rotation",
-    "step_blocks",
 ]

@@ -55,28 +55,61 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor |
     return out
 
 
-def step_blocks(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> Tensor | None:
-    """One step through blocks (paper §3) in one call: y = x + MSR(norm(x)), then y + FFN(norm(y)), for each.
+class Steps:
+    """Steps through blocks from states, which all have been checked: what is left to do at a step is the token itself.
+
+    Weights and states are read where they were when this was made. They may change in place; whoever gives them other
+    memory, or other layers to the model, makes new steps.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        states: Sequence[tuple[Tensor, Tensor]],
+        batch: int,
+        kernel: Any,  # noqa: ANN401
+    ) -> None:
+        D, H, K, V, N = plan.sizes
+        self._plan, self._states, self._batch, self._kernel = plan, states, batch, kernel
+        self._memory = torch.empty(batch * (2 * H * (K + V) + H * V + D + 2 * N))
+        pointers = (x.data_ptr() for state in states for x in state)
+        self._table = native.table((plan.address, batch, 0, 0, self._memory.data_ptr(), *pointers))
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """One step: y = x + MSR(norm(x)), then y + FFN(norm(y)), for each block. States are updated in place.
+
+        Args:
+            x: fp32 [B,D]; with the ends of a model in the plan, its tokens instead, int64 [B].
+
+        Returns:
+            [B,D], or logits [B,vocabulary]; or None, and nothing done, where the kernel cannot run: another type, device or
+            size, a gradient, a token that is not in the vocabulary.
+        """
+        plan, B = self._plan, self._batch
+        if plan.tokens:
+            fits = _rows_fit(x, torch.int64, 1) and all(0 <= token < plan.tokens for token in x.tolist())
+        else:
+            fits = _rows_fit(x, torch.float32, 2) and x.shape[1] == plan.sizes[0]
+        if not fits or x.shape[0] != B:
+            return None
+        x, out = x.contiguous(), torch.empty(B, plan.width)
+        self._table[2], self._table[3] = x.data_ptr(), out.data_ptr()
+        native.launch(self._kernel, self._table)
+        return out
+
+
+def bind_blocks(states: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> Steps | None:
+    """Steps of a plan's blocks (paper §3) from states, one call for all of them; None where the kernel cannot run.
 
     Args:
-        x: fp32 [B,D]; with the ends of a model in the plan, its tokens instead, int64 [B].
-        states: of each block its state [B,H,K,V], fp32, contiguous, and the position of this token, int64 [B]. Both are
-            updated in place; positions move on by one.
+        states: of each block its state [B,H,K,V], fp32, contiguous, and the position of the next token, int64 [B]. Steps
+            update both in place; positions move on by one.
         plan: of the blocks, from `retnet.ops.plans.make_plan`.
-
-    Returns:
-        [B,D], or logits [B,vocabulary]; or None, and nothing done, where the kernel cannot run: other types, devices, sizes,
-        no numba, a gradient, a token that is not in the vocabulary.
     """
-    D, H, K, V, N = plan.sizes
-    whole = plan.tokens > 0
-    if (
-        not _rows_fit(x, torch.int64 if whole else torch.float32, 1 if whole else 2)
-        or len(states) != plan.blocks
-    ):
+    _, H, K, V, _ = plan.sizes
+    if len(states) != plan.blocks or not states[0][1].dim():
         return None
-    B = x.shape[0]
-    pointers: list[int] = []
+    B = len(states[0][1])
     for state, position in states:
         if not (
             state.dtype is torch.float32
@@ -89,14 +122,9 @@ def step_blocks(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], plan: Plan) 
             and position.is_contiguous()
         ):
             return None
-        pointers += (state.data_ptr(), position.data_ptr())
-    fits = all(0 <= token < plan.tokens for token in x.tolist()) if whole else x.shape[1] == D
-    if not fits or (kernels := _kernels(plan.number)) is None:
+    if B > MAX_ROWS or not native.plain() or (kernels := _kernels(plan.number)) is None:
         return None
-    x, out = x.contiguous(), torch.empty(B, plan.width)
-    memory = torch.empty(B * (2 * H * (K + V) + H * V + D + N))
-    native.run(kernels.walk, (plan.address, B, x.data_ptr(), out.data_ptr(), memory.data_ptr(), *pointers))
-    return out
+    return Steps(plan, states, B, kernels.walk)
 
 
 def state_step(

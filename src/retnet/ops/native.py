@@ -37,8 +37,17 @@ class Compiler(NamedTuple):
 
 
 def run(kernel: Any, numbers: Sequence[int], threads: int | None = None) -> None:  # noqa: ANN401
-    """Runs a kernel on `threads` (torch's number) threads; its table holds `numbers`: addresses, sizes, `bits`."""
-    table = (ctypes.c_int64 * len(numbers))(*numbers)
+    """Runs a kernel once; its table holds `numbers`: addresses, sizes, `bits`."""
+    launch(kernel, table(numbers), threads)
+
+
+def table(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """The table of a kernel; whoever keeps it may change single numbers and `launch` again."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def launch(kernel: Any, table: ctypes.Array[ctypes.c_int64], threads: int | None = None) -> None:  # noqa: ANN401
+    """Runs a kernel on `threads` (torch's number) threads."""
     _parallel()(kernel.address, table, threads or torch.get_num_threads(), 0)
 
 
@@ -103,6 +112,13 @@ def compiler() -> Compiler | None:
         external("omp_get_num_threads", numba.types.int32()),
         external("GOMP_barrier", numba.types.void()),
     )
+
+
+def register_bytes() -> int:
+    """Size of the widest vector registers that compiled code uses here; only where there is a `compiler`."""
+    from llvmlite import binding
+
+    return 64 if binding.get_host_cpu_features().get("avx512f") else 32
 
 
 def _intrinsics() -> tuple[Any, Any, Any]:

@@ -66,6 +66,7 @@ class Plan(NamedTuple):
 
     tensors: list[Tensor | None]
     pointers: list[int]  # their addresses
+    memory: list[Tensor | None]  # what lies there, kept while somebody may read it
     number: torch.dtype  # of the weights
     sizes: tuple[int, int, int, int, int]  # D H K V N
     blocks: int
@@ -126,6 +127,7 @@ def make_plan(blocks: Sequence[tuple[Core, Shell]], ends: Ends | None = None) ->
     return Plan(
         tensors,
         pointers,
+        [None if x is None else x.detach() for x in tensors],
         first.number,
         first.sizes,
         len(checked),

@@ -24,21 +24,23 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
     logits, working memory; then of each block its state [B,H,K,V] and positions [B], which move on by one.
     """
     array, thread, barrier = compiler.array, compiler.thread, compiler.barrier
-    matrix, rows, _, fetch = matvec
+    matrix, rows, fetch = matvec
     real = compiler.real
     normed, mix, activate, enter = _compile_parts(compiler, matvec, advance)
 
     @compiler.function
     def share(memory: int, B: int, plan: Any) -> Any:  # noqa: ANN401
-        """What threads give each other: projections [B,2·H·(K+V)], heads [B,H·V], sums [B,D], hidden [B,N]."""
+        """What threads give each other: projections [B,2·H·(K+V)], heads [B,H·V], sums [B,D], hidden and its gates [B,N]."""
         D, H, K, V, N = plan[0], plan[1], plan[2], plan[3], plan[4]
         heads = memory + 4 * B * 2 * H * (K + V)
         sums = heads + 4 * B * H * V
+        hidden = sums + 4 * B * D
         return (
             array(memory, (B, 2 * H * (K + V)), np.float32),
             array(heads, (B, H * V), np.float32),
             array(sums, (B, D), np.float32),
-            array(sums + 4 * B * D, (B, N), np.float32),
+            array(hidden, (B, N), np.float32),
+            array(hidden + 4 * B * N, (B, N), np.float32),
         )
 
     @compiler.kernel
@@ -47,7 +49,7 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
         D, H, K, V, N, count = plan[0], plan[1], plan[2], plan[3], plan[4], plan[13]
         eps, whole = real(plan[12]), plan[14]
         blocks = array(table[0] + 8 * 25, (count, 22), np.int64)
-        projected, heads, sums, hidden = share(table[4], B, plan)
+        projected, heads, sums, hidden, gates = share(table[4], B, plan)
         x, z = np.empty((B, D), np.float32), np.empty((B, D), np.float32)
         cos, sin = np.empty((B, K // 2), np.float32), np.empty((B, K // 2), np.float32)
         known = np.full(K // 2 + B, np.nan)  # what cos and sin are of: theta, positions
@@ -76,7 +78,9 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
             x += sums
             normed(x, block[2], block[3], eps, z)
             rows(z, fc1, hidden, 0)
-            activate(plan, block, z, hidden)
+            if plan[9]:
+                rows(z, matrix(block[10], block[20], N, D), gates, 0)
+            activate(plan, hidden, gates)
             fetch(fc2)
             barrier()
             rows(hidden, fc2, sums, 0)
@@ -95,7 +99,7 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
 
 def _compile_parts(compiler: native.Compiler, matvec: Matvec, advance: Callable[..., None]) -> Any:  # noqa: ANN401
     array, thread, threads, barrier = compiler.array, compiler.thread, compiler.threads, compiler.barrier
-    matrix, rows, dot, _ = matvec
+    matrix, rows, _ = matvec
     real = compiler.real
 
     @compiler.function
@@ -188,15 +192,14 @@ def _compile_parts(compiler: native.Compiler, matvec: Matvec, advance: Callable[
                     o[j] *= gate[j] / (1 + math.exp(-gate[j]))
 
     @compiler.function
-    def activate(plan: Any, block: Any, z: Any, hidden: Any) -> None:  # noqa: ANN401
-        """What is between the FFN's two products, for this thread's share of the first."""
-        D, N, gated, silu = plan[0], plan[4], plan[9], plan[10]
-        gate = matrix(block[10], block[20], N, D)
-        for r in range(N * thread() // threads(), N * (thread() + 1) // threads()):
-            for b in range(z.shape[0]):
+    def activate(plan: Any, hidden: Any, gates: Any) -> None:  # noqa: ANN401
+        """What is between the FFN's products, for this thread's share of the first."""
+        N, gated, silu, i, n = plan[4], plan[9], plan[10], thread(), threads()
+        for b in range(hidden.shape[0]):
+            for r in range(N * i // n, N * (i + 1) // n):
                 h = hidden[b, r]
                 a = h / (1 + math.exp(-h)) if silu else 0.5 * h * (1 + math.erf(h * math.sqrt(0.5)))
-                hidden[b, r] = a * dot(gate, r, z[b]) if gated else a
+                hidden[b, r] = a * gates[b, r] if gated else a
 
     @compiler.function
     def enter(plan: Any, ends: Any, tokens: Any, x: Any, z: Any) -> None:  # noqa: ANN401
