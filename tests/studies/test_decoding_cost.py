@@ -1,4 +1,5 @@
 import json
+import mmap
 import tomllib
 from dataclasses import replace
 
@@ -61,7 +62,8 @@ def test_jobs_leave_all_that_the_summary_reads(tmp_path):
     assert (OURS, 8192, 2) in cells
     state = results["memory-transformer"]["rows"][-1]["state_bytes"]
     assert state == 2 * 8192 * 32 * 4 + 8
-    assert results["memory-transformer"]["rows"][-1]["held_bytes"] > state
+    held = results["memory-transformer"]["rows"][-1]["held_bytes"]
+    assert held >= state - 4 * mmap.PAGESIZE  # keys and values begin and end in pages that may be resident before
     weights = results["memory-retnet"]["weight_bytes"]
     assert weights == 4 * cost(study.grid.model).total
     summary = study.summarise(results)

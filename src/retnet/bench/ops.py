@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retnet.bench import peers
 from retnet.bench.devices import free_memory, product_limits, recent, stopwatch
-from retnet.bench.steps import measure_steps, step_targets
+from retnet.bench.steps import SHORT, measure_steps, step_targets
 from retnet.bench.timing import Contender, Sample, Say, Spread, Target, interleave, spread, times_faster
 from retnet.bench.ways import (
     BOTH,
@@ -52,7 +52,8 @@ NOTES = (
     "of_torch_mm: flops per second ÷ rate of matrix products by torch.mm; of_limit: ÷ that of torch's fastest library. "
     "Limits stand on both sides of every contender, measured anew where the last is older than a second",
     "step: one token for each row; bytes are those of the state, in and out. Large states take turns over more memory "
-    "than caches hold; the small ones, of 12 layers, stay in the caches and show what a call costs",
+    "than caches hold; the small ones, of 12 layers, stay in the caches and show what a call costs. Steps take turns in "
+    f"{SHORT} short rounds for each round of the op",
 )
 
 
@@ -130,7 +131,7 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     del contenders  # and the memory of their inputs
-    steps = measure_steps(device, 3 * bench.rounds, bench.buffer_megabytes, say)
+    steps = measure_steps(device, bench.rounds, bench.buffer_megabytes, say)
     ours = {(row.shape, row.length, row.mode): row for row in rows if row.name == OURS}
     our_steps = {row.step: row for row in steps if row.name == OURS}
     products = f"{'fp32' if device.type == 'cpu' else 'bf16'}_{{}}_flops_per_s"

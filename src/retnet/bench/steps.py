@@ -14,6 +14,7 @@ from retnet.bench.ways import LARGE, LOOP, OURS, Shape, kernels
 from retnet.ops import log_decays, native, retention_step
 
 LAYERS = 12  # states that a small model steps through
+SHORT = 12  # rounds of steps for each round of the op: the speed of a shared memory changes within seconds
 
 
 class Step(NamedTuple):
@@ -67,7 +68,7 @@ class StepRow:
 
 
 def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -> list[StepRow]:
-    """All sizes of a step, interleaved; `megabytes` of memory hold the cold states, and no cache does."""
+    """All sizes of a step, interleaved, in `SHORT` times so many rounds; cold states take turns over so much memory."""
     names = [OURS, LOOP] if device.type == "cpu" and native.compiler() is not None else [OURS]
     rows = [StepRow(name, step) for step in STEPS for name in names]
     contenders = [
@@ -76,7 +77,7 @@ def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -
         )
         for row in rows
     ]
-    samples = interleave(contenders, update_limit(device, megabytes), rounds, say)
+    samples = interleave(contenders, update_limit(device, megabytes), SHORT * rounds, say)
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     return rows
@@ -94,7 +95,7 @@ def _measure(row: StepRow, device: torch.device, megabytes: int) -> Callable[[],
         for state in states:
             retention_step(q, k, v, log_decay, state)
 
-    timed = stopwatch(run, device, units=count)
+    timed = stopwatch(run, device, units=count, budget=0.05)
 
     def measure() -> float:
         with torch.inference_mode(), kernels(row.name == OURS):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from retnet.ops import cpu, decode, native, reference
+from retnet.ops import cpu, decode, reference
+from retnet.ops.checks import check_documents, check_inputs, check_pool, check_state, plainly_right
 from retnet.ops.triton import configs, operators, support
 
 BACKENDS = ("reference", "cpu", "triton")
 FORMS = ("parallel", "recurrent", "chunkwise")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
 
@@ -59,9 +58,9 @@ def retention(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed; or a backend that cannot run.
     """
-    _check_inputs(q, k, v, log_decay, time=True)
-    rows = q.shape[0] if cu_seqlens is None else _check_documents(cu_seqlens, q)
-    _check_state(state, q, v, rows)
+    check_inputs(q, k, v, log_decay, time=True)
+    rows = q.shape[0] if cu_seqlens is None else check_documents(cu_seqlens, q)
+    check_state(state, q, v, rows)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, FORMS))}")
     if chunk_size is not None and chunk_size < 1:
@@ -105,12 +104,12 @@ def retention_step(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
-    if slots is None and _plainly_right(q, k, v, log_decay, state):
+    if slots is None and plainly_right(q, k, v, log_decay, state):
         factor = q.shape[2] ** -0.5 if scale is None else float(scale)
         if (out := decode.state_step(q, k, v, log_decay, state, None, factor)) is not None:
             return out
-    _check_inputs(q, k, v, log_decay, time=False)
-    _check_pool(q, v, state, slots)
+    check_inputs(q, k, v, log_decay, time=False)
+    check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.device.type == "cpu":
         return cpu.step(q, k, v, log_decay, state, slots, scale)
@@ -147,8 +146,8 @@ def retention_steps(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
-    _check_inputs(q, k, v, log_decay, time=True)
-    _check_pool(q, v, state, slots)
+    check_inputs(q, k, v, log_decay, time=True)
+    check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.device.type != "cpu" and _choose(q, v, log_decay.detach(), "chunkwise")[0] == "triton":
         return operators.step(q, k, v, log_decay, state, slots, scale)
@@ -156,139 +155,6 @@ def retention_steps(
     for t in range(q.shape[1]):
         out[:, t] = retention_step(q[:, t], k[:, t], v[:, t], log_decay, state, slots, scale)
     return out
-
-
-def _plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> bool:
-    """Whether a step is what nearly all steps are, fp32 on a CPU without slots, and every check would pass.
-
-    The checks, and the operator that stands between them and the kernel for tracing, cost more than a small step.
-    """
-    if not (
-        type(q) is type(k) is type(v) is type(log_decay) is type(state) is Tensor
-        and q.dtype is k.dtype is v.dtype is log_decay.dtype is state.dtype is torch.float32
-        and q.is_cpu
-        and k.is_cpu
-        and v.is_cpu
-        and log_decay.is_cpu
-        and state.is_cpu
-        and q.dim() == v.dim() == 3
-        and state.dim() == 4
-        and not torch.is_grad_enabled()
-        and native.plain()
-    ):
-        return False
-    (B, H, K), (rows, heads, keys, values) = q.shape, state.shape
-    if not (
-        k.shape == q.shape
-        and v.shape == (B, H, values)
-        and (heads, keys) == (H, K)
-        and rows >= B
-        and state.is_contiguous()
-        and log_decay.shape == (H,)
-    ):
-        return False
-    for value in log_decay.tolist():  # noqa: SIM110  a generator would take as long as all the rest
-        if not -math.inf < value <= 0:
-            return False
-    return True
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether looking at the values of x costs no synchronisation and does not break a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bool) -> None:
-    lead = "B,T,H" if time else "B,H"
-    if q.dim() != (4 if time else 3):
-        raise ValueError(f"q has shape {tuple(q.shape)}; allowed: [{lead},K]")
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}; allowed: that of q, {tuple(q.shape)}")
-    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(
-            f"v has shape {tuple(v.shape)}; allowed: [{lead},V] = {(*q.shape[:-1], 'V')} as in q"
-        )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q has type {q.dtype}; allowed: {', '.join(map(str, DTYPES))}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has type {x.dtype}; allowed: that of q, {q.dtype}")
-    heads = q.shape[-2]
-    if log_decay.shape != (heads,) or log_decay.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"log_decay has shape {tuple(log_decay.shape)} and type {log_decay.dtype}; "
-            f"allowed: [{heads}], one a head, fp32 or fp64 (half types round γ to 1)"
-        )
-    for name, x in (("k", k), ("v", v), ("log_decay", log_decay)):
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}; allowed: the device of q, {q.device}")
-    if _readable(log_decay):
-        for head, value in enumerate(log_decay.tolist()):
-            if not -math.inf < value <= 0:
-                raise ValueError(
-                    f"log_decay of head {head} is {value}, γ = {_exp(value)}; allowed: γ in (0, 1], log_decay in (−∞, 0]"
-                )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _check_documents(cu_seqlens: Tensor, q: Tensor) -> int:
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and type {cu_seqlens.dtype}; allowed: [N+1] of int32 or int64"
-        )
-    if q.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens packs documents in one row, but q has batch {q.shape[0]}; allowed: B = 1"
-        )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; allowed: the device of q, {q.device}")
-    if _readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[1] or sorted(bounds) != bounds:
-            raise ValueError(f"cu_seqlens is {bounds}; allowed: non-decreasing from 0 to T = {q.shape[1]}")
-    return len(cu_seqlens) - 1
-
-
-def _check_state(state: Tensor | None, q: Tensor, v: Tensor, rows: int) -> None:
-    if state is None:
-        return
-    shape = (rows, q.shape[-2], q.shape[-1], v.shape[-1])
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if state.shape != shape:
-        raise ValueError(f"state has shape {tuple(state.shape)}; allowed: {shape}")
-    if state.dtype != wide:
-        raise ValueError(f"state has type {state.dtype}; allowed for {q.dtype} inputs: {wide}")
-    if state.device != q.device:
-        raise ValueError(f"state is on {state.device}; allowed: the device of q, {q.device}")
-
-
-def _check_pool(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None) -> None:
-    B = q.shape[0]
-    if slots is not None and (slots.shape != (B,) or slots.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"slots has shape {tuple(slots.shape)} and type {slots.dtype}; allowed: [{B}] of int32 or int64"
-        )
-    if slots is not None and slots.device != q.device:
-        raise ValueError(f"slots is on {slots.device}; allowed: the device of q, {q.device}")
-    if state.dim() != 4:
-        raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
-    _check_state(state, q, v, state.shape[0])
-    if not state.is_contiguous():
-        raise ValueError(
-            "state is not contiguous, and it is updated in place; pass state.contiguous() and keep that"
-        )
-    if slots is None and state.shape[0] < B:
-        raise ValueError(f"state has {state.shape[0]} rows for a batch of {B}; give at least {B}, or slots")
-    if (
-        slots is not None
-        and _readable(slots)
-        and B
-        and not -1 <= int(slots.min()) <= int(slots.max()) < state.shape[0]
-    ):
-        raise ValueError(f"slots holds {slots.tolist()}; allowed: −1 (padding) to {state.shape[0] - 1}")
 
 
 def _backend(name: str, q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str:
