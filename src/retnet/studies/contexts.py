@@ -74,10 +74,16 @@ class Contexts:
     def seconds(self, length: int, batch: int, budget: float) -> float:
         """Median seconds of a step from there, of as many as the budget in seconds holds, at least 3."""
         state, token = self.state(length, batch), self.token(batch)
+        subject, stepper = self.subject, None
+        if isinstance(subject, LanguageModel):
+            stepper = subject.stepper(state)
 
         def step() -> None:
             nonlocal state
-            _, state = self.subject.step(token, state)
+            if stepper is not None:  # as `retnet generate` steps
+                stepper.step(token)
+            else:
+                _, state = subject.step(token, state)
             wait(token.device)
 
         with torch.inference_mode():
