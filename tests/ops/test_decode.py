@@ -225,6 +225,30 @@ def test_without_numba_it_says_what_to_install(monkeypatch, caplog):
     assert "pip install 'retnet[fast]'" in caplog.text
 
 
+def test_large_pages_change_no_number_and_no_address(monkeypatch):
+    x, asked = torch.randn(3 << 20), []
+    want, address = x.clone(), x.data_ptr()
+    native.in_large_pages([x, None, torch.empty(0)])
+    assert (x.data_ptr(), x.nbytes) == (address, 12 << 20)
+    assert torch.equal(x, want)
+
+    class System:
+        def madvise(self, start, length, advice):
+            asked.append((start.value, length.value))
+            return -1  # refused, as by an old system
+
+    monkeypatch.setattr(native, "_libc", System)
+    native.in_large_pages([x, x[:100]])
+    assert asked == [(start, 1 << 21) for start in range(address >> 21 << 21, address + x.nbytes, 1 << 21)]
+    monkeypatch.setattr(native, "LARGE_PAGES", 2)
+    asked.clear()
+    native.in_large_pages([x])
+    assert len(asked) == 2
+    monkeypatch.setattr(native.sys, "platform", "darwin")
+    native.in_large_pages([x])
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("change", ["copied", "assigned", "parameter", "module", "wrapped", "double"])
 def test_a_plan_ends_when_the_block_changes(change, monkeypatch):
     module, x = block(), torch.randn(1, 256)
@@ -274,8 +298,7 @@ def test_a_model_in_one_call_is_its_blocks(options, rows, kind, monkeypatch):
     module = quantise(model(**options)) if kind == "int8" else model(**options)
     exact, tokens = copy.deepcopy(module).double(), torch.randint(257, (rows, 25))
     with torch.no_grad():
-        want, _ = exact.prefill(tokens, exact.init_state(rows, dtype=torch.float64))
-        _, read = module.prefill(tokens, module.init_state(rows))
+        want, read = exact.prefill(tokens, exact.init_state(rows, dtype=torch.float64))
         state = module.init_state(rows)
         for t in range(25):
             assert relative(module._step_fused(tokens[:, t], state), want[:, t]) < 1e-4

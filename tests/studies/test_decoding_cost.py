@@ -63,7 +63,9 @@ def test_jobs_leave_all_that_the_summary_reads(tmp_path):
     state = results["memory-transformer"]["rows"][-1]["state_bytes"]
     assert state == 2 * 8192 * 32 * 4 + 8
     held = results["memory-transformer"]["rows"][-1]["held_bytes"]
-    assert held >= state - 4 * mmap.PAGESIZE  # keys and values begin and end in pages that may be resident before
+    assert (
+        held >= state - 4 * mmap.PAGESIZE
+    )  # keys and values begin and end in pages that may be resident before
     weights = results["memory-retnet"]["weight_bytes"]
     assert weights == 4 * cost(study.grid.model).total
     summary = study.summarise(results)

@@ -31,37 +31,21 @@ class Matvec(NamedTuple):
 def compile_matvec(compiler: native.Compiler, number: type) -> Matvec:
     """For weights of np.float32, or np.int8 with scales."""
     array, thread, threads, prefetch = compiler.array, compiler.thread, compiler.threads, compiler.prefetch
-    scaled, item, widest = number is np.int8, np.dtype(number).itemsize, native.register_bytes() // 4
-    one, four, eight = (_compile_dots(number, *size) for size in ((1, 8, 4), (4, widest, 2), (8, widest, 2)))
+    scaled, item, dot = number is np.int8, np.dtype(number).itemsize, _compile_dot(number)
 
     @compiler.function
     def matrix(address: int, scales: int, N: int, K: int) -> Any:  # noqa: ANN401
         return array(address, (N, K), number), array(scales, (N,), np.float32)
 
     @compiler.function
-    def row(weight: Any, r: int, x: Any, out: int, stride: int) -> None:  # noqa: ANN401
-        """Row r of W times each row of x."""
-        numbers, scales = weight
-        B, K, b = x.shape[0], x.shape[1], 0
-        w, begin = numbers.ctypes.data + r * K * item, x.ctypes.data
-        while b + 8 <= B:
-            eight(w, begin + 4 * b * K, out + 4 * b * stride, K, stride)
-            b += 8
-        if b + 4 <= B:
-            four(w, begin + 4 * b * K, out + 4 * b * stride, K, stride)
-            b += 4
-        while b < B:
-            one(w, begin + 4 * b * K, out + 4 * b * stride, K, stride)
-            b += 1
-        if scaled:
-            for c in range(B):
-                array(out + 4 * c * stride, (1,), np.float32)[0] *= scales[r]
-
-    @compiler.function
     def rows(x: Any, weight: Any, out: Any, first: int) -> None:  # noqa: ANN401
-        N, i, n = weight[0].shape[0], thread(), threads()
+        numbers, scales = weight
+        (N, K), i, n = numbers.shape, thread(), threads()
         for r in range(N * i // n, N * (i + 1) // n):
-            row(weight, r, x, out.ctypes.data + 4 * (first + r), out.shape[1])
+            w = numbers.ctypes.data + r * K * item
+            for b in range(x.shape[0]):  # the first reads the memory, the others a cache
+                s = dot(w, x.ctypes.data + 4 * b * K, K)
+                out[b, first + r] = s * scales[r] if scaled else s
 
     @compiler.function
     def fetch(weight: Any) -> None:  # noqa: ANN401
@@ -74,13 +58,12 @@ def compile_matvec(compiler: native.Compiler, number: type) -> Matvec:
     return Matvec(matrix, rows, fetch)
 
 
-def _compile_dots(number: type, batch: int, lanes: int, unroll: int) -> Any:  # noqa: ANN401
-    """dots(w, x, out, n, stride): out[stride · b] = Σ_j w[j] x[b,j] for each row b of `batch`, j < n.
+def _compile_dot(number: type) -> Any:  # noqa: ANN401
+    """dot(w, x, n): Σ_j w[j] x[j], j < n, of n numbers of this type at one address and n of fp32 at another.
 
-    w, x [batch,n] and out are addresses; w is of `number`, all else fp32. The vectors have `lanes` numbers, which is not
-    left to the compiler: with one row the memory is the limit, and it is read 15 % faster in vectors of 32 bytes than in
-    those of 64 that the compiler prefers; with several rows arithmetic is. Prefetching, or reading two rows of a weight at
-    once, made it slower.
+    Its vectors have 32 bytes of x, which is not left to the compiler: on a CPU with registers of 64 it would take those,
+    and two cores of it read memory 15 % slower so. Prefetching inside, two rows of a weight at once, and several rows of x
+    at once, in registers, were all slower.
     """
     from llvmlite import ir
     from numba import types
@@ -89,61 +72,48 @@ def _compile_dots(number: type, batch: int, lanes: int, unroll: int) -> Any:  # 
 
     whole, real = ir.IntType(64), ir.FloatType()
     kind = real if number is np.float32 else ir.IntType(8)
-    fused = ("contract",)  # product and sum are one instruction
+    lanes, unroll, fused = 8, 4, ("contract",)  # fused: product and sum are one instruction
 
     @intrinsic
-    def dots(_: Any, w: Any, x: Any, out: Any, n: Any, stride: Any) -> Any:  # noqa: ANN401
+    def dot(_: Any, w: Any, x: Any, n: Any) -> Any:  # noqa: ANN401
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
-            w, x, out, n, stride = values
-
-            def at(base: Any, offset: Any, size: int, kind: Any) -> Any:  # noqa: ANN401
-                return builder.inttoptr(
-                    builder.add(base, builder.mul(offset, whole(size))), kind.as_pointer()
-                )
+            w, x, n = values
 
             def load(base: Any, offset: Any, kind: Any, lanes: int) -> Any:  # noqa: ANN401
                 size = 4 if kind is real else 1
-                x = builder.load(at(base, offset, size, ir.VectorType(kind, lanes)), align=size)
+                place = builder.add(base, builder.mul(offset, whole(size)))
+                vector = ir.VectorType(kind, lanes).as_pointer()
+                found = builder.load(builder.inttoptr(place, vector), align=size)
                 if kind is real:
-                    return x
-                wide = builder.sext(x, ir.VectorType(ir.IntType(32), lanes))
+                    return found
+                wide = builder.sext(found, ir.VectorType(ir.IntType(32), lanes))
                 return builder.sitofp(wide, ir.VectorType(real, lanes))
 
-            def sums(begin: Any, end: Any, lanes: int, unroll: int) -> list[Any]:  # noqa: ANN401
-                """Of products from `begin` to `end`: for each row as many totals as `unroll`, added up."""
+            def add_up(begin: Any, end: Any, lanes: int, unroll: int) -> Any:  # noqa: ANN401
+                """Products from `begin` to `end`, as one vector."""
                 zero = ir.Constant(ir.VectorType(real, lanes), [0.0] * lanes)
-                totals = [
-                    [cgutils.alloca_once_value(builder, zero) for _ in range(unroll)] for _ in range(batch)
-                ]
+                totals = [cgutils.alloca_once_value(builder, zero) for _ in range(unroll)]
                 step = whole(lanes * unroll)
                 with cgutils.for_range_slice(builder, begin, end, step, intp=whole) as (first, _):
-                    for u in range(unroll):
+                    for u, total in enumerate(totals):
                         j = builder.add(first, whole(u * lanes))
-                        weight = load(w, j, kind, lanes)
-                        for b, total in enumerate(totals):
-                            row = load(x, builder.add(j, builder.mul(n, whole(b))), real, lanes)
-                            product = builder.fmul(weight, row, flags=fused)
-                            builder.store(
-                                builder.fadd(product, builder.load(total[u]), flags=fused), total[u]
-                            )
-                return [reduce(builder.fadd, map(builder.load, total)) for total in totals]
+                        product = builder.fmul(load(w, j, kind, lanes), load(x, j, real, lanes), flags=fused)
+                        builder.store(builder.fadd(product, builder.load(total), flags=fused), total)
+                return reduce(builder.fadd, map(builder.load, totals))
 
             full = builder.sub(n, builder.srem(n, whole(lanes * unroll)))
-            parts = zip(sums(whole(0), full, lanes, unroll), sums(full, n, 1, 1), strict=True)
+            most, rest = add_up(whole(0), full, lanes, unroll), add_up(full, n, 1, 1)
             across = cgutils.get_or_insert_function(
                 builder.module,
-                ir.FunctionType(real, [real, ir.VectorType(real, lanes)]),
+                ir.FunctionType(real, [real, most.type]),
                 f"llvm.vector.reduce.fadd.v{lanes}f32",
             )
-            for b, (main, rest) in enumerate(parts):
-                last = builder.extract_element(rest, ir.IntType(32)(0))
-                total = builder.call(across, [last, main], fastmath=("reassoc",))
-                builder.store(total, at(out, builder.mul(stride, whole(b)), 4, real), align=4)
-            return context.get_dummy_value()
+            last = builder.extract_element(rest, ir.IntType(32)(0))
+            return builder.call(across, [last, most], fastmath=("reassoc",))
 
-        return types.void(*5 * (types.int64,)), generate
+        return types.float32(types.int64, types.int64, types.int64), generate
 
-    return dots
+    return dot
 
 
 def compile_product(compiler: native.Compiler, matvec: Matvec) -> Any:  # noqa: ANN401

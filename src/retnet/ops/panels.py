@@ -38,7 +38,7 @@ class Panels(NamedTuple):
 
 def compile_panels(compiler: native.Compiler, number: type) -> Panels:
     """The functions for fp32 or fp64, a type of numpy."""
-    registers = native.register_bytes()
+    registers = _register_bytes()
     item = np.dtype(number).itemsize
     W, R = 2 * registers // item, 8 if registers == 64 else 4
     tile = _compile_tile(number, R, W)
@@ -156,6 +156,12 @@ def compile_panels(compiler: native.Compiler, number: type) -> Panels:
                 )
 
     return Panels(empty, take, touch, load, store, transpose, scale, mask, product)
+
+
+def _register_bytes() -> int:
+    from llvmlite import binding
+
+    return 64 if binding.get_host_cpu_features().get("avx512f") else 32
 
 
 def _compile_tile(number: type, rows: int, width: int) -> Any:  # noqa: ANN401

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.ops.native import bits, readable
+from retnet.ops.native import bits, in_large_pages, readable
 
 MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
 
@@ -115,6 +115,7 @@ def make_plan(blocks: Sequence[tuple[Core, Shell]], ends: Ends | None = None) ->
         width = ends.head.shape[0]
         numbers = [ends.embedding.shape[0], width, bits(ends.scale)]
     tensors = [*outer, *(x for b in checked if b is not None for x in b.tensors)]
+    in_large_pages(tensors[1:])  # of an embedding a step reads a row, unless it is the head as well
     pointers = _addresses(tensors)
     head = [
         *first.sizes,
