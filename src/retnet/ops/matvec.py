@@ -14,8 +14,6 @@ import numpy as np
 
 from retnet.ops import native
 
-AHEAD = 4096  # bytes of a weight that a thread begins to read before it waits for the others
-
 
 class Matvec(NamedTuple):
     """Compiled functions of weights, which are pairs: numbers [N,K], and a scale for each row where they are int8.
@@ -24,13 +22,14 @@ class Matvec(NamedTuple):
     """
 
     matrix: Callable[..., Any]  # matrix(address, scales, N, K): the weight that lies there
-    rows: Callable[..., None]  # rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ
-    fetch: Callable[..., None]  # fetch(weight): begins to read this thread's share
+    rows: Callable[
+        ..., None
+    ]  # rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ, x contiguous
 
 
 def compile_matvec(compiler: native.Compiler, number: type) -> Matvec:
     """For weights of np.float32, or np.int8 with scales."""
-    array, thread, threads, prefetch = compiler.array, compiler.thread, compiler.threads, compiler.prefetch
+    array, thread, threads = compiler.array, compiler.thread, compiler.threads
     scaled, item, dot = number is np.int8, np.dtype(number).itemsize, _compile_dot(number)
 
     @compiler.function
@@ -47,15 +46,7 @@ def compile_matvec(compiler: native.Compiler, number: type) -> Matvec:
                 s = dot(w, x.ctypes.data + 4 * b * K, K)
                 out[b, first + r] = s * scales[r] if scaled else s
 
-    @compiler.function
-    def fetch(weight: Any) -> None:  # noqa: ANN401
-        numbers, _ = weight
-        N, K = numbers.shape
-        begin = numbers.ctypes.data + N * thread() // threads() * K * item
-        for line in range(begin, begin + AHEAD, 64):
-            prefetch(line)
-
-    return Matvec(matrix, rows, fetch)
+    return Matvec(matrix, rows)
 
 
 def _compile_dot(number: type) -> Any:  # noqa: ANN401
@@ -118,7 +109,7 @@ def _compile_dot(number: type) -> Any:  # noqa: ANN401
 
 def compile_product(compiler: native.Compiler, matvec: Matvec) -> Any:  # noqa: ANN401
     """out = x Wᵀ; its table: x [B,K], weight, scales (0: none), out [B,N], B, K, N."""
-    array, (matrix, rows, _) = compiler.array, matvec
+    array, (matrix, rows) = compiler.array, matvec
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401

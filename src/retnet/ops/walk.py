@@ -1,8 +1,7 @@
 """The compiled step of a model: one token a row through all blocks, and through the ends, in one call.
 
-A team of threads enters once a token. A thread waits for the others only where it needs what they have computed; before it
-waits it begins to read its share of the next weight, so that the memory is never idle. The residual stream is small, so
-every thread keeps one of its own.
+A team of threads enters once a token. A thread waits for the others only where it needs what they have computed. The
+residual stream is small, so every thread keeps one of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
     logits, working memory; then of each block its state [B,H,K,V] and positions [B], which move on by one.
     """
     array, thread, barrier = compiler.array, compiler.thread, compiler.barrier
-    matrix, rows, fetch = matvec
+    matrix, rows = matvec
     real = compiler.real
     normed, mix, activate, enter = _compile_parts(compiler, matvec, advance)
 
@@ -67,10 +66,8 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
             fc2 = matrix(block[11], block[21], D, N)
             normed(x, block[0], block[1], eps, z)
             mix(plan, block, z, S, at, (projected, heads, known, cos, sin))
-            fetch(wo)
             barrier()
             rows(heads, wo, sums, 0)
-            fetch(fc1)
             barrier()
             if thread() == 0:
                 for b in range(B):
@@ -81,11 +78,8 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
             if plan[9]:
                 rows(z, matrix(block[10], block[20], N, D), gates, 0)
             activate(plan, hidden, gates)
-            fetch(fc2)
             barrier()
             rows(hidden, fc2, sums, 0)
-            if layer + 1 < count:
-                fetch(matrix(blocks[layer + 1][4], blocks[layer + 1][14], H * K, D))
             barrier()
             x += sums
         if whole:
@@ -99,7 +93,7 @@ def compile_walk(compiler: native.Compiler, matvec: Matvec, advance: Callable[..
 
 def _compile_parts(compiler: native.Compiler, matvec: Matvec, advance: Callable[..., None]) -> Any:  # noqa: ANN401
     array, thread, threads, barrier = compiler.array, compiler.thread, compiler.threads, compiler.barrier
-    matrix, rows, _ = matvec
+    matrix, rows = matvec
     real = compiler.real
 
     @compiler.function
