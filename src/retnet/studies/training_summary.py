@@ -16,7 +16,7 @@ Speeds = Mapping[str, Result]  # size → result
 Memories = Mapping[tuple[str, str, int], Result]  # (size, model, length) → result
 NOTES = (
     "One step: forward, cross entropy, backward, AdamW, on random tokens. Times are of interleaved rounds in one process, "
-    "median (least..greatest); ratios are formed round by round.",
+    "medians; ratios are formed round by round, median (least..greatest).",
     "Memory: the most that a process of its own held during two steps, beyond what it held before there was a model: "
     "weights, gradients, AdamW's moments, what the backward pass needs, scratch memory.",
     "Both Transformers are one model: plain attention holds a matrix of scores of all tokens against all, FlashAttention "
@@ -63,10 +63,9 @@ def _peak(memories: Memories, size: str, model: str, length: int) -> int | None:
 def _table(size: str, lengths: Sequence[int], tokens: int, speed: Result | None, memories: Memories) -> Table:
     columns = (
         "tokens of a sequence",
-        *(f"memory: {model}" for model in TRAINED),
+        *(f"tokens/s: RetNet ÷ {than}" for than in (PLAIN, FLASH)),
         *(f"tokens/s: {model}" for model in TRAINED),
-        f"RetNet ÷ {PLAIN}",
-        f"RetNet ÷ {FLASH}",
+        *(f"memory: {model}" for model in TRAINED),
     )
     rows = []
     for length in lengths:
@@ -75,9 +74,12 @@ def _table(size: str, lengths: Sequence[int], tokens: int, speed: Result | None,
         rows.append(
             (
                 f"{length:,}",
-                *(MISSING if peak is None else in_bytes(peak) for peak in peaks),
-                *(str(spread(tokens / t for t in seconds)) if seconds else MISSING for seconds in times),
                 *(str(_faster(speed, than, length) or MISSING) for than in (PLAIN, FLASH)),
+                *(
+                    f"{spread(tokens / t for t in seconds).median:,.0f}" if seconds else MISSING
+                    for seconds in times
+                ),
+                *(MISSING if peak is None else in_bytes(peak) for peak in peaks),
             )
         )
     parameters = f" Parameters: {_parameters(speed)}." if speed else ""
@@ -102,16 +104,16 @@ def _left_out(size: str, speed: Result | None, memories: Memories) -> list[str]:
 def _published() -> Table:
     columns = (
         "size",
-        *(f"GB: {model}" for model in TRAINED),
+        *(f"words/s: RetNet ÷ {than}" for than in (PLAIN, FLASH)),
         *(f"words/s: {model}" for model in TRAINED),
-        f"RetNet ÷ {PLAIN}",
-        f"RetNet ÷ {FLASH}",
+        *(f"GB: {model}" for model in TRAINED),
     )
     rows = tuple(
         (
             size,
-            *(f"{x:.1f}" for x in (*memory, *speed)),
             *(f"{speed[2] / speed[n]:.2f}" for n in (0, 1)),
+            *(f"{x:,.1f}" for x in speed),
+            *(f"{x:.1f}" for x in memory),
         )
         for size, (memory, speed) in TRAINING_COST.items()
     )
