@@ -17,21 +17,16 @@ def compile_advance(compiler: native.Compiler) -> Callable[..., None]:
     @compiler.function
     def advance(S: Any, keep: float, key: Any, value: Any, query: Any, out: Any) -> None:  # noqa: ANN401
         out[:] = 0
-        n = (
-            len(key) // 4
-        )  # four rows at a time, far apart: as many streams for the memory, and `out` is touched less
+        # Four rows at a time, far apart: as many streams for the memory, and `out` is touched less.
+        n = len(key) // 4
         for i in range(n):
             a, b, c, d = S[i], S[i + n], S[i + 2 * n], S[i + 3 * n]
             ka, kb, kc, kd = key[i], key[i + n], key[i + 2 * n], key[i + 3 * n]
             qa, qb, qc, qd = query[i], query[i + n], query[i + 2 * n], query[i + 3 * n]
             for j in range(len(value)):
                 vj = value[j]
-                aj, bj, cj, dj = (
-                    keep * a[j] + ka * vj,
-                    keep * b[j] + kb * vj,
-                    keep * c[j] + kc * vj,
-                    keep * d[j] + kd * vj,
-                )
+                aj, bj = keep * a[j] + ka * vj, keep * b[j] + kb * vj
+                cj, dj = keep * c[j] + kc * vj, keep * d[j] + kd * vj
                 a[j], b[j], c[j], d[j] = aj, bj, cj, dj
                 out[j] += qa * aj + qb * bj + qc * cj + qd * dj
         for i in range(4 * n, len(key)):
