@@ -15,6 +15,8 @@ export TRITON_CACHE_DIR         := $(CACHE)/triton
 export TMPDIR                   := $(CACHE)/tmp
 export PYTHONPYCACHEPREFIX      := $(CACHE)/pycache
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+# pip asks rustc for its version; where that is rustup's, it writes settings.
+export RUSTUP_HOME              := $(CACHE)/rustup
 export HF_HUB_OFFLINE           ?= 1
 
 .PHONY: setup demo test test-fast lint types layers clean

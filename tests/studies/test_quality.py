@@ -72,13 +72,12 @@ def test_a_failed_rate_does_not_hold_up_the_seeds():
 
 def test_all_rows_are_trained_alike():
     rows = (Row("A", "smoke"), Row("B", "smoke", {"model": {"mixer": {"name": "softmax", "num_heads": 2}}}))
-    study = quality(rows=rows, settings={"train": {"steps": 7}, "data": {"corpus": "stdlib"}}, bpe=300)
+    study = quality(rows=rows, settings={"train": {"steps": 7}, "data": {"tokenizer": "bpe:300"}})
     configs = [job.run_config for job in study.jobs(OUT, {}, []).values()]
     assert {c.model.mixer.name for c in configs} == {"retention", "softmax"}
     assert len({(c.data, c.train.steps, c.train.seed) for c in configs}) == 1
     assert {c.train.learning_rate for c in configs} == {1e-3, 1e-2}
-    assert configs[0].data.tokenizer == "out/tokenizer.json"
-    assert configs[0].model.vocab_size == 300
+    assert (configs[0].data.tokenizer, configs[0].data.cache) == ("bpe:300", "out/data")
 
 
 def test_means_spreads_and_the_published_order():

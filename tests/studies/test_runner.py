@@ -155,9 +155,8 @@ workers = 2
 name = "quality"
 seeds = 1
 learning_rates = [1e-3]
-bpe = 300
 sets.plays = "plays.txt"
-settings.data = { corpus = "texts", validation_fraction = 0.2 }
+settings.data = { corpus = "texts", validation_fraction = 0.2, tokenizer = "bpe:300" }
 [measure.settings.train]
 steps = 4
 seq_len = 32

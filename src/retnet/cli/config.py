@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import click
 
@@ -31,7 +32,8 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     from retnet.train.config import RunConfig
 
     run = load(RunConfig, config_path(name), parse_overrides(overrides))
-    size = cost(run.model, run.train.seq_len)
+    model = replace(run.model, vocab_size=run.model.vocab_size or run.data.learned_vocab)
+    size = cost(model, run.train.seq_len)
     click.echo(dump(run))
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
@@ -42,7 +44,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     table.add_section()
     table.add_row("all", f"{size.total:,}")
     console.print(table)
-    if run.model.vocab_size is None:
+    if model.vocab_size is None:
         console.print("(vocabulary: that of the tokenizer; counted here with 257, that of bytes)")
     console.print(f"flops per token at T = {size.length:,}: {size.flops_per_token:,} forward", end="")
     console.print(f", {3 * size.flops_per_token:,} training")
@@ -55,7 +57,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, length in LENGTHS.items():
-        state, cache = cost(run.model, length).state_bytes, kv_cache_bytes(run.model, length)
+        state, cache = cost(model, length).state_bytes, kv_cache_bytes(model, length)
         table.add_row(label, f"{state:,}", f"{cache:,}", f"{cache / state:.2f}×")
     console.print(table)
 

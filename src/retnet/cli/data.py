@@ -76,7 +76,7 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
 @click.option("--corpus", multiple=True, help="Text to train on; may be given several times.")
 @click.option("--validation", multiple=True, help="Text to validate on, instead of a part of the corpus.")
 @click.option("--validation-fraction", type=float, help="Part of the documents held out.")
-@click.option("--tokenizer", help="'bytes', a tokenizer.json, or a folder that holds one.")
+@click.option("--tokenizer", help="'bytes', 'bpe:SIZE', a tokenizer.json, or a folder that holds one.")
 @click.option("--text-field", help="Field of records that holds the text.")
 @click.option("--out", help="Where the prepared folder goes.")
 def prepare(
@@ -184,8 +184,8 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("", total=None, seen="")
 
         def show(progress: Progress) -> None:
-            seen = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
-            bar.update(task, completed=progress.bytes_read, total=progress.bytes_total or None, seen=seen)
+            total = progress.bytes_total or None
+            bar.update(task, completed=progress.bytes_read, total=total, seen=progress.words)
 
         yield show
 
@@ -198,6 +198,6 @@ def _lines() -> Callable[[Progress], None]:
         if time.monotonic() - last >= _LINE_EVERY:
             last = time.monotonic()
             part = f"{progress.bytes_read / progress.bytes_total:.0%}, " if progress.bytes_total else ""
-            click.echo(f"{part}{progress.documents:,} documents, {progress.tokens:,} tokens", err=True)
+            click.echo(f"{part}{progress.words}", err=True)
 
     return show

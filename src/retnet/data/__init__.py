@@ -5,8 +5,9 @@
 
 from retnet.data.batches import IGNORED, Batch, Batches
 from retnet.data.config import DataConfig
+from retnet.data.learning import read_texts
 from retnet.data.manifest import Manifest
-from retnet.data.prepare import Progress, prepare, read_texts
+from retnet.data.prepare import Progress, prepare
 from retnet.data.readers import Problem
 from retnet.data.shards import Prepared, TokenShards, load
 from retnet.data.tokenizer import TextStream, Tokenizer

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from retnet.settings import UserError
 
+LEARNED = "bpe:"  # what the name of a tokenizer to be learned begins with
+SMALLEST_BPE = 257  # 256 bytes and the document start
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -22,7 +25,8 @@ class DataConfig:
         validation: the text to validate on; None splits it off `corpus`, whole documents at a time, by a hash of
             the file's path (text files) or of the text (records).
         validation_fraction: the part of the documents split off, in (0, 1); unused when `validation` is given.
-        tokenizer: ``bytes``, a ``tokenizer.json``, or a Hugging Face folder that holds one.
+        tokenizer: ``bytes``, ``bpe:SIZE`` (a byte-level BPE of SIZE tokens, learned from the training text before it
+            is prepared), a ``tokenizer.json``, or a Hugging Face folder that holds one.
         text_field: the field or column of JSON Lines, Parquet and Hugging Face records that holds the text.
         cache: where prepared tokens go, one folder per fingerprint of everything above.
     """
@@ -41,6 +45,18 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (not value or "" in as_tuple(value)):
                 raise UserError(f"{name} must name at least one corpus, got {value!r}")
+        if self.tokenizer.startswith(LEARNED):
+            size = self.tokenizer.removeprefix(LEARNED)
+            if not (size.isascii() and size.isdigit() and int(size) >= SMALLEST_BPE):
+                raise UserError(
+                    f"tokenizer {self.tokenizer!r} has no size of at least {SMALLEST_BPE} (256 bytes and the document "
+                    "start) behind the colon; for example 'bpe:4096'"
+                )
+
+    @property
+    def learned_vocab(self) -> int | None:
+        """Tokens of a tokenizer that is to be learned from the text; None when it is there already."""
+        return int(self.tokenizer.removeprefix(LEARNED)) if self.tokenizer.startswith(LEARNED) else None
 
 
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:

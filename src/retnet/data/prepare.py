@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections import deque
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 
 from retnet.data import manifest, sources
 from retnet.data.config import DataConfig, as_tuple
+from retnet.data.learning import learn
 from retnet.data.readers import PIECE, Piece, Problem, read
 from retnet.data.shards import Prepared, load
-from retnet.data.sources import Source
+from retnet.data.sources import Source, is_held_out
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.writer import Segments
 from retnet.settings import UserError
@@ -35,12 +35,25 @@ _AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or wri
 
 
 class Progress(NamedTuple):
-    """How far preparing has come: bytes of the sources read, of how many (0: unknown), documents and tokens written."""
+    """How far preparing has come: bytes of the sources read, of how many (0: unknown), documents and tokens written.
+
+    A tokenizer that is learned takes a pass over the sources of its own, before the first token.
+    """
 
     bytes_read: int
     bytes_total: int
     documents: int
     tokens: int
+    learning: bool = False
+
+    @property
+    def words(self) -> str:
+        """What is there, for a person."""
+        return (
+            "learning the tokenizer"
+            if self.learning
+            else f"{self.documents:,} documents, {self.tokens:,} tokens"
+        )
 
 
 class _Event(NamedTuple):
@@ -74,44 +87,21 @@ def prepare(
     Raises:
         UserError: no such corpus or tokenizer, no text in it, nothing on one side of the split, or a damaged folder.
     """
-    tokenizer = Tokenizer.load(config.tokenizer)
+    given = None if config.learned_vocab else Tokenizer.load(config.tokenizer)
     if isinstance(config.corpus, str) and (Path(config.corpus) / manifest.MANIFEST).is_file():
-        return _already_prepared(config, tokenizer)
+        return _already_prepared(config, given)
     corpora, found = _find(config)
-    fingerprint = _fingerprint(config, found, tokenizer, shard_tokens)
+    fingerprint = _fingerprint(config, found, given, shard_tokens)
     directory = Path(config.cache) / fingerprint[:16]
     if not (directory / manifest.MANIFEST).is_file():
         with _alone_in(directory):
             if not (directory / manifest.MANIFEST).is_file():
-                segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
                 report = _Report(found, on_progress, on_problem)
+                tokenizer = _tokenizer_of(directory, lambda: given or learn(config, found, report.learning))
+                segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
                 _fill(segments, config, found, tokenizer, shard_tokens, report)
                 _complete(segments, directory, fingerprint, tokenizer, corpora)
     return load(directory)
-
-
-def read_texts(
-    corpora: str | tuple[str, ...],
-    text_field: str,
-    on_problem: Callable[[Problem], None],
-    *,
-    max_bytes: int | None = None,
-) -> Iterator[str]:
-    """All texts of corpora, in pieces, one after the other: what a tokenizer is trained on.
-
-    `max_bytes` of UTF-8 end it after the piece that reaches them.
-    """
-    left = math.inf if max_bytes is None else max_bytes
-    for spec in as_tuple(corpora):
-        for source in sources.find(spec):
-            for content in read(source, text_field):
-                if left <= 0:
-                    return
-                if isinstance(content, Piece):
-                    left -= len(content.text.encode())
-                    yield content.text
-                else:
-                    on_problem(content)
 
 
 class _Report:
@@ -132,11 +122,24 @@ class _Report:
         if self._on_problem:
             self._on_problem(problem)
 
+    def learning(self, source: int, piece: Piece) -> None:
+        if self._on_progress:
+            read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
+            self._on_progress(Progress(read_so_far, total, 0, 0, learning=True))
+
     def progress(self, event: _Event) -> None:
         if self._on_progress:
             position = event.content.position if isinstance(event.content, Piece) else 0
             read_so_far = int(self._before[event.source]) + position
             self._on_progress(Progress(read_so_far, int(self._before[-1]), self.documents, self.tokens))
+
+
+def _tokenizer_of(directory: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of a folder. It is there before the first token, so that whoever goes on after a kill has the same."""
+    file = directory / manifest.TOKENIZER
+    if not file.is_file():
+        make().save(file)
+    return Tokenizer.load(file)
 
 
 def _fill(
@@ -156,8 +159,7 @@ def _fill(
                 segments.problem(content.kind, str(content))
                 report.problem(content)
                 continue
-            decided = found[event.source].validation
-            validation = content.share < config.validation_fraction if decided is None else decided
+            validation = is_held_out(found[event.source], content.share, config.validation_fraction)
             segments.add(validation, content.first, tokens, num_bytes)
             report.documents += content.first
             report.tokens += len(tokens) + content.first
@@ -228,7 +230,6 @@ def _complete(
         if not split.documents:
             shutil.rmtree(directory)
             raise UserError(_nothing(name, train.documents + validation.documents, problems, examples))
-    tokenizer.save(directory / manifest.TOKENIZER)
     dtype: Literal["uint16", "uint32"] = "uint16" if _dtype(tokenizer).itemsize == 2 else "uint32"
     whole = manifest.Manifest(
         format=manifest.FORMAT,
@@ -279,17 +280,18 @@ def _find(config: DataConfig) -> tuple[list[manifest.Corpus], list[Source]]:
     return corpora, decided + [s._replace(validation=True) for s in validation]
 
 
-def _fingerprint(config: DataConfig, found: list[Source], tokenizer: Tokenizer, shard_tokens: int) -> str:
+def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | None, shard_tokens: int) -> str:
     """SHA-256 of everything that decides the bytes of the shards."""
     where = [source._replace(path=os.path.abspath(source.path)) for source in found]
     fraction = config.validation_fraction if config.validation is None else None
-    rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer.fingerprint, config.text_field, fraction]
+    tokenizer = given.fingerprint if given else config.tokenizer
+    rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer, config.text_field, fraction]
     return hashlib.sha256(json.dumps([rules, where]).encode()).hexdigest()
 
 
-def _already_prepared(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
+def _already_prepared(config: DataConfig, given: Tokenizer | None) -> Prepared:
     prepared = load(str(config.corpus))
-    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+    if given is None or given.fingerprint != prepared.tokenizer.fingerprint:
         file = prepared.directory / manifest.TOKENIZER
         raise UserError(
             f"{config.corpus} was prepared with another tokenizer; set data.tokenizer to {str(file)!r}"

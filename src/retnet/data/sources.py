@@ -123,6 +123,11 @@ def hold_out(sources: list[Source], fraction: float) -> list[Source]:
     return [*decided[:where], head, tail, *decided[where + 1 :]]
 
 
+def is_held_out(source: Source, share: float, fraction: float) -> bool:
+    """Whether a document whose hash is `share` belongs to the validation split."""
+    return share < fraction if source.validation is None else source.validation
+
+
 def share(text: str) -> float:
     """A hash in [0, 1): the same text always falls on the same side of a split."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()

@@ -19,6 +19,8 @@ import tokenizers
 from numpy.typing import DTypeLike, NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from retnet.data.config import SMALLEST_BPE
+from retnet.data.manifest import write_whole
 from retnet.settings import UserError
 
 BOS = "<|bos|>"
@@ -91,8 +93,10 @@ class Tokenizer:
             texts: documents or parts of them, read once.
             vocab_size: at least 257: 256 bytes and BOS. Few texts may fill less of it.
         """
-        if vocab_size < 257:
-            raise UserError(f"vocab_size must be at least 257 (256 bytes and {BOS}), got {vocab_size}")
+        if vocab_size < SMALLEST_BPE:
+            raise UserError(
+                f"vocab_size must be at least {SMALLEST_BPE} (256 bytes and {BOS}), got {vocab_size}"
+            )
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -143,8 +147,8 @@ class Tokenizer:
         return TextStream(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes a ``tokenizer.json``; `load` of it gives the same fingerprint."""
-        Path(path).write_text(self._json + "\n", encoding="utf-8")
+        """Writes a ``tokenizer.json``, whole or not at all; `load` of it gives the same fingerprint."""
+        write_whole(Path(path), f"{self._json}\n".encode())
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:

@@ -12,7 +12,7 @@ from retnet.data import DataConfig, Problem, Tokenizer, TokenShards, load
 from retnet.data.config import as_tuple
 from retnet.data.manifest import FORMAT, MANIFEST
 from retnet.data.readers import Piece, read
-from retnet.data.sources import Source, find, hold_out
+from retnet.data.sources import Source, find, hold_out, is_held_out
 from retnet.settings import UserError, build
 
 _CHUNK = 1 << 16  # tokens of a prepared folder turned into text at a time
@@ -126,9 +126,7 @@ def _is_prepared(spec: str) -> bool:
 
 
 def _counts(piece: Piece, source: Source, part: _Part) -> bool:
-    if part.fraction is None or source.validation is not None:
-        return True
-    return piece.share < part.fraction
+    return part.fraction is None or is_held_out(source, piece.share, part.fraction)
 
 
 def _size(source: Source) -> int:

@@ -50,9 +50,9 @@ class Plan(NamedTuple):
 
 
 def plan(name: str, config: RunConfig, runs: int) -> Plan:
-    """Counts one kind of run. Without a vocabulary size, that of bytes is taken."""
+    """Counts one kind of run. Where only a file knows the size of the vocabulary, that of bytes is taken."""
     model, c = config.model, config.train
-    model = model if model.vocab_size else replace(model, vocab_size=257)
+    model = replace(model, vocab_size=model.vocab_size or config.data.learned_vocab or 257)
     counted = cost(model, c.seq_len)
     tokens = c.steps * c.tokens_per_step
     return Plan(

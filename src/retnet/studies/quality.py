@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from retnet.data import Tokenizer, prepare, read_texts
+from retnet.data import prepare
 from retnet.evals import Corpus, measure, open_model
 from retnet.settings import UserError, config_path, flatten, load
 from retnet.studies.estimate import Plan, plan
@@ -32,7 +32,6 @@ from retnet.train.progress import Progress
 from retnet.train.trainer import train
 
 IN_DOMAIN = "in-domain"
-BPE_BYTES = 1 << 30  # of text to learn from, at most
 Sets = dict[str, str | tuple[str, ...]]
 
 
@@ -64,7 +63,6 @@ class Quality(Measure):
         seeds: how many, from 0.
         sets: name → text to measure on beside the validation split, such as ``"package:sympy"`` or a file.
         set_documents: of each of them, at most.
-        bpe: tokens of a BPE learned from the corpus before the first run; None leaves the tokenizer to the settings.
         published: the paper's table to stand beside.
         against: ``parameters`` draws perplexity over the size of models.
     """
@@ -76,7 +74,6 @@ class Quality(Measure):
     seeds: int = 3
     sets: Sets = field(default_factory=dict)
     set_documents: int | None = None
-    bpe: int | None = None
     published: Literal["architectures", "ablations", "none"] = "none"
     against: Literal["none", "parameters"] = "none"
 
@@ -108,22 +105,14 @@ class Quality(Measure):
             Corpus([spec for specs in self.sets.values() for spec in _several(specs)])
 
     def prepare(self, out: Path, say: Callable[[str], None]) -> None:
-        """Learns the tokenizer and makes the token shards, so that runs at the same time find both."""
-        data = self._config(self.rows[0], out, 1.0, 0, tokenizer=not self.bpe).data
-        if self.bpe and not _tokenizer(out).exists():
-            say(f"learning a BPE of {self.bpe:,} tokens from the corpus")
-            texts = read_texts(data.corpus, data.text_field, lambda problem: None, max_bytes=BPE_BYTES)
-            Tokenizer.train(texts, self.bpe).save(_tokenizer(out))
+        """Makes the token shards, so that runs at the same time find them."""
         say("preparing the tokens")
         prepare(self._config(self.rows[0], out, 1.0, 0).data, on_problem=lambda p: say(f"data: {p}"))
 
     def plans(self) -> list[Plan]:
         """What the runs of each row will take."""
         runs = len(self.learning_rates) + self.seeds - 1
-        return [
-            plan(row.label, self._config(row, Path("."), 1.0, 0, tokenizer=not self.bpe), runs)
-            for row in self.rows
-        ]
+        return [plan(row.label, self._config(row, Path("."), 1.0, 0), runs) for row in self.rows]
 
     def count(self) -> int:
         """The grid for each row, and the other seeds."""
@@ -169,18 +158,18 @@ class Quality(Measure):
     def _name(self, row: Row, rate: float, seed: int) -> str:
         return f"{_slug(row.label)}.lr-{rate:g}.seed-{seed}"
 
-    def _config(self, row: Row, out: Path, rate: float, seed: int, *, tokenizer: bool = True) -> RunConfig:
-        data: dict[str, Any] = {"data.cache": str(out / "data")}
-        if self.bpe:
-            data |= {"model.vocab_size": self.bpe}
-        if self.bpe and tokenizer:
-            data |= {"data.tokenizer": str(_tokenizer(out))}
+    def _config(self, row: Row, out: Path, rate: float, seed: int) -> RunConfig:
         chosen = {"train.learning_rate": rate, "train.seed": seed}
         try:
             return load(
                 RunConfig,
                 config_path(row.config),
-                {**data, **flatten(self.settings), **flatten(row.settings), **chosen},
+                {
+                    "data.cache": str(out / "data"),
+                    **flatten(self.settings),
+                    **flatten(row.settings),
+                    **chosen,
+                },
             )
         except UserError as error:
             raise UserError(f"row {row.label!r}: {error}") from None
@@ -268,10 +257,6 @@ def _slug(label: str) -> str:
 
 def _several(specs: str | tuple[str, ...]) -> tuple[str, ...]:
     return (specs,) if isinstance(specs, str) else tuple(specs)
-
-
-def _tokenizer(out: Path) -> Path:
-    return out / "tokenizer.json"
 
 
 def _curve(metrics: Path) -> dict[str, list[float]]:

@@ -53,7 +53,7 @@ class Progress:
         if time.monotonic() - self._line > SECONDS_BETWEEN_LINES:
             self._line = time.monotonic()
             part = f" ({done.bytes_read / done.bytes_total:.0%})" if done.bytes_total else ""
-            self.say(f"preparing data: {done.documents:,} documents, {done.tokens:,} tokens{part}")
+            self.say(f"preparing data: {done.words}{part}")
 
     @contextmanager
     def training(self, config: RunConfig, model: LanguageModel, step: int) -> Iterator[None]:
