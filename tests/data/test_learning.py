@@ -54,9 +54,10 @@ def test_it_is_learned_once(learned, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(import_module("retnet.data.prepare"), "Segments", stop)
-        prepare(learned, on_progress=seen.append)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(learned, on_progress=seen.append)
     assert seen[-1].words == "learning the tokenizer"
     assert seen[-1].bytes_read == seen[-1].bytes_total
     monkeypatch.setattr(Tokenizer, "train", None)

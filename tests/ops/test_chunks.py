@@ -74,6 +74,8 @@ def test_products_of_panels(number):
     assert compiler is not None
     panels = compile_panels(compiler, number)
     rng = np.random.default_rng(0)
+    elsewhere = np.zeros((9, 2, 30), number)  # what products fetch must not show in them, wherever it lies
+    fetch = (panels.rows(elsewhere, 4, 3, 1), (0, 8, 100, 1000))
 
     def matrix(rows, columns):
         x = rng.standard_normal((rows, 1, columns)).astype(number)
@@ -93,7 +95,7 @@ def test_products_of_panels(number):
         a, in_panels = matrix(inner, M) if transpose else matrix(M, inner)
         b, right = matrix(inner, N)
         c, result = matrix(M, N)
-        panels.product(in_panels, transpose, right, result, beta, ALL)
+        panels.product(in_panels, transpose, right, result, beta, ALL, fetch)
         want = (a.T if transpose else a) @ b + beta * c
         assert np.abs(content(result, M, N) - want).max() < 1e-5 * inner
 
@@ -103,12 +105,12 @@ def test_products_of_panels(number):
     b, right = matrix(40, 20)
     for part, transpose, want in ((LOWER_LEFT, False, lower @ b), (UPPER_LEFT, True, lower.T @ b)):
         _, result = matrix(40, 20)
-        panels.product(left, transpose, right, result, 0.0, part)
+        panels.product(left, transpose, right, result, 0.0, part, fetch)
         assert np.abs(content(result, 40, 20) - want).max() < 1e-4
     a, in_panels = matrix(40, 24)
     b, right = matrix(24, 40)
     _, result = matrix(40, 40)
-    panels.product(in_panels, False, right, result, 0.0, LOWER_RESULT)
+    panels.product(in_panels, False, right, result, 0.0, LOWER_RESULT, fetch)
     assert np.abs(np.tril(content(result, 40, 40) - a @ b)).max() < 1e-4
 
 

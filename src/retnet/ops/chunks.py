@@ -1,9 +1,10 @@
 """Chunkwise retention on the CPU, compiled: a thread walks a few heads of one sequence, in the cache of its core.
 
-The mathematics and its order are those of `retnet.ops.cpu`, whose loops over torch's batched products this replaces where
-numba is installed. Between products nothing is dispatched and nothing leaves the core's cache, documents packed in one row
-are walked where they lie, and the half of a chunk's scores that causality removes is not computed. A head's result does
-not depend on how many threads share the work.
+The mathematics are those of `retnet.ops.cpu`, whose loops over torch's batched products this replaces where numba is
+installed. Between products nothing is dispatched and nothing leaves the core's cache, what comes next is fetched while
+they run, documents packed in one row are walked where they lie, and the half of a chunk's scores that causality removes
+is not computed. What is inside a chunk waits for the backward's second walk here, so that of the gradients only dq is
+written twice. A head's result does not depend on how many threads share the work.
 """
 
 from __future__ import annotations
@@ -88,9 +89,24 @@ def _kernels(dtype: torch.dtype) -> _Kernels | None:
     return _Kernels(_compile_forward(compiler, panels, number), _compile_backward(compiler, panels, number))
 
 
+def _compile_place(compiler: native.Compiler) -> Any:  # noqa: ANN401
+    """place(step, heads, first, start, last, C): (begin, n, h) of a step, which is a chunk of a head; heads alternate.
+
+    Steps beyond either end have no tokens.
+    """
+
+    @compiler.function
+    def place(step: int, heads: int, first: int, start: int, last: int, C: int) -> tuple[int, int, int]:
+        begin = start + step // heads * C
+        return begin, (max(0, min(C, last - begin)) if step >= 0 else 0), first + step % heads
+
+    return place
+
+
 def _compile_forward(compiler: native.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
-    empty, take, touch, load, store, transpose, scale, mask_scores, product = panels
+    empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
+    place = _compile_place(compiler)
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
@@ -108,34 +124,29 @@ def _compile_forward(compiler: native.Compiler, panels: Panels, number: type) ->
         queries, keys, keys_t = empty(1, C, K)[0], empty(1, C, K)[0], empty(1, K, C)[0]
         groups = (H + together - 1) // together
         states = empty(together, K, V)
-        sink: Any = np.zeros(1, number)
         for task in range(thread(), N * groups, threads()):
             row, first = order[task // groups], task % groups * together
-            heads, last = min(together, H - first), starts[row] + lengths[row]
+            heads, start, last = min(together, H - first), starts[row], starts[row] + lengths[row]
             for i in range(heads):
                 load(take(states[i], K, V), state[row * H + first + i], 0, K, 0, ones)
-            for step in range((last - starts[row] + C - 1) // C * heads):
-                begin, h = starts[row] + step // heads * C, first + step % heads
+            for step in range((last - start + C - 1) // C * heads):
+                begin, n, h = place(step, heads, first, start, last, C)
+                after = place(step + 1, heads, first, start, last, C)
                 S = take(states[step % heads], K, V)
-                n = min(C, last - begin)
-                if h == first:
-                    touch(q, begin, n, h, heads, sink)
-                    touch(k, begin, n, h, heads, sink)
-                    touch(v, begin, n, h, heads, sink)
                 A, vc, oc = take(scores, n, n), take(values, n, V), take(outs, n, V)
                 qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)
                 load(qc, q, begin, n, h, ones)
                 load(kc, k, begin, n, h, ones)
                 transpose(kc, kt)
                 load(vc, v, begin, n, h, ones)
-                product(qc, False, kt, A, 0.0, LOWER_RESULT)
+                product(qc, False, kt, A, 0.0, LOWER_RESULT, (rows(out, begin, n, h),))
                 mask_scores(A, mask[h], n)
-                product(A, False, vc, oc, 0.0, LOWER_LEFT)
+                product(A, False, vc, oc, 0.0, LOWER_LEFT, (rows(q, *after),))
                 scale(qc, xi[h], n)
-                product(qc, False, S, oc, 1.0, ALL)
+                product(qc, False, S, oc, 1.0, ALL, (rows(k, *after),))
                 store(oc, out, begin, n, h, False)
                 scale(kc, zeta[h, C - n :], n)
-                product(kc, True, vc, S, carry[h, n], ALL)
+                product(kc, True, vc, S, carry[h, n], ALL, (rows(v, *after),))
             for i in range(heads):
                 store(take(states[i], K, V), state[row * H + first + i], 0, K, 0, False)
 
@@ -144,7 +155,8 @@ def _compile_forward(compiler: native.Compiler, panels: Panels, number: type) ->
 
 def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
-    empty, take, touch, load, store, transpose, scale, mask_scores, product = panels
+    empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
+    place = _compile_place(compiler)
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
@@ -167,15 +179,10 @@ def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -
             empty(1, K, C)[0],
             empty(1, C, K)[0],
         )
-        values, values_t, d_values, d_outs = (
-            empty(1, C, V)[0],
-            empty(1, V, C)[0],
-            empty(1, C, V)[0],
-            empty(1, C, V)[0],
-        )
+        values, values_t, d_outs = empty(1, C, V)[0], empty(1, V, C)[0], empty(1, C, V)[0]
         groups = (H + together - 1) // together
         states, spare = empty(together, K, V), empty(1, K, V)[0]
-        sink: Any = np.zeros(1, number)
+        nothing = (rows(q, 0, 0, 0),)
         for task in range(thread(), N * groups, threads()):
             row, first = order[task // groups], task % groups * together
             heads, start, last = min(together, H - first), starts[row], starts[row] + lengths[row]
@@ -183,83 +190,55 @@ def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -
                 load(take(spare, K, V), state[row * H + first + i], 0, K, 0, ones)
                 transpose(take(spare, K, V), take(states[i], V, K))
             chunks = (last - start + C - 1) // C
-            for step in range(chunks * heads):  # forwards in time, S runs along
-                begin, h = start + step // heads * C, first + step % heads
+            for step in range(chunks * heads):  # forwards in time, S runs along: the part of dq that it gives
+                begin, n, h = place(step, heads, first, start, last, C)
+                after = place(step + 1, heads, first, start, last, C)
                 S_t = take(states[step % heads], V, K)
-                n = min(C, last - begin)
-                if h == first:
-                    touch(q, begin, n, first, heads, sink)
-                    touch(k, begin, n, first, heads, sink)
-                    touch(v, begin, n, first, heads, sink)
-                    touch(g, begin, n, first, heads, sink)
-                A, G = take(scores, n, n), take(d_scores, n, n)
-                qc, kc, kt, dkc = (
-                    take(queries, n, K),
-                    take(keys, n, K),
-                    take(keys_t, K, n),
-                    take(d_keys, n, K),
-                )
-                vc, vt, dvc, gc = (
-                    take(values, n, V),
-                    take(values_t, V, n),
-                    take(d_values, n, V),
-                    take(d_outs, n, V),
-                )
-                load(qc, q, begin, n, h, ones)
-                load(kc, k, begin, n, h, ones)
-                transpose(kc, kt)
-                load(vc, v, begin, n, h, ones)
-                transpose(vc, vt)
+                kc, vc = take(keys, n, K), take(values, n, V)
+                gc, dkc = take(d_outs, n, V), take(d_keys, n, K)
                 load(gc, g, begin, n, h, ones)
-                product(qc, False, kt, A, 0.0, LOWER_RESULT)
-                mask_scores(A, mask[h], n)
-                product(A, True, gc, dvc, 0.0, UPPER_LEFT)
-                store(dvc, dv, begin, n, h, False)
-                product(gc, False, vt, G, 0.0, LOWER_RESULT)
-                mask_scores(G, mask[h], n)
-                product(G, True, qc, dkc, 0.0, UPPER_LEFT)
-                store(dkc, dk, begin, n, h, False)
-                product(G, False, kc, dkc, 0.0, LOWER_LEFT)
-                scale(gc, xi[h], n)
-                product(gc, False, S_t, dkc, 1.0, ALL)
+                product(gc, False, S_t, dkc, 0.0, ALL, (rows(dq, begin, n, h), rows(k, *after)))
+                scale(dkc, xi[h], n)
                 store(dkc, dq, begin, n, h, False)
                 if begin + n < last:
-                    scale(kc, zeta[h, C - n :], n)
-                    product(vc, True, kc, S_t, carry[h, n], ALL)
+                    load(kc, k, begin, n, h, zeta[h, C - n :])
+                    load(vc, v, begin, n, h, ones)
+                    product(vc, True, kc, S_t, carry[h, n], ALL, (rows(v, *after), rows(g, *after)))
             for i in range(heads):
                 load(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
-            for step in range(chunks * heads - 1, -1, -1):  # backwards in time, dS runs along
-                begin, h = start + step // heads * C, first + step % heads
+            for step in range(
+                chunks * heads - 1, -1, -1
+            ):  # backwards in time, dS runs along: everything else
+                begin, n, h = place(step, heads, first, start, last, C)
+                after = place(step - 1, heads, first, start, last, C)
                 dS = take(states[step % heads], K, V)
-                n = min(C, last - begin)
-                if h == first + heads - 1:
-                    touch(q, begin, n, first, heads, sink)
-                    touch(k, begin, n, first, heads, sink)
-                    touch(v, begin, n, first, heads, sink)
-                    touch(g, begin, n, first, heads, sink)
-                qc, kc, dkt, dkc = (
-                    take(queries, n, K),
-                    take(keys, n, K),
-                    take(keys_t, K, n),
-                    take(d_keys, n, K),
-                )
-                vc, vt, dvc, gc = (
-                    take(values, n, V),
-                    take(values_t, V, n),
-                    take(d_values, n, V),
-                    take(d_outs, n, V),
-                )
-                load(vc, v, begin, n, h, zeta[h, C - n :])
-                transpose(vc, vt)
-                product(dS, False, vt, dkt, 0.0, ALL)
-                transpose(dkt, dkc)
-                store(dkc, dk, begin, n, h, True)
-                load(kc, k, begin, n, h, zeta[h, C - n :])
-                product(kc, False, dS, dvc, 0.0, ALL)
-                store(dvc, dv, begin, n, h, True)
-                load(qc, q, begin, n, h, xi[h])
+                A, G = take(scores, n, n), take(d_scores, n, n)
+                qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)
+                vt, gc = take(values_t, V, n), take(d_outs, n, V)
+                vc, dkc = take(values, n, V), take(d_keys, n, K)
+                load(qc, q, begin, n, h, ones)
+                load(kc, k, begin, n, h, ones)
+                load(vc, v, begin, n, h, ones)
                 load(gc, g, begin, n, h, ones)
-                product(qc, True, gc, dS, carry[h, n], ALL)
+                transpose(vc, vt)
+                product(gc, False, vt, G, 0.0, LOWER_RESULT, (rows(dq, begin, n, h),))
+                mask_scores(G, mask[h], n)
+                product(G, False, kc, dkc, 0.0, LOWER_LEFT, nothing)
+                store(dkc, dq, begin, n, h, True)
+                transpose(kc, kt)
+                product(qc, False, kt, A, 0.0, LOWER_RESULT, nothing)
+                mask_scores(A, mask[h], n)
+                product(dS, False, vt, kt, 0.0, ALL, (rows(dk, begin, n, h), rows(q, *after)))
+                transpose(kt, dkc)
+                scale(dkc, zeta[h, C - n :], n)
+                product(G, True, qc, dkc, 1.0, UPPER_LEFT, nothing)
+                store(dkc, dk, begin, n, h, False)
+                scale(kc, zeta[h, C - n :], n)
+                product(kc, False, dS, vc, 0.0, ALL, (rows(dv, begin, n, h), rows(k, *after)))
+                product(A, True, gc, vc, 1.0, UPPER_LEFT, (rows(v, *after),))
+                store(vc, dv, begin, n, h, False)
+                scale(qc, xi[h], n)
+                product(qc, True, gc, dS, carry[h, n], ALL, (rows(g, *after),))
             for i in range(heads):
                 store(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, False)
 

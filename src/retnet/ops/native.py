@@ -35,6 +35,9 @@ class Compiler(NamedTuple):
     kernel: Callable[..., Any]  # decorator: a kernel, void(table), whose `.address` goes to `run`
     array: Callable[..., Any]  # array(address, shape, dtype): contiguous memory as an array
     real: Callable[..., Any]  # real(number): what `bits` made a number of
+    prefetch: Callable[
+        ..., None
+    ]  # prefetch(address): begins to read the line of memory there into the second cache
     thread: Callable[[], int]  # which thread of the team this is
     threads: Callable[[], int]  # size of the team
     barrier: Callable[[], None]  # waits for all threads of the team
@@ -122,7 +125,7 @@ def compiler() -> Compiler | None:
         _log.info("torch does not use GNU OpenMP here, so its own operators are used")
         return None
     function = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
-    pointer, real = _intrinsics()
+    pointer, real, prefetch = _intrinsics()
 
     @function
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
@@ -134,14 +137,15 @@ def compiler() -> Compiler | None:
         _kernel,
         array,
         real,
+        prefetch,
         external("omp_get_thread_num", numba.types.int32()),
         external("omp_get_num_threads", numba.types.int32()),
         external("GOMP_barrier", numba.types.void()),
     )
 
 
-def _intrinsics() -> tuple[Any, Any]:
-    """What numba has no words for: an address as a pointer, and a number as the fp64 of the same bits."""
+def _intrinsics() -> tuple[Any, Any, Any]:
+    """What numba has no words for: an address as a pointer, a number as the fp64 of the same bits, a prefetch."""
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
@@ -160,7 +164,19 @@ def _intrinsics() -> tuple[Any, Any]:
 
         return types.float64(types.int64), generate
 
-    return pointer, real
+    @intrinsic
+    def prefetch(_: Any, address: Any) -> Any:  # noqa: ANN401
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ANN401
+            place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+            reading, near, data = (ir.Constant(number, x) for x in (0, 2, 1))
+            builder.call(function, [builder.inttoptr(values[0], place), reading, near, data])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return pointer, real, prefetch
 
 
 def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
