@@ -200,6 +200,9 @@ def test_plans_count_what_a_model_keeps():
     lean = load(RunConfig, "configs/smoke.toml", {"train.activation_checkpointing": True})
     assert estimate.plan("smoke", lean, runs=3).pass_bytes < plan.pass_bytes
     assert plan.hours(plan.flops / 3600) == pytest.approx(3.0)
+    learned = load(RunConfig, "configs/smoke.toml", {"data.tokenizer": "bpe:1257"})
+    grown = estimate.plan("smoke", learned, runs=3).parameters - plan.parameters
+    assert grown == 1000 * config.model.d_model  # embedding and head are tied
 
 
 def test_a_budget_that_cannot_be_met_is_refused(monkeypatch):
