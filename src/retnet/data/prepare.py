@@ -49,11 +49,9 @@ class Progress(NamedTuple):
     @property
     def words(self) -> str:
         """What is there, for a person."""
-        return (
-            "learning the tokenizer"
-            if self.learning
-            else f"{self.documents:,} documents, {self.tokens:,} tokens"
-        )
+        if self.learning:
+            return "learning the tokenizer"
+        return f"{self.documents:,} documents, {self.tokens:,} tokens"
 
 
 class _Event(NamedTuple):
@@ -116,15 +114,16 @@ class _Report:
         sizes = [(source.size if source.stop is None else source.stop) - source.start for source in found]
         self._before = np.cumsum([0, *sizes])
         self._on_progress, self._on_problem = on_progress, on_problem
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self._told = 0
 
     def problem(self, problem: Problem) -> None:
         if self._on_problem:
             self._on_problem(problem)
 
     def learning(self, source: int, piece: Piece) -> None:
-        if self._on_progress:
-            read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
+        read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
+        if self._on_progress and read_so_far >= self._told:
+            self._told = read_so_far + _BATCH
             self._on_progress(Progress(read_so_far, total, 0, 0, learning=True))
 
     def progress(self, event: _Event) -> None:

@@ -190,7 +190,8 @@ def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -
                 load(take(spare, K, V), state[row * H + first + i], 0, K, 0, ones)
                 transpose(take(spare, K, V), take(states[i], V, K))
             chunks = (last - start + C - 1) // C
-            for step in range(chunks * heads):  # forwards in time, S runs along: the part of dq that it gives
+            # Forwards in time, S runs along: what it gives to dq.
+            for step in range(chunks * heads):
                 begin, n, h = place(step, heads, first, start, last, C)
                 after = place(step + 1, heads, first, start, last, C)
                 S_t = take(states[step % heads], V, K)
@@ -206,9 +207,8 @@ def _compile_backward(compiler: native.Compiler, panels: Panels, number: type) -
                     product(vc, True, kc, S_t, carry[h, n], ALL, (rows(v, *after), rows(g, *after)))
             for i in range(heads):
                 load(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
-            for step in range(
-                chunks * heads - 1, -1, -1
-            ):  # backwards in time, dS runs along: everything else
+            # Backwards in time, dS runs along: everything else.
+            for step in range(chunks * heads - 1, -1, -1):
                 begin, n, h = place(step, heads, first, start, last, C)
                 after = place(step - 1, heads, first, start, last, C)
                 dS = take(states[step % heads], K, V)

@@ -19,12 +19,14 @@ class Matvec(NamedTuple):
     """Compiled functions of weights, which are pairs: numbers [N,K], and a scale for each row where they are int8.
 
     The rows of a weight are shared out among the threads of a team in order: thread i of n has N·i/n to N·(i+1)/n.
+
+    Attributes:
+        matrix: matrix(address, scales, N, K): the weight that lies there.
+        rows: rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ; x is contiguous.
     """
 
-    matrix: Callable[..., Any]  # matrix(address, scales, N, K): the weight that lies there
-    rows: Callable[
-        ..., None
-    ]  # rows(x, weight, out, first): this thread's share of out[:, first:] = x Wᵀ, x contiguous
+    matrix: Callable[..., Any]
+    rows: Callable[..., None]
 
 
 def compile_matvec(compiler: native.Compiler, number: type) -> Matvec:

@@ -35,9 +35,7 @@ class Compiler(NamedTuple):
     kernel: Callable[..., Any]  # decorator: a kernel, void(table), whose `.address` goes to `run`
     array: Callable[..., Any]  # array(address, shape, dtype): contiguous memory as an array
     real: Callable[..., Any]  # real(number): what `bits` made a number of
-    prefetch: Callable[
-        ..., None
-    ]  # prefetch(address): begins to read the line of memory there into the second cache
+    prefetch: Callable[..., None]  # prefetch(address): begins to read the line there into the second cache
     thread: Callable[[], int]  # which thread of the team this is
     threads: Callable[[], int]  # size of the team
     barrier: Callable[[], None]  # waits for all threads of the team

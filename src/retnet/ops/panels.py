@@ -22,21 +22,30 @@ ALL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT = range(4)
 
 
 class Panels(NamedTuple):
-    """Compiled functions of matrices in panels. x is [tokens, heads, width], contiguous; h is a head."""
+    """Compiled functions of matrices in panels. x is [tokens, heads, width], contiguous; h is a head.
 
-    empty: Callable[..., Any]  # empty(count, rows, columns): memory for so many matrices of that size
-    take: Callable[
-        ..., Any
-    ]  # take(memory, rows, columns): the memory of one as a matrix of at most that size
-    rows: Callable[
-        ..., Any
-    ]  # rows(x, begin, n, h): where x[begin : begin + n, h] lies, for `product` to fetch
-    load: Callable[..., None]  # load(to, x, begin, n, h, factors): to = factors ⊙ x[begin : begin + n, h]
-    store: Callable[..., None]  # store(matrix, x, begin, n, h, add): x[begin : begin + n, h] = (or +=) matrix
-    transpose: Callable[..., None]  # transpose(a, to): to = aᵀ
-    scale: Callable[..., None]  # scale(matrix, factors, n): row j of the first n times factors[j]
-    mask: Callable[..., None]  # mask(matrix, factors, n): matrix ⊙ factors on and below the diagonal, else 0
-    product: Callable[..., None]  # product(a, transpose, b, c, beta, part, fetch): c = op(a) b + beta · c
+    Attributes:
+        empty: empty(count, rows, columns): memory for so many matrices of that size.
+        take: take(memory, rows, columns): the memory of one as a matrix of at most that size.
+        rows: rows(x, begin, n, h): where x[begin : begin + n, h] lies, for `product` to fetch.
+        load: load(to, x, begin, n, h, factors): to = factors ⊙ x[begin : begin + n, h].
+        store: store(matrix, x, begin, n, h, add): x[begin : begin + n, h] = (or +=) matrix.
+        transpose: transpose(a, to): to = aᵀ.
+        scale: scale(matrix, factors, n): row j of the first n times factors[j].
+        mask: mask(matrix, factors, n): matrix ⊙ factors on and below the diagonal, else 0.
+        product: product(a, transpose, b, c, beta, part, fetch): c = op(a) b + beta · c, while memory, a tuple of `rows`,
+            is fetched into the second-level cache.
+    """
+
+    empty: Callable[..., Any]
+    take: Callable[..., Any]
+    rows: Callable[..., Any]
+    load: Callable[..., None]
+    store: Callable[..., None]
+    transpose: Callable[..., None]
+    scale: Callable[..., None]
+    mask: Callable[..., None]
+    product: Callable[..., None]
 
 
 def compile_panels(compiler: native.Compiler, number: type) -> Panels:
