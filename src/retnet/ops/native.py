@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import signal
 import struct
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -191,8 +194,26 @@ def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
     key = (*_constants(function), _text_of_package())
     compiled.enable_caching()
     compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
-    compiled.compile()
+    with _uninterrupted():
+        compiled.compile()
     return compiled
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end: LLVM calls Python while it compiles, and exceptions there are lost or fatal."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's, and not Python's everywhere
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _constants(function: Callable[..., None]) -> list[str]:
