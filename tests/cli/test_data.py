@@ -30,6 +30,18 @@ def test_help_needs_no_heavy_import():
     assert found.stdout.strip() == ""
 
 
+def test_a_tokenizer_is_written_to_what_the_path_stands_for(tmp_path, corpus):
+    """A link, like a device, stays what it is; one that leads nowhere is a mistake, not a traceback."""
+    link, nowhere = tmp_path / "link.json", tmp_path / "nowhere.json"
+    link.symlink_to(tmp_path / "bpe.json")
+    nowhere.symlink_to(tmp_path / "none" / "bpe.json")
+    assert run("tokenizer", corpus, "--vocab-size", 280, "--out", link).exit_code == 0
+    assert link.is_symlink()
+    assert Tokenizer.load(tmp_path / "bpe.json").vocab_size == 280
+    with pytest.raises(UserError, match=r"cannot write .*nowhere\.json: No such file or directory"):
+        run("tokenizer", corpus, "--vocab-size", 280, "--out", nowhere)
+
+
 def test_tokenizer_then_prepare_then_check(tmp_path, corpus):
     bpe = tmp_path / "bpe.json"
     said = run("tokenizer", corpus, "--vocab-size", 280, "--out", bpe)

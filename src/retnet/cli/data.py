@@ -58,7 +58,10 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
     trained = Tokenizer.train(counted(), vocab_size)
     if not read:
         raise UserError(f"no text in {', '.join(corpora)}{problems.summary()}")
-    trained.save(out)
+    try:
+        trained.save(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
     click.echo(
         f"{out}: {trained.vocab_size:,} tokens, learned from {read:,} bytes of text; SHA-256 {trained.fingerprint}"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from retnet.settings import UserError
 
 LEARNED = "bpe:"  # what the name of a tokenizer to be learned begins with
-SMALLEST_BPE = 257  # 256 bytes and the document start
+BPE_SIZES = range(257, (1 << 20) + 1)  # from 256 bytes and the document start to more than anybody uses
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class DataConfig:
                 raise UserError(f"{name} must name at least one corpus, got {value!r}")
         if self.tokenizer.startswith(LEARNED):
             size = self.tokenizer.removeprefix(LEARNED)
-            if not (size.isascii() and size.isdigit() and int(size) >= SMALLEST_BPE):
+            if not (size.isascii() and size.isdigit() and int(size) in BPE_SIZES):
                 raise UserError(
-                    f"tokenizer {self.tokenizer!r} has no size of at least {SMALLEST_BPE} (256 bytes and the document "
-                    "start) behind the colon; for example 'bpe:4096'"
+                    f"tokenizer {self.tokenizer!r} has no size from {BPE_SIZES[0]} (256 bytes and the document start) "
+                    f"to {BPE_SIZES[-1]:,} behind the colon; for example 'bpe:4096'"
                 )
 
     @property

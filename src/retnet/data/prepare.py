@@ -137,7 +137,7 @@ def _tokenizer_of(directory: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer of a folder. It is there before the first token, so that whoever goes on after a kill has the same."""
     file = directory / manifest.TOKENIZER
     if not file.is_file():
-        make().save(file)
+        manifest.write_whole(file, make().content)
     return Tokenizer.load(file)
 
 

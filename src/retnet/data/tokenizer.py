@@ -19,8 +19,7 @@ import tokenizers
 from numpy.typing import DTypeLike, NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from retnet.data.config import SMALLEST_BPE
-from retnet.data.manifest import write_whole
+from retnet.data.config import BPE_SIZES
 from retnet.settings import UserError
 
 BOS = "<|bos|>"
@@ -91,11 +90,12 @@ class Tokenizer:
 
         Args:
             texts: documents or parts of them, read once.
-            vocab_size: at least 257: 256 bytes and BOS. Few texts may fill less of it.
+            vocab_size: from 257 (256 bytes and BOS) to 2^20. Few texts may fill less of it.
         """
-        if vocab_size < SMALLEST_BPE:
+        if vocab_size not in BPE_SIZES:
             raise UserError(
-                f"vocab_size must be at least {SMALLEST_BPE} (256 bytes and {BOS}), got {vocab_size}"
+                f"vocab_size must be at least {BPE_SIZES[0]} (256 bytes and {BOS}) and at most {BPE_SIZES[-1]:,}, "
+                f"got {vocab_size:,}"
             )
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,8 +147,13 @@ class Tokenizer:
         return TextStream(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes a ``tokenizer.json``, whole or not at all; `load` of it gives the same fingerprint."""
-        write_whole(Path(path), f"{self._json}\n".encode())
+        """Writes a ``tokenizer.json``; `load` of it gives the same fingerprint."""
+        Path(path).write_bytes(self.content)
+
+    @property
+    def content(self) -> bytes:
+        """What stands in a ``tokenizer.json``."""
+        return f"{self._json}\n".encode()
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
