@@ -193,7 +193,12 @@ def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
     compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
     key = (*_constants(function), _text_of_package())
     compiled.enable_caching()
-    compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+    cache = compiled._cache
+    cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+    # A file of its own for each key: processes that compile at once number their files alike, and one got the other's.
+    name = f"{cache._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+    file = cache._cache_file
+    cache._cache_file = type(file)(file._cache_path, name, file._source_stamp)
     with _uninterrupted():
         compiled.compile()
     return compiled
