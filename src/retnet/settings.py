@@ -22,11 +22,10 @@ from typing import Any, TypeVar
 import msgspec
 import tomli_w
 
+from retnet.errors import UserError as UserError
+from retnet.io import read_text
+
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """A mistake the user can mend. Command lines print its message alone, never a traceback."""
 
 
 class Choice:
@@ -74,18 +73,25 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise UserError(_readable(str(error), cls, data, where)) from None
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file holds, as plain data.
+
+    Raises:
+        UserError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path, f"the configuration {path}"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
 def load(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
     """Reads a TOML file, applies overrides (dotted key → value; text is read as TOML, bare words allowed), builds `cls`.
 
     Raises:
         UserError: the file cannot be read, is not TOML, or does not fit `cls`.
     """
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    data = read_toml(path)
     for key, value in (overrides or {}).items():
         _put(data, key, _value(value) if isinstance(value, str) else value)
     try:

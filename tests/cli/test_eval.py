@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from retnet.cli import cli
 from retnet.data import DataConfig, Tokenizer
+from retnet.io import write_text
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.checkpoint import model_files, write_checkpoint, write_text
+from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.settings import UserError, dump
 from retnet.train.config import RunConfig
 from tests.evals.local_tasks import write_tasks

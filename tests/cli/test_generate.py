@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from retnet.cli import cli
 from retnet.data import Tokenizer
 from retnet.infer import Sampling, generate, open_run
+from retnet.io import write_text
 from retnet.mixers.base import Int8Linear
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.checkpoint import model_files, write_checkpoint, write_text
+from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.settings import UserError
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
@@ -164,8 +165,9 @@ def test_mistakes_end_in_one_sentence(run, tmp_path):
     assert "at least one character" in fails(run, "--prompt", "a", "--stop", "")
     assert "cannot read --prompt-file" in fails(run, "--prompt-file", tmp_path / "none.txt")
     assert "--prompt-lines needs" in fails(run, "--prompt", "a", "--prompt-lines")
-    assert fails(run, stdin=b"ab\xff") == "standard input is not UTF-8 text: byte 2 is 0xff"
-    assert fails(run, "--prompt", "a\udcff") == "--prompt is not UTF-8 text: byte 1 is 0xff"
+    assert fails(run, stdin=b"ab\xff").startswith("standard input is not UTF-8 text: byte 2")
+    assert "UTF-16" in fails(run, stdin="ab".encode("utf-16"))
+    assert fails(run, "--prompt", "a\udcff").startswith("--prompt is not UTF-8 text: byte 1")
     assert "temperature" in fails(run, "--prompt", "a", "--temperature", "nan")
 
 

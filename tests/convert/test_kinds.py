@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from retnet.convert import READERS, WRITERS, Found, convert, kinds, own, read, recognise, write
-from retnet.convert.folders import sha256
 from retnet.data import Tokenizer
 from retnet.infer import open_run
+from retnet.io import sha256
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import load_model, model_files, verify, write_checkpoint

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig, checkpoint
-from retnet.model.checkpoint import load_model, model_files, verify, write_checkpoint, write_text
+from retnet.model.checkpoint import load_model, model_files, verify, write_checkpoint
 from retnet.settings import UserError
 
 
@@ -111,16 +111,3 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
         load_model(tmp_path / "c")
     for part in ("norm.weight is missing", "extra is not part", r"norm.bias has shape (3,) instead of (16,)"):
         assert part in str(error.value)
-
-
-def test_small_text_files_are_replaced_in_one_step(tmp_path, monkeypatch):
-    file = tmp_path / "last"
-    write_text(file, "one")
-
-    def crash(_):
-        raise OSError("power cut")
-
-    monkeypatch.setattr(checkpoint, "flush", crash)
-    with pytest.raises(OSError, match="power cut"):
-        write_text(file, "two")
-    assert file.read_text() == "one"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retnet.io import read_text
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -154,10 +155,7 @@ def _tokens(sample: str, tokenizer: Tokenizer | None, vocab_size: int) -> Tensor
     """[1,T] token ids of a file: a JSON list of them, or text."""
     import torch
 
-    try:
-        text = Path(sample).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --sample {sample}: {error}") from None
+    text = read_text(sample, f"--sample {sample}")
     try:
         ids = json.loads(text)
     except (ValueError, RecursionError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retnet.settings import UserError, build, config_path
+from retnet.settings import UserError, build, config_path, read_toml
 
 if TYPE_CHECKING:
     from retnet.data import DataConfig, Prepared, Problem, Progress
@@ -127,11 +126,7 @@ def _settings(config: str | None, given: dict[str, object]) -> DataConfig:
 
     table: dict[str, object] = {}
     if config is not None:
-        path = config_path(config)
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8")).get("data", {})
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        table = read_toml(config_path(config)).get("data", {})
     return build(DataConfig, table | given, "data")
 
 

@@ -6,11 +6,11 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from retnet.io import decode, read_text
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -137,23 +137,17 @@ def _prompts(prompts: tuple[str, ...], file: str | None, lines: bool) -> list[st
     if file is None:
         if lines:
             raise UserError("--prompt-lines needs --prompt-file, or prompts on standard input")
-        return [_utf8(prompt.encode(errors="surrogateescape"), "--prompt") for prompt in prompts or ("",)]
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read --prompt-file {file}: {error.strerror}") from None
-    text = _utf8(data, "standard input" if file == "-" else f"--prompt-file {file}").replace("\r\n", "\n")
-    text = text.removesuffix("\n")
+        return [decode(prompt.encode(errors="surrogateescape"), "--prompt") for prompt in prompts or ("",)]
+    text = _standard_input() if file == "-" else read_text(file, f"--prompt-file {file}")
+    text = text.replace("\r\n", "\n").removesuffix("\n")
     return [*prompts, *(text.split("\n") if lines else [text])]
 
 
-def _utf8(data: bytes, source: str) -> str:
+def _standard_input() -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
-        ) from None
+        return decode(sys.stdin.buffer.read(), "standard input")
+    except OSError as error:
+        raise UserError(f"cannot read standard input: {error.strerror}") from None
 
 
 def _print_as_made(decoding: Decoding) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from retnet.io import sha256
 from retnet.model.checkpoint import MANIFEST, verify
 from retnet.settings import UserError
 
@@ -164,12 +165,6 @@ def as_object(data: bytes, where: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where} holds {type(value).__name__}, not a JSON object")
     return value
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def destination(dest: str | Path, source: Path, *, force: bool) -> Path:

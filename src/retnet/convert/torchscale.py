@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.convert.folders import as_object, sha256
+from retnet.convert.folders import as_object
 from retnet.convert.torch_files import arguments_of, checkpoint_file, load, state_of
 from retnet.convert.weights import Found, Wanted, expected, fit, options, renamed, same
+from retnet.io import sha256
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.ops import Decay, frequencies, log_decays

@@ -10,14 +10,13 @@ segment-00000.json            only while unfinished: the shards that are complet
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from retnet.io import sha256
 from retnet.settings import UserError
 
 MANIFEST = "manifest.json"
@@ -121,39 +120,9 @@ def read_manifest(directory: Path, verify: bool | None = None) -> Manifest:
     if verify or (verify is None and sum(sizes.values()) < VERIFY_BELOW):
         for shard in shards:
             for file, wanted in (("tokens", shard.tokens_sha256), ("offsets", shard.offsets_sha256)):
-                if sha256_of(directory / f"{shard.name}.{file}") != wanted:
+                if sha256(directory / f"{shard.name}.{file}") != wanted:
                     raise UserError(_damaged(directory, f"{shard.name}.{file} is not what was written"))
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there completely or not at all, whenever the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        finish(file.fileno())
-    move(temporary, path)
-
-
-def finish(descriptor: int) -> None:
-    """Waits until what was written is on the disk."""
-    os.fsync(descriptor)
-
-
-def move(temporary: Path, path: Path) -> None:
-    """Gives a finished file its name, and waits until the name is on the disk."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _damaged(directory: Path, why: str) -> str:

@@ -26,6 +26,7 @@ from retnet.data.shards import Prepared, load
 from retnet.data.sources import Source, is_held_out
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.writer import Segments
+from retnet.io import write_bytes
 from retnet.settings import UserError
 
 SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
@@ -137,7 +138,7 @@ def _tokenizer_of(directory: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer of a folder. It is there before the first token, so that whoever goes on after a kill has the same."""
     file = directory / manifest.TOKENIZER
     if not file.is_file():
-        manifest.write_whole(file, make().content)
+        write_bytes(file, make().content)
     return Tokenizer.load(file)
 
 
@@ -244,9 +245,7 @@ def _complete(
         train=train,
         validation=validation,
     )
-    manifest.write_whole(
-        directory / manifest.MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1)
-    )
+    write_bytes(directory / manifest.MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1))
     segments.forget()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data.manifest import Shard, Split, finish, move, write_whole
+from retnet.data.manifest import Shard, Split
+from retnet.io import move, write_bytes
 
 _EXAMPLES = 100  # problems kept in words; all are counted
 
@@ -57,14 +59,14 @@ class ShardWriter:
         finish_file = self.tokens > 0
         if finish_file:
             self._file.flush()
-            finish(self._file.fileno())
+            os.fsync(self._file.fileno())
         self._file.close()
         if not finish_file:
             self._temporary.unlink()
             return None
         move(self._temporary, self._path)
         offsets = np.asarray(self._offsets, dtype="<u8").tobytes()
-        write_whole(self._path.with_suffix(".offsets"), offsets)
+        write_bytes(self._path.with_suffix(".offsets"), offsets)
         return Shard(
             name=self._path.stem,
             tokens=self.tokens,
@@ -117,7 +119,7 @@ class Segments:
         segment = Segment(
             source, event, shards["train"], shards["validation"], self._problems, self._examples
         )
-        write_whole(self._record(len(self.done)), msgspec.json.encode(segment))
+        write_bytes(self._record(len(self.done)), msgspec.json.encode(segment))
         self.done.append(segment)
         self._open()
 

@@ -23,8 +23,8 @@ from lm_eval.tasks import TaskManager
 from retnet.evals.models import Candidate
 from retnet.evals.paper import TASKS, check_tasks
 from retnet.evals.readers import BATCH_TOKENS, LOGITS
+from retnet.io import sha256
 from retnet.model import LanguageModel
-from retnet.model.checkpoint import sha256
 from retnet.model.hf import RetNetForCausalLM, hf_tokenizer
 from retnet.settings import UserError
 

@@ -19,7 +19,7 @@ from retnet.evals import paper
 from retnet.evals.models import Candidate
 from retnet.evals.perplexity import Measured, Result
 from retnet.evals.statistics import CONFIDENCE, Estimate
-from retnet.model.checkpoint import write_text
+from retnet.io import write_text
 from retnet.settings import UserError
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ changed is refused. Weights are safetensors, configurations TOML; nothing is eve
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from retnet.io import flush, sha256
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
 from retnet.settings import UserError, dump, load
@@ -43,15 +42,6 @@ def write_checkpoint(path: Path, files: Files) -> None:
     if path.exists():  # an earlier checkpoint of the same step
         shutil.rmtree(path)
     partial.rename(path)
-    flush(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small text file in one step: readers see the old content or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
     flush(path.parent)
 
 
@@ -161,18 +151,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Sees to it that a file or directory has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,8 +18,8 @@ import torch
 
 from retnet.bench.devices import free_memory, wait
 from retnet.bench.timing import Contender, interleave, median_seconds
+from retnet.io import write_text
 from retnet.mixers import MIXERS, Mixer, MixerConfig
-from retnet.model.checkpoint import write_text
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise
 from retnet.studies.contexts import Contexts

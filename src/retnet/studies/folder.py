@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from retnet.model.checkpoint import write_text
+from retnet.io import write_text
 from retnet.settings import UserError, dump, load
 from retnet.studies.study import Result, Study
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from retnet.evals.report import show as show_table
 from retnet.evals.report import write
-from retnet.model.checkpoint import write_text
+from retnet.io import write_text
 from retnet.settings import UserError, dump
 from retnet.studies import figures
 from retnet.studies.folder import StudyFolder

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from retnet.model.checkpoint import Files, verify, write_checkpoint, write_text
+from retnet.io import write_text
+from retnet.model.checkpoint import Files, verify, write_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import RunConfig
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retnet.model.checkpoint import MANIFEST, flush, sha256, verify, weights, write_checkpoint, write_text
+from retnet.io import flush, sha256, write_text
+from retnet.model.checkpoint import MANIFEST, verify, weights, write_checkpoint
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.tokenizer import SavedTokenizer, hf_tokenizer
 from retnet.model.language_model import LanguageModel

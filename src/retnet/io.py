@@ -1,0 +1,142 @@
+"""Files: one way to read text, to write so that nothing is ever half-written, and to hash.
+
+Text is UTF-8. A byte order mark (BOM) at its beginning is no part of it; UTF-16, UTF-32 and anything with NUL bytes is
+refused instead of being taken for text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from retnet.errors import UserError
+
+BOM = codecs.BOM_UTF8
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_FOREIGN_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def read_text(path: str | Path, name: str | None = None) -> str:
+    """The text of a file, whole.
+
+    Args:
+        path: of a file, or of something else that ends, such as ``/dev/stdin``.
+        name: what error messages call it; the path itself when left out.
+
+    Raises:
+        UserError: it cannot be read, or is not text in UTF-8.
+    """
+    name = name or str(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    return decode(content, name)
+
+
+def decode(content: bytes, name: str) -> str:
+    """Bytes as text, without a byte order mark at the beginning.
+
+    Args:
+        content: the bytes.
+        name: what error messages call them.
+
+    Raises:
+        UserError: they are not text in UTF-8.
+    """
+    if why := foreign_encoding(content) or nul_byte(content):
+        raise UserError(f"{name} is not UTF-8 text: {why}")
+    try:
+        return content.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start + len(content) - len(error.object)
+        line = content.count(b"\n", 0, at) + 1
+        raise UserError(
+            f"{name} is not UTF-8 text: byte {at} (in line {line}) is 0x{content[at]:02x}; save it as UTF-8"
+        ) from None
+
+
+def foreign_encoding(head: bytes) -> str:
+    """Why bytes that begin like this are not UTF-8, from their byte order mark; empty when they may be."""
+    for mark, encoding in _FOREIGN_MARKS:
+        if head.startswith(mark):
+            return f"it begins with the byte order mark of {encoding}; save it as UTF-8"
+    return ""
+
+
+def nul_byte(content: bytes, before: int = 0) -> str:
+    """Why bytes with a NUL among them are no text; empty when there is none.
+
+    Args:
+        content: the bytes.
+        before: how many bytes stand before these, for the message.
+    """
+    at = content.find(b"\0")
+    if at < 0:
+        return ""
+    head = content[:4096]
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if (
+        max(even, odd) > len(head) // 8 and min(even, odd) <= max(even, odd) // 8
+    ):  # of Latin letters, one half is 0
+        return "it looks like UTF-16 without a byte order mark; save it as UTF-8"
+    return f"byte {before + at} is NUL"
+
+
+def not_a_file(mode: int) -> str:
+    """What something that is neither file nor folder is called, from its `os.stat_result.st_mode`; empty for a file."""
+    kinds = (
+        (stat.S_ISREG, ""),
+        (stat.S_ISFIFO, "pipe"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISDIR, "folder"),
+    )
+    return next((name for test, name in kinds if test(mode)), "device")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file in one step; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file in one step: readers see the old content or the new, whenever the machine stops."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        move(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def move(finished: Path, path: Path) -> None:
+    """Gives a file that is on the disk its name, and waits until the name is there too."""
+    finished.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Sees to it that a file or directory has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

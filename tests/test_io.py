@@ -1,0 +1,103 @@
+"""Text is UTF-8 wherever it is read, and files are whole or not there."""
+
+import codecs
+import hashlib
+import os
+
+import pytest
+
+from retnet.io import decode, foreign_encoding, nul_byte, read_text, sha256, write_bytes, write_text
+from retnet.settings import UserError, read_toml
+
+WORDS = "first line\nsecond lïne 🙂\n"
+
+
+@pytest.mark.parametrize("content", [WORDS.encode(), codecs.BOM_UTF8 + WORDS.encode()])
+def test_text_is_read_without_its_byte_order_mark(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read_text(tmp_path / "a.txt") == WORDS
+    assert decode(content, "it") == WORDS
+
+
+def test_only_the_first_mark_is_one(tmp_path):
+    assert decode(codecs.BOM_UTF8 * 2 + b"x", "it") == "\ufeffx"
+    assert decode("a\ufeffb".encode(), "it") == "a\ufeffb"
+    assert decode(b"", "it") == decode(codecs.BOM_UTF8, "it") == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("text", [WORDS, "x", "日本", ""])
+def test_other_encodings_are_refused_by_name(encoding, order, text):
+    mark = getattr(codecs, f"BOM_{encoding.upper().replace('-', '')}_{order.upper()}")
+    with pytest.raises(UserError, match=f"^notes is not UTF-8 text: .*{encoding.upper()}; save it as UTF-8$"):
+        decode(mark + text.encode(f"{encoding}-{order}"), "notes")
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf16_without_a_mark(order):
+    with pytest.raises(UserError, match="looks like UTF-16 without a byte order mark"):
+        decode(WORDS.encode(f"utf-16-{order}"), "notes")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"text with \0 inside, and enough of it not to be taken for UTF-16", "byte 10 is NUL"),
+        (b"\0" * 100, "byte 0 is NUL"),
+        (b"one\ntwo \xff", r"byte 8 \(in line 2\) is 0xff"),
+        (codecs.BOM_UTF8 + b"one\ntwo \xff", r"byte 11 \(in line 2\) is 0xff"),
+        ("naïve".encode("latin-1"), r"byte 2 \(in line 1\) is 0xef"),
+        ("cut é".encode()[:-1], r"byte 4 \(in line 1\) is 0xc3"),
+    ],
+)
+def test_what_is_no_text(content, why):
+    with pytest.raises(UserError, match=f"^notes is not UTF-8 text: {why}"):
+        decode(content, "notes")
+
+
+def test_where_in_a_stream():
+    assert nul_byte(b"abc", 10) == foreign_encoding(b"abc") == foreign_encoding(codecs.BOM_UTF8) == ""
+    assert nul_byte(b"abcdefghij\0", 10) == "byte 20 is NUL"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, make, why):
+    make(tmp_path / "a")
+    with pytest.raises(UserError, match=f"^cannot read --prompt-file a: .*{why}"):
+        read_text(tmp_path / "a", "--prompt-file a")
+
+
+def test_configurations_are_read_alike(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(codecs.BOM_UTF8 + b"x = 1\n")
+    assert read_toml(path) == {"x": 1}
+    path.write_text("x = 1\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"^the configuration .*a\.toml is not UTF-8 text: .*UTF-16"):
+        read_toml(path)
+
+
+def test_writing_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "öld")
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    assert sha256(path) == hashlib.sha256(b"new").hexdigest()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
