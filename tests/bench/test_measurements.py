@@ -9,8 +9,9 @@ from retnet.bench.decoding import DecodingBench
 from retnet.bench.report import host_slug
 from retnet.bench.timing import Sample, Spread
 from retnet.bench.training import TrainingBench
+from retnet.engine import quantise
 from retnet.mixers import RetentionConfig
-from retnet.model import LanguageModel, ModelConfig, quantise
+from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError
 

@@ -11,7 +11,8 @@ from retnet.bench.ops import Row
 from retnet.bench.steps import Step, StepRow
 from retnet.bench.timing import Sample, Spread
 from retnet.bench.ways import BOTH, FORWARD, LARGE, OURS, Algorithm, OpsBench, Shape, Way, ways_on
-from retnet.ops import chunks, decode, log_decays, native, retention, retention_step
+from retnet.ops import log_decays, retention, retention_step
+from retnet.ops.cpu import chunkwise_numba, decode, jit
 from retnet.settings import UserError
 from tests.helpers.parity import random_inputs, relative
 
@@ -87,20 +88,20 @@ def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
 
 def test_kernels_are_off_inside_and_on_again_after():
     pytest.importorskip("numba")
-    if native.compiler() is None:
+    if jit.compiler() is None:
         pytest.skip("torch has other threads")
     q, state = torch.randn(1, 2, 16), torch.zeros(1, 2, 16, 32)
     v, log_decay = torch.randn(1, 2, 32), log_decays("paper", 2)
-    before = chunks.available, decode.state_step
+    before = chunkwise_numba.available, decode.state_step
     with ways.without_kernels():
-        assert not chunks.available(state, 64)
+        assert not chunkwise_numba.available(state, 64)
         assert decode.state_step(q, q, v, log_decay, state, torch.zeros(1), 1.0) is None
         slow = retention_step(q, q, v, log_decay, state.clone())
-    assert (chunks.available, decode.state_step) == before
+    assert (chunkwise_numba.available, decode.state_step) == before
     assert relative(slow, retention_step(q, q, v, log_decay, state.clone())) < 1e-6
     with contextlib.suppress(KeyError), ways.without_kernels():
         {}["a mistake inside"]
-    assert (chunks.available, decode.state_step) == before
+    assert (chunkwise_numba.available, decode.state_step) == before
 
 
 def test_what_is_left_out():

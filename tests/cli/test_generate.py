@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from retnet.cli import cli
 from retnet.data import Tokenizer
-from retnet.infer import Sampling, generate, open_run
+from retnet.engine import Sampling, generate, open_run
 from retnet.io import write_text
-from retnet.mixers.base import Int8Linear
+from retnet.nn import Int8Linear
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.settings import UserError

@@ -8,7 +8,7 @@ import torch
 
 from retnet.convert import READERS, WRITERS, Found, convert, kinds, own, read, recognise, write
 from retnet.data import Tokenizer
-from retnet.infer import open_run
+from retnet.engine import open_run
 from retnet.io import sha256
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig

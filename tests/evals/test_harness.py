@@ -16,7 +16,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from retnet.evals import paper
+from retnet import paper
 from retnet.evals.harness import evaluate, language_model, load_tasks
 from retnet.evals.models import open_model
 from retnet.settings import UserError

@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from retnet.infer.states import select_rows
 from retnet.mixers.packing import SequenceMixer, join
+from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig
 from tests.helpers.parity import (
     assert_causal,

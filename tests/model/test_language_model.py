@@ -229,6 +229,6 @@ def test_impossible_sizes(wrong):
 
 
 def test_rows_of_caches_that_grow_are_joined():
-    from retnet.model.states import join_rows
+    from retnet.mixers.states import join_rows
 
     assert join_rows([(torch.ones(1, 2, 3),), (torch.ones(2, 5, 3),)])[0].shape == (3, 5, 3)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from retnet.evals.paper import COMPLEXITY
 from retnet.mixers import MIXERS
+from retnet.paper import COMPLEXITY
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import complexity, complexity_summary
 from retnet.studies.complexity import Complexity, ComplexityJob, Learning, Using

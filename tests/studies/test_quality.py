@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from retnet.evals import paper
+from retnet import paper
 from retnet.settings import UserError, dump, load
 from retnet.studies import estimate
 from retnet.studies.quality import Quality, Row

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retnet.evals.paper import TRAINED, TRAINING_COST
+from retnet.paper import TRAINED, TRAINING_COST
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import training
 from retnet.studies.footprint import GIB

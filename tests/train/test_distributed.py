@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from retnet.data import Batches, prepare
-from retnet.infer import open_run
+from retnet.engine import open_run
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import load_model
@@ -192,7 +192,7 @@ class TestDevices:
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
         monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
-        monkeypatch.setattr("retnet.train.host.choose_device", torch.device)
+        monkeypatch.setattr("retnet.host.choose_device", torch.device)
 
     @pytest.mark.parametrize("name", ["auto", "cuda"])
     def test_each_has_its_own(self, name, monkeypatch):

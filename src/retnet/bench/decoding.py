@@ -25,11 +25,12 @@ from retnet.bench.timing import (
     times_faster,
 )
 from retnet.bench.training import cost_vocabulary
-from retnet.infer.states import select_rows
-from retnet.mixers.base import Int8Linear
-from retnet.model import LanguageModel, ModelConfig, ModelState, quantise
+from retnet.engine import Stepper, quantise
+from retnet.host import keep_freed_memory
+from retnet.mixers.states import select_rows
+from retnet.model import LanguageModel, ModelConfig, ModelState
+from retnet.nn import Int8Linear
 from retnet.settings import UserError
-from retnet.train.host import keep_freed_memory
 
 OURS, INT8, PEER = "retnet", "retnet int8", "llama"
 WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
@@ -258,7 +259,7 @@ def _states(model: LanguageModel, contexts: tuple[int, ...], say: Say) -> dict[i
 def _stepper(model: LanguageModel, state: ModelState) -> Callable[[], object]:
     """As `retnet generate` steps."""
     tokens = torch.zeros(len(state[0][0]), dtype=torch.long)
-    return partial(model.stepper(state).step, tokens)
+    return partial(Stepper(model, state).step, tokens)
 
 
 def _llama_stepper(model: nn.Module, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:

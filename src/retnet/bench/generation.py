@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from retnet.bench.timing import Say, Spread, Target, median_seconds, spread
-from retnet.infer.states import select_rows
+from retnet.engine import Stepper
+from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
 
 FIRST = 100  # tokens into a generation that all later ones are compared with
@@ -66,7 +67,7 @@ class _Generation:
     """A text in the making."""
 
     def __init__(self, model: LanguageModel, state: ModelState, token: Tensor, made: int = 0) -> None:
-        self.model, self.stepper, self.token, self.made = model, model.stepper(state), token, made
+        self.model, self.stepper, self.token, self.made = model, Stepper(model, state), token, made
 
     def step(self) -> None:
         self.token = self.stepper.step(self.token).argmax(-1)

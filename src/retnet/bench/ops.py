@@ -29,10 +29,10 @@ from retnet.bench.ways import (
     kernels,
     ways_on,
 )
+from retnet.host import keep_freed_memory
 from retnet.ops import CHUNK
-from retnet.ops.triton import configs
+from retnet.ops.triton import tile_table
 from retnet.settings import UserError
-from retnet.train.host import keep_freed_memory
 
 OWN = (OURS, LOOP, REFERENCE)
 CHECKED = 512  # tokens that every contender is compared with fp64 on, before anything is timed
@@ -46,7 +46,7 @@ NOTES = (
     "flops: of the algorithm, a multiply-add as two. Forward takes 2·(p·(K + V) + 2·K·V) a token and head, p being the keys "
     "of its chunk that a token meets; backward 2·(p·(3K + 2V) + 5·K·V) on a CPU, 2·(p·(3K + 3V) + 5·K·V) in Triton's "
     "kernels, twice the forward under autograd. Parallel form and attention (backward: as on a CPU) lack the terms of K·V",
-    f"p: our kernels (C {CHUNK} on a CPU, {configs.CHUNK} in Triton) and SDPA skip blocks above the diagonal and get "
+    f"p: our kernels (C {CHUNK} on a CPU, {tile_table.CHUNK} in Triton) and SDPA skip blocks above the diagonal and get "
     "credit for the triangle alone, p = (C + 1)/2; what they compute above it gets none. The others compute full squares, "
     "p = C. Masks, decay factors, copies and softmax count nothing",
     "of_torch_mm: flops per second ÷ rate of matrix products by torch.mm; of_limit: ÷ that of torch's fastest library. "

@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from retnet import host
 from retnet.bench import peers
 from retnet.bench.plots import draw
 from retnet.settings import UserError
-from retnet.train import host
 
 Record = dict[str, Any]
 
@@ -47,7 +47,7 @@ def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> R
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host.describe(),
         "peers": {"transformers": peers.version("transformers")},
-        "memory": "malloc keeps freed memory (retnet.train.host.keep_freed_memory), for all contenders alike, unless said",
+        "memory": "malloc keeps freed memory (retnet.host.keep_freed_memory), for all contenders alike, unless said",
         "configuration": dict(configuration),
         **measured,
     }

@@ -11,7 +11,8 @@ import torch
 from retnet.bench.devices import stopwatch, update_limit
 from retnet.bench.timing import Contender, Sample, Say, Spread, Target, interleave, spread, times_faster
 from retnet.bench.ways import LARGE, LOOP, OURS, Shape, kernels
-from retnet.ops import log_decays, native, retention_step
+from retnet.ops import log_decays, retention_step
+from retnet.ops.cpu import jit
 
 LAYERS = 12  # states that a small model steps through
 SHORT = 12  # rounds of steps for each round of the op: the speed of a shared memory changes within seconds
@@ -69,7 +70,7 @@ class StepRow:
 
 def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -> list[StepRow]:
     """All sizes of a step, interleaved, in `SHORT` times so many rounds; cold states take turns over so much memory."""
-    names = [OURS, LOOP] if device.type == "cpu" and native.compiler() is not None else [OURS]
+    names = [OURS, LOOP] if device.type == "cpu" and jit.compiler() is not None else [OURS]
     rows = [StepRow(name, step) for step in STEPS for name in names]
     contenders = [
         Contender(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retnet.train.host import product_rate
+from retnet.host import product_rate
 
 Limits = Mapping[str, Callable[[], float]]  # name → measures a rate, per second
 Say = Callable[[str], None]  # where progress goes

@@ -25,13 +25,13 @@ from retnet.bench.timing import (
     spread,
     times_faster,
 )
+from retnet.host import keep_freed_memory
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.ops import log_decays, retention
 from retnet.settings import UserError
 from retnet.train.config import TrainConfig
-from retnet.train.host import keep_freed_memory
 from retnet.train.optimizer import adamw
 
 OURS, PEER, BF16, PACKED = "retnet", "llama", "retnet, bf16 autocast", "retnet, one packed row"

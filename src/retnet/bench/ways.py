@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from retnet.bench import peers
-from retnet.ops import CHUNK, chunks, decode, log_decays, native, retention
-from retnet.ops.triton import configs
+from retnet.ops import CHUNK, log_decays, retention
+from retnet.ops.cpu import chunkwise_numba, decode, jit
+from retnet.ops.triton import tile_table
 from retnet.settings import UserError
 
 OURS, LOOP, REFERENCE = "retnet", "retnet, torch operators", "retnet, reference"
@@ -58,7 +59,7 @@ class Algorithm(NamedTuple):
 
 
 COMPILED = Algorithm(CHUNK, True, (1, 1, 2), (3, 2, 5))
-TRITON = Algorithm(configs.CHUNK, True, (1, 1, 2), (3, 3, 5))
+TRITON = Algorithm(tile_table.CHUNK, True, (1, 1, 2), (3, 3, 5))
 LOOPED = Algorithm(CHUNK, False, (1, 1, 2), (3, 2, 5))
 CHUNKWISE = Algorithm(PEER_CHUNK, False, (1, 1, 2), (2, 2, 4))
 SQUARE = Algorithm(None, False, (1, 1, 0), (2, 2, 0))
@@ -180,7 +181,7 @@ def ways_on(device: torch.device, shape: Shape) -> list[Way]:
     def ours(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: retention(q, k, v, log_decay, backend=backend)[0]
 
-    compiled = cpu and native.compiler() is not None
+    compiled = cpu and jit.compiler() is not None
     found = [Way(OURS, ours("cpu" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
     if compiled:
         found.append(Way(LOOP, ours("cpu"), shape, LOOPED, kernels=False))
@@ -212,9 +213,9 @@ def kernels(wanted: bool) -> AbstractContextManager[None]:
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """The CPU as it is where numba is not installed: the op and its step are torch's operators."""
-    available, state_step = chunks.available, decode.state_step
-    chunks.available, decode.state_step = lambda *_: False, lambda *_: None
+    available, state_step = chunkwise_numba.available, decode.state_step
+    chunkwise_numba.available, decode.state_step = lambda *_: False, lambda *_: None
     try:
         yield
     finally:
-        chunks.available, decode.state_step = available, state_step
+        chunkwise_numba.available, decode.state_step = available, state_step

@@ -171,7 +171,7 @@ def ops(
     """
     from retnet.bench.ops import measure_ops
     from retnet.bench.ways import Shape, for_device, parse_lengths, parse_shapes
-    from retnet.train.host import choose_device
+    from retnet.host import choose_device
 
     options: dict[str, Any] = {}
     if quick:

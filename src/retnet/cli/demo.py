@@ -25,8 +25,8 @@ def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
 
     An interrupted demo goes on where it stopped; a finished one shows its results again.
     """
+    from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
-    from retnet.train.host import keep_freed_memory
     from retnet.train.progress import Progress
     from retnet.train.trainer import train
 
@@ -48,7 +48,7 @@ def _bits_per_byte(run_dir: Path, held_out: TokenShards, progress: Progress) -> 
     import torch
 
     from retnet.data import Batches
-    from retnet.infer import open_run
+    from retnet.engine import open_run
     from retnet.train.objective import Objective, evaluate
     from retnet.train.run_dir import RunDirectory
 
@@ -83,7 +83,7 @@ def _report(bits: float, text: bytes) -> None:
 
 
 def _sample(run_dir: Path) -> None:
-    from retnet.infer import Sampling, generate, open_run
+    from retnet.engine import Sampling, generate, open_run
 
     run = open_run(run_dir, device="auto")
     done = generate(

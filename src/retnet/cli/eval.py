@@ -180,7 +180,7 @@ def tasks(
 
     from retnet.evals import report
     from retnet.evals.models import open_model
-    from retnet.evals.paper import check_tasks
+    from retnet.paper import check_tasks
 
     check_tasks(names)
     if out is not None:

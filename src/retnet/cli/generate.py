@@ -14,7 +14,7 @@ from retnet.io import decode, read_text
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
-    from retnet.infer import Completion, Decoding, Stats
+    from retnet.engine import Completion, Decoding, Stats
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
@@ -96,7 +96,7 @@ def command(
     """
     texts = _prompts(prompts, prompt_file, prompt_lines)
 
-    from retnet.infer import Decoding, Sampling, open_run
+    from retnet.engine import Decoding, Sampling, open_run
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

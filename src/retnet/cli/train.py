@@ -23,9 +23,9 @@ def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[st
     `retnet config show CONFIG` prints all of them. N processes share the work and the weights with
     torchrun --nproc-per-node=N -m retnet train CONFIG.
     """
+    from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
     from retnet.train.distributed import one_voice
-    from retnet.train.host import keep_freed_memory
     from retnet.train.progress import Progress
     from retnet.train.trainer import train
 

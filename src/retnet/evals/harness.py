@@ -21,11 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from retnet.evals.models import Candidate
-from retnet.evals.paper import TASKS, check_tasks
 from retnet.evals.readers import BATCH_TOKENS, LOGITS
 from retnet.io import sha256
 from retnet.model import LanguageModel
 from retnet.model.hf import RetNetForCausalLM, hf_tokenizer
+from retnet.paper import TASKS, check_tasks
 from retnet.settings import UserError
 
 _LOCAL = Path(__file__).parent / "tasks"  # one file a task: where its local data lie
@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         candidate: the model.
-        tasks: names out of `retnet.evals.paper.TASKS`.
+        tasks: names out of `retnet.paper.TASKS`.
         num_fewshot: examples in the prompt; all tasks are run with each number.
         batch_size: sequences at once; "auto": as many as fit.
         limit: only the first so many questions of each task.

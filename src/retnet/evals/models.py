@@ -11,9 +11,9 @@ import tokenizers
 from torch import nn
 
 from retnet.data import Tokenizer
+from retnet.engine import find_checkpoint, open_run
+from retnet.engine.load import DTYPES, pick_device
 from retnet.evals.readers import CachedReader, Reader, RecurrentReader
-from retnet.infer import find_checkpoint, open_run
-from retnet.infer.run import DTYPES, pick_device
 from retnet.model import LanguageModel
 from retnet.settings import UserError, nearest
 
@@ -63,7 +63,7 @@ def open_model(
         path: a run, one of its checkpoints, or a Hugging Face folder.
         checkpoint: of a run: "best", "last" or a name; None: the best, or the last while there is none.
         device: what torch calls it; "auto" is a GPU where there is one.
-        dtype: a key of `retnet.infer.run.DTYPES`; None is that of the file.
+        dtype: a key of `retnet.engine.load.DTYPES`; None is that of the file.
 
     Raises:
         UserError: nothing there that can be used, or no such checkpoint, device or dtype.

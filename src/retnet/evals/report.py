@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retnet.evals import paper
+from retnet import paper
 from retnet.evals.models import Candidate
 from retnet.evals.perplexity import Measured, Result
 from retnet.evals.statistics import CONFIDENCE, Estimate

@@ -1,6 +1,6 @@
 """Sequence mixers: one file each, one protocol (`Mixer`), one table."""
 
-from retnet.mixers.base import Linear, Mixer, MixerConfig, State
+from retnet.mixers.base import Mixer, MixerConfig, State
 from retnet.mixers.gated_retention import GatedRetention, GatedRetentionConfig
 from retnet.mixers.h3 import H3, H3Config
 from retnet.mixers.hyena import Hyena, HyenaConfig
@@ -33,7 +33,6 @@ __all__ = [
     "H3Config",
     "Hyena",
     "HyenaConfig",
-    "Linear",
     "LinearAttention",
     "LinearConfig",
     "LstmConfig",

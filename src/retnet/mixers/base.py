@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.ops import Core, product
 from retnet.settings import Choice, UserError
 
 # A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
@@ -29,89 +27,27 @@ class MixerConfig(Choice):
         return {name: mixer.Config for name, mixer in MIXERS.items()}
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias, whose product with a few rows, which is decoding, runs at the memory's speed."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[...,in_features] → [...,out_features]."""
-        if type(self.weight) is not nn.Parameter:  # quantised or sharded weights bring their own product
-            return F.linear(input, self.weight)
-        return product(input, self.weight)
-
-
-class Int8Linear(nn.Module):
-    """A `Linear` for inference whose weight is int8, each row (an output's weights) with an fp32 scale of its own.
-
-    A quarter of the bytes; with a few rows, which is decoding, on a CPU, they become fp32 in registers and the product
-    takes what reading them takes. Elsewhere the whole weight is made fp32 for every product.
+def head_width(d_model: int, num_heads: int) -> int:
+    """Width of one head.
 
     Raises:
-        UserError: the weights are not finite; or on `train()`.
+        UserError: the model's width does not divide by the heads.
     """
-
-    codes: Tensor  # [out_features,in_features] int8, −127 to 127
-    scale: Tensor  # [out_features] fp32
-
-    def __init__(self, layer: Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight = layer.weight.detach().float()
-        if not weight.isfinite().all():
-            raise UserError(
-                "weights that are infinite or not a number cannot be int8; take another checkpoint"
-            )
-        scale = (weight.abs().amax(1) / 127).clamp(
-            min=torch.finfo(torch.float32).tiny
-        )  # a row may be all zero
-        self.register_buffer("codes", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.training = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The fp32 weight [out_features,in_features] that the codes stand for."""
-        return self.codes * self.scale[:, None]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[...,in_features] → [...,out_features]."""
-        return product(input, self.codes, self.scale)
-
-    def train(self, mode: bool = True) -> Int8Linear:
-        """Refuses: rounded weights cannot take small steps."""
-        if mode:
-            raise UserError("int8 weights cannot be trained; train the fp32 model and quantise it afterwards")
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Moves like any module, but `.to(bfloat16)` must not round the scales."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = scale.to(self.codes.device)
-        return self
+    if d_model % num_heads:
+        raise UserError(f"d_model {d_model} is not a multiple of num_heads {num_heads}; change one")
+    return d_model // num_heads
 
 
-def stored(*layers: nn.Module | None) -> tuple[list[Any], list[Tensor | None]] | None:
-    """Weights of layers, and the scales of those in int8, for kernels that read them instead of calling the layers.
+def require_positive(**values: float) -> None:
+    """Refuses values that are not above zero.
 
-    None where that would be wrong: a layer that was wrapped (LoRA), quantised by others or offloaded has to be called.
-    Where there is no layer (None), there is no weight.
+    Raises:
+        UserError: naming the first such value.
     """
-    weights, scales = [], []
-    for layer in layers:
-        weight = scale = None
-        if layer is not None:
-            if type(layer) is Int8Linear:
-                weight, scale = layer.codes, layer.scale
-            elif type(layer) is not Linear or type(weight := layer.weight) is not nn.Parameter:
-                return None
-            if weight.is_meta or "forward" in layer.__dict__:
-                return None
-        weights.append(weight)
-        scales.append(scale)
-    return weights, scales
+    for name, value in values.items():
+        if not value > 0:
+            least = "at least 1" if isinstance(value, int) else "above 0"
+            raise UserError(f"{name} is {value}; it must be {least}")
 
 
 class Mixer(nn.Module):
@@ -138,10 +74,6 @@ class Mixer(nn.Module):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
         """One token from a state: x [B,D] → [B,D] and the state after it."""
         raise TypeError(f"{type(self).__name__} does not define step")
-
-    def core(self) -> Core | None:
-        """The mixer as `retnet.ops.make_plan` reads it, which steps whole blocks at once; None: it is composed."""
-        return None
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

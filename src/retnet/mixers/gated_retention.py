@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig, head_width, require_positive
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import Rotary, Rotation, exactly, head_width, require_positive, widened
+from retnet.nn import Linear, Rotary, Rotation, exactly, widened
 from retnet.ops import head_norm, positions
 from retnet.settings import UserError
 

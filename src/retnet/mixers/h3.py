@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig, require_positive
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import ShortConvolution, fft_flops, require_positive, widened
 from retnet.mixers.s4d import S4D, Spectrum, check_state_space
+from retnet.nn import Linear, ShortConvolution, fft_flops, widened
 from retnet.settings import UserError
 
 

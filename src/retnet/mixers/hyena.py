@@ -10,18 +10,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig, require_positive
+from retnet.mixers.cache import append, right_aligned
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import (
-    Precise,
-    ShortConvolution,
-    append,
-    exactly,
-    fft_convolution,
-    fft_flops,
-    require_positive,
-    right_aligned,
-)
+from retnet.nn import Linear, Precise, ShortConvolution, exactly, fft_convolution, fft_flops
 from retnet.settings import UserError
 
 ORDER = 2

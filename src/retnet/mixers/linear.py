@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import Linear, Mixer, MixerConfig
-from retnet.mixers.parts import Rotary, Rotation, head_width, require_positive, widened
+from retnet.mixers.base import Mixer, MixerConfig, head_width, require_positive
+from retnet.nn import Linear, Rotary, Rotation, widened
 from retnet.ops import CHUNK, positions, retention, retention_step
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import exactly, widened
+from retnet.nn import exactly, widened
 
 
 @dataclass(frozen=True)

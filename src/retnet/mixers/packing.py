@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retnet.mixers.base import Mixer
+from retnet.mixers.states import join_tensors
 
 
 class SequenceMixer(Mixer):
@@ -72,7 +71,7 @@ class SequenceMixer(Mixer):
                     outputs[i] = y
             order += rows
             after.append(part)
-        joined = type(state)(*(join(parts) for parts in zip(*after, strict=True)))
+        joined = type(state)(*(join_tensors(parts) for parts in zip(*after, strict=True)))
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(outputs)[None], _select(joined, back)
 
@@ -96,17 +95,6 @@ def document_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:
     if not bounds or bounds[0] != 0 or bounds[-1] != x.shape[1] or sorted(bounds) != bounds:
         raise ValueError(f"cu_seqlens is {bounds}; allowed: non-decreasing from 0 to T = {x.shape[1]}")
     return [end - start for start, end in itertools.pairwise(bounds)]
-
-
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts [B_i,...] as one tensor; where a cache has grown further than others, zeros fill these up."""
-    sizes = [max(size) for size in zip(*(part.shape[1:] for part in parts), strict=True)]
-    return torch.cat([_filled_up(part, sizes) for part in parts])
-
-
-def _filled_up(x: Tensor, sizes: list[int]) -> Tensor:
-    missing = [want - have for have, want in zip(x.shape[1:], sizes, strict=True)]
-    return F.pad(x, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else x
 
 
 def _select(state: Any, rows: list[int]) -> Any:  # noqa: ANN401

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, Mixer, MixerConfig, stored
+from retnet.mixers.base import Mixer, MixerConfig
+from retnet.nn import Linear
 from retnet.ops import (
     BACKENDS,
     CHUNK,
-    Core,
     Decay,
     apply_rotary,
     frequencies,
@@ -182,25 +182,6 @@ class MultiScaleRetention(Mixer):
         y = self._finish(o, x, state.position)
         state.position.add_(1)
         return y, state
-
-    def core(self) -> Core | None:
-        """This mixer as the compiled step of a block reads it; None where that does not cover it."""
-        c = self.config
-        if self.head_norm_weight is not None or c.score_norm in ("paper", "torchscale"):
-            return None
-        if (read := stored(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)) is None:
-            return None
-        weights, scales = read
-        return Core(
-            weights,
-            scales,
-            self.log_decay,
-            self.theta,
-            c.rotary,
-            c.score_norm == "decay",
-            c.head_norm,
-            c.head_norm_eps,
-        )
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

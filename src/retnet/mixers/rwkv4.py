@@ -9,9 +9,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import Precise, widened
+from retnet.nn import Linear, Precise, widened
 
 
 @dataclass(frozen=True)

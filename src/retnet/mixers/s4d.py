@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig, require_positive
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import Precise, exactly, fft_convolution, fft_flops, require_positive, widened
+from retnet.nn import Linear, Precise, exactly, fft_convolution, fft_flops, widened
 from retnet.settings import UserError
 
 BLOCK = 256  # tokens read at once from a state: their powers of A are the largest thing there is

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retnet.mixers.base import Linear, MixerConfig
+from retnet.mixers.base import MixerConfig, head_width, require_positive
+from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.parts import Rotary, Rotation, append, head_width, require_positive
+from retnet.nn import Linear, Rotary, Rotation
 from retnet.ops import positions
 from retnet.settings import UserError
 

@@ -10,49 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers import MIXERS, Linear
-from retnet.mixers.base import stored
+from retnet.mixers import MIXERS
 from retnet.model.config import ModelConfig
-from retnet.model.fused import Fused
-from retnet.model.stepper import ModelState, Stepper
-from retnet.ops import Core, Ends, Plan, Shell, Steps, bind_blocks, make_plan
+from retnet.nn import FeedForward, Linear, Norm
 from retnet.settings import UserError
 
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm with affine weights; statistics in fp32 or better."""
-
-    def __init__(self, width: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layernorm" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [...,D] → [...,D] in the type of x."""
-        if self.bias is None:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-        return F.layer_norm(
-            x, self.weight.shape, self.weight, self.bias, self.eps
-        )  # statistics in fp32 inside
-
-
-class FeedForward(nn.Module):
-    """gelu(x W_1) W_2 (paper §3), or gated: (act(x W_1) ⊙ x W_G) W_2."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.ffn_dim or 2 * config.d_model
-        self.act = F.silu if config.ffn == "swiglu" else F.gelu
-        self.fc1 = Linear(config.d_model, width)
-        self.gate = Linear(config.d_model, width) if config.ffn != "gelu" else None
-        self.fc2 = Linear(width, config.d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [...,D] → [...,D]."""
-        hidden = self.act(self.fc1(x))
-        return self.fc2(hidden if self.gate is None else hidden * self.gate(x))
+ModelState = tuple[Any, ...]  # one mixer state a layer
 
 
 class Block(nn.Module):
@@ -60,11 +23,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mixer_norm = Norm(config.d_model, config)
+        self.mixer_norm = Norm(config.d_model, config.norm, config.norm_eps)
         self.mixer = MIXERS[config.mixer.name](config.d_model, config.mixer)
-        self.ffn_norm = Norm(config.d_model, config)
-        self.ffn = FeedForward(config)
-        self._fused = Fused()
+        self.ffn_norm = Norm(config.d_model, config.norm, config.norm_eps)
+        self.ffn = FeedForward(config.d_model, config.ffn_dim or 2 * config.d_model, config.ffn)
         self.dropout = nn.Dropout(config.dropout)
 
     def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -85,39 +47,8 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
         """One token from a state: x [B,D] → [B,D] and the state after it."""
-        if (y := self._step_fused(x, state)) is not None:
-            return y, state
         mixed, state = self.mixer.step(self.mixer_norm(x), state)
         return self._close(x, mixed), state
-
-    def _step_fused(self, x: Tensor, state: Any) -> Tensor | None:  # noqa: ANN401
-        """`step` in one call where the kernel covers this mixer and machine; None elsewhere, and nothing done."""
-        plan = self._fused.plan(self, self._plan)
-        steps = None if plan is None else bind_blocks([(state.kv, state.position)], plan)
-        return None if steps is None else steps(x)
-
-    def _plan(self) -> Plan | None:
-        read = self.read()
-        return None if read is None else make_plan([read])
-
-    def read(self) -> tuple[Core, Shell] | None:
-        """The block as the compiled step reads it; None where that does not cover it."""
-        ffn, first, second = self.ffn, self.mixer_norm, self.ffn_norm
-        if (
-            type(self.mixer) not in MIXERS.values()
-            or type(ffn) is not FeedForward
-            or not _alike(first, second)
-        ):
-            return None
-        core, weights = self.mixer.core(), stored(ffn.fc1, ffn.gate, ffn.fc2)
-        if core is None or weights is None:
-            return None
-        norms = (first.weight, first.bias, second.weight, second.bias)
-        return core, Shell(*norms, *weights, first.eps, ffn.act.__name__)
-
-
-def _alike(*norms: nn.Module) -> bool:
-    return all(type(norm) is Norm and norm.eps == norms[0].eps for norm in norms)
 
 
 class Backbone(nn.Module):
@@ -132,11 +63,12 @@ class Backbone(nn.Module):
         size = (config.vocab_size, config.d_model)
         self.embedding = nn.Embedding(*size, _weight=torch.empty(size))  # filled by `initialise` below
         self.embedding_scale = math.sqrt(config.d_model) if config.embedding_scale else None
-        self.embedding_norm = Norm(config.d_model, config) if config.embedding_norm else None
+        self.embedding_norm = (
+            Norm(config.d_model, config.norm, config.norm_eps) if config.embedding_norm else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
-        self.norm = Norm(config.d_model, config)
-        self._fused = Fused()  # of a model's step with its head
+        self.norm = Norm(config.d_model, config.norm, config.norm_eps)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -220,58 +152,14 @@ class LanguageModel(Backbone):
     def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after.
 
-        Many steps of a model that stays as it is are faster through a `stepper`.
+        This is the law of decoding; `retnet.engine` has faster ways to do the same many times.
         """
-        if (logits := self._step_fused(tokens, state)) is not None:
-            return logits, tuple(state)
-        return self._step_composed(tokens, state)
-
-    def stepper(self, state: Sequence[Any]) -> Stepper:
-        """Steps from a state on, for a model that stays as it is meanwhile; see `Stepper`."""
-        return Stepper(state, self._bind, self._step_composed)
-
-    def _step_composed(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         x = self._embed(tokens)
         after = []
         for block, before in zip(self._blocks(), state, strict=True):
             x, layer = block.step(x, before)
             after.append(layer)
         return self.head(self.norm(x)), tuple(after)
-
-    def _step_fused(self, tokens: Tensor, state: Sequence[Any]) -> Tensor | None:
-        """`step` in one call where the kernel covers all blocks and both ends; None elsewhere, and nothing done."""
-        steps = self._bind(state)
-        return None if steps is None else steps(tokens)
-
-    def _bind(self, state: Sequence[Any]) -> Steps | None:
-        plan = self._fused.plan(self, self._plan)
-        return None if plan is None else bind_blocks([(s.kv, s.position) for s in state], plan)
-
-    def _plan(self) -> Plan | None:
-        norm, first, head = self.norm, self.embedding_norm, stored(self.head)
-        exact = (
-            type(self) is LanguageModel
-            and type(self.embedding) is nn.Embedding
-            and type(self.dropout) is nn.Dropout
-            and self.embedding.max_norm is None  # else looking up changes it
-            and _alike(norm, *([] if first is None else [first]))
-        )
-        blocks = [block.read() if type(block) is Block else None for block in self._blocks()]
-        if not exact or head is None or None in blocks:
-            return None
-        (weight,), (scale,) = head
-        ends = Ends(
-            self.embedding.weight,
-            self.embedding_scale or 1.0,
-            None if first is None else first.weight,
-            None if first is None else first.bias,
-            norm.weight,
-            norm.bias,
-            weight,
-            scale,
-            norm.eps,
-        )
-        return make_plan([block for block in blocks if block is not None], ends)
 
 
 def initialise(model: Backbone, config: ModelConfig, head: nn.Linear | None) -> None:

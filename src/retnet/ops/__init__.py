@@ -11,10 +11,8 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
-from retnet.ops.decode import Steps, bind_blocks
+from retnet.ops.linear import product
 from retnet.ops.norm import NORMS, head_norm
-from retnet.ops.plans import Core, Ends, Plan, Shell, make_plan
-from retnet.ops.products import product
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import LAYOUTS, SPACINGS, apply_rotary, frequencies, positions, rotate, rotation
 
@@ -25,18 +23,11 @@ __all__ = [
     "LAYOUTS",
     "NORMS",
     "SPACINGS",
-    "Core",
     "Decay",
-    "Ends",
-    "Plan",
-    "Shell",
-    "Steps",
     "apply_rotary",
-    "bind_blocks",
     "frequencies",
     "head_norm",
     "log_decays",
-    "make_plan",
     "positions",
     "product",
     "retention",

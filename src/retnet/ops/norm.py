@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops.triton import row_operators
-from retnet.ops.triton.support import takes, unfit_rows
+from retnet.ops.triton.capability import takes, unfit_rows
 
 NORMS = ("group", "rms", "none")
 

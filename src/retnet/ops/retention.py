@@ -8,9 +8,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from retnet.ops import cpu, decode, reference
-from retnet.ops.checks import check_documents, check_inputs, check_pool, check_state, plainly_right
-from retnet.ops.triton import configs, operators, support
+from retnet.ops import reference
+from retnet.ops.cpu import chunkwise as cpu
+from retnet.ops.cpu import decode
+from retnet.ops.triton import capability, operators, tile_table
+from retnet.ops.validation import check_documents, check_inputs, check_pool, check_state, plainly_right
 
 BACKENDS = ("reference", "cpu", "triton")
 FORMS = ("parallel", "recurrent", "chunkwise")
@@ -44,8 +46,8 @@ def retention(
         cu_seqlens: int32 or int64 [N+1], bounds of N documents packed in one row (B = 1), from 0 to T, empty ones allowed.
         scale: factor of the query-key products, default K^(−1/2).
         form: ``"parallel"``, ``"recurrent"`` or ``"chunkwise"``: one function, three ways to compute it.
-        chunk_size: C of the chunkwise form; default: `CHUNK`, and of Triton's kernels `configs.CHUNK` (which round C up to
-            a multiple of 16).
+        chunk_size: C of the chunkwise form; default: `CHUNK`, and of Triton's kernels `tile_table.CHUNK` (which round C
+            up to a multiple of 16).
         backend: ``"reference"`` (any device, autograd of everything), ``"cpu"`` (explicit backward, constant memory in the
             number of chunks; no gradient of `log_decay`), ``"triton"`` (the same on CUDA and ROCm; no recurrent form), or
             ``"auto"``: the fastest that can run, logged once.
@@ -70,8 +72,8 @@ def retention(
     if backend == "reference":
         return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
     if backend == "triton":
-        length = q.shape[1] if form == "parallel" else chunk_size or configs.CHUNK
-        chunk = configs.round_up(length, 128 if form == "parallel" else 16)
+        length = q.shape[1] if form == "parallel" else chunk_size or tile_table.CHUNK
+        chunk = tile_table.round_up(length, 128 if form == "parallel" else 16)
         return operators.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk, keep_states)[:2]
     chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
     return cpu.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
@@ -186,7 +188,7 @@ def _choose(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> tuple[str, st
 
 
 def _no_triton(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str | None:
-    return support.unsupported(q, v, log_decay, form) or support.missing(str(q.device))
+    return capability.unsupported(q, v, log_decay, form) or capability.missing(str(q.device))
 
 
 @cache

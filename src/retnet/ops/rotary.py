@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.triton import row_operators  # noqa: F401  defines the operators
-from retnet.ops.triton.support import takes, unfit_rows
+from retnet.ops.triton.capability import takes, unfit_rows
 
 LAYOUTS = ("interleaved", "halves")
 SPACINGS = ("inclusive", "geometric")

@@ -19,6 +19,7 @@ import torch
 from retnet.bench.devices import free_memory, wait
 from retnet.bench.timing import Contender, interleave, median_seconds
 from retnet.io import write_text
+from retnet.host import choose_device, keep_freed_memory
 from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise
@@ -26,7 +27,6 @@ from retnet.studies.contexts import Contexts
 from retnet.studies.footprint import GIB, kept_for_backward
 from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
-from retnet.train.host import choose_device, keep_freed_memory
 
 FIVE = 5  # lengths at least: an exponent from fewer says little
 # How the same mixer is computed in training, where there are several ways.

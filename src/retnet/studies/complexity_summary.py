@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from retnet.bench.timing import Spread, spread
-from retnet.evals.paper import COMPLEXITY
+from retnet.paper import COMPLEXITY
 from retnet.studies.footprint import in_bytes
 from retnet.studies.slopes import Slope, expected, slope
 from retnet.studies.study import Result, Results

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from retnet.bench.devices import wait
 from retnet.bench.timing import median_seconds
+from retnet.engine import Stepper
 from retnet.mixers import Mixer, SoftmaxConfig
+from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
-from retnet.model.states import select_rows
 from retnet.settings import UserError
 
 PIECE = 2048  # tokens of one call of `prefill`
@@ -76,7 +77,7 @@ class Contexts:
         state, token = self.state(length, batch), self.token(batch)
         subject, stepper = self.subject, None
         if isinstance(subject, LanguageModel):
-            stepper = subject.stepper(state)
+            stepper = Stepper(subject, state)
 
         def step() -> None:
             nonlocal state

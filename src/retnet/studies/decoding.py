@@ -18,6 +18,7 @@ import torch
 
 from retnet.bench.devices import free_memory
 from retnet.bench.timing import Contender, interleave
+from retnet.host import choose_device, keep_freed_memory
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
@@ -27,7 +28,6 @@ from retnet.studies.decoding_summary import OURS, PEER, summarise
 from retnet.studies.footprint import GIB, Watch, in_bytes
 from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
-from retnet.train.host import choose_device, keep_freed_memory
 
 SPEED = "speed"
 

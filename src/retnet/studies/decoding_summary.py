@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from retnet.bench.timing import Spread, spread
-from retnet.evals.paper import INFERENCE
+from retnet.paper import INFERENCE
 from retnet.studies.footprint import in_bytes
 from retnet.studies.study import Result
 from retnet.studies.summary import Figure, Line, Panel, Summary, Table

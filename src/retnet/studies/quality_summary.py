@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from retnet.evals import paper
+from retnet import paper
 from retnet.studies.study import Result
 from retnet.studies.summary import Figure, Line, Panel, Summary, Table
 

@@ -25,12 +25,12 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from retnet.io import write_text
+from retnet import host
 from retnet.settings import UserError, dump
 from retnet.studies import estimate
 from retnet.studies.folder import StudyFolder
 from retnet.studies.study import Job, Study
 from retnet.studies.worker import STOPPED, Order
-from retnet.train import host
 from retnet.train.run_dir import differences
 
 # What may differ when a study is continued: how it is worked off, and how many seeds there are.

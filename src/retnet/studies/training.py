@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retnet.bench.devices import free_memory, wait
 from retnet.bench.timing import Contender, interleave, median_seconds
+from retnet.host import choose_device, keep_freed_memory
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
@@ -30,7 +31,6 @@ from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
-from retnet.train.host import choose_device, keep_freed_memory
 from retnet.train.optimizer import adamw
 
 KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables

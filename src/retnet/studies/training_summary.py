@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from retnet.bench.timing import Spread, spread
-from retnet.evals.paper import TRAINED, TRAINING_COST
+from retnet.paper import TRAINED, TRAINING_COST
 from retnet.studies.footprint import in_bytes
 from retnet.studies.study import Result
 from retnet.studies.summary import Figure, Line, Panel, Summary, Table

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from retnet import host
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
-from retnet.train import host
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process

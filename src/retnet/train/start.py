@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from retnet import host
 from retnet.data import Prepared, load, prepare
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
-from retnet.train import host
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.progress import Progress

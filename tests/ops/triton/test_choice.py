@@ -21,17 +21,17 @@ from retnet.ops import (
     retention_step,
 )
 from retnet.ops.retention import _say_once, retention_steps
-from retnet.ops.triton import configs, support
+from retnet.ops.triton import capability, tile_table
 from tests.helpers.parity import random_inputs
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Tensors on a GPU that is not there: shapes and types alone. Triton can run on it, unless `missing` says otherwise."""
-    monkeypatch.setattr(support, "_missing", lambda device: None)
+    monkeypatch.setattr(capability, "_missing", lambda device: None)
     monkeypatch.setattr(reference, "retention", lambda *arguments: "the reference ran")
     _say_once.cache_clear()
-    support._say_once.cache_clear()
+    capability._say_once.cache_clear()
     with FakeTensorMode():
         yield torch.device("cuda")
 
@@ -163,7 +163,7 @@ def test_a_learned_decay_or_the_recurrent_form_is_not_for_the_kernels(gpu):
 
 def test_auto_without_triton_on_a_gpu(gpu, monkeypatch, caplog):
     monkeypatch.setattr(
-        support, "_missing", lambda device: "Triton is not installed; pip install 'retnet[triton]'"
+        capability, "_missing", lambda device: "Triton is not installed; pip install 'retnet[triton]'"
     )
     with caplog.at_level(logging.INFO, logger="retnet.ops"):
         assert retention(*on(gpu), torch.empty(3, device=gpu)) == "the reference ran"
@@ -188,7 +188,7 @@ def test_steps_at_once_are_steps_in_turn():
 class TestMissing:
     """The reasons themselves, asked past the cache."""
 
-    ask = staticmethod(support._missing.__wrapped__)
+    ask = staticmethod(capability._missing.__wrapped__)
 
     def test_tensors_of_the_cpu(self):
         pytest.importorskip("triton")
@@ -207,7 +207,7 @@ class TestMissing:
             head_norm(inputs[2], backend="triton")
 
     def test_no_triton(self, monkeypatch):
-        monkeypatch.setattr(support, "find_spec", lambda name: None)
+        monkeypatch.setattr(capability, "find_spec", lambda name: None)
         assert "Triton is not installed; pip install 'retnet[triton]'" in self.ask("cuda:0")
 
     def test_other_devices(self):
@@ -227,13 +227,13 @@ class TestMissing:
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0+git12ab", "3.9.0", "3.10.0"])
 def test_versions_that_run(version):
-    assert support.refusal(version) is None
+    assert capability.refusal(version) is None
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.5.0+cu128"])
 def test_versions_that_do_not(version):
-    assert f"Triton is {version}, and" in support.refusal(version)
-    assert "install one from 3.6 to 3.9" in support.refusal(version)
+    assert f"Triton is {version}, and" in capability.refusal(version)
+    assert "install one from 3.6 to 3.9" in capability.refusal(version)
 
 
 @pytest.mark.slow
@@ -270,36 +270,36 @@ def test_tiles_that_do_not_fit_a_gpu_say_so():
 
 
 class TestTiles:
-    @pytest.mark.parametrize("architecture", [*configs.TABLES, "sm_103", "sm_120", "gfx1100"])
-    @pytest.mark.parametrize("dtype", support.DTYPES)
+    @pytest.mark.parametrize("architecture", [*tile_table.TABLES, "sm_103", "sm_120", "gfx1100"])
+    @pytest.mark.parametrize("dtype", capability.DTYPES)
     @pytest.mark.parametrize(("K", "V"), [(1, 1), (16, 16), (60, 100), (256, 512), (256, 1024)])
     def test_every_head_has_tiles_that_the_kernels_can_take(self, architecture, dtype, K, V):
         for chunk in (16, 48, 256, 640):
-            state = configs.fit_state(configs.state_tiles(architecture, K, V, dtype), chunk)
+            state = tile_table.fit_state(tile_table.state_tiles(architecture, K, V, dtype), chunk)
             assert chunk % state.bt == 0
             for X, Z in ((K, V), (V, K)):
-                out = configs.fit_out(configs.out_tiles(architecture, X, Z, dtype), chunk, 1)
+                out = tile_table.fit_out(tile_table.out_tiles(architecture, X, Z, dtype), chunk, 1)
                 assert chunk % out.bm == 0
                 assert out.bm % out.bn == 0
                 for size in (*state[:3], *out[:5]):
                     assert size >= 16
                     assert size & (size - 1) == 0
-        keys, values, _ = configs.step_tiles(architecture, K, V)
+        keys, values, _ = tile_table.step_tiles(architecture, K, V)
         assert K <= keys < 2 * K
         assert keys * values <= 8192
 
     def test_families(self):
-        assert configs.table("sm_103") is configs.TABLES["sm_100"]
-        assert configs.table("gfx950") is configs.TABLES["gfx942"]
-        assert configs.table("sm_86") is configs.TABLES["default"]  # less shared memory than sm_80
+        assert tile_table.table("sm_103") is tile_table.TABLES["sm_100"]
+        assert tile_table.table("gfx950") is tile_table.TABLES["gfx942"]
+        assert tile_table.table("sm_86") is tile_table.TABLES["default"]  # less shared memory than sm_80
 
 
 class TestTuning:
-    tiles = configs.OutTiles(64, 32, 16, 16, 16, 4, 2)
+    tiles = tile_table.OutTiles(64, 32, 16, 16, 16, 4, 2)
 
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch, tmp_path):
-        self.tuning = pytest.importorskip("retnet.ops.triton.tuning")
+        self.tuning = pytest.importorskip("retnet.ops.triton.autotune")
         monkeypatch.setattr(self.tuning, "_known", {})
         monkeypatch.setenv("RETNET_CACHE", str(tmp_path))
         monkeypatch.setenv("RETNET_TRITON_AUTOTUNE", "1")

@@ -1,11 +1,11 @@
-"""Every kernel compiled for GPUs that are not there: the same function as `python -m retnet.ops.triton`."""
+"""Every kernel compiled for GPUs that are not there: the same function as `python -m tools.compile_report`."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from retnet.ops.triton import report
-from retnet.ops.triton.__main__ import ARCHITECTURES, main
+from tools import triton_report as report
+from tools.compile_report import ARCHITECTURES, main
 
 
 @pytest.mark.slow

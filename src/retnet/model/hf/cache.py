@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from retnet.model.states import select_rows
-from retnet.model.stepper import ModelState
+from retnet.mixers.states import select_rows
+from retnet.model import ModelState
 from retnet.settings import UserError
 
 

@@ -16,14 +16,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from retnet.mixers import Linear
-from retnet.mixers.base import Mixer
+from retnet.mixers import Mixer
 from retnet.model.config import ModelConfig
 from retnet.model.hf.cache import RetNetCache, require_states
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.generation import RecurrentGenerationMixin
 from retnet.model.hf.pretrained import RetNetPreTrainedModel, compute_constants, precise_parameters
 from retnet.model.language_model import Backbone, Block, LanguageModel, initialise, laid_out, packing
+from retnet.nn import Linear
 from retnet.settings import UserError
 
 

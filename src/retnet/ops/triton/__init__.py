@@ -2,7 +2,6 @@
 
 `operators` defines the operators of torch; `kernels` and `step` are the kernels and `launch` is what brings tensors to
 them, imported when an operator first runs. `row_operators`, `row_kernels` and `row_launch` are the same for rotation and
-for head norm with gate, which memory bounds. `configs` is the table of tiles, `tuning` the opt-in search for better ones;
-`support` says what cannot run and why; `report`, which is `python -m retnet.ops.triton`, compiles everything for GPUs
-that are not there.
+for head norm with gate, which memory bounds. `tile_table` is the table of tiles, `autotune` the opt-in search for better
+ones; `capability` says what cannot run and why.
 """

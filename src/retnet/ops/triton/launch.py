@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from retnet.ops.triton import configs, kernels
-from retnet.ops.triton.configs import OutTiles, StateTiles
+from retnet.ops.triton import kernels, tile_table
+from retnet.ops.triton.autotune import tuned
+from retnet.ops.triton.capability import architecture
 from retnet.ops.triton.step import step_kernel
-from retnet.ops.triton.support import architecture
-from retnet.ops.triton.tuning import tuned
+from retnet.ops.triton.tile_table import OutTiles, StateTiles
 
 _REACH = 1 << 31  # what a tile addresses from its first element fits 32 bits
 _LONGEST = 256  # tokens in a tile, at most
@@ -36,10 +36,10 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     """Cuts rows or packed documents into chunks of `length` tokens. No value is read back from the device."""
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        per_row = configs.count_chunks(1, T, None, length)
+        per_row = tile_table.count_chunks(1, T, None, length)
         return Chunks(length, B, T, per_row, B * per_row, None, None, None)
     documents = len(cu_seqlens) - 1
-    total = configs.count_chunks(B, T, documents, length)
+    total = tile_table.count_chunks(B, T, documents, length)
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     fits = (bounds[0] == 0) & (bounds[-1] == T) & (lengths >= 0).all()
@@ -163,7 +163,7 @@ def state_pass(
     """
     a, z = _addressable(a), _addressable(z)
     H, A, Z = a.shape[2], a.shape[3], z.shape[3]
-    snapshots = a.new_empty(chunks.total, H, A, Z, dtype=configs.snapshot_dtype(a.dtype))
+    snapshots = a.new_empty(chunks.total, H, A, Z, dtype=tile_table.snapshot_dtype(a.dtype))
     final = a.new_empty(chunks.rows, H, A, Z, dtype=torch.float32)
     initial = None if initial is None else initial.contiguous()
     log_decay = log_decay.contiguous()
@@ -171,7 +171,7 @@ def state_pass(
     precision = precisions(a.dtype, torch.version.hip is None)[0]
 
     def run(tiles: StateTiles) -> None:
-        tiles = configs.fit_state(tiles, chunks.length)
+        tiles = tile_table.fit_state(tiles, chunks.length)
         start(
             kernels.state_kernel,
             chunks.rows * H * triton.cdiv(A, tiles.ba) * triton.cdiv(Z, tiles.bz),
@@ -193,7 +193,7 @@ def state_pass(
         )
 
     arch = architecture(a.device)
-    run(tuned("state", arch, (A, Z, reverse), a.dtype, configs.state_tiles(arch, A, Z, a.dtype), run))
+    run(tuned("state", arch, (A, Z, reverse), a.dtype, tile_table.state_tiles(arch, A, Z, a.dtype), run))
     return snapshots, final
 
 
@@ -232,7 +232,7 @@ def out_pass(
     longest = min(chunks.length, chunks.tokens)
 
     def run(tiles: OutTiles) -> None:
-        tiles = configs.fit_out(tiles, chunks.length, longest)
+        tiles = tile_table.fit_out(tiles, chunks.length, longest)
         per_chunk = triton.cdiv(longest, tiles.bm)
         start(
             kernels.out_kernel,
@@ -254,7 +254,11 @@ def out_pass(
         )
 
     arch = architecture(x.device)
-    run(tuned("out", arch, (X, Z, reverse, transposed), x.dtype, configs.out_tiles(arch, X, Z, x.dtype), run))
+    run(
+        tuned(
+            "out", arch, (X, Z, reverse, transposed), x.dtype, tile_table.out_tiles(arch, X, Z, x.dtype), run
+        )
+    )
     return out
 
 
@@ -271,7 +275,7 @@ def step_pass(
     q, k, v = (_addressable(x) for x in (q, k, v))
     B, T, H, K = q.shape
     V = v.shape[3]
-    keys, values, warps = configs.step_tiles(architecture(q.device), K, V)
+    keys, values, warps = tile_table.step_tiles(architecture(q.device), K, V)
     start(
         step_kernel,
         B * H * triton.cdiv(V, values) if T else 0,

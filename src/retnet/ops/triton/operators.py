@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.ops.triton import configs
+from retnet.ops.triton import tile_table
 
 
 def forward(
@@ -90,9 +90,9 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     final = _fresh_state(q, v, cu_seqlens)
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    total = configs.count_chunks(q.shape[0], q.shape[1], documents, chunk)
+    total = tile_table.count_chunks(q.shape[0], q.shape[1], documents, chunk)
     kept = (total, *final.shape[1:]) if keep_states else (0,)
-    return v.new_empty(v.shape), final, q.new_empty(kept, dtype=configs.snapshot_dtype(q.dtype))
+    return v.new_empty(v.shape), final, q.new_empty(kept, dtype=tile_table.snapshot_dtype(q.dtype))
 
 
 def _fake_backward(

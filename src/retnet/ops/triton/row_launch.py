@@ -8,21 +8,21 @@ import torch
 import triton
 from torch import Tensor
 
-from retnet.ops.triton import configs, row_kernels
+from retnet.ops.triton import row_kernels, tile_table
 from retnet.ops.triton.launch import options, start
 
 
-def rotary_constants(K: int, interleaved: bool) -> tuple[dict[str, Any], configs.RowTiles]:
+def rotary_constants(K: int, interleaved: bool) -> tuple[dict[str, Any], tile_table.RowTiles]:
     """The compile-time arguments of ROTARY, and its tiles."""
-    tiles = configs.rotary_tiles(K // 2)
+    tiles = tile_table.rotary_tiles(K // 2)
     return {"K": K, "BN": tiles.rows, "BP": tiles.columns, "INTERLEAVED": interleaved}, tiles
 
 
 def norm_constants(
     V: int, norm: str, *, gated: bool, weighed: bool, shifted: bool
-) -> tuple[dict[str, Any], configs.RowTiles]:
+) -> tuple[dict[str, Any], tile_table.RowTiles]:
     """The compile-time arguments that NORM and NORM' share, and their tiles."""
-    tiles = configs.norm_tiles(V)
+    tiles = tile_table.norm_tiles(V)
     constants = {"V": V, "BN": tiles.rows, "BV": tiles.columns, "NORM": norm}
     return constants | {"GATED": gated, "WEIGHED": weighed, "SHIFTED": shifted}, tiles
 
@@ -48,7 +48,7 @@ def rotary_pass(
     constants, tiles = rotary_constants(K, interleaved)
     blocks = triton.cdiv(len(q), tiles.rows)
     heads = min(
-        H, max(1, blocks * H // configs.PROGRAMS)
+        H, max(1, blocks * H // tile_table.PROGRAMS)
     )  # a long sequence computes its angles once for all heads
     start(
         row_kernels.rotary_kernel,
@@ -122,7 +122,7 @@ def norm_backward_pass(
     o, d_out = _tokens(o), _tokens(d_out.unflatten(-1, (H, V)))
     gate = None if gate is None else _tokens(gate.unflatten(-1, (H, V)))
     blocks = triton.cdiv(len(o), tiles.rows)
-    parts = blocks if weight is None and bias is None else min(blocks, configs.PARTS)
+    parts = blocks if weight is None and bias is None else min(blocks, tile_table.PARTS)
     partial = [o.new_empty(parts * (x is not None), H * V, dtype=torch.float32) for x in (weight, bias)]
     start(
         row_kernels.norm_backward_kernel,

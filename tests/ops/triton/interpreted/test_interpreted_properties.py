@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from retnet.ops import log_decays, retention
-from retnet.ops.triton import configs
+from retnet.ops.triton import tile_table
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs, relative
 
 SIZES = st.sampled_from([1, 15, 16, 17, 32, 33])
@@ -17,8 +17,8 @@ GAMMA = st.one_of(st.just(1.0), st.floats(1e-4, 1.0))
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(configs, "WIDE_STATE", configs.StateTiles(16, 16, 16, 1, 1))
-    monkeypatch.setattr(configs, "WIDE_OUT", configs.OutTiles(32, 16, 16, 16, 16, 1, 1))
+    monkeypatch.setattr(tile_table, "WIDE_STATE", tile_table.StateTiles(16, 16, 16, 1, 1))
+    monkeypatch.setattr(tile_table, "WIDE_OUT", tile_table.OutTiles(32, 16, 16, 16, 16, 1, 1))
 
 
 def check(few):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retnet.ops import apply_rotary, frequencies, head_norm, positions
-from retnet.ops.triton import configs, row_launch
+from retnet.ops.triton import row_launch, tile_table
 from tests.helpers.parity import relative
 from tests.ops.triton.interpreted.test_interpreted_training import strange
 
@@ -62,8 +62,8 @@ class TestRotary:
 
     @pytest.mark.parametrize("programs", [1, 35, 10**6], ids=["all heads", "two heads", "one head"])
     def test_heads_of_a_program(self, programs, seed, monkeypatch):
-        monkeypatch.setattr(configs, "PROGRAMS", programs)
-        monkeypatch.setattr(configs, "ROTARY_SIZE", 16)
+        monkeypatch.setattr(tile_table, "PROGRAMS", programs)
+        monkeypatch.setattr(tile_table, "ROTARY_SIZE", 16)
         q, k = normal(seed, 1, 25, 3, 20), normal(seed + 1, 1, 25, 3, 20)
         self.check(q, k, positions(25) + 7, 20, "interleaved", 1e-6)
 
@@ -177,8 +177,8 @@ class TestNorm:
     @pytest.mark.parametrize("affine", [True, False])
     def test_parts_add_up_and_in_one_order(self, affine, seed, monkeypatch):
         """More blocks than parts, so that a program has several; the same bits every time."""
-        monkeypatch.setattr(configs, "PARTS", 3)
-        monkeypatch.setattr(configs, "NORM_SIZE", 64)
+        monkeypatch.setattr(tile_table, "PARTS", 3)
+        monkeypatch.setattr(tile_table, "NORM_SIZE", 64)
         leaves, options = norm_case(
             seed,
             1,
@@ -256,8 +256,8 @@ class TestNorm:
 )
 def test_any_shape_with_tiles_so_small_that_there_are_many(tokens, heads, V, norm, flags, data_seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "NORM_SIZE", 64)
-        patch.setattr(configs, "PARTS", 2)
+        patch.setattr(tile_table, "NORM_SIZE", 64)
+        patch.setattr(tile_table, "PARTS", 2)
         gated, affine, sums = flags
         # A head of one number is its mean, and its own root mean square: nothing but rounding would be left.
         V = max(V, 15) if norm != "none" else V
@@ -298,7 +298,7 @@ class TestFarAddresses:
 
     @pytest.mark.parametrize("dim", [1, 2], ids=["token", "head"])
     def test_inputs(self, dim, seed, monkeypatch):
-        monkeypatch.setattr(configs, "PROGRAMS", 1)
+        monkeypatch.setattr(tile_table, "PROGRAMS", 1)
         x = normal(seed, 1, 40, 3, 16, dtype=BF16).detach()
         far, theta = self.spread(x, dim), frequencies(16)
         got = row_launch.rotary_pass(far, far, positions(40), theta, True, False)
@@ -318,8 +318,8 @@ class TestFarAddresses:
 def test_every_head_width_has_tiles():
     for width in itertools.chain(range(1, 70), (100, 255, 256, 512, 513, 1024)):
         for tiles, size in (
-            (configs.rotary_tiles(width), configs.ROTARY_SIZE),
-            (configs.norm_tiles(width), configs.NORM_SIZE),
+            (tile_table.rotary_tiles(width), tile_table.ROTARY_SIZE),
+            (tile_table.norm_tiles(width), tile_table.NORM_SIZE),
         ):
             assert width <= tiles.columns < max(32, 2 * width)
             assert tiles.rows * tiles.columns <= size

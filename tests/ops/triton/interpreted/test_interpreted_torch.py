@@ -174,11 +174,11 @@ def test_tuning_measures_keeps_and_reuses(monkeypatch, tmp_path):
 
     import triton
 
-    from retnet.ops.triton import tuning
+    from retnet.ops.triton import autotune
 
     monkeypatch.setenv("RETNET_TRITON_AUTOTUNE", "1")
     monkeypatch.setenv("RETNET_CACHE", str(tmp_path / "new"))
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(autotune, "_known", {})
     times = iter([3.0, 2.0, 1.0])
     measured = []
 
@@ -198,7 +198,7 @@ def test_tuning_measures_keeps_and_reuses(monkeypatch, tmp_path):
     assert "out/sm_90/16/32/False/False/torch.float32" in out_key
     assert stored[state] == list(measured[2])
     seen = len(measured)
-    monkeypatch.setattr(tuning, "_known", {})  # another process: the file is read
+    monkeypatch.setattr(autotune, "_known", {})  # another process: the file is read
     retention(*inputs[:3], LOG_DECAY[:1], backend="triton")
     assert len(measured) == seen
     wider = random_inputs(1, 40, 1, 32, 32, dtype=torch.float32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retnet.ops import retention
-from retnet.ops.triton import configs, launch
+from retnet.ops.triton import launch, tile_table
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs, relative
 
 UNIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -53,12 +53,12 @@ def tiles(monkeypatch):
     def choose(architecture):
         monkeypatch.setattr(launch, "architecture", lambda device: architecture)
         for name in ("state_tiles", "out_tiles"):
-            plain = getattr(configs, name)
+            plain = getattr(tile_table, name)
 
             def half(architecture, a, z, dtype, plain=plain):
                 return plain(architecture, a, z, torch.bfloat16 if dtype == torch.float32 else dtype)
 
-            monkeypatch.setattr(configs, name, half)
+            monkeypatch.setattr(tile_table, name, half)
 
     return choose
 
@@ -221,8 +221,8 @@ class TestFarAddresses:
         monkeypatch.setattr(
             launch, "_REACH", 1 << 40
         )  # such strides would be copied: here they are the point
-        monkeypatch.setattr(configs, "fit_out", lambda tiles, *_: tiles._replace(bm=block, bn=block))
-        monkeypatch.setattr(configs, "fit_state", lambda tiles, _: tiles._replace(bt=block))
+        monkeypatch.setattr(tile_table, "fit_out", lambda tiles, *_: tiles._replace(bm=block, bn=block))
+        monkeypatch.setattr(tile_table, "fit_state", lambda tiles, _: tiles._replace(bt=block))
         q, k, v, _ = (x.detach() for x in random_inputs(*shape, 16, 16, dtype=torch.bfloat16, seed=seed))
         log_decay = torch.full((shape[2],), 0.999).log()
         exact = [x.double() for x in (q, k, v)]

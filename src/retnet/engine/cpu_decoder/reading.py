@@ -1,0 +1,104 @@
+"""From a model to the weight table of the compiled decoder: the only place that knows a mixer's inside and that table."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from retnet.engine.cpu_decoder.table import Core, Ends, Plan, Shell, make_plan
+from retnet.mixers import MultiScaleRetention
+from retnet.model import Block, LanguageModel
+from retnet.nn import FeedForward, Int8Linear, Linear, Norm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def read_model(model: nn.Module) -> Plan | None:
+    """The table of a model as it is now; None where its layers have to be called.
+
+    That is so for other mixers, in training, and where a layer has a hook or a `forward` of its own, as offloading gives it
+    one; and for derived classes, whose `forward` may be another.
+    """
+    if type(model) is not LanguageModel or any(map(_called, model.modules())):
+        return None
+    norm, first, head = model.norm, model.embedding_norm, stored(model.head)
+    exact = (
+        type(model.embedding) is nn.Embedding
+        and type(model.dropout) is nn.Dropout
+        and model.embedding.max_norm is None  # else looking up changes it
+        and _alike(norm, *([] if first is None else [first]))
+    )
+    blocks = [_read_block(block) for block in model.blocks]
+    if not exact or head is None:
+        return None
+    (weight,), (scale,) = head
+    ends = Ends(
+        model.embedding.weight,
+        model.embedding_scale or 1.0,
+        None if first is None else first.weight,
+        None if first is None else first.bias,
+        norm.weight,
+        norm.bias,
+        weight,
+        scale,
+        norm.eps,
+    )
+    known = [block for block in blocks if block is not None]
+    return make_plan(known, ends) if len(known) == len(blocks) else None
+
+
+def stored(*layers: nn.Module | None) -> tuple[list[Any], list[Tensor | None]] | None:
+    """Weights of layers, and the scales of those in int8, for kernels that read them instead of calling the layers.
+
+    None where that would be wrong: a layer that was wrapped (LoRA), quantised by others or offloaded has to be called.
+    Where there is no layer (None), there is no weight.
+    """
+    weights, scales = [], []
+    for layer in layers:
+        weight = scale = None
+        if layer is not None:
+            if type(layer) is Int8Linear:
+                weight, scale = layer.codes, layer.scale
+            elif type(layer) is not Linear or type(weight := layer.weight) is not nn.Parameter:
+                return None
+            if weight.is_meta or "forward" in layer.__dict__:
+                return None
+        weights.append(weight)
+        scales.append(scale)
+    return weights, scales
+
+
+def _read_block(block: nn.Module) -> tuple[Core, Shell] | None:
+    if type(block) is not Block or type(block.mixer) is not MultiScaleRetention:
+        return None
+    ffn, first, second = block.ffn, block.mixer_norm, block.ffn_norm
+    if type(ffn) is not FeedForward or not _alike(first, second):
+        return None
+    core, weights = _read_retention(block.mixer), stored(ffn.fc1, ffn.gate, ffn.fc2)
+    if core is None or weights is None:
+        return None
+    norms = (first.weight, first.bias, second.weight, second.bias)
+    return core, Shell(*norms, *weights, first.eps, ffn.act.__name__)
+
+
+def _read_retention(mixer: MultiScaleRetention) -> Core | None:
+    c = mixer.config
+    if mixer.head_norm_weight is not None or c.score_norm in ("paper", "torchscale"):
+        return None
+    read = stored(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.out_proj)
+    if read is None:
+        return None
+    weights, scales = read
+    bridge = c.score_norm == "decay"
+    return Core(weights, scales, mixer.log_decay, mixer.theta, c.rotary, bridge, c.head_norm, c.head_norm_eps)
+
+
+def _called(module: nn.Module) -> bool:
+    """Whether somebody would miss the call of a module: it trains, has a hook, or a `forward` of its own."""
+    return module.training or "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
+
+
+def _alike(*norms: nn.Module) -> bool:
+    return all(type(norm) is Norm for norm in norms) and all(a.eps == b.eps for a, b in pairwise(norms))

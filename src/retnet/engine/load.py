@@ -1,0 +1,96 @@
+"""Opening a trained run, or one checkpoint of it, for inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from retnet.data import Tokenizer
+from retnet.engine.quantise import quantise
+from retnet.model.checkpoint import load_model
+from retnet.model.runs import find_checkpoint
+from retnet.settings import UserError, nearest
+
+if TYPE_CHECKING:
+    from retnet.model import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("int8",)
+
+
+class Run(NamedTuple):
+    """A model ready for inference.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: the one it was trained with.
+        checkpoint: the directory both were read from.
+        chosen: the name under which it was found: "best", "last" or the directory's own.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    checkpoint: Path
+    chosen: str
+
+
+def open_run(
+    path: str | Path,
+    *,
+    checkpoint: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: str | None = None,
+) -> Run:
+    """Loads model and tokenizer.
+
+    Args:
+        path: a run directory, or a checkpoint directory.
+        checkpoint: "best", "last" or a name such as "step-00001000"; None is the best, or the last while
+            there is no best yet (`Run.chosen` tells).
+        device: what torch calls it, such as "cpu" or "cuda:0"; "auto" is a GPU where there is one.
+        dtype: a key of `DTYPES`; None is that of the file.
+        weights: "int8" for linear layers with int8 weights, see `retnet.engine.quantise`; None is as `dtype` says.
+
+    Raises:
+        UserError: nothing there, no such checkpoint, damaged files, or no such device, dtype or weights.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}; {nearest(weights, WEIGHTS)}")
+    if weights is not None and dtype not in (None, "float32"):
+        raise UserError(
+            f"{weights} weights are computed with in float32, not {dtype}; leave out one of the two"
+        )
+    where, chosen = find_checkpoint(path, checkpoint)
+    model = load_model(
+        where, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]
+    ).eval()
+    tokenizer = Tokenizer.load(where / "tokenizer.json")
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None  # no model is built without
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"{vocab_size}; they do not belong together"
+        )
+    return Run(quantise(model) if weights else model, tokenizer, where, chosen)
+
+
+def pick_device(name: str) -> str:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
+        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"cannot use the device {name!r} here; {nearest(name, here)}") from None
+    return name

@@ -1,0 +1,23 @@
+"""Modules that mixers and models are made of."""
+
+from retnet.nn.convolution import ShortConvolution, fft_convolution, fft_flops
+from retnet.nn.feed_forward import FeedForward
+from retnet.nn.linear import Int8Linear, Linear
+from retnet.nn.norm import Norm
+from retnet.nn.precise import Precise, exactly, widened
+from retnet.nn.rotary import Rotary, Rotation
+
+__all__ = [
+    "FeedForward",
+    "Int8Linear",
+    "Linear",
+    "Norm",
+    "Precise",
+    "Rotary",
+    "Rotation",
+    "ShortConvolution",
+    "exactly",
+    "fft_convolution",
+    "fft_flops",
+    "widened",
+]

@@ -1,0 +1,125 @@
+"""Compiled products with a few rows (GEMV) and the compiled state update: what a step of decoding on a CPU is made of.
+
+torch's matrix product with a few rows runs on one thread at a third of that thread's bandwidth, and updates a state in three
+passes. The kernels here, compiled by numba where it is installed, read every weight and every state once, at the speed of
+the memory, on all of torch's threads. Where they cannot run (no numba, another type, a gradient) the functions return None.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retnet.ops.cpu.gemv import compile_matvec, compile_product
+from retnet.ops.cpu.jit import compiler
+from retnet.ops.cpu.openmp import bits, plain, readable, run
+from retnet.ops.cpu.state_update import compile_advance, compile_step
+
+MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
+MAX_ROWS = 8  # beyond, torch's matrix product is the faster one
+
+
+class _Kernels(NamedTuple):
+    product: Any
+    step: Any
+
+
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
+    """x Wᵀ: fp32 x [B,K] and weight [N,K] → [B,N]; None where the kernel cannot run.
+
+    W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N].
+    """
+    number = torch.float32 if scale is None else torch.int8
+    if (
+        not _rows_fit(x, torch.float32, 2)
+        or weight.numel() < MIN_SIZE
+        or x.shape[1] != weight.shape[1]
+        or not readable((weight,), number)
+        or not readable((scale,), torch.float32, weight.shape[:1])
+        or (kernels := _kernels(number)) is None
+    ):
+        return None
+    x, (N, K) = x.contiguous(), weight.shape
+    out = torch.empty(x.shape[0], N)
+    scales = 0 if scale is None else scale.data_ptr()
+    run(kernels.product, (x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), x.shape[0], K, N))
+    return out
+
+
+def state_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """`retnet.ops.retention_step` for fp32, in one pass over the state; None where the kernel cannot run.
+
+    Args:
+        q: [B,H,K].
+        k: [B,H,K].
+        v: [B,H,V].
+        log_decay: [H].
+        state: [N,H,K,V], contiguous, updated in place.
+        slots: int64 [B], the row of `state` of each batch row; −1 is padding, whose output is zero. None: row b has b.
+        scale: factor of the query-key products.
+    """
+    if not (q.dtype is k.dtype is v.dtype is state.dtype is torch.float32):
+        return None
+    if (kernels := _kernels(torch.float32)) is None:
+        return None
+    q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.float().contiguous()
+    out, at = torch.empty_like(v), 0
+    if slots is not None:
+        slots = slots.contiguous()
+        at = slots.data_ptr()
+    run(
+        kernels.step,
+        (
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            log_decay.data_ptr(),
+            state.data_ptr(),
+            at,
+            out.data_ptr(),
+            *q.shape,
+            v.shape[2],
+            state.shape[0],
+            bits(scale),
+        ),
+    )
+    return out
+
+
+def _rows_fit(x: Tensor, dtype: torch.dtype, dim: int) -> bool:
+    return (
+        x.dtype is dtype
+        and x.is_cpu
+        and x.dim() == dim
+        and x.shape[0] <= MAX_ROWS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and plain()
+    )
+
+
+_NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
+
+
+@cache
+def _kernels(number: torch.dtype) -> _Kernels | None:
+    """For weights of this type. Compiled on first use, a few seconds, and kept on disk beside this file."""
+    if (made := compiler()) is None:
+        return None
+    matvec, advance = compile_matvec(made, _NUMBERS[number]), compile_advance(made)
+    return _Kernels(
+        compile_product(made, matvec),
+        compile_step(made, advance),
+    )

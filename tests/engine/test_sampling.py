@@ -1,0 +1,168 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet.engine.sampling import Sampling, probabilities, sample
+from retnet.settings import UserError
+
+inf, nan = math.inf, math.nan
+
+
+def brute_force(logits, sampling, seen):
+    """One row, one token at a time, each rule as its definition says."""
+    scores = list(logits)
+    for token in seen:
+        scores[token] = (
+            scores[token] / sampling.repetition_penalty
+            if scores[token] > 0
+            else scores[token] * sampling.repetition_penalty
+        )
+    by_rank = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if sampling.temperature == 0:
+        return [float(i == by_rank[0]) for i in range(len(scores))]
+
+    def chances(kept):
+        weights = {i: math.exp((scores[i] - scores[by_rank[0]]) / sampling.temperature) for i in kept}
+        return {i: w / sum(weights.values()) for i, w in weights.items()}
+
+    kept = by_rank[: sampling.top_k] if sampling.top_k else by_rank
+    if sampling.top_p < 1:
+        chance = chances(kept)
+        mass = list(itertools.accumulate(chance[token] for token in kept))
+        kept = [token for i, token in enumerate(kept) if i == 0 or mass[i - 1] < sampling.top_p]
+    chance = chances(kept)
+    kept = [i for i in kept if chance[i] >= sampling.min_p * max(chance.values())]
+    chance = chances(kept)
+    return [chance.get(i, 0.0) for i in range(len(scores))]
+
+
+CASES = [
+    Sampling(),
+    *(Sampling(temperature=t) for t in (0, 0.3, 2.5)),
+    *(Sampling(top_k=k) for k in (1, 4, 12, 1000)),
+    *(Sampling(top_p=p) for p in (1e-9, 0.5, 0.93)),
+    *(Sampling(min_p=p) for p in (0.05, 0.4, 1)),
+    *(Sampling(repetition_penalty=r) for r in (0.5, 1.3, 50)),
+    *(
+        Sampling(t, k, p, m, r)
+        for t, k, p, m, r in itertools.product((0.7, 1.5), (0, 6), (0.8, 1), (0, 0.1), (1, 1.5))
+    ),
+]
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+def test_every_filter_and_their_order_match_the_definitions(sampling):
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    seen = torch.rand(5, 12, generator=generator) < 0.4
+    got = probabilities(logits, sampling, seen)
+    for row in range(5):
+        expected = brute_force(logits[row].tolist(), sampling, seen[row].nonzero().flatten().tolist())
+        torch.testing.assert_close(
+            got[row], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15
+        )
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    logits=st.lists(
+        st.one_of(st.integers(-4, 4), st.floats(-1e4, 1e4), st.just(-inf)), min_size=2, max_size=9
+    ).filter(lambda row: max(row) > -inf),
+    temperature=st.floats(0, 1e3) | st.just(1e-300),
+    top_k=st.integers(0, 10),
+    top_p=st.floats(1e-12, 1),
+    min_p=st.floats(0, 1),
+    draw=st.floats(0, 1, exclude_max=True),
+)
+def test_the_likeliest_always_stays_and_only_allowed_tokens_are_drawn(
+    logits, temperature, top_k, top_p, min_p, draw
+):
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    row = torch.tensor([logits], dtype=torch.float64)
+    chance = probabilities(row, sampling)[0]
+    assert chance.sum().item() == pytest.approx(1)
+    assert chance[logits.index(max(logits))] > 0
+    assert (chance[row[0] == -inf] == 0).all()
+    if top_k:
+        assert (chance > 0).sum() <= top_k
+    for u in (0.0, draw, 1 - 2**-53):
+        assert chance[sample(row, sampling, torch.tensor([u], dtype=torch.float64))] > 0
+
+
+def test_draws_cover_the_distribution_exactly():
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, 1.1]])
+    sampling = Sampling(temperature=0.8, top_k=4)
+    n = 20_000
+    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    counts = torch.bincount(sample(logits.expand(n, -1), sampling, draws), minlength=5)
+    torch.testing.assert_close(counts / n, probabilities(logits, sampling)[0].float(), atol=1.01 / n, rtol=0)
+    assert counts[1] == 0
+
+
+def test_each_row_uses_its_own_draw():
+    logits = torch.zeros(4, 8)
+    draws = torch.tensor([0.99, 0.0, 0.5, 0.13], dtype=torch.float64)
+    assert sample(logits, Sampling(), draws).tolist() == [7, 0, 4, 1]
+
+
+def test_greedy_is_the_likeliest_after_the_penalty():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -5.0, -0.9]])
+    draws = torch.tensor([0.99, 0.99], dtype=torch.float64)
+    assert sample(logits, Sampling(temperature=0), draws).tolist() == [1, 2]
+    seen = torch.tensor([[False, True, False], [False, False, True]])
+    penal = Sampling(temperature=0, repetition_penalty=2)
+    assert sample(logits, penal, draws, seen).tolist() == [2, 0]
+
+
+def test_of_equal_tokens_top_k_keeps_those_with_the_smaller_ids():
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]])
+    assert probabilities(logits, Sampling(top_k=2)).tolist() == [[0, 0.5, 0.5, 0, 0]]
+
+
+def test_top_p_needs_no_more_than_what_reaches_it():
+    assert probabilities(torch.zeros(1, 4), Sampling(top_p=0.5)).tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_top_p_keeps_the_likeliest_even_where_probabilities_round_to_a_tie():
+    logits = torch.tensor([[-3e-237, 0.0]], dtype=torch.float64)
+    assert probabilities(logits, Sampling(top_p=0.25)).tolist() == [[0, 1]]
+
+
+def test_low_precision_logits_are_computed_in_double():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = probabilities(logits, Sampling(temperature=0.5))
+    torch.testing.assert_close(got, (logits.double() / 0.5).softmax(-1))
+
+
+@pytest.mark.parametrize("bad", [[nan, 0.0], [inf, 0.0], [-inf, -inf]])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_without_meaning_are_refused(bad, temperature):
+    logits = torch.tensor([[1.0, 2.0], bad])
+    with pytest.raises(UserError, match="not finite"):
+        sample(logits, Sampling(temperature), torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", nan),
+        ("temperature", inf),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", nan),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1.0),
+    ],
+)
+def test_values_out_of_range_name_field_and_value(field, value):
+    with pytest.raises(UserError, match=rf"^{field} must be .*number.*, got {value}$"):
+        Sampling(**{field: value})

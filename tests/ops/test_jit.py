@@ -1,0 +1,76 @@
+"""Compiling kernels while somebody presses Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from retnet.ops.cpu import jit
+
+
+def test_ctrl_c_waits_for_what_must_not_be_interrupted():
+    reached = []
+
+    def work():
+        with jit._uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("end")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with jit._uninterrupted():
+        pass  # nobody pressed
+
+
+def test_other_threads_have_no_signals_to_hold_back():
+    entered = []
+
+    def work():
+        with jit._uninterrupted():
+            entered.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered
+
+
+PRESSED = """
+import signal
+import torch
+from numba.core.codegen import CPUCodeLibrary
+from retnet.ops import log_decays, retention
+
+compiled, pressed = CPUCodeLibrary._object_compiled_hook.__func__, []
+def press(cls, *args):
+    if not pressed:
+        pressed.append(True)
+        signal.raise_signal(signal.SIGINT)
+    compiled(cls, *args)
+CPUCodeLibrary._object_compiled_hook = classmethod(press)
+
+q = k = v = torch.ones(1, 3, 2, 4)
+try:
+    retention(q, k, v, log_decays("none", 2))
+except KeyboardInterrupt:
+    print("interrupted")
+out, _ = retention(q, k, v, log_decays("none", 2), scale=1.0)
+print(out[0, :, 0, 0].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_kernels_compile_is_not_lost(tmp_path):
+    """Pressed while LLVM hands over what it compiled, it was lost in LLVM, and sometimes the process with it."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PRESSED], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "interrupted\n[4.0, 8.0, 12.0]\n"

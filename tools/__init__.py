@@ -1,0 +1,1 @@
+"""Tools for those who work on retnet; not part of the package."""

@@ -1,0 +1,240 @@
+"""Compiles every kernel for GPUs that are not there, and says what each needs: `python -m tools.compile_report`.
+
+Registers, spilled bytes, shared memory against the architecture's limit, the matrix instruction in use, and whether the
+pattern that Triton 3.4 to 3.7.0 miscompiles on Hopper is there. No driver is needed; NVIDIA's assembler and disassembler
+come with Triton. Speed is not in it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import JITFunction
+
+from retnet.ops.triton import kernels, launch, row_kernels, row_launch, tile_table
+from retnet.ops.triton.step import step_kernel
+
+SHAPES = ((64, 128), (128, 256), (256, 512))
+SPILL_LIMIT = 64  # bytes a thread; a spill of a few registers outside the inner loop costs nothing
+
+
+class Target(NamedTuple):
+    """An architecture to compile for, its limits and its sign of matrix units at work."""
+
+    gpu: GPUTarget
+    shared: int  # bytes a program may have
+    instruction: str
+    stage: str  # of compilation, where the instruction shows
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, "mma.sync", "ptx"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, "HGMMA", "sass"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, "tcgen05.mma", "ptx"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, "v_mfma", "amdgcn"),
+}
+
+
+class Row(NamedTuple):
+    """What one compiled kernel needs."""
+
+    architecture: str
+    key_dim: int
+    value_dim: int
+    kernel: str
+    tiles: str
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a program
+    matrix: bool  # runs on the matrix units
+    miscompiled: bool  # the transposed result of a product goes into a product
+    faults: tuple[str, ...]
+
+
+def kernels_of(
+    architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
+) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
+    """(name, kernel, constants, options, tiles) of everything that a head [K,V] runs, forward, backward and decoding."""
+    yield from _retention_kernels(architecture, K, V, dtype, packed)
+    for name, interleaved in (("ROTARY i", True), ("ROTARY h", False)):  # interleaved, halves
+        if K % 2 == 0:
+            constants, rows = row_launch.rotary_constants(K, interleaved)
+            yield name, row_kernels.rotary_kernel, constants, launch.options(rows.warps), _written(rows)
+    for name, kernel, more in (
+        ("NORM", row_kernels.norm_kernel, {"SUMS": True}),
+        ("NORM dx", row_kernels.norm_backward_kernel, {}),
+    ):
+        constants, rows = row_launch.norm_constants(V, "group", gated=True, weighed=True, shifted=True)
+        yield name, kernel, constants | more, launch.options(rows.warps), _written(rows)
+
+
+def _retention_kernels(
+    architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
+) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
+    precision = launch.precisions(dtype, architecture.startswith("sm"))
+    state = tile_table.fit_state(tile_table.state_tiles(architecture, K, V, dtype), tile_table.CHUNK)
+    for name, reverse in (("STATE h", False), ("STATE dh", True)):
+        constants = launch.state_constants(
+            K, V, state, precision[0], reverse=reverse, from_zero=not reverse, packed=packed
+        )
+        yield (
+            name,
+            kernels.state_kernel,
+            constants,
+            launch.options(state.warps, state.stages),
+            _written(state),
+        )
+    passes = (
+        ("OUT o", K, V, False, False),
+        ("OUT dq", V, K, False, True),
+        ("OUT dk", V, K, True, True),
+        ("OUT dv", K, V, True, False),
+    )
+    for name, X, Z, reverse, transposed in passes:
+        out = tile_table.fit_out(
+            tile_table.out_tiles(architecture, X, Z, dtype), tile_table.CHUNK, tile_table.CHUNK
+        )
+        constants = launch.out_constants(
+            X, Z, out, precision, reverse=reverse, transposed=transposed, packed=packed
+        )
+        yield name, kernels.out_kernel, constants, launch.options(out.warps, out.stages), _written(out)
+    keys, values, warps = tile_table.step_tiles(architecture, K, V)
+    constants = {"K": K, "V": V, "BK": keys, "BV": values, "SLOTS": True}
+    yield "STEP", step_kernel, constants, launch.options(warps), f"{keys}×{values} w{warps}"
+
+
+def _written(tiles: tile_table.StateTiles | tile_table.OutTiles | tile_table.RowTiles) -> str:
+    if isinstance(tiles, tile_table.RowTiles):
+        return f"{tiles.rows}×{tiles.columns} w{tiles.warps}"
+    return "×".join(map(str, tiles[:-2])) + f" w{tiles.warps} s{tiles.stages}"
+
+
+_NARROW = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_TYPES = {
+    **dict.fromkeys(("initial", "final", "state", "log_decay"), "*fp32"),
+    **dict.fromkeys(("weight", "bias", "mean", "rstd", "d_weight", "d_bias"), "*fp32"),
+    **dict.fromkeys(("theta", "sums"), "*fp64"),
+    **dict.fromkeys(("bounds", "first_chunk", "table", "slots"), "*i32"),
+    **dict.fromkeys(("scale", "sign", "eps"), "fp32"),
+    "position": "*i64",
+}
+_INPUTS = ("a", "x", "y", "z", "out", "q", "k", "v", "q_out", "k_out", "o", "gate", "d_out", "d_o", "d_gate")
+_PRODUCTS = ("STATE", "OUT")  # kernels that must run on the matrix units
+
+
+def compile_for(
+    target: Target,
+    kernel: JITFunction,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> CompiledKernel:
+    """The compiled kernel, for inputs of `dtype` with addresses and strides that are multiples of 16."""
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in _INPUTS:
+            signature[name] = _NARROW[dtype]
+        elif name == "snapshots":
+            signature[name] = _NARROW[tile_table.snapshot_dtype(dtype)]
+        else:
+            signature[name] = _TYPES.get(name, "i32")
+        if signature[name].startswith("*") or name.endswith(("_row", "_token", "_head")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target.gpu, options=options)
+
+
+def resources(compiled: CompiledKernel) -> tuple[int, int]:
+    """(registers a thread, bytes a thread spills)."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        number = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s*(\d+)", text)}
+        return number["vgpr_count"], 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
+    assert found is not None, shown
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def transposes_a_product(compiled: CompiledKernel) -> bool:
+    """Whether the result of a product is transposed in registers, the pattern that Hopper miscompiled."""
+    return re.search(r"tt\.trans .*#mma\w*> ->", compiled.asm["ttgir"]) is not None
+
+
+def examine(
+    architecture: str, K: int, V: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = False
+) -> list[Row]:
+    """Compiles all kernels of a head [K,V] for an architecture; each row lists what is wrong with it."""
+    target, rows = TARGETS[architecture], []
+    for name, kernel, constants, options, tiles in kernels_of(architecture, K, V, dtype, packed):
+        compiled = compile_for(target, kernel, constants, options, dtype)
+        registers, spilled = resources(compiled)
+        shared = int(compiled.metadata.shared)
+        matrix = target.instruction in compiled.asm[target.stage]
+        miscompiled = transposes_a_product(compiled)
+        faults = []
+        if shared > target.shared:
+            faults.append(f"{shared} bytes of shared memory, the limit is {target.shared}")
+        if spilled > SPILL_LIMIT:
+            faults.append(f"{spilled} bytes spilled, the limit is {SPILL_LIMIT}")
+        if name.startswith(_PRODUCTS) and dtype != torch.float32 and not matrix:
+            faults.append(f"no {target.instruction}")
+        if miscompiled:
+            faults.append("a product of the transposed result of a product")
+        rows.append(
+            Row(
+                architecture,
+                K,
+                V,
+                name,
+                tiles,
+                registers,
+                spilled,
+                shared,
+                matrix,
+                miscompiled,
+                tuple(faults),
+            )
+        )
+    return rows
+
+
+def print_report(architectures: Sequence[str]) -> int:
+    """Prints a row for every kernel of every head shape; returns how many kernels break a limit."""
+    print(f"Triton {triton.__version__}, bf16, chunks of {tile_table.CHUNK} tokens")
+    print(
+        f"{'GPU':7} {'K/V':8} {'kernel':9} {'tiles':24} {'registers':>9} {'spilled':>8} {'shared':>8}  matrix units"
+    )
+    faults = 0
+    for architecture in architectures:
+        for K, V in SHAPES:
+            for row in examine(architecture, K, V):
+                sign = TARGETS[architecture].instruction if row.matrix else "—"
+                print(
+                    f"{architecture:7} {f'{K}/{V}':8} {row.kernel:9} {row.tiles:24} {row.registers:9} "
+                    f"{row.spilled:6} B {row.shared / 1024:5.0f} KB  {sign:12} {'; '.join(row.faults)}".rstrip(),
+                    flush=True,
+                )
+                faults += bool(row.faults)
+    print(f"{faults} kernels break a limit." if faults else "All within limits.")
+    return faults
