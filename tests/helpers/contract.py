@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from retnet.mixers.packing import SequenceMixer, join
+from retnet.mixers.packing import SequenceMixer
+from retnet.mixers.states import join_tensors
 from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig
 from tests.helpers.parity import (
@@ -69,7 +70,7 @@ def assert_rows_of_any_age_join(module, d_model: int, ages: list[int], tolerance
     texts = [torch.randn(1, age + 6, d_model, dtype=torch.float64) for age in ages]
     states = [module.prefill(x[:, :-6], module.init_state(1))[1] for x in texts]
     order = list(reversed(range(len(ages))))
-    joined = type(states[0])(*(join(parts) for parts in zip(*states, strict=True)))
+    joined = type(states[0])(*(join_tensors(parts) for parts in zip(*states, strict=True)))
     joined = select_rows(joined, order)
     last = torch.cat([texts[i][:, -6:] for i in order])
     first, joined = module.prefill(last[:, :3], joined)
