@@ -13,9 +13,9 @@ from retnet.cli import cli
 from retnet.data import Tokenizer
 from retnet.engine import Sampling, generate, open_run
 from retnet.io import write_text
-from retnet.nn import Int8Linear
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
+from retnet.nn import Int8Linear
 from retnet.settings import UserError
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]

@@ -5,8 +5,7 @@ import itertools
 import torch
 
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.states import join_tensors
-from retnet.mixers.states import select_rows
+from retnet.mixers.states import join_tensors, select_rows
 from retnet.model import LanguageModel, ModelConfig
 from tests.helpers.parity import (
     assert_causal,

@@ -18,8 +18,8 @@ import torch
 
 from retnet.bench.devices import free_memory, wait
 from retnet.bench.timing import Contender, interleave, median_seconds
-from retnet.io import write_text
 from retnet.host import choose_device, keep_freed_memory
+from retnet.io import write_text
 from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from retnet.io import write_text
 from retnet import host
+from retnet.io import write_text
 from retnet.settings import UserError, dump
 from retnet.studies import estimate
 from retnet.studies.folder import StudyFolder
