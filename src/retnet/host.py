@@ -66,15 +66,34 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if narrow > 1.5 * wide else "fp32"
 
 
-def product_rate(dtype: torch.dtype, size: int = 768, rounds: int = 5) -> float:
-    """Matrix products of this type on the CPU, in floating-point operations per second; the best of a few rounds."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best = float("inf")
+def product_rate(
+    dtype: torch.dtype,
+    size: int = 768,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    *,
+    busy: bool = False,
+) -> float:
+    """Matrix products (GEMM) of this type by `torch.mm`, in floating-point operations per second.
+
+    Args:
+        dtype: of the matrices.
+        size: of the square matrices.
+        rounds: of which the best counts; one more is made before.
+        device: where.
+        busy: others work on this CPU too: its cores are timed as they work for this process, and all rounds count.
+    """
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    cuda = torch.device(device).type == "cuda"
+    seconds = []
     for _ in range(rounds + 1):
-        begin = time.perf_counter()
+        begin = time.process_time() / torch.get_num_threads() if busy else time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+        if cuda:
+            torch.cuda.synchronize(device)
+        end = time.process_time() / torch.get_num_threads() if busy else time.perf_counter()
+        seconds.append(end - begin)
+    return 2 * size**3 / (sum(seconds[1:]) / rounds if busy else min(seconds))
 
 
 def describe() -> dict[str, Any]:

@@ -7,9 +7,9 @@ from torch import nn
 from retnet.bench import decoding, generation, training
 from retnet.bench.decoding import DecodingBench
 from retnet.bench.report import host_slug
-from retnet.bench.timing import Sample, Spread
 from retnet.bench.training import TrainingBench
 from retnet.engine import quantise
+from retnet.measure.clock import Sample, Spread
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost

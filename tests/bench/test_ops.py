@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from retnet.bench import ops, peers, steps, ways
-from retnet.bench.devices import recent, stopwatch
+from retnet.bench import ops, steps, ways
 from retnet.bench.ops import Row
 from retnet.bench.steps import Step, StepRow
-from retnet.bench.timing import Sample, Spread
 from retnet.bench.ways import BOTH, FORWARD, LARGE, OURS, Algorithm, OpsBench, Shape, Way, ways_on
+from retnet.measure import peers
+from retnet.measure.clock import Sample, Spread, stopwatch
+from retnet.measure.limits import recent
 from retnet.ops import log_decays, retention, retention_step
 from retnet.ops.cpu import chunkwise_numba, decode, jit
 from retnet.settings import UserError

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from retnet.measure.memory import GIB
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import decoding
 from retnet.studies.decoding import Decoding, DecodingJob
 from retnet.studies.decoding_summary import OURS, PEER, summarise
-from retnet.studies.footprint import GIB
 
 MODEL = {"vocab_size": 32, "d_model": 32, "num_layers": 1, "mixer": {"name": "retention", "num_heads": 2}}
 GRID = {

@@ -211,6 +211,6 @@ def test_a_budget_that_cannot_be_met_is_refused(monkeypatch):
     assert estimate.require([plan], 1.0, 1, 1) == pytest.approx(1.0)
     with pytest.raises(UserError, match="about 1 hours of training would be needed here"):
         estimate.require([plan], 0.1, 1, 1)
-    monkeypatch.setattr(estimate, "memory", lambda: 1000)
+    monkeypatch.setattr(estimate, "total_memory", lambda: 1000)
     with pytest.raises(UserError, match="smoke needs about 0 GiB"):
         estimate.require([plan], 1.0, 1, 1)

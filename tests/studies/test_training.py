@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retnet.measure.memory import GIB
 from retnet.paper import TRAINED, TRAINING_COST
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import training
-from retnet.studies.footprint import GIB
 from retnet.studies.training import Training, TrainingJob, need
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 

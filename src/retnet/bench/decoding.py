@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retnet.bench import peers
 from retnet.bench.generation import FIRST, generate_long, long_targets
-from retnet.bench.timing import (
+from retnet.bench.training import cost_vocabulary
+from retnet.engine import Stepper, quantise
+from retnet.host import keep_freed_memory
+from retnet.measure import peers
+from retnet.measure.clock import (
     Contender,
     Sample,
     Say,
@@ -20,13 +23,10 @@ from retnet.bench.timing import (
     Target,
     interleave,
     median_seconds,
-    memory_bandwidth,
     spread,
     times_faster,
 )
-from retnet.bench.training import cost_vocabulary
-from retnet.engine import Stepper, quantise
-from retnet.host import keep_freed_memory
+from retnet.measure.limits import memory_bandwidth
 from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
 from retnet.nn import Int8Linear

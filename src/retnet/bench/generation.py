@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from retnet.bench.timing import Say, Spread, Target, median_seconds, spread
 from retnet.engine import Stepper
+from retnet.measure.clock import Say, Spread, Target, median_seconds, spread
 from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
 

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.bench import peers
-from retnet.bench.devices import free_memory, product_limits, recent, stopwatch
 from retnet.bench.steps import SHORT, measure_steps, step_targets
-from retnet.bench.timing import Contender, Sample, Say, Spread, Target, interleave, spread, times_faster
 from retnet.bench.ways import (
     BOTH,
     FORWARD,
@@ -30,6 +27,20 @@ from retnet.bench.ways import (
     ways_on,
 )
 from retnet.host import keep_freed_memory
+from retnet.measure import peers
+from retnet.measure.clock import (
+    Contender,
+    Sample,
+    Say,
+    Spread,
+    Target,
+    interleave,
+    spread,
+    stopwatch,
+    times_faster,
+)
+from retnet.measure.limits import matrix_products, recent
+from retnet.measure.memory import free_memory
 from retnet.ops import CHUNK
 from retnet.ops.triton import tile_table
 from retnet.settings import UserError
@@ -125,7 +136,7 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     rows = _rows(bench, ways)
     _check_memory(rows, bench, device)
     errors = _errors(ways, bench.dtype, device, say)
-    limits = product_limits(device, bench.dtype, bench.product_size)
+    limits = matrix_products(bench.product_size, device, bench.dtype)
     contenders = _contenders(rows, bench.dtype, device)
     samples = interleave(contenders, recent(limits), bench.rounds, say)
     for row, contender in zip(rows, contenders, strict=True):

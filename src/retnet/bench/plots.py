@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet.bench import peers
+from retnet.measure import peers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

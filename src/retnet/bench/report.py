@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from retnet import host
-from retnet.bench import peers
 from retnet.bench.plots import draw
+from retnet.measure import peers
 from retnet.settings import UserError
 
 Record = dict[str, Any]

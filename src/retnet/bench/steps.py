@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retnet.bench.devices import stopwatch, update_limit
-from retnet.bench.timing import Contender, Sample, Say, Spread, Target, interleave, spread, times_faster
 from retnet.bench.ways import LARGE, LOOP, OURS, Shape, kernels
+from retnet.measure.clock import (
+    Contender,
+    Sample,
+    Say,
+    Spread,
+    Target,
+    interleave,
+    spread,
+    stopwatch,
+    times_faster,
+)
+from retnet.measure.limits import memory_bandwidth
 from retnet.ops import log_decays, retention_step
 from retnet.ops.cpu import jit
 
@@ -78,7 +88,8 @@ def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -
         )
         for row in rows
     ]
-    samples = interleave(contenders, update_limit(device, megabytes), SHORT * rounds, say)
+    limits = {"update": memory_bandwidth(megabytes, device=device)["update"]}
+    samples = interleave(contenders, limits, SHORT * rounds, say)
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     return rows

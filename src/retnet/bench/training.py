@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.bench import peers
-from retnet.bench.timing import (
+from retnet.host import keep_freed_memory
+from retnet.measure import peers
+from retnet.measure.clock import (
     Contender,
     Sample,
     Say,
     Spread,
     Target,
     interleave,
-    matrix_products,
     median_seconds,
     spread,
     times_faster,
 )
-from retnet.host import keep_freed_memory
+from retnet.measure.limits import matrix_products
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.bench import peers
+from retnet.measure import peers
 from retnet.ops import CHUNK, log_decays, retention
 from retnet.ops.cpu import chunkwise_numba, decode, jit
 from retnet.ops.triton import tile_table

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from retnet.bench.report import Record
-    from retnet.bench.timing import Say
+    from retnet.measure.clock import Say
     from retnet.model import ModelConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -132,7 +132,7 @@ def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:
     from rich.console import Console
 
     from retnet.evals.report import show
-    from retnet.studies.estimate import GIB
+    from retnet.measure.memory import GIB
 
     click.echo(f"{study.title}: {study.measure.count()} jobs")
     plans = study.measure.plans()

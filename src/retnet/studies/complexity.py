@@ -16,15 +16,14 @@ from typing import Any, Literal
 
 import torch
 
-from retnet.bench.devices import free_memory, wait
-from retnet.bench.timing import Contender, interleave, median_seconds
 from retnet.host import choose_device, keep_freed_memory
 from retnet.io import write_text
+from retnet.measure.clock import Contender, interleave, median_seconds, wait
+from retnet.measure.contexts import Contexts
+from retnet.measure.memory import GIB, free_memory, kept_for_backward
 from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise
-from retnet.studies.contexts import Contexts
-from retnet.studies.footprint import GIB, kept_for_backward
 from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
 

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from retnet.bench.timing import Spread, spread
+from retnet.measure.clock import Spread, spread
+from retnet.measure.memory import in_bytes
 from retnet.paper import COMPLEXITY
-from retnet.studies.footprint import in_bytes
 from retnet.studies.slopes import Slope, expected, slope
 from retnet.studies.study import Result, Results
 from retnet.studies.summary import Figure, Line, Panel, Summary, Table

@@ -1,7 +1,7 @@
 """The measure ``decoding``: RetNet against a Transformer with a KV cache, both of one size, token by token.
 
 Both are measured in one process, in interleaved rounds; the Transformer is this library's own, the same block around
-softmax attention. Contexts are of real length (see `retnet.studies.contexts`). Memory is that of weights and states,
+softmax attention. Contexts are of real length (see `retnet.measure.contexts`). Memory is that of weights and states,
 from their tensors, and beside it what a process of its own really holds.
 """
 
@@ -16,16 +16,15 @@ from typing import Literal
 
 import torch
 
-from retnet.bench.devices import free_memory
-from retnet.bench.timing import Contender, interleave
 from retnet.host import choose_device, keep_freed_memory
+from retnet.measure.clock import Contender, interleave
+from retnet.measure.contexts import Contexts, transformer
+from retnet.measure.memory import GIB, Watch, free_memory, in_bytes
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
 from retnet.settings import UserError
-from retnet.studies.contexts import Contexts, transformer
 from retnet.studies.decoding_summary import OURS, PEER, summarise
-from retnet.studies.footprint import GIB, Watch, in_bytes
 from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
 

@@ -7,15 +7,14 @@ blocks keep is counted from the model itself, run on the meta device; kernels' s
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from retnet.host import product_rate
+from retnet.measure.memory import GIB, kept_for_backward, total_memory
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError
@@ -25,7 +24,6 @@ BYTES_PER_PARAMETER = 16  # fp32: weight, gradient, two moments
 UTILISATION = (
     0.35  # of the rate of matrix products, where nobody says another; small models on a CPU reach about that
 )
-GIB = 2**30
 ROUGH = 3.0  # how far off the guess of hours may be
 
 
@@ -83,18 +81,7 @@ def _block_bytes(model: ModelConfig, length: int) -> int:
     with torch.device("meta"):
         block = LanguageModel(model).blocks[0]
         x = torch.empty(1, length, model.d_model, requires_grad=True)
-    weights = {id(p) for p in block.parameters()}
-    kept: dict[int, int] = {}  # storage → bytes
-
-    def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in weights and id(tensor._base) not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = block(x)
-    del graph  # it held the tensors, so that no storage was counted under the address of another
-    return sum(kept.values())
+    return kept_for_backward(lambda: block(x), block.parameters())
 
 
 def rate() -> float:
@@ -103,30 +90,8 @@ def rate() -> float:
     On a CPU by the time that its cores worked for this process, which others at work beside it hardly change.
     """
     if not torch.cuda.is_available():
-        a = torch.ones(768, 768)
-        a @ a
-        begin = time.process_time()
-        for _ in range(20):
-            a @ a
-        return 20 * 2 * 768**3 / (time.process_time() - begin) * torch.get_num_threads()
-    a = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    a @ a
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(4):
-        a @ a
-    stop.record()
-    torch.cuda.synchronize()
-    seconds = float(start.elapsed_time(stop)) / 1e3
-    return 4 * 2 * 8192**3 / seconds * torch.cuda.device_count()
-
-
-def memory() -> int:
-    """Bytes of one GPU, or of this machine where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return product_rate(torch.float32, rounds=20, busy=True)
+    return product_rate(torch.bfloat16, 8192, rounds=4, device="cuda") * torch.cuda.device_count()
 
 
 def require(plans: list[Plan], hours: float, processes: int, at_once: int) -> float:
@@ -148,9 +113,9 @@ def require(plans: list[Plan], hours: float, processes: int, at_once: int) -> fl
     """
     for each in plans:
         need = each.bytes_per_process(processes) * (1 if torch.cuda.is_available() else processes * at_once)
-        if need > memory():
+        if need > total_memory():
             raise UserError(
-                f"{each.name} needs about {need / GIB:,.0f} GiB, this machine has {memory() / GIB:,.0f} GiB; take a "
+                f"{each.name} needs about {need / GIB:,.0f} GiB, this machine has {total_memory() / GIB:,.0f} GiB; take a "
                 "smaller --scale, fewer --workers or more --processes; --dry-run tells what it takes where"
             )
     reached = UTILISATION * rate()

@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.bench.devices import free_memory, wait
-from retnet.bench.timing import Contender, interleave, median_seconds
 from retnet.host import choose_device, keep_freed_memory
+from retnet.measure.clock import Contender, interleave, median_seconds, wait
+from retnet.measure.contexts import transformer
+from retnet.measure.memory import Watch, free_memory, in_bytes
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
-from retnet.studies.contexts import transformer
 from retnet.studies.estimate import plan
-from retnet.studies.footprint import Watch, in_bytes
 from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.summary import Summary
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from retnet.bench.timing import Spread, spread
+from retnet.measure.clock import Spread, spread
+from retnet.measure.memory import in_bytes
 from retnet.paper import TRAINED, TRAINING_COST
-from retnet.studies.footprint import in_bytes
 from retnet.studies.study import Result
 from retnet.studies.summary import Figure, Line, Panel, Summary, Table
 

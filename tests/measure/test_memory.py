@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from retnet.measure.memory import Watch, in_bytes, kept_for_backward
 from retnet.mixers import SoftmaxAttention, SoftmaxConfig
-from retnet.studies.footprint import Watch, in_bytes, kept_for_backward
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""Measuring on noisy machines: interleaved rounds, limits measured beside every contender, medians of ratios.
+"""Timing on noisy machines: interleaved rounds, limits measured beside every contender, medians of ratios.
 
 A machine that is shared or heats up changes its speed within minutes, so two times taken apart cannot be compared. Here
 every round runs every contender once and measures the physical limits right before and right after each. What is
@@ -11,13 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from retnet.host import product_rate
-
+CPU = torch.device("cpu")
 Limits = Mapping[str, Callable[[], float]]  # name → measures a rate, per second
 Say = Callable[[str], None]  # where progress goes
 
@@ -132,45 +130,46 @@ def median_seconds(run: Callable[[], object], times: int, *, warmup: int = 1, bu
     return statistics.median(seconds)
 
 
-def matrix_products(size: int = 1536) -> Limits:
-    """Square fp32 matrix products of this size, flops per second, each the best of four, on all threads of torch.
+def least_seconds(run: Callable[[], object], times: int, device: torch.device = CPU) -> float:
+    """Seconds of the fastest of so many calls; those of a GPU are waited for."""
+    seconds = []
+    for _ in range(times):
+        wait(device)
+        begin = time.perf_counter()
+        run()
+        wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
-    ``torch_mm``: by the library behind `torch.mm`; ``onednn``: by oneDNN, where torch has it. Which one is faster depends
-    on the maker of the CPU; the limit of the machine is the faster.
+
+def wait(device: torch.device) -> None:
+    """Until everything queued on a GPU is done; a CPU has nothing queued."""
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def stopwatch(
+    run: Callable[[], object], device: torch.device, units: float = 1.0, budget: float = 0.15
+) -> Callable[[], float]:
+    """Measures seconds of a call ÷ `units`: the median of as many calls as the budget, in seconds, holds, at most 20.
+
+    How many that is, the first measurement finds out (the one that `interleave` does not count). On a GPU, calls that
+    are shorter than 10 ms are timed several at once.
     """
-    limits: dict[str, Callable[[], float]] = {
-        "torch_mm": lambda: product_rate(torch.float32, size, rounds=3),
-    }
-    if torch.backends.mkldnn.is_available():
-        a, b = torch.ones(size, size), torch.ones(size, size)
-        product = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
-        limits["onednn"] = lambda: 2 * size**3 / min(_seconds(product) for _ in range(4))
-    return limits
+    times, queued = 0, 1
 
+    def all_queued() -> None:
+        for _ in range(queued):
+            run()
+        wait(device)
 
-def memory_bandwidth(megabytes: int = 256, read_bytes: int | None = None) -> Limits:
-    """Bytes per second between memory and the cores, all threads of torch.
+    def measure() -> float:
+        nonlocal times, queued
+        wait(device)
+        seconds = median_seconds(all_queued, times or 1, warmup=int(times > 1), budget=budget) / queued
+        if not times:
+            queued = 1 if device.type == "cpu" else max(1, min(50, int(0.01 / seconds)))
+            times = max(1, min(20, int(budget / seconds / queued)))
+        return seconds / units
 
-    ``read``: over a buffer of `read_bytes` (default: that of ``update``), by the fastest of four readers of torch: its sum,
-    its sum as integers, its norm, its product with itself. Which of them is fastest changes with the size and the machine.
-    A buffer of the size of what is judged has the same share of it in the caches. ``update``: multiplying a buffer of so
-    many megabytes in place, where reading and writing both count. Each is the best of three passes, so a limit is rather
-    too high than too low.
-    """
-    buffer = torch.ones(megabytes * 2**20 // 4)
-    source = buffer if read_bytes is None else torch.ones(max(2, read_bytes // 8 * 2))
-    whole = source.view(torch.int64)
-
-    def best(*passes: Callable[[], object]) -> float:
-        return min(_seconds(run) for run in passes for _ in range(3))
-
-    return {
-        "read": lambda: source.nbytes / best(source.sum, whole.sum, source.norm, lambda: source.dot(source)),
-        "update": lambda: 2 * buffer.nbytes / best(lambda: buffer.mul_(1.0)),
-    }
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    return measure

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.bench.devices import wait
-from retnet.bench.timing import median_seconds
 from retnet.engine import Stepper
+from retnet.measure.clock import median_seconds, wait
 from retnet.mixers import Mixer, SoftmaxConfig
 from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from retnet.bench import peers
+from retnet.measure import peers
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.ops import log_decays, retention

@@ -1,4 +1,4 @@
-"""Memory as it is: of a process, of what a forward pass keeps for the backward pass, of a device."""
+"""Memory use: of a process (peak resident memory), of what a forward pass keeps for its backward pass, of a device."""
 
 from __future__ import annotations
 
@@ -67,6 +67,20 @@ def kept_for_backward(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> i
         graph = run()
     del graph  # it held the tensors, so that no storage was counted under the address of another
     return sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still get there."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def total_memory() -> int:
+    """Bytes of one GPU, or of this machine where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def give_back() -> None:

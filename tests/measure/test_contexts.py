@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from retnet.measure.contexts import PIECE, Contexts, transformer
 from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError
-from retnet.studies.contexts import PIECE, Contexts, transformer
 from retnet.studies.slopes import slope
 
 GROWING = ("softmax", "hyena")

@@ -1,7 +1,18 @@
+import time
+
 import pytest
 
-from retnet.bench import timing
-from retnet.bench.timing import Contender, Sample, Spread, Target, interleave, spread, times_faster
+from retnet.measure import limits
+from retnet.measure.clock import (
+    Contender,
+    Sample,
+    Spread,
+    Target,
+    interleave,
+    median_seconds,
+    spread,
+    times_faster,
+)
 
 
 def test_a_spread_is_median_least_greatest():
@@ -66,22 +77,20 @@ def test_each_contender_stands_at_every_place():
 
 def test_median_seconds_counts_calls_and_keeps_its_budget(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def run():
         calls.append(1)
         clock[0] += len(calls)  # 1, 2, 3 … seconds
 
-    assert timing.median_seconds(run, 5, warmup=2, budget=100) == 5  # of 3, 4, 5, 6, 7
+    assert median_seconds(run, 5, warmup=2, budget=100) == 5  # of 3, 4, 5, 6, 7
     assert len(calls) == 7
     calls.clear()
-    assert (
-        timing.median_seconds(run, 50, warmup=0, budget=7) == 2.5
-    )  # of 1, 2, 3, 4: 6 seconds are within, 10 not
+    assert median_seconds(run, 50, warmup=0, budget=7) == 2.5  # of 1, 2, 3, 4: 6 seconds are within, 10 not
     calls.clear()
-    assert timing.median_seconds(run, 2, warmup=0, budget=0) == 1.5
+    assert median_seconds(run, 2, warmup=0, budget=0) == 1.5
     calls.clear()
-    assert timing.median_seconds(run, 9, warmup=0, budget=0) == 2
+    assert median_seconds(run, 9, warmup=0, budget=0) == 2
 
 
 def test_limits_are_rates_per_second(monkeypatch):
@@ -91,10 +100,10 @@ def test_limits_are_rates_per_second(monkeypatch):
         clock[0] += 0.25  # between any two looks at the clock
         return clock[0]
 
-    monkeypatch.setattr(timing.time, "perf_counter", tick)
-    bandwidth = timing.memory_bandwidth(megabytes=1)
+    monkeypatch.setattr(time, "perf_counter", tick)
+    bandwidth = limits.memory_bandwidth(megabytes=1)
     assert bandwidth["read"]() == 2**20 / 0.25
     assert bandwidth["update"]() == 2 * 2**20 / 0.25
-    other = timing.memory_bandwidth(megabytes=1, read_bytes=4001)
+    other = limits.memory_bandwidth(megabytes=1, read_bytes=4001)
     assert (other["read"](), other["update"]()) == (4000 / 0.25, 2 * 2**20 / 0.25)
-    assert {limit() for limit in timing.matrix_products(size=8).values()} == {2 * 8**3 / 0.25}
+    assert {limit() for limit in limits.matrix_products(size=8).values()} == {2 * 8**3 / 0.25}
