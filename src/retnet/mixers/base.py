@@ -56,9 +56,14 @@ class Mixer(nn.Module):
     Packed documents (`cu_seqlens`, B = 1) never see each other; with them, batch rows of a state are documents.
     A mixer is made from the model's width and a configuration of its own `Config` class.
     A state may be updated in place: use the one that is returned, and clone what must stay.
+
+    Attributes:
+        caches: names of the tensors of a state that have a place for each token, [B,S,...]; then its `length` [B] says how
+            many are filled, and what stands behind them is never read. Empty where a state has a constant size.
     """
 
     Config: ClassVar[Any]
+    caches: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
         super().__init__()

@@ -62,6 +62,7 @@ class Hyena(SequenceMixer):
     """
 
     Config: ClassVar[type[HyenaConfig]] = HyenaConfig
+    caches: ClassVar[tuple[str, ...]] = ("inputs",)
 
     def __init__(self, d_model: int, config: HyenaConfig) -> None:
         super().__init__(d_model, config)

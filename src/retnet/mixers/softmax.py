@@ -57,6 +57,7 @@ class SoftmaxAttention(SequenceMixer):
     """
 
     Config: ClassVar[type[SoftmaxConfig]] = SoftmaxConfig
+    caches: ClassVar[tuple[str, ...]] = ("keys", "values")
 
     def __init__(self, d_model: int, config: SoftmaxConfig) -> None:
         super().__init__(d_model, config)

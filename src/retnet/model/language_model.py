@@ -140,14 +140,31 @@ class LanguageModel(Backbone):
         self, tokens: Tensor, state: Sequence[Any], *, mask: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Many tokens from a state: logits [B,T,vocab_size] and the state after the last unmasked token of each row."""
-        cu_seqlens = None if mask is None else packing(mask)
-        x = self._embed(tokens if mask is None else tokens[mask][None])
+        if mask is None:
+            x, after = self.read(tokens, state)
+            return self.head(x), after
+        x, after = self.read(tokens[mask][None], state, cu_seqlens=packing(mask))
+        return laid_out(self.head(x), mask), after
+
+    def read(
+        self, tokens: Tensor, state: Sequence[Any], *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """`prefill` without the head, for who needs logits of few tokens.
+
+        Args:
+            tokens: int64 [B,T].
+            state: of each batch row, or of each document.
+            cu_seqlens: int32 [N+1], bounds of documents packed in one row (B = 1).
+
+        Returns:
+            What the head reads, [B,T,D], and the state after the last tokens.
+        """
+        x = self._embed(tokens)
         after = []
         for block, before in zip(self._blocks(), state, strict=True):
             x, layer = block.prefill(x, before, cu_seqlens)
             after.append(layer)
-        logits = self.head(self.norm(x))
-        return (logits if mask is None else laid_out(logits, mask)), tuple(after)
+        return self.norm(x), tuple(after)
 
     def step(self, tokens: Tensor, state: Sequence[Any]) -> tuple[Tensor, ModelState]:
         """One token a row, int64 [B], from a state that may change in place: logits [B,vocab_size] and the state after.

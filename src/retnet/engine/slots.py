@@ -1,0 +1,122 @@
+"""Slots of recurrent states and KV caches: pools of rows, in which sequences come and go without copying others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor  # of a pool: int64 [B] on the device of its states
+
+
+def rows_of(slots: Tensor, device: torch.device) -> Rows:
+    """Slots, int64 [B] on the CPU, as what the tensors of a pool are indexed with: a slice where they follow one another."""
+    numbers = slots.tolist()
+    if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(numbers[0], numbers[0] + len(numbers))
+    return slots.to(device)
+
+
+class SlotPool:
+    """The states of one layer for a fixed number of sequences: each tensor of a state, [B,...], as one of [slots,...].
+
+    Caches have a place a token along their second dimension. Room for more places is made for all rows at once and by half,
+    so that each place is copied a constant number of times; nothing else is ever copied for other rows.
+
+    Args:
+        initial: the mixer's state before the first token, of one row.
+        caches: which of its tensors are caches, by name; its `length` [B] counts their places.
+        slots: how many sequences.
+
+    Attributes:
+        state: the tensors, in a NamedTuple as the mixer's own. Rows that nobody uses may hold anything.
+    """
+
+    def __init__(self, initial: Any, caches: tuple[str, ...], slots: int) -> None:  # noqa: ANN401
+        self._initial, self._cached = initial, [name in caches for name in initial._fields]
+        self.state = self._like(part.repeat(slots, *[1] * (part.dim() - 1)) for part in initial)
+
+    def take(self, rows: Rows, new: int) -> Any:  # noqa: ANN401
+        """The state of some rows, with room for `new` more tokens in each.
+
+        Those of a slice are views of the pool, others copies; whoever has moved them on must `put` them back either way.
+        """
+        if not any(self._cached):
+            return self._like(part[rows] for part in self.state)
+        length = self.state.length[rows].clone()
+        places = int(length.max()) + new
+        self._make_room(places)
+        parts = (
+            part[rows, :places] if cached else part[rows]
+            for part, cached in zip(self.state, self._cached, strict=True)
+        )
+        return self._like(parts)._replace(length=length)
+
+    def put(self, rows: Rows, before: Any, after: Any) -> None:  # noqa: ANN401
+        """Stores rows that `take` gave as `before` and that have become `after`; of a cache only the places that are new."""
+        at = self._new_places(rows, after) if any(self._cached) else None
+        names = self._initial._fields
+        for name, pool, cached, old, new in zip(names, self.state, self._cached, before, after, strict=True):
+            if isinstance(rows, slice) and new is old and name != "length":
+                continue  # a view, moved on in place
+            if cached and at is not None:
+                slot, row, place = at
+                pool[slot, place] = new[row, place]
+            else:
+                pool[rows] = new
+
+    def reset(self, rows: Rows) -> None:
+        """Makes rows what they are before the first token."""
+        for pool, first, cached in zip(self.state, self._initial, self._cached, strict=True):
+            pool[rows] = 0 if cached else first[0]
+
+    def copy(self, source: Rows, target: Rows) -> None:
+        """Makes row target[i] what row source[i] is."""
+        for pool in self.state:
+            pool[target] = pool[source].clone()
+
+    def read(self, rows: Rows) -> Any:  # noqa: ANN401
+        """A copy of rows, as a state of the mixer; its caches are as long as the longest row."""
+        length = self.state.length[rows] if any(self._cached) else None
+        places = int(length.max()) if length is not None and len(length) else 0
+        return self._like(
+            (part[rows, :places] if cached else part[rows]).clone()
+            for part, cached in zip(self.state, self._cached, strict=True)
+        )
+
+    def write(self, rows: Rows, state: Any) -> None:  # noqa: ANN401
+        """Puts the rows of a state of the mixer, [B,...] a tensor, in the place of what the slots held."""
+        places = int(state.length.max()) if any(self._cached) and len(state.length) else 0
+        self._make_room(places)
+        for pool, cached, new in zip(self.state, self._cached, state, strict=True):
+            if cached:
+                pool[rows] = (
+                    0  # NaN must not stand behind the end of a row: a weight of 0 does not silence it
+                )
+                pool[rows, :places] = new[:, :places]
+            else:
+                pool[rows] = new
+
+    def _new_places(self, rows: Rows, after: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        """Slot, row and place of each token that came."""
+        length = self.state.length[rows]
+        count = after.length - length
+        row = torch.repeat_interleave(count)
+        place = (length - count.cumsum(0) + count)[row] + torch.arange(len(row), device=row.device)
+        return (row + rows.start if isinstance(rows, slice) else rows[row]), row, place
+
+    def _make_room(self, places: int) -> None:
+        def grown(part: Tensor, cached: bool) -> Tensor:
+            if not cached or part.shape[1] >= places:
+                return part
+            room = part.new_zeros(part.shape[0], places + places // 2 + 64, *part.shape[2:])
+            room[:, : part.shape[1]] = part
+            return room
+
+        with torch.inference_mode(False):  # else nobody outside of it could change them
+            self.state = self._like(map(grown, self.state, self._cached))
+
+    def _like(self, parts: Iterable[Tensor]) -> Any:  # noqa: ANN401
+        return type(self._initial)(*parts)
