@@ -2,11 +2,22 @@
 
 import codecs
 import hashlib
+import json
+import math
 import os
 
 import pytest
 
-from retnet.io import decode, foreign_encoding, nul_byte, read_text, sha256, write_bytes, write_text
+from retnet.io import (
+    decode,
+    foreign_encoding,
+    nul_byte,
+    read_text,
+    sha256,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from retnet.settings import UserError, read_toml
 
 WORDS = "first line\nsecond lïne 🙂\n"
@@ -101,3 +112,15 @@ def test_writing_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
         write_text(path, "newer")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_word_for_what_is_not_finite(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"a": math.nan, "b": [math.inf, 1, ("ü", 2.5)], "c": {3: None}})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "a": None,
+        "b": [None, 1, ["ü", 2.5]],
+        "c": {"3": None},
+    }
+    with pytest.raises(UserError, match=r"cannot write .*record\.json"):
+        write_json(tmp_path / "missing" / "record.json", {})

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,7 @@ def describe() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
-        "versions": {
-            name: _version(name) for name in ("retnet", "torch", "numpy", "tokenizers", "safetensors")
-        },
+        "versions": versions("retnet", "torch", "numpy", "tokenizers", "safetensors"),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -114,6 +113,15 @@ def describe() -> dict[str, Any]:
     }
 
 
+def versions(*packages: str) -> dict[str, str | None]:
+    """Package → its installed version, None where it is missing."""
+    found = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _git(*words: str) -> str | None:
     home = Path(__file__).resolve().parent
     try:
@@ -121,13 +129,6 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
+import math
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from retnet.errors import UserError
 
@@ -111,6 +115,26 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file in one step; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a record, completely or not at all; numbers that JSON has no word for (NaN, infinities) become null.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from retnet.measure.summary import Summary
 from retnet.studies import study
-from retnet.studies.summary import Summary
 
 
 @dataclass(frozen=True)

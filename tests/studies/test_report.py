@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
+from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.settings import UserError
 from retnet.studies import report
 from retnet.studies.folder import StudyFolder
-from retnet.studies.summary import Figure, Line, Panel, Summary, Table
+from retnet.tables import Table
 
 HOSTILE = "<script>alert(1)</script> & \"a\" 'b' \\c {{ d }} {% e %} ünï 检索 🦊 [/] $x$ " + "long" * 30
 VOID = {"meta", "link", "wbr"}

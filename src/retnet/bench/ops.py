@@ -26,8 +26,7 @@ from retnet.bench.ways import (
     kernels,
     ways_on,
 )
-from retnet.host import keep_freed_memory
-from retnet.measure import peers
+from retnet.host import keep_freed_memory, versions
 from retnet.measure.clock import (
     Contender,
     Sample,
@@ -148,7 +147,7 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     products = f"{'fp32' if device.type == 'cpu' else 'bf16'}_{{}}_flops_per_s"
     return {
         "notes": NOTES,
-        "peers": {name: peers.version(name) for name in ("numba", "triton", "flash-linear-attention")},
+        "peers": versions("numba", "triton", "flash-linear-attention"),
         "limits": {
             **{
                 products.format(n): vars(spread(s.limits[n] for r in rows for s in r.samples)) for n in limits

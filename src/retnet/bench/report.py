@@ -46,7 +46,7 @@ def complete(name: str, configuration: Mapping[str, Any], measured: Record) -> R
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host.describe(),
-        "peers": {"transformers": peers.version("transformers")},
+        "peers": host.versions("transformers"),
         "memory": "malloc keeps freed memory (retnet.host.keep_freed_memory), for all contenders alike, unless said",
         "configuration": dict(configuration),
         **measured,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retnet.cli.data import Problems
+from retnet.io import write_json
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def perplexity(
     record = report.perplexity_record(settings, done)
     report.show_perplexity(record, Console(highlight=False))
     if out is not None:
-        report.write(record, out)
+        write_json(out, record)
         click.echo(f"wrote {out}", err=True)
 
 
@@ -200,7 +201,7 @@ def tasks(
     record = report.tasks_record(settings, candidate, outcome)
     report.show_tasks(record, Console(highlight=False))
     if out is not None:
-        report.write(record, out)
+        write_json(out, record)
         click.echo(f"wrote {out}", err=True)
 
 

@@ -131,8 +131,8 @@ def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:
     """What a study takes, as a table."""
     from rich.console import Console
 
-    from retnet.evals.report import show
     from retnet.measure.memory import GIB
+    from retnet.tables import Table, print_table
 
     click.echo(f"{study.title}: {study.measure.count()} jobs")
     plans = study.measure.plans()
@@ -150,7 +150,7 @@ def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:
         "hours a run",
         "hours",
     )
-    rows: list[tuple[str, ...]] = [
+    rows = tuple(
         (
             plan.name,
             f"{plan.runs}",
@@ -162,8 +162,9 @@ def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:
             f"{plan.hours(reached):,.3g}",
         )
         for plan in plans
-    ]
-    show(f"{gpus} GPUs of {peak:g} Tflop/s at {utilisation:.0%}", columns, rows, 1, Console(highlight=False))
+    )
+    table = Table(f"{gpus} GPUs of {peak:g} Tflop/s at {utilisation:.0%}", columns, rows)
+    print_table(table, Console(highlight=False))
     total = sum(plan.hours(reached) for plan in plans)
     click.echo(
         f"in all: {sum(p.runs for p in plans)} runs, {total:,.3g} hours on {gpus} GPUs of {peak:g} Tflop/s"

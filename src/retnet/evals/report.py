@@ -1,31 +1,25 @@
-"""Results as records (JSON) and as tables: drawn on a terminal, tab-separated lines elsewhere."""
+"""Results of evaluations as records (JSON) and as tables."""
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from retnet import paper
+from retnet import host, paper
 from retnet.evals.models import Candidate
 from retnet.evals.perplexity import Measured, Result
 from retnet.evals.statistics import CONFIDENCE, Estimate
-from retnet.io import write_text
 from retnet.settings import UserError
+from retnet.tables import Table, print_table
 
 if TYPE_CHECKING:
     from retnet.evals.harness import Outcome
-
-Rows = list[tuple[str, ...]]
 
 _PACKAGES = ("retnet", "torch", "numpy", "scipy", "tokenizers", "transformers", "datasets", "lm_eval")
 _METHOD = (
@@ -64,25 +58,7 @@ def perplexity_record(
 
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that the numbers depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """Writes a record, completely or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return {"python": platform.python_version(), **host.versions(*_PACKAGES)}
 
 
 def check_writable(path: Path) -> None:
@@ -95,28 +71,14 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a folder, or lies in one that does not exist")
 
 
-def show(title: str, columns: tuple[str, ...], rows: Rows, names: int, console: Console) -> None:
-    """Prints a table; the first `names` columns are words, the others numbers."""
-    if not console.is_terminal:
-        for line in (columns, *rows):
-            click.echo("\t".join(line))
-        return
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(Text(name), justify="left" if number < names else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
 def show_perplexity(record: dict[str, Any], console: Console) -> None:
     """Prints what models are worth, and how their loss falls with the context."""
     data = record["data"]
     results = [(model, result) for model in record["models"] for result in model["results"]]
-    show(
+    table = Table(
         f"{data['documents']:,} documents, {data['bytes']:,} bytes of text; 95 % intervals over documents",
         ("model", "mode", "length", "perplexity per token", "nats per token", "bits per byte", "tokens"),
-        [
+        tuple(
             (
                 model["name"],
                 result["mode"],
@@ -125,10 +87,9 @@ def show_perplexity(record: dict[str, Any], console: Console) -> None:
                 f"{model['tokens']:,}",
             )
             for model, result in results
-        ],
-        2,
-        console,
+        ),
     )
+    print_table(table, console)
     for model, result in results:
         if result["refused"]:
             where = f"{model['name']}, {result['mode']}, {_length(result)}"
@@ -138,16 +99,11 @@ def show_perplexity(record: dict[str, Any], console: Console) -> None:
     losses = [{row["to"]: row["nats_per_token"] for row in result["by_context"]} for _, result in longest]
     if longest:
         click.echo()
-        show(
-            "Nats per token by tokens of context",
-            ("context", *columns),
-            [
-                (_span(to), *(f"{loss[to]:.4f}" if to in loss else "-" for loss in losses))
-                for to in sorted({to for loss in losses for to in loss})
-            ],
-            1,
-            console,
+        rows = tuple(
+            (_span(to), *(f"{loss[to]:.4f}" if to in loss else "-" for loss in losses))
+            for to in sorted({to for loss in losses for to in loss})
         )
+        print_table(Table("Nats per token by tokens of context", ("context", *columns), rows), console)
 
 
 def tasks_record(settings: dict[str, Any], candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
@@ -182,7 +138,7 @@ def tasks_record(settings: dict[str, Any], candidate: Candidate, outcome: Outcom
 def show_tasks(record: dict[str, Any], console: Console) -> None:
     """Prints the paper's table with a model's numbers above the paper's."""
     tasks = list(record["settings"]["tasks"])
-    rows: Rows = []
+    rows: list[tuple[str, ...]] = []
     for result in record["results"]:
         shots, found = result["num_fewshot"], [result["tasks"][task] for task in tasks]
         name = f"{record['model']['name']}, {shots}-shot"
@@ -198,7 +154,7 @@ def show_tasks(record: dict[str, Any], console: Console) -> None:
                 cells = (*(f"{value:.1f}" for value in values), f"{_mean(values):.2f}")
                 rows.append((f"paper: {model} 6.7B, {shots}-shot", *cells))
     columns = ("accuracy, %", *(paper.TASKS[task] for task in tasks), "average")
-    show("Accuracy ± standard error, in per cent", columns, rows, 1, console)
+    print_table(Table("Accuracy ± standard error, in per cent", columns, tuple(rows)), console)
 
 
 def _accuracies(

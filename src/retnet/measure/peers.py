@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -31,14 +31,6 @@ def need(*modules: str) -> tuple[ModuleType, ...]:
     except ImportError as error:
         name = error.name or modules[0]
         raise UserError(f"retnet bench needs {name}, which is missing; pip install 'retnet[bench]'") from None
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def llama(vocab_size: int, d_model: int, num_layers: int, parameters: int) -> nn.Module:

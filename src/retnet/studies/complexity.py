@@ -21,11 +21,11 @@ from retnet.io import write_text
 from retnet.measure.clock import Contender, interleave, median_seconds, wait
 from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, free_memory, kept_for_backward
+from retnet.measure.summary import Summary
 from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise
 from retnet.studies.study import Job, Measure, Result, Results, Tell
-from retnet.studies.summary import Summary
 
 FIVE = 5  # lengths at least: an exponent from fewer says little
 # How the same mixer is computed in training, where there are several ways.

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
+from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import COMPLEXITY
 from retnet.studies.slopes import Slope, expected, slope
 from retnet.studies.study import Result, Results
-from retnet.studies.summary import Figure, Line, Panel, Summary, Table
+from retnet.tables import MISSING, Table
 
 NEAR = 0.15  # a measured exponent may be so far from theory
-MISSING = "–"
 
 # mixer → its row in the paper's table, and how this implementation goes along time in training.
 ALONG = {

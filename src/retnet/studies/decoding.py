@@ -20,13 +20,13 @@ from retnet.host import choose_device, keep_freed_memory
 from retnet.measure.clock import Contender, interleave
 from retnet.measure.contexts import Contexts, transformer
 from retnet.measure.memory import GIB, Watch, free_memory, in_bytes
+from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
 from retnet.settings import UserError
 from retnet.studies.decoding_summary import OURS, PEER, summarise
 from retnet.studies.study import Job, Measure, Result, Results, Tell
-from retnet.studies.summary import Summary
 
 SPEED = "speed"
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
+from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import INFERENCE
 from retnet.studies.study import Result
-from retnet.studies.summary import Figure, Line, Panel, Summary, Table
+from retnet.tables import MISSING, Table
 
 OURS, PEER = "RetNet", "Transformer"
-MISSING = "–"
 MARK = 8192  # the paper's length
 NOTES = (
     "Times: the Transformer's ÷ RetNet's, formed round by round in one process; median (least..greatest). Above 1, RetNet "

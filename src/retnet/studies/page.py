@@ -9,19 +9,16 @@ from datetime import datetime
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
 
+from retnet.measure import figures
 from retnet.settings import UserError, dump
-from retnet.studies import figures
 from retnet.studies.study import Study
-from retnet.studies.summary import Table
+from retnet.tables import EMPTY, MISSING, Table
 
 if TYPE_CHECKING:
     from retnet.studies.report import Found, JobState
 
-MISSING = "–"
 PUBLISHED = "Shaded: published in the paper, not measured here."
 
-_NUMBER = re.compile(r"[<>≤≥~≈±+−-]?\s*(\.?\d|inf\b|nan\b)")
-_EMPTY = {"", "-", "–", "—"}
 _KNOWN = {
     "cpu",
     "gpu",
@@ -89,8 +86,7 @@ def page(found: Found) -> str:
 def _grid(table: Table, results: bool = True) -> dict[str, Any]:
     """A table as the template wants it: every column and row with its CSS classes; of results, what is published apart."""
     kinds, whole = [], _published(table.title)
-    for number, column in enumerate(table.columns):
-        right = number > 0 and numeric(row[number] for row in table.rows)
+    for column, right in zip(table.columns, table.numeric(), strict=True):
         kinds.append(
             " ".join(["number"] * right + ["published"] * (results and (whole or _published(column))))
         )
@@ -98,7 +94,7 @@ def _grid(table: Table, results: bool = True) -> dict[str, Any]:
         {
             "name": row[0],
             "published": results and _published(row[0]),
-            "cells": list(zip((MISSING if cell in _EMPTY else cell for cell in row), kinds, strict=True))[1:],
+            "cells": list(zip((MISSING if cell in EMPTY else cell for cell in row), kinds, strict=True))[1:],
         }
         for row in table.rows
     ]
@@ -109,12 +105,6 @@ def _grid(table: Table, results: bool = True) -> dict[str, Any]:
         "rows": rows,
         "notes": [*table.notes, *([PUBLISHED] if shaded else [])],
     }
-
-
-def numeric(cells: Iterable[str]) -> bool:
-    """Whether these are numbers, but for those that are missing."""
-    known = [cell for cell in cells if cell not in _EMPTY]
-    return bool(known) and all(_NUMBER.match(cell) for cell in known)
 
 
 def _published(title: str) -> bool:

@@ -22,11 +22,11 @@ from rich.console import Console
 from retnet.data import prepare
 from retnet.evals import Corpus, measure, open_model
 from retnet.host import keep_freed_memory
+from retnet.measure.summary import Summary
 from retnet.settings import UserError, config_path, flatten, load
 from retnet.studies.estimate import Plan, plan
 from retnet.studies.quality_summary import Found, summarise
 from retnet.studies.study import Job, Measure, Result, Results, Tell
-from retnet.studies.summary import Summary
 from retnet.train.config import RunConfig
 from retnet.train.progress import Progress
 from retnet.train.trainer import train

@@ -8,11 +8,11 @@ from itertools import combinations
 from typing import NamedTuple
 
 from retnet import paper
+from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.studies.study import Result
-from retnet.studies.summary import Figure, Line, Panel, Summary, Table
+from retnet.tables import MISSING, Table
 
 PUBLISHED = {"architectures": paper.ARCHITECTURES, "ablations": paper.ABLATIONS, "none": {}}
-MISSING = "–"
 
 
 class Found(NamedTuple):

@@ -6,25 +6,21 @@ A study need not have finished: what failed or was not done yet is named, and th
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
-from retnet.evals.report import show as show_table
-from retnet.evals.report import write
-from retnet.io import write_text
+from retnet.io import write_json, write_text
+from retnet.measure import figures
+from retnet.measure.summary import Summary
 from retnet.settings import UserError, dump
-from retnet.studies import figures
 from retnet.studies.folder import StudyFolder
-from retnet.studies.page import jobs_in_words, numeric, page
+from retnet.studies.page import jobs_in_words, page
 from retnet.studies.study import Result, Study
-from retnet.studies.summary import Summary, Table
+from retnet.tables import print_tables
 
 
 class JobState(NamedTuple):
@@ -103,7 +99,7 @@ def write_report(out: Path) -> list[Path]:
     html, record = out / "report.html", out / "summary.json"
     images = [out / f"{figure.name}.png" for figure in found.summary.figures]
     text = page(found)
-    write(_record(found), record)
+    write_json(record, _record(found))
     for figure, image in zip(found.summary.figures, images, strict=True):
         figures.write_png(figure, image)
     try:
@@ -118,32 +114,17 @@ def show(found: Found, console: Console) -> None:
     click.echo(found.study.title)
     for sentence in found.summary.findings:
         click.echo(f"* {sentence}")
-    for table in found.summary.tables:
-        click.echo()
-        if not console.is_terminal:
-            click.echo(f"# {table.title}")
-        words = len(table.columns) - len(list(_trailing_numbers(table)))
-        show_table(escape(table.title), table.columns, list(table.rows), words, console)
-        for note in table.notes if console.is_terminal else ():
-            click.echo(note)
+    print_tables(found.summary.tables, console)
     if found.missing:
         click.echo(f"\n{found.missing}", err=True)
     for name, reason in found.failures.items():
         click.echo(f"{name}: {reason}", err=True)
 
 
-def _trailing_numbers(table: Table) -> Iterable[int]:
-    """Columns of numbers that stand right of all columns of words."""
-    for column in reversed(range(1, len(table.columns))):
-        if not numeric(row[column] for row in table.rows):
-            return
-        yield column
-
-
 def _record(found: Found) -> dict[str, Any]:
-    """All there is to keep of a study, as plain JSON; what is no number there (NaN, infinities) is null."""
+    """All there is to keep of a study, as plain data."""
     study = tomllib.loads(dump(found.study))
-    record = {
+    return {
         "title": study.pop("title"),
         "about": study.pop("about"),
         "settings": study,
@@ -156,16 +137,6 @@ def _record(found: Found) -> dict[str, Any]:
         },
         **dataclasses.asdict(found.summary),
     }
-    finite: dict[str, Any] = _finite(record)
-    return finite
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _seconds(result: Result) -> float | None:

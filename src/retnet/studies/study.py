@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from retnet.measure.summary import Summary
 from retnet.settings import Choice, UserError, load
 from retnet.studies.estimate import Plan
-from retnet.studies.summary import Summary
 
 Result = dict[str, Any]  # what a job leaves behind, plain JSON
 Results = Mapping[str, Result]  # name of a finished job → its result

@@ -22,12 +22,12 @@ from retnet.host import choose_device, keep_freed_memory
 from retnet.measure.clock import Contender, interleave, median_seconds, wait
 from retnet.measure.contexts import transformer
 from retnet.measure.memory import Watch, free_memory, in_bytes
+from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
 from retnet.studies.estimate import plan
 from retnet.studies.study import Job, Measure, Result, Results, Tell
-from retnet.studies.summary import Summary
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.optimizer import adamw

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
+from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import TRAINED, TRAINING_COST
 from retnet.studies.study import Result
-from retnet.studies.summary import Figure, Line, Panel, Summary, Table
+from retnet.tables import MISSING, Table
 
 PLAIN, FLASH, OURS = TRAINED
-MISSING = "–"
 Speeds = Mapping[str, Result]  # size → result
 Memories = Mapping[tuple[str, str, int], Result]  # (size, model, length) → result
 NOTES = (

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from retnet.io import write_text
+from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import RunConfig
@@ -41,7 +41,7 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            write_json(self.path / "env.json", environment)
             write_text(self.path / "config.toml", dump(config))
         except OSError as error:
             raise UserError(f"cannot write the run directory {self.path}: {error.strerror}") from None

@@ -1,18 +1,10 @@
-"""What a study found, as plain data: tables and figures, made from results and drawn by `retnet.studies.report`."""
+"""A summary of results as plain data: tables, figures (panels of lines) and findings, for any renderer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of words and numbers already written out, as many cells as columns; the first column names the row."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()  # sentences below it
+from retnet.tables import Table
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that a study has to say. `findings` are sentences computed from the results, the soberest first."""
+    """All that a study or a benchmark has to say. `findings` are sentences computed from the results, the soberest first."""
 
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()

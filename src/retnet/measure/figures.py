@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from retnet.measure.summary import Figure, Line, Panel
 from retnet.settings import UserError
-from retnet.studies.summary import Figure, Line, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

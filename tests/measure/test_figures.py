@@ -1,18 +1,18 @@
 import math
 import re
 import sys
+from importlib import resources
 from itertools import combinations
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 
+from retnet.measure import figures
+from retnet.measure.figures import Style
+from retnet.measure.summary import Figure, Line, Panel
 from retnet.settings import UserError
-from retnet.studies import figures
-from retnet.studies.figures import Style
-from retnet.studies.summary import Figure, Line, Panel
 
 NAN = math.nan
 LENGTHS = tuple(float(2**i) for i in range(9, 18))
@@ -88,7 +88,7 @@ SEEN = {
 
 @pytest.mark.parametrize("side", [0, 1], ids=["light", "dark"])
 def test_colours_stand_off_the_ground_and_each_other_for_colour_blind_eyes_too(side):
-    source = Path(figures.__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    source = resources.files("retnet.studies").joinpath("report.html.jinja").read_text(encoding="utf-8")
     ground = re.findall(r"--ground: (#[0-9a-f]+);", source)[side].replace("#fff", "#ffffff")
     colors = [pair[side] for pair in figures.COLORS]
     assert min(contrast(color, ground) for color in colors) >= 3
