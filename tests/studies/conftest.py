@@ -1,14 +1,12 @@
 """A study of a measure that says what it is told to: `said` replaces its summary."""
 
-import sys
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 
 from retnet.measure.summary import Summary
-from retnet.studies import study
+from retnet.studies import contract, study
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Said(study.Measure):
+class Said(contract.Measure):
     name: Literal["said"]
     rows: tuple[dict[str, Any], ...] = ({"label": "A", "deep": {"er": 1}}, {"label": "<B> & co", "x": [1, 2]})
     inner: Inner = field(default_factory=Inner)
@@ -37,8 +35,6 @@ class Said(study.Measure):
 @pytest.fixture
 def said(monkeypatch):
     """The class, to be told its summary."""
-    monkeypatch.setitem(study.MODULES, "said", "said")
-    monkeypatch.setitem(sys.modules, "retnet.studies.said", SimpleNamespace(MEASURE=Said))
     monkeypatch.setattr(Said, "said", Summary())
     return Said
 

@@ -8,9 +8,9 @@ from retnet.mixers import MIXERS
 from retnet.paper import COMPLEXITY
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import complexity, complexity_summary
-from retnet.studies.complexity import Complexity, ComplexityJob, Learning, Using
+from retnet.studies.complexity import ComplexityJob, ComplexityMeasure, Learning, Using
 
-TINY = Complexity(
+TINY = ComplexityMeasure(
     "complexity",
     using=Using(d_model=16, num_heads=2, batch=2, lengths=(8, 16, 32, 64, 128), rounds=2, seconds=1e-9),
     learning=Learning(d_model=16, lengths=(8, 16, 32, 64, 128), rows=2, rounds=2),
@@ -128,7 +128,7 @@ def test_every_mixer_has_its_place_in_the_papers_table():
 )
 def test_mistakes_end_in_a_sentence(settings, says):
     with pytest.raises(UserError, match=says):
-        build(Complexity, {"name": "complexity", **settings})
+        build(ComplexityMeasure, {"name": "complexity", **settings})
 
 
 def test_what_no_memory_holds_is_refused(monkeypatch):
@@ -142,8 +142,8 @@ def test_what_no_memory_holds_is_refused(monkeypatch):
 @pytest.mark.parametrize("scale", ["laptop", "small", "paper"])
 def test_shipped_scales_load(scale, tmp_path):
     data = tomllib.loads(config_path(f"studies/complexity/{scale}").read_text(encoding="utf-8"))
-    measure = build(Complexity, data["measure"])
-    assert build(Complexity, tomllib.loads(dump(measure))) == measure
+    measure = build(ComplexityMeasure, data["measure"])
+    assert build(ComplexityMeasure, tomllib.loads(dump(measure))) == measure
     assert max(measure.using.lengths) >= 65536
     job = measure.jobs(tmp_path, {}, ())["retention"]
     assert build(ComplexityJob, tomllib.loads(dump(job))) == job

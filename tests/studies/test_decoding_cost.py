@@ -9,7 +9,7 @@ from retnet.measure.memory import GIB
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import decoding
-from retnet.studies.decoding import Decoding, DecodingJob
+from retnet.studies.decoding import DecodingJob, DecodingMeasure
 from retnet.studies.decoding_summary import OURS, PEER, summarise
 
 MODEL = {"vocab_size": 32, "d_model": 32, "num_layers": 1, "mixer": {"name": "retention", "num_heads": 2}}
@@ -20,7 +20,7 @@ GRID = {
 
 
 def measure(**settings):
-    return build(Decoding, {"name": "decoding", "grid": GRID | settings})
+    return build(DecodingMeasure, {"name": "decoding", "grid": GRID | settings})
 
 
 def made_up():
@@ -140,8 +140,8 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 @pytest.mark.parametrize("scale", ["laptop", "small", "paper"])
 def test_shipped_scales_load(scale, tmp_path):
     data = tomllib.loads(config_path(f"studies/inference-cost/{scale}").read_text(encoding="utf-8"))
-    study = build(Decoding, data["measure"])
-    assert build(Decoding, tomllib.loads(dump(study))) == study
+    study = build(DecodingMeasure, data["measure"])
+    assert build(DecodingMeasure, tomllib.loads(dump(study))) == study
     assert 8192 in study.grid.lengths
     job = study.jobs(tmp_path, {}, ())["memory-retnet"]
     assert build(DecodingJob, tomllib.loads(dump(job))) == job
@@ -150,6 +150,6 @@ def test_shipped_scales_load(scale, tmp_path):
 def test_a_size_beyond_this_machine_is_refused_with_its_numbers(monkeypatch):
     monkeypatch.setattr(decoding, "free_memory", lambda device: 16 * GIB)
     path = config_path("studies/inference-cost/paper")
-    study = build(Decoding, tomllib.loads(path.read_text(encoding="utf-8"))["measure"])
+    study = build(DecodingMeasure, tomllib.loads(path.read_text(encoding="utf-8"))["measure"])
     with pytest.raises(UserError, match=r"16 GiB are free .* smaller --scale"):
         replace(study, grid=replace(study.grid, device="cpu")).check()

@@ -7,17 +7,17 @@ import pytest
 from retnet import paper
 from retnet.settings import UserError, dump, load
 from retnet.studies import estimate
-from retnet.studies.quality import Quality, Row
-from retnet.studies.shipped import find_study, shipped_studies
+from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study, load_study
+from retnet.studies.study_files import find_study, shipped_studies
 from retnet.train.config import RunConfig
 
 OUT = Path("out")
-ROWS = (Row("A net", "smoke"), Row("B net", "smoke"))
+ROWS = (Variant("A net", "smoke"), Variant("B net", "smoke"))
 
 
 def quality(**fields):
-    return Quality("quality", **{"rows": ROWS, "learning_rates": (1e-3, 1e-2), "seeds": 3, **fields})
+    return QualityMeasure("quality", **{"rows": ROWS, "learning_rates": (1e-3, 1e-2), "seeds": 3, **fields})
 
 
 def result(perplexity, seed=0, rate=1e-3, parameters=1_000_000):
@@ -71,7 +71,10 @@ def test_a_failed_rate_does_not_hold_up_the_seeds():
 
 
 def test_all_rows_are_trained_alike():
-    rows = (Row("A", "smoke"), Row("B", "smoke", {"model": {"mixer": {"name": "softmax", "num_heads": 2}}}))
+    rows = (
+        Variant("A", "smoke"),
+        Variant("B", "smoke", {"model": {"mixer": {"name": "softmax", "num_heads": 2}}}),
+    )
     study = quality(rows=rows, settings={"train": {"steps": 7}, "data": {"tokenizer": "bpe:300"}})
     configs = [job.run_config for job in study.jobs(OUT, {}, []).values()]
     assert {c.model.mixer.name for c in configs} == {"retention", "softmax"}
@@ -81,7 +84,11 @@ def test_all_rows_are_trained_alike():
 
 
 def test_means_spreads_and_the_published_order():
-    rows = (Row("RetNet", "smoke", paper="RetNet"), Row("H3", "smoke", paper="H3"), Row("Other", "smoke"))
+    rows = (
+        Variant("RetNet", "smoke", paper="RetNet"),
+        Variant("H3", "smoke", paper="H3"),
+        Variant("Other", "smoke"),
+    )
     study = quality(rows=rows, published="architectures")
     best = {(1e-3, 1): 21.0, (1e-3, 2): 22.0}
     results = everything(
@@ -112,7 +119,7 @@ def test_means_spreads_and_the_published_order():
     ("here", "judged"), [((10, 11, 12), "1 stand in the same order"), ((10, 25, 30), "separate 1")]
 )
 def test_overlapping_seeds_separate_nothing(here, judged):
-    rows = (Row("RetNet", "smoke", paper="RetNet"), Row("H3", "smoke", paper="H3"))
+    rows = (Variant("RetNet", "smoke", paper="RetNet"), Variant("H3", "smoke", paper="H3"))
     study = quality(rows=rows, published="architectures", learning_rates=(1e-3,))
     values = {"retnet": here, "h3": (20, 21, 22)}
     results = everything({row: {(1e-3, s): x for s, x in enumerate(xs)} for row, xs in values.items()})
@@ -126,7 +133,7 @@ def test_an_empty_study_has_a_summary():
 
 
 def test_rows_of_one_family_are_one_line_over_parameters():
-    rows = (Row("Net 1M", "smoke"), Row("Net 2M", "smoke"))
+    rows = (Variant("Net 1M", "smoke"), Variant("Net 2M", "smoke"))
     study = quality(rows=rows, learning_rates=(1e-3,), seeds=1, against="parameters")
     results = {
         "net-1m.lr-0.001.seed-0": result(30.0, parameters=1_000_000),
@@ -143,7 +150,7 @@ def test_rows_of_one_family_are_one_line_over_parameters():
         ({"learning_rates": ()}, "learning_rates is empty"),
         ({"learning_rates": (0.0,)}, "more than 0"),
         ({"seeds": 0}, "seeds is 0"),
-        ({"rows": (Row("A net", "smoke"), Row("A−net", "smoke"))}, "'a-net'"),
+        ({"rows": (Variant("A net", "smoke"), Variant("A−net", "smoke"))}, "'a-net'"),
         ({"sets": {"in-domain": "stdlib"}}, "names of their own"),
     ],
 )
@@ -159,7 +166,7 @@ def test_impossible_settings_are_refused(fields, said):
             {"settings": {"train": {"step": 3}}},
             "row 'A net'.*unknown setting 'train.step'.*did you mean 'steps'",
         ),
-        ({"rows": (Row("A", "smokey"),)}, "row 'A': no configuration 'smokey'"),
+        ({"rows": (Variant("A", "smokey"),)}, "row 'A': no configuration 'smokey'"),
         ({"settings": {"train": {"steps": 5, "warmup_steps": 5}}}, "A net: train.warmup_steps is 5"),
         ({"sets": {"plays": "nowhere.txt"}}, "nowhere.txt"),
     ],

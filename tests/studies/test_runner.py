@@ -15,7 +15,7 @@ from rich.console import Console
 from retnet.settings import UserError
 from retnet.studies import estimate, runner
 from retnet.studies.folder import StudyFolder
-from retnet.studies.quality import Quality, Row
+from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
@@ -35,7 +35,7 @@ result = {{"sets": {{"in-domain": {{"nats_per_token": float(place.name.split("lr
 @pytest.fixture(autouse=True)
 def unprepared(monkeypatch):
     """No tokens are made, and any machine is good enough."""
-    monkeypatch.setattr(Quality, "prepare", lambda self, out, say: None)
+    monkeypatch.setattr(QualityMeasure, "prepare", lambda self, out, say: None)
     monkeypatch.setattr(estimate, "require", lambda plans, hours, processes, at_once: hours)
 
 
@@ -47,7 +47,9 @@ def work(monkeypatch, before="pass"):
 
 
 def study(seeds=2, workers=2, rates=(0.5, 0.25), **fields):
-    measure = Quality("quality", (Row("A", "smoke"), Row("B", "smoke")), learning_rates=rates, seeds=seeds)
+    measure = QualityMeasure(
+        "quality", (Variant("A", "smoke"), Variant("B", "smoke")), learning_rates=rates, seeds=seeds
+    )
     return Study("A study", "About it.", measure, workers=workers, **fields)
 
 

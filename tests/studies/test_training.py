@@ -9,7 +9,7 @@ from retnet.measure.memory import GIB
 from retnet.paper import TRAINED, TRAINING_COST
 from retnet.settings import UserError, build, config_path, dump
 from retnet.studies import training
-from retnet.studies.training import Training, TrainingJob, need
+from retnet.studies.training import TrainingJob, TrainingMeasure, need
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 
 CPU = torch.device("cpu")
@@ -21,12 +21,12 @@ STEPS = {
 
 
 def measure(**settings):
-    return build(Training, {"name": "training", "steps": STEPS | settings})
+    return build(TrainingMeasure, {"name": "training", "steps": STEPS | settings})
 
 
 def shipped(scale):
     path = config_path(f"studies/training-cost/{scale}")
-    return build(Training, tomllib.loads(path.read_text(encoding="utf-8"))["measure"])
+    return build(TrainingMeasure, tomllib.loads(path.read_text(encoding="utf-8"))["measure"])
 
 
 def speed(**seconds):
@@ -149,7 +149,7 @@ def test_sizes_beyond_this_machine_are_refused(monkeypatch):
 @pytest.mark.parametrize("scale", ["laptop", "small", "paper"])
 def test_shipped_scales_load(scale, tmp_path):
     study = shipped(scale)
-    assert build(Training, tomllib.loads(dump(study))) == study
+    assert build(TrainingMeasure, tomllib.loads(dump(study))) == study
     assert 8192 in study.steps.lengths
     jobs = study.jobs(tmp_path, {}, ())
     assert build(TrainingJob, tomllib.loads(dump(job := list(jobs.values())[-1]))) == job

@@ -17,20 +17,20 @@ class Studies(click.Group):
     """Every name but `report` is a study: a shipped one, or the path of a .toml file."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from retnet.studies.shipped import shipped_studies
+        from retnet.studies.study_files import shipped_studies
 
         return [*shipped_studies(), "report"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name == "report":
             return report
-        from retnet.studies.shipped import check_study
+        from retnet.studies.study_files import check_study
 
         check_study(cmd_name)
         return _run_command(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from retnet.studies.shipped import shipped_studies
+        from retnet.studies.study_files import shipped_studies
 
         with formatter.section("Studies"):
             formatter.write_dl([(name, ", ".join(scales)) for name, scales in shipped_studies().items()])
@@ -103,8 +103,8 @@ def _run(
 ) -> None:
     from rich.console import Console
 
-    from retnet.studies.shipped import find_study
     from retnet.studies.study import load_study
+    from retnet.studies.study_files import find_study
 
     path = find_study(name, scale)
     given: dict[str, Any] = {"measure.seeds": seeds, **limits}

@@ -25,7 +25,7 @@ from retnet.measure.summary import Summary
 from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.settings import UserError, nearest
 from retnet.studies.complexity_summary import summarise
-from retnet.studies.study import Job, Measure, Result, Results, Tell
+from retnet.studies.contract import Job, Measure, Result, Results, Tell
 
 FIVE = 5  # lengths at least: an exponent from fewer says little
 # How the same mixer is computed in training, where there are several ways.
@@ -109,7 +109,7 @@ class ComplexityJob(Job):
 
 
 @dataclass(frozen=True)
-class Complexity(Measure):
+class ComplexityMeasure(Measure):
     """The table of architectures (paper §1), measured: one job a mixer.
 
     Attributes:
@@ -162,9 +162,6 @@ class Complexity(Measure):
     def summarise(self, results: Results) -> Summary:
         """The table of architectures, the numbers behind it, and both as curves."""
         return summarise(self.mixers or tuple(MIXERS), results)
-
-
-MEASURE, JOB = Complexity, ComplexityJob
 
 
 def _using(name: str, c: Using, device: torch.device, tell: Tell) -> Result:

@@ -10,8 +10,8 @@ from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import COMPLEXITY
+from retnet.studies.contract import Result, Results
 from retnet.studies.slopes import Slope, expected, slope
-from retnet.studies.study import Result, Results
 from retnet.tables import MISSING, Table
 
 NEAR = 0.15  # a measured exponent may be so far from theory

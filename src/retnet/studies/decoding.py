@@ -25,14 +25,14 @@ from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
 from retnet.settings import UserError
+from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.decoding_summary import OURS, PEER, summarise
-from retnet.studies.study import Job, Measure, Result, Results, Tell
 
 SPEED = "speed"
 
 
 @dataclass(frozen=True)
-class Grid:
+class DecodingGrid:
     """What is decoded.
 
     Attributes:
@@ -96,7 +96,7 @@ class DecodingJob(Job):
     """
 
     name: Literal["decoding"]
-    grid: Grid
+    grid: DecodingGrid
     model: str = ""
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
@@ -106,11 +106,11 @@ class DecodingJob(Job):
 
 
 @dataclass(frozen=True)
-class Decoding(Measure):
+class DecodingMeasure(Measure):
     """Inference cost (paper §5): memory, throughput and latency of RetNet and of a Transformer with a KV cache."""
 
     name: Literal["decoding"]
-    grid: Grid
+    grid: DecodingGrid
 
     def check(self) -> None:
         """Refuses models that do not fit this machine or the budget.
@@ -152,14 +152,11 @@ class Decoding(Measure):
         return summarise(results.get(SPEED), memories, self.grid.batch, self.grid.budget_gib)
 
 
-MEASURE, JOB = Decoding, DecodingJob
-
-
 def _memory_job(name: str) -> str:
     return f"memory-{name.lower()}"
 
 
-def speed(grid: Grid, tell: Tell) -> Result:
+def speed(grid: DecodingGrid, tell: Tell) -> Result:
     """Seconds of a step of both models at every length and batch that fits the budget."""
     keep_freed_memory()
     device = choose_device(grid.device)
@@ -190,7 +187,7 @@ def speed(grid: Grid, tell: Tell) -> Result:
     }
 
 
-def memory(grid: Grid, name: str, tell: Tell) -> Result:
+def memory(grid: DecodingGrid, name: str, tell: Tell) -> Result:
     """Bytes of one model's weights and states over length, and what its process holds for them while it decodes."""
     device = choose_device(grid.device)
     config = grid.models()[name]

@@ -27,7 +27,7 @@ UTILISATION = (
 ROUGH = 3.0  # how far off the guess of hours may be
 
 
-class Plan(NamedTuple):
+class RunEstimate(NamedTuple):
     """One kind of run of a study."""
 
     name: str
@@ -47,13 +47,13 @@ class Plan(NamedTuple):
         return self.model_bytes / processes + self.pass_bytes
 
 
-def plan(name: str, config: RunConfig, runs: int) -> Plan:
+def plan(name: str, config: RunConfig, runs: int) -> RunEstimate:
     """Counts one kind of run. Where only a file knows the size of the vocabulary, that of bytes is taken."""
     model, c = config.model, config.train
     model = replace(model, vocab_size=model.vocab_size or config.data.learned_vocab or 257)
     counted = cost(model, c.seq_len)
     tokens = c.steps * c.tokens_per_step
-    return Plan(
+    return RunEstimate(
         name,
         runs,
         counted.total,
@@ -94,7 +94,7 @@ def rate() -> float:
     return product_rate(torch.bfloat16, 8192, rounds=4, device="cuda") * torch.cuda.device_count()
 
 
-def require(plans: list[Plan], hours: float, processes: int, at_once: int) -> float:
+def require(plans: list[RunEstimate], hours: float, processes: int, at_once: int) -> float:
     """Refuses what this machine cannot do.
 
     Hours are a rough guess, on a busy machine a poor one: only what would take `ROUGH` times the budget is refused.

@@ -12,7 +12,8 @@ from typing import Any
 
 from retnet.io import write_text
 from retnet.settings import UserError, dump, load
-from retnet.studies.study import Result, Study
+from retnet.studies.contract import Result
+from retnet.studies.study import Study
 
 RESULT, ERROR = "result.json", "error.txt"
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours of terminals and the like

@@ -24,9 +24,9 @@ from retnet.evals import Corpus, measure, open_model
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
 from retnet.settings import UserError, config_path, flatten, load
-from retnet.studies.estimate import Plan, plan
-from retnet.studies.quality_summary import Found, summarise
-from retnet.studies.study import Job, Measure, Result, Results, Tell
+from retnet.studies.contract import Job, Measure, Result, Results, Tell
+from retnet.studies.estimate import RunEstimate, plan
+from retnet.studies.quality_summary import VariantResults, summarise
 from retnet.train.config import RunConfig
 from retnet.train.progress import Progress
 from retnet.train.trainer import train
@@ -36,7 +36,7 @@ Sets = dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Variant:
     """One of the things compared.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Quality(Measure):
+class QualityMeasure(Measure):
     """Perplexity of models.
 
     Attributes:
@@ -68,7 +68,7 @@ class Quality(Measure):
     """
 
     name: Literal["quality"]
-    rows: tuple[Row, ...]
+    rows: tuple[Variant, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = (1e-3,)
     seeds: int = 3
@@ -109,7 +109,7 @@ class Quality(Measure):
         say("preparing the tokens")
         prepare(self._config(self.rows[0], out, 1.0, 0).data, on_problem=lambda p: say(f"data: {p}"))
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[RunEstimate]:
         """What the runs of each row will take."""
         runs = len(self.learning_rates) + self.seeds - 1
         return [plan(row.label, self._config(row, Path("."), 1.0, 0), runs) for row in self.rows]
@@ -128,9 +128,7 @@ class Quality(Measure):
             if best is not None:
                 named |= {self._name(row, best, seed): (row, best, seed) for seed in range(1, self.seeds)}
         return {
-            name: TrainAndEvaluate(
-                "quality", self._config(row, out, rate, seed), self.sets, self.set_documents
-            )
+            name: QualityJob("quality", self._config(row, out, rate, seed), self.sets, self.set_documents)
             for name, (row, rate, seed) in named.items()
         }
 
@@ -142,10 +140,12 @@ class Quality(Measure):
             rate = self._best(row, results, [self._name(row, r, 0) for r in self.learning_rates])
             names = [] if rate is None else [self._name(row, rate, seed) for seed in range(self.seeds)]
             seeds = [results[name] for name in names if name in results]
-            found.append(Found(row.label, row.paper, rate, seeds, {r: x for r, x in tuned.items() if x}))
+            found.append(
+                VariantResults(row.label, row.paper, rate, seeds, {r: x for r, x in tuned.items() if x})
+            )
         return summarise(found, [IN_DOMAIN, *self.sets], self.published, self.against)
 
-    def _best(self, row: Row, results: Results, failed: Collection[str]) -> float | None:
+    def _best(self, row: Variant, results: Results, failed: Collection[str]) -> float | None:
         """The rate of the lowest in-domain loss; None while a run that could still win is missing, or if all failed."""
         names = {rate: self._name(row, rate, 0) for rate in self.learning_rates}
         if any(name not in results and name not in failed for name in names.values()):
@@ -155,10 +155,10 @@ class Quality(Measure):
         }
         return min(losses, key=lambda rate: losses[rate]) if losses else None
 
-    def _name(self, row: Row, rate: float, seed: int) -> str:
+    def _name(self, row: Variant, rate: float, seed: int) -> str:
         return f"{_slug(row.label)}.lr-{rate:g}.seed-{seed}"
 
-    def _config(self, row: Row, out: Path, rate: float, seed: int) -> RunConfig:
+    def _config(self, row: Variant, out: Path, rate: float, seed: int) -> RunConfig:
         chosen = {"train.learning_rate": rate, "train.seed": seed}
         try:
             return load(
@@ -176,7 +176,7 @@ class Quality(Measure):
 
 
 @dataclass(frozen=True)
-class TrainAndEvaluate(Job):
+class QualityJob(Job):
     """One run, and what it is worth on every set."""
 
     name: Literal["quality"]
@@ -245,9 +245,6 @@ class _Heard(Progress):
     def step(self, step: int, loss: float, rate: float) -> None:
         super().step(step, loss, rate)
         self._tell(0.95 * step / self._steps)
-
-
-MEASURE, JOB = Quality, TrainAndEvaluate
 
 
 def _slug(label: str) -> str:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from retnet import paper
 from retnet.measure.summary import Figure, Line, Panel, Summary
-from retnet.studies.study import Result
+from retnet.studies.contract import Result
 from retnet.tables import MISSING, Table
 
 PUBLISHED = {"architectures": paper.ARCHITECTURES, "ablations": paper.ABLATIONS, "none": {}}
 
 
-class Found(NamedTuple):
+class VariantResults(NamedTuple):
     """One row of a study, as far as it has come.
 
     Attributes:
@@ -37,7 +37,7 @@ class Found(NamedTuple):
         return [result["sets"][name][key] for result in self.seeds]
 
 
-def summarise(found: Sequence[Found], sets: Sequence[str], published: str, against: str) -> Summary:
+def summarise(found: Sequence[VariantResults], sets: Sequence[str], published: str, against: str) -> Summary:
     """Tables and figures of all rows; those that have no results yet stand there empty."""
     theirs = PUBLISHED[published]
     tables = [_perplexity(found, sets, theirs)]
@@ -48,7 +48,9 @@ def summarise(found: Sequence[Found], sets: Sequence[str], published: str, again
     return Summary(tuple(tables), tuple(figures), tuple(_findings(found, sets, theirs)))
 
 
-def _perplexity(found: Sequence[Found], sets: Sequence[str], theirs: Mapping[str, Sequence[float]]) -> Table:
+def _perplexity(
+    found: Sequence[VariantResults], sets: Sequence[str], theirs: Mapping[str, Sequence[float]]
+) -> Table:
     columns = ["", "parameters", "learning rate", "seeds", *sets]
     columns += ["paper, in-domain", "paper, mean of the other sets"] if theirs else []
     rows = []
@@ -79,7 +81,7 @@ def _published(theirs: Mapping[str, Sequence[float]]) -> Table:
     return Table("Published perplexity, 200 M parameters", columns, rows)
 
 
-def _bits(found: Sequence[Found], sets: Sequence[str]) -> Table:
+def _bits(found: Sequence[VariantResults], sets: Sequence[str]) -> Table:
     rows = tuple(
         (row.label, *(_mean(row.values(name, "bits_per_byte"), digits=4) for name in sets)) for row in found
     )
@@ -88,7 +90,7 @@ def _bits(found: Sequence[Found], sets: Sequence[str]) -> Table:
     )
 
 
-def _tuning(found: Sequence[Found]) -> Table:
+def _tuning(found: Sequence[VariantResults]) -> Table:
     rates = sorted({rate for row in found for rate in row.tuned})
     rows = []
     for row in found:
@@ -103,7 +105,7 @@ def _tuning(found: Sequence[Found]) -> Table:
 
 
 def _findings(
-    found: Sequence[Found], sets: Sequence[str], theirs: Mapping[str, Sequence[float]]
+    found: Sequence[VariantResults], sets: Sequence[str], theirs: Mapping[str, Sequence[float]]
 ) -> list[str]:
     """The order here beside the published one, pair by pair, as far as the seeds can tell it."""
     complete = [row for row in found if row.seeds]
@@ -144,7 +146,7 @@ def _judge(better: Sequence[float], worse: Sequence[float]) -> str:
     return "reversed" if max(worse) < min(better) else "not separated"
 
 
-def _curves(found: Sequence[Found]) -> Figure:
+def _curves(found: Sequence[VariantResults]) -> Figure:
     lines = []
     for row in found:
         if row.seeds:
@@ -158,7 +160,7 @@ def _curves(found: Sequence[Found]) -> Figure:
     return Figure("training-loss", (panel,), ("Mean over seeds, at the learning rate kept.",))
 
 
-def _rates(found: Sequence[Found]) -> Figure:
+def _rates(found: Sequence[VariantResults]) -> Figure:
     lines = []
     for row in found:
         rates = tuple(sorted(row.tuned))
@@ -169,9 +171,9 @@ def _rates(found: Sequence[Found]) -> Figure:
     return Figure("tuning", (panel,), ("First seed.",))
 
 
-def _sizes(found: Sequence[Found], sets: Sequence[str]) -> Figure:
+def _sizes(found: Sequence[VariantResults], sets: Sequence[str]) -> Figure:
     """Perplexity over parameters; rows whose labels differ in their last word are one line."""
-    families: dict[str, list[Found]] = {}
+    families: dict[str, list[VariantResults]] = {}
     for row in found:
         if row.seeds:
             families.setdefault(row.label.rsplit(" ", 1)[0], []).append(row)

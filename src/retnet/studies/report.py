@@ -17,9 +17,10 @@ from retnet.io import write_json, write_text
 from retnet.measure import figures
 from retnet.measure.summary import Summary
 from retnet.settings import UserError, dump
+from retnet.studies.contract import Result
 from retnet.studies.folder import StudyFolder
-from retnet.studies.page import jobs_in_words, page
-from retnet.studies.study import Result, Study
+from retnet.studies.html_report import html_page, jobs_in_words
+from retnet.studies.study import Study
 from retnet.tables import print_tables
 
 
@@ -32,7 +33,7 @@ class JobState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class StudyState:
     """What there is of a study.
 
     Attributes:
@@ -64,7 +65,7 @@ class Found:
         )
 
 
-def read(out: Path) -> Found:
+def read(out: Path) -> StudyState:
     """Reads what there is of a study.
 
     Raises:
@@ -75,7 +76,7 @@ def read(out: Path) -> Found:
     jobs = [JobState(name, "finished", _seconds(result)) for name, result in results.items()]
     jobs += [JobState(name, "failed", None) for name in failures]
     jobs += [JobState(name, "begun", None) for name in folder.begun()]
-    return Found(
+    return StudyState(
         study=study,
         summary=study.measure.summarise(results),
         environment=folder.environment(),
@@ -98,7 +99,7 @@ def write_report(out: Path) -> list[Path]:
     found = read(out)
     html, record = out / "report.html", out / "summary.json"
     images = [out / f"{figure.name}.png" for figure in found.summary.figures]
-    text = page(found)
+    text = html_page(found)
     write_json(record, _record(found))
     for figure, image in zip(found.summary.figures, images, strict=True):
         figures.write_png(figure, image)
@@ -109,7 +110,7 @@ def write_report(out: Path) -> list[Path]:
     return [html, record, *images]
 
 
-def show(found: Found, console: Console) -> None:
+def show(found: StudyState, console: Console) -> None:
     """Prints findings and tables; what failed goes to standard error."""
     click.echo(found.study.title)
     for sentence in found.summary.findings:
@@ -121,7 +122,7 @@ def show(found: Found, console: Console) -> None:
         click.echo(f"{name}: {reason}", err=True)
 
 
-def _record(found: Found) -> dict[str, Any]:
+def _record(found: StudyState) -> dict[str, Any]:
     """All there is to keep of a study, as plain data."""
     study = tomllib.loads(dump(found.study))
     return {

@@ -26,8 +26,8 @@ from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
+from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import plan
-from retnet.studies.study import Job, Measure, Result, Results, Tell
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.optimizer import adamw
@@ -52,7 +52,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Steps:
+class TrainingGrid:
     """What is trained.
 
     Attributes:
@@ -106,7 +106,7 @@ class TrainingJob(Job):
     """The speed of all models of a size, or the memory of one (`kind`) at one length."""
 
     name: Literal["training"]
-    steps: Steps
+    steps: TrainingGrid
     size: str
     kind: str = ""
     length: int = 0
@@ -123,11 +123,11 @@ class TrainingJob(Job):
 
 
 @dataclass(frozen=True)
-class Training(Measure):
+class TrainingMeasure(Measure):
     """Training cost (paper §5): memory and throughput of a Transformer, with and without FlashAttention, and RetNet."""
 
     name: Literal["training"]
-    steps: Steps
+    steps: TrainingGrid
 
     def check(self) -> None:
         """Refuses sizes of which not even the cheapest model fits.
@@ -176,9 +176,6 @@ class Training(Measure):
         return summarise([size.label for size in c.sizes], c.lengths, c.tokens, speeds, memories)
 
 
-MEASURE, JOB = Training, TrainingJob
-
-
 def _speed_job(size: Size) -> str:
     return f"speed-{size.label}"
 
@@ -187,7 +184,7 @@ def _memory_job(size: Size, kind: str, length: int) -> str:
     return f"memory-{size.label}-{kind}-{length}"
 
 
-def need(steps: Steps, size: Size, kind: str, length: int, device: torch.device) -> tuple[int, int]:
+def need(steps: TrainingGrid, size: Size, kind: str, length: int, device: torch.device) -> tuple[int, int]:
     """Bytes of weights, gradients and moments, and of what a step holds beside them, estimated without allocating any.
 
     What blocks keep is counted on the meta device, where attention is always the plain formula; so that of FlashAttention
@@ -201,7 +198,9 @@ def need(steps: Steps, size: Size, kind: str, length: int, device: torch.device)
     return fixed, step
 
 
-def why_not(steps: Steps, size: Size, kind: str, length: int, device: torch.device, models: int) -> str:
+def why_not(
+    steps: TrainingGrid, size: Size, kind: str, length: int, device: torch.device, models: int
+) -> str:
     """Why a step cannot be tried beside so many models' weights; empty where it can."""
     fixed, step = need(steps, size, kind, length, device)
     have = SHARE * free_memory(device)
@@ -214,7 +213,7 @@ def why_not(steps: Steps, size: Size, kind: str, length: int, device: torch.devi
     )
 
 
-def speed(steps: Steps, size: Size, tell: Tell) -> Result:
+def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
     """Seconds of a step of each model at each length; both Transformers are one, computed in two ways."""
     keep_freed_memory()
     device = choose_device(steps.device)
@@ -246,7 +245,7 @@ def speed(steps: Steps, size: Size, tell: Tell) -> Result:
     }
 
 
-def memory(steps: Steps, size: Size, kind: str, length: int, tell: Tell) -> Result:
+def memory(steps: TrainingGrid, size: Size, kind: str, length: int, tell: Tell) -> Result:
     """The most bytes that this process held for a training step, beyond what it held before there was a model."""
     device = choose_device(steps.device)
     if reason := why_not(steps, size, kind, length, device, models=1):

@@ -15,7 +15,7 @@ from retnet.studies.study import Study
 from retnet.tables import EMPTY, MISSING, Table
 
 if TYPE_CHECKING:
-    from retnet.studies.report import Found, JobState
+    from retnet.studies.report import JobState, StudyState
 
 PUBLISHED = "Shaded: published in the paper, not measured here."
 
@@ -34,7 +34,7 @@ _KNOWN = {
 _KNOWN |= {"started", "finished", "seconds"}
 
 
-def page(found: Found) -> str:
+def html_page(found: StudyState) -> str:
     """The page.
 
     Raises:
@@ -162,7 +162,7 @@ def _value(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _line(found: Found) -> str:
+def _line(found: StudyState) -> str:
     """Where, when and how far, in one line."""
     about = found.environment
     far = "all" if not found.missing else f"{found.finished} of"

@@ -1,0 +1,81 @@
+"""Protocols of studies: `Measure` turns settings into jobs and their results into a summary; `Job` does one of them.
+
+A `Job` runs in a process of its own and leaves one JSON object behind. Neither knows how jobs are scheduled, repeated or
+shown: that is `retnet.studies.runner`. A new measure is one module with one subclass of each, and its line in
+`retnet.studies.study`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from retnet.measure.summary import Summary
+from retnet.settings import Choice
+from retnet.studies.estimate import RunEstimate
+
+Result = dict[str, Any]  # what a job leaves behind, plain JSON
+Results = Mapping[str, Result]  # name of a finished job → its result
+Tell = Callable[[float], None]  # a job's way to say how far it is, 0 to 1
+
+
+class _Named(Choice):
+    """Base whose options are its subclasses, by their literal ``name``, as far as their modules are imported."""
+
+    @classmethod
+    def options(cls) -> Mapping[str, type]:
+        """Name → subclass."""
+        return {get_args(get_type_hints(kind)["name"])[0]: kind for kind in cls.__subclasses__()}
+
+
+class Job(_Named):
+    """One piece of work; a frozen dataclass with a literal ``name`` field."""
+
+    def run(self, folder: Path, tell: Tell) -> Result | None:
+        """Does the work, in a process of its own.
+
+        Args:
+            folder: of this job alone; what was left there by an interrupted call is continued.
+            tell: to be called now and then.
+
+        Returns:
+            the result, or None when a signal asked to stop: it will be continued.
+        """
+        raise NotImplementedError
+
+
+class Measure(_Named):
+    """What a study does; a frozen dataclass with a literal ``name`` field."""
+
+    def check(self) -> None:
+        """Says before anything is done what cannot be.
+
+        Raises:
+            UserError: what, and what to do.
+        """
+
+    def prepare(self, out: Path, say: Callable[[str], None]) -> None:
+        """What all jobs need, once, before the first of them."""
+
+    def plans(self) -> list[RunEstimate]:
+        """What its training will take, kind by kind; nothing where nothing is trained."""
+        return []
+
+    def count(self) -> int:
+        """Jobs in all."""
+        raise NotImplementedError
+
+    def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
+        """Name → job, of all that can be named now: some wait for the results of others. Names are file names.
+
+        Args:
+            out: the folder of the study.
+            results: of the jobs that have finished.
+            failed: names of those that will not.
+        """
+        raise NotImplementedError
+
+    def summarise(self, results: Results) -> Summary:
+        """Tables and figures of what is there; jobs that failed or have not run are missing from `results`."""
+        raise NotImplementedError
