@@ -5,6 +5,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from retnet.bench import llama_cpp
 from retnet.cli import cli
 from retnet.settings import UserError
 
@@ -40,7 +41,8 @@ def check(record, verb):
 
 
 def test_train(tmp_path):
-    record, shown = quick("train", tmp_path / "new" / "place", "--extra", "--model.num_layers", 1)
+    place = tmp_path / "new" / "place"
+    record, shown = quick("train", place, "--extra", "--model.num_layers", 1, "--minutes", 0.001)
     check(record, "train")
     assert record["configuration"]["model"]["d_model"] == 64
     assert record["configuration"]["model"]["num_layers"] == 1
@@ -50,14 +52,18 @@ def test_train(tmp_path):
         ("retnet, one packed row", 128),
     }
     assert record["op"]["shape"] == {"B": 1, "T": 256, "H": 2, "K": 32, "V": 64}
+    assert record["rounds"] == {"op": 2, "steps and op, memory kept": 2}  # never fewer than give a median
+    assert "rounds: op 2; steps and op, memory kept 2" in shown
+    assert record["configuration"]["minutes"] == 0.001
     assert len(record["op"]["rows"]) == len(record["op"]["rows_with_kept_memory"]) == 6
     assert "Targets (meaningless after a quick run)" in shown
 
 
-def test_decode(tmp_path):
+def test_decode(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "llama.cpp is not measured: it is not here")
     record, shown = quick("decode", tmp_path, "--long", 200)
     check(record, "decode")
-    assert record["configuration"]["model"]["d_model"] == 64
+    assert record["configuration"]["model"]["d_model"] == 128
     assert {(row["name"], row["batch"], row["context"]) for row in record["rows"]} == {
         *(("retnet", batch, context) for batch in (1, 2) for context in (64, 256)),
         *(("llama", batch, context) for batch in (1, 2) for context in (64, 128)),
@@ -65,6 +71,16 @@ def test_decode(tmp_path):
     }
     assert [mark["token"] for mark in record["long"]["marks"]] == [100, 200]
     assert "One generation of 200 tokens" in shown
+    assert record["rounds"] == {"one sequence of ours": 20, "the rest": 2, "beside llama.cpp": 2}
+    throughput = record["throughput"]
+    ours = [row for row in throughput["rows"] if row["name"] == "retnet"]
+    tasks = (("write", 16), ("write", 64), ("read", 100))
+    assert [(row["weights"], row["work"], row["tokens"]) for row in ours] == [
+        (weights, *task) for weights in ("fp32", "8 bits") for task in tasks
+    ]
+    assert "Tokens per second, batch 1" in shown
+    assert ours == throughput["rows"]
+    assert "llama.cpp is not measured: it is not here" in shown
 
 
 def test_ops(tmp_path):
@@ -83,6 +99,7 @@ def test_ops(tmp_path):
     assert {(row["batch"], row["key_dim"]) for row in record["steps"]} == {(1, 256), (8, 256), (1, 64)}
     assert max(record["errors"].values()) < 1e-5
     assert "A step of decoding" in shown
+    assert record["rounds"] == {"op": 2, "steps": 24}
     assert "The op, H 2, K 16, V 32" in shown
 
 
@@ -107,6 +124,9 @@ def test_values_out_of_range_are_refused():
     result = CliRunner().invoke(cli, ["bench", "decode", "--rounds", "0"])
     assert result.exit_code == 2
     assert "Invalid value for '--rounds': 0 is not in the range x>=1" in result.stderr
+    result = CliRunner().invoke(cli, ["bench", "ops", "--minutes", "0"])
+    assert result.exit_code == 2
+    assert "Invalid value for '--minutes': 0" in result.stderr
 
 
 def test_help_imports_nothing_heavy():

@@ -4,12 +4,14 @@ import pytest
 
 from retnet.measure import limits
 from retnet.measure.clock import (
+    Budget,
     Contender,
     Sample,
     Spread,
     Target,
     interleave,
     median_seconds,
+    rounds_made,
     spread,
     times_faster,
 )
@@ -58,7 +60,7 @@ def test_rounds_are_interleaved_and_limits_stand_on_both_sides():
         calls.append("limit")
         return next(rates)
 
-    samples = interleave([contender("a"), contender("b")], {"x": limit}, 2, lambda _: None)
+    samples = interleave([contender("a"), contender("b")], {"x": limit}, 2, lambda *_: None)
     first, second = ["limit", "a", "limit", "b", "limit"], ["limit", "b", "limit", "a", "limit"]
     assert calls == ["a", "b", *first, *second]
     assert samples == {
@@ -70,9 +72,53 @@ def test_rounds_are_interleaved_and_limits_stand_on_both_sides():
 def test_each_contender_stands_at_every_place():
     order = []
     contenders = [Contender(name, lambda name=name: order.append(name) or 1.0) for name in "abc"]
-    interleave(contenders, {}, 6, lambda _: None)
+    interleave(contenders, {}, 6, lambda *_: None)
     rounds = ["".join(order[i : i + 3]) for i in range(3, 21, 3)]
     assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
+def test_rounds_end_with_the_time_but_not_before_there_is_a_median(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def measure():
+        clock[0] += 10
+        return 1.0
+
+    def rounds(until):
+        clock[0] = 0.0
+        samples = interleave([Contender("a", measure)], {}, 9, lambda *_: None, until)
+        return rounds_made({"part": samples, "none": {}})["part"]
+
+    assert [rounds(until) for until in (0, 49, 50, 60, 1e9)] == [
+        3,
+        3,
+        4,
+        5,
+        9,
+    ]  # the first ten seconds are warming up
+
+
+def test_progress_goes_from_nothing_to_all():
+    said = []
+    interleave([Contender(name, lambda: 1.0) for name in "ab"], {}, 2, lambda *words: said.append(words))
+    assert said[0] == ("warming up: a", 0.0)
+    assert said[3] == ("round 1 of 2: b", pytest.approx(0.5))
+    assert [part for _, part in said] == pytest.approx([n / 6 for n in range(6)])
+
+
+def test_a_budget_is_shared_out(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    budget = Budget(10)
+    assert budget.deadline(0.25) == 1150
+    clock[0] = 1100.0
+    assert (budget.deadline(0.5), budget.deadline()) == (1350, 1600)
+    assert Budget(2, within=budget).deadline() == 1220
+    assert Budget(20, within=budget).deadline() == 1600
+    clock[0] = 2000.0
+    assert budget.deadline() == 2000
+    assert Budget(None).deadline(0.1) == float("inf")
 
 
 def test_median_seconds_counts_calls_and_keeps_its_budget(monkeypatch):

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from retnet.bench.generation import FIRST, generate_long, long_targets
+from retnet.bench.throughput import ThroughputBench, measure_throughput
 from retnet.bench.training import cost_vocabulary
 from retnet.engine import Stepper, quantise
 from retnet.host import keep_freed_memory
 from retnet.measure import peers
 from retnet.measure.clock import (
+    Budget,
     Contender,
     Sample,
     Say,
@@ -23,6 +25,7 @@ from retnet.measure.clock import (
     Target,
     interleave,
     median_seconds,
+    rounds_made,
     spread,
     times_faster,
 )
@@ -65,6 +68,8 @@ class DecodingBench:
     steps: int = 48  # of one sample, fewer where they are slow
     long: int = 0  # tokens of one continuous generation; 0: none
     long_model: ModelConfig | None = None  # that generates them
+    minutes: float | None = None  # fewer rounds beyond
+    throughput: ThroughputBench = field(default_factory=ThroughputBench)
     buffer_megabytes: int = 256  # that bandwidth is measured with
 
     def __post_init__(self) -> None:
@@ -131,29 +136,42 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
         UserError: transformers is missing, or no Llama fits beside the model.
     """
     peers.need("transformers")
+    budget = Budget(bench.minutes)
     keep_freed_memory()
     torch.manual_seed(0)
     config = _with_vocabulary(bench.model)
     long = None
     if bench.long:  # first, while the process is small
         long = generate_long(_with_vocabulary(bench.long_model or config), bench.long, say)
-    rows, contenders = _contenders(bench, config, say)
+    model = LanguageModel(config).eval()
+    rows, contenders = _contenders(bench, model, say)
     limits = memory_bandwidth(bench.buffer_megabytes, rows[0].read)
     short = [contender for row, contender in zip(rows, contenders, strict=True) if row.short]
     slow = [contender for row, contender in zip(rows, contenders, strict=True) if not row.short]
-    samples = interleave(short, limits, SHORT * bench.rounds, say)
-    samples |= interleave(slow, limits, bench.rounds, say)
+    ours = interleave(short, limits, SHORT * bench.rounds, say, budget.deadline(0.25))
+    others = interleave(slow, limits, bench.rounds, say, budget.deadline(0.4))
+    samples = ours | others
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     every = [s for part in samples.values() for s in part]
+    del contenders, short, slow  # and the memory of their caches
+    throughput = measure_throughput(model, weight_bytes(model) // 4, bench.throughput, say, budget)
     return {
         "notes": NOTES,
+        "rounds": {
+            **rounds_made({"one sequence of ours": ours, "the rest": others}),
+            "beside llama.cpp": throughput["rounds"],
+        },
         "limits": {
             f"{name}_bytes_per_s": vars(spread(s.limits[name] for s in every)) for name in ("read", "update")
         },
         "rows": [row.record() for row in rows],
+        "throughput": throughput,
         "long": long,
-        "targets": [target.record() for target in [*targets(rows), *long_targets(long)]],
+        "targets": [
+            *(target.record() for target in [*targets(rows), *long_targets(long)]),
+            *throughput["targets"],
+        ],
     }
 
 
@@ -197,10 +215,9 @@ def _with_vocabulary(config: ModelConfig) -> ModelConfig:
     return config if config.vocab_size else replace(config, vocab_size=cost_vocabulary(config))
 
 
-def _contenders(bench: DecodingBench, config: ModelConfig, say: Say) -> tuple[list[Row], list[Contender]]:
+def _contenders(bench: DecodingBench, ours: LanguageModel, say: Say) -> tuple[list[Row], list[Contender]]:
+    config, size = ours.config, sum(p.numel() for p in ours.parameters())
     assert config.vocab_size is not None
-    ours = LanguageModel(config).eval()
-    size = sum(p.numel() for p in ours.parameters())
     peer = peers.llama(config.vocab_size, config.d_model, config.num_layers, size).eval()
     states = _states(ours, bench.contexts, say)
     rows, contenders = [], []

@@ -28,12 +28,14 @@ from retnet.bench.ways import (
 )
 from retnet.host import keep_freed_memory, versions
 from retnet.measure.clock import (
+    Budget,
     Contender,
     Sample,
     Say,
     Spread,
     Target,
     interleave,
+    rounds_made,
     spread,
     stopwatch,
     times_faster,
@@ -128,6 +130,7 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     Raises:
         UserError: the device cannot run the op, or has not enough memory.
     """
+    budget = Budget(bench.minutes)
     keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device(bench.device)
@@ -137,16 +140,17 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     errors = _errors(ways, bench.dtype, device, say)
     limits = matrix_products(bench.product_size, device, bench.dtype)
     contenders = _contenders(rows, bench.dtype, device)
-    samples = interleave(contenders, recent(limits), bench.rounds, say)
+    samples = interleave(contenders, recent(limits), bench.rounds, say, budget.deadline(0.8))
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     del contenders  # and the memory of their inputs
-    steps = measure_steps(device, bench.rounds, bench.buffer_megabytes, say)
+    steps = measure_steps(device, bench.rounds, bench.buffer_megabytes, say, budget.deadline())
     ours = {(row.shape, row.length, row.mode): row for row in rows if row.name == OURS}
     our_steps = {row.step: row for row in steps if row.name == OURS}
     products = f"{'fp32' if device.type == 'cpu' else 'bf16'}_{{}}_flops_per_s"
     return {
         "notes": NOTES,
+        "rounds": rounds_made({"op": samples, "steps": {row.name: row.samples for row in steps}}),
         "peers": versions("numba", "triton", "flash-linear-attention"),
         "limits": {
             **{

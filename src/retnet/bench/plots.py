@@ -50,6 +50,8 @@ def _panels(record: Record) -> list[Panel]:
         shapes = _groups(record["rows"], "heads", "key_dim", "value_dim")
         return [*(partial(_op_times, shape) for shape in shapes), _op_rates, _steps]
     panels: list[Panel] = [_rates, _of_limit, _op] if "op" in record else [_decoding]
+    if "throughput" in record:
+        panels.append(_throughput)
     return [*panels, _long] if record.get("long") else panels
 
 
@@ -173,6 +175,29 @@ def _decoding(record: Record, ax: Axes) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
     ax.legend(loc="upper left", ncols=2, fontsize=9)
+
+
+def _throughput(record: Record, ax: Axes) -> None:
+    """Tokens written per second after each context, fp32 drawn through, 8 bits dashed."""
+    rows = [row for row in record["throughput"]["rows"] if row["work"] == "write"]
+    names = list(_groups(rows, "name"))
+    for (name, weights), line in _groups(rows, "name", "weights").items():
+        place = names.index((name,))
+        _line(
+            ax,
+            [row["tokens"] for row in line],
+            [row["tokens_per_s"] for row in line],
+            label=f"{name}, {weights}",
+            marker=MARKERS[place],
+            color=f"C{place}",
+            ls="-" if weights == "fp32" else "--",
+        )
+    _token_axis(ax, {row["tokens"] for row in rows})
+    ax.set_ylim(bottom=0)
+    ax.set_title(f"Writing one sequence, {record['throughput']['parameters'] / 1e6:.0f} M parameters")
+    ax.set_xlabel("tokens of context")
+    ax.set_ylabel("tokens per second")
+    ax.legend(fontsize=8)
 
 
 def _long(record: Record, ax: Axes) -> None:

@@ -75,10 +75,15 @@ def show(record: Record, console: Console) -> None:
         tables = [*_ops_tables(record), _step_table(record)]
     else:
         tables = [_op_table(record), _training_table(record)] if "op" in record else [_decoding_table(record)]
+    if "throughput" in record:
+        tables.append(_throughput_table(record["throughput"]))
     if record.get("long"):
         tables.append(_long_table(record["long"]))
     for table in [*tables, _target_table(record)]:
         console.print(table)
+    for sentence in record.get("throughput", {}).get("llama_cpp", {}).get("not_measured", ()):
+        console.print(sentence)
+    console.print("rounds: " + "; ".join(f"{part} {made}" for part, made in record["rounds"].items()))
     rates = (f"{name} {_spread(rate, 1e-9, 1)} G" for name, rate in record["limits"].items())
     console.print("limits, median (least..greatest): " + "; ".join(rates))
 
@@ -168,6 +173,18 @@ def _decoding_table(record: Record) -> Table:
             _spread(row["floor_seconds"], 1e3),
             _spread(row["over_floor"]),
         )
+    return table
+
+
+def _throughput_table(throughput: Record) -> Table:
+    peer = throughput["llama_cpp"]["versions"]["xllamacpp"]
+    title = f"Tokens per second, batch 1, about {throughput['parameters'] / 1e6:.1f} M parameters"
+    columns = ("weights", "work", "tokens/s", "time ÷ ours")
+    table = _table(title + (f"; llama.cpp of xllamacpp {peer}" if peer else ""), ("contender",), columns)
+    for row in throughput["rows"]:
+        work = f"write after {row['tokens']:,}" if row["work"] == "write" else f"read {row['tokens']:,}"
+        speed, ratio = _spread(row["tokens_per_s"], digits=0), _spread(row["times_ours"])
+        table.add_row(row["name"], row["weights"], work, speed, ratio)
     return table
 
 

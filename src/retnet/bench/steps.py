@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -78,8 +79,13 @@ class StepRow:
         }
 
 
-def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -> list[StepRow]:
-    """All sizes of a step, interleaved, in `SHORT` times so many rounds; cold states take turns over so much memory."""
+def measure_steps(
+    device: torch.device, rounds: int, megabytes: int, say: Say, until: float = math.inf
+) -> list[StepRow]:
+    """All sizes of a step, interleaved, in `SHORT` times so many rounds; cold states take turns over so much memory.
+
+    `until` is as in `interleave`.
+    """
     names = [OURS, LOOP] if device.type == "cpu" and jit.compiler() is not None else [OURS]
     rows = [StepRow(name, step) for step in STEPS for name in names]
     contenders = [
@@ -89,7 +95,7 @@ def measure_steps(device: torch.device, rounds: int, megabytes: int, say: Say) -
         for row in rows
     ]
     limits = {"update": memory_bandwidth(megabytes, device=device)["update"]}
-    samples = interleave(contenders, limits, SHORT * rounds, say)
+    samples = interleave(contenders, limits, SHORT * rounds, say, until)
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     return rows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retnet.host import keep_freed_memory
 from retnet.measure import peers
 from retnet.measure.clock import (
+    Budget,
     Contender,
     Sample,
     Say,
@@ -22,6 +23,7 @@ from retnet.measure.clock import (
     Target,
     interleave,
     median_seconds,
+    rounds_made,
     spread,
     times_faster,
 )
@@ -63,6 +65,7 @@ class TrainingBench:
     lengths: tuple[int, ...] = (512, 2048, 8192, 16384)  # those above `tokens` are left out
     tokens: int = 16384  # of every step, whatever the length
     rounds: int = 3
+    minutes: float | None = None  # fewer rounds beyond
     op_length: int = 2048  # of the op alone, one row
     extra: bool = False  # also bf16 and packed rows, at 2048 tokens
     product_size: int = 1536  # of the matrices that give the limit
@@ -130,20 +133,23 @@ def measure_training(bench: TrainingBench, say: Say) -> dict[str, Any]:
         UserError: transformers is missing, or no Llama fits beside the model.
     """
     peers.need("transformers")
+    budget = Budget(bench.minutes)
     torch.manual_seed(0)
     if bench.model.vocab_size is None:  # bytes
         bench = replace(bench, model=replace(bench.model, vocab_size=cost_vocabulary(bench.model)))
     op, limits = _op_contenders(bench), matrix_products(bench.product_size)
-    fresh = interleave(op, limits, bench.rounds, say)  # as in anyone's script, with the allocator as it comes
+    # first as in anyone's script, with the allocator as it comes
+    fresh = interleave(op, limits, bench.rounds, say, budget.deadline(0.25))
     keep_freed_memory()  # as in `retnet train`
     rows, contenders = _steps(bench)
-    samples = interleave([*contenders, *op], limits, bench.rounds, say)
+    samples = interleave([*contenders, *op], limits, bench.rounds, say, budget.deadline())
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     kept = {name: samples[name] for name in OP.values()}
     every = [s for part in samples.values() for s in part]
     return {
         "notes": NOTES,
+        "rounds": rounds_made({"op": fresh, "steps and op, memory kept": samples}),
         "limits": {
             f"fp32_{name}_flops_per_s": vars(spread(s.limits[name] for s in every)) for name in limits
         },

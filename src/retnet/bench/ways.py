@@ -90,7 +90,8 @@ class OpsBench:
     lengths: tuple[int, ...] = (512, 2048, 4096, 65536)
     tokens: int = 2048  # of a call, at least: short sequences come in batches
     peer_work: float = 160.0  # Gflop of a call above which everything but ours is left out
-    rounds: int = 3  # of the op; of its step, three times as many
+    rounds: int = 3  # of the op; of its step, many more
+    minutes: float | None = None  # fewer rounds beyond
     device: str = "cpu"
     product_size: int = 1536  # of the matrices that give the limit
     buffer_megabytes: int = 256  # that bandwidth is measured with, and that the states of large steps fill

@@ -34,6 +34,11 @@ def command() -> None:
 def _common(function: Function) -> Function:
     """The options of all verbs."""
     for option in (
+        click.option(
+            "--minutes",
+            type=click.FloatRange(0, min_open=True),
+            help="What it may take: fewer rounds, but at least 3, and fewer contexts of peers.  [default: all rounds]",
+        ),
         click.option("--quick", is_flag=True, help="A smoke run in seconds; its numbers mean nothing."),
         click.option(
             "--out",
@@ -61,7 +66,14 @@ def _common(function: Function) -> Function:
 @_common
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(
-    config: str, rounds: int, tokens: int, extra: bool, out: Path, quick: bool, overrides: tuple[str, ...]
+    config: str,
+    rounds: int,
+    tokens: int,
+    extra: bool,
+    out: Path,
+    quick: bool,
+    minutes: float | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Training steps beside a Llama of equal size, and beside the machine's fp32 matrix products.
 
@@ -70,10 +82,10 @@ def train(
     model = _model(config, overrides, quick)
     from retnet.bench.training import TrainingBench, measure_training
 
-    bench = TrainingBench(model, tokens=tokens, rounds=rounds, extra=extra)
+    bench = TrainingBench(model, tokens=tokens, rounds=rounds, extra=extra, minutes=minutes)
     if quick:
         bench = TrainingBench(
-            model, (64, 128), tokens=256, rounds=2, op_length=256, extra=extra, product_size=256
+            model, (64, 128), 256, rounds=2, minutes=minutes, op_length=256, extra=extra, product_size=256
         )
     _run("train", bench, quick, out, lambda say: measure_training(bench, say), config=config)
 
@@ -109,27 +121,34 @@ def decode(
     long: int,
     out: Path,
     quick: bool,
+    minutes: float | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Time per generated token against context length, memory traffic, and a Llama's KV cache.
 
     Settings of the model are changed as in training: --model.num_layers 4.
     """
-    model = _model(config, overrides, quick)
+    # the peers of llama.cpp have no size near that of the smallest quick model
+    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
     from retnet.bench.decoding import DecodingBench, measure_decoding
+    from retnet.bench.throughput import ThroughputBench
 
     long_model = _model("laptop/3m", (), quick)
-    bench = DecodingBench(model, batch=batch, rounds=rounds, steps=steps, long=long, long_model=long_model)
+    bench = DecodingBench(
+        model, batch=batch, rounds=rounds, steps=steps, long=long, long_model=long_model, minutes=minutes
+    )
     if quick:
-        contexts = {"contexts": (64, 256), "peer_contexts": (64, 128)}
         bench = DecodingBench(
             model,
-            **contexts,
+            contexts=(64, 256),
+            peer_contexts=(64, 128),
             batch=2,
             rounds=2,
             steps=4,
             long=long,
             long_model=long_model,
+            minutes=minutes,
+            throughput=ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
             buffer_megabytes=1,
         )
     _run("decode", bench, quick, out, lambda say: measure_decoding(bench, say), config=config)
@@ -163,6 +182,7 @@ def ops(
     device: str,
     out: Path,
     quick: bool,
+    minutes: float | None,
 ) -> None:
     """The op and its decoding step beside peers, the machine's matrix products and its memory.
 
@@ -173,9 +193,9 @@ def ops(
     from retnet.bench.ways import Shape, for_device, parse_lengths, parse_shapes
     from retnet.host import choose_device
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"minutes": minutes}
     if quick:
-        options = {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
+        options |= {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
         options |= {"product_size": 256, "buffer_megabytes": 1}
     given = {
         "lengths": None if lengths is None else parse_lengths(lengths),
@@ -200,18 +220,18 @@ def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
 def _run(
     name: str, bench: object, quick: bool, out: Path, measure: Callable[[Say], Record], **settings: str
 ) -> None:
-    """Measures with a line of progress on the terminal, writes the record, prints its tables."""
+    """Measures, saying where it is on stderr, writes the record, prints its tables."""
     import dataclasses
     import sys
 
     from rich.console import Console
 
     from retnet.bench import report
+    from retnet.bench.progress import shown
 
     report.prepare(out)
-    progress = Console(stderr=True, highlight=False)
-    with progress.status("measuring") as status:
-        measured = measure(status.update)
+    with shown(Console(stderr=True, highlight=False)) as say:
+        measured = measure(say)
     configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
     record = report.complete(f"{name}-quick" if quick else name, configuration, measured)
     files = report.write(record, out)

@@ -7,17 +7,25 @@ reported is the median over rounds of a ratio formed inside a round, with the le
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 CPU = torch.device("cpu")
 Limits = Mapping[str, Callable[[], float]]  # name → measures a rate, per second
-Say = Callable[[str], None]  # where progress goes
+ENOUGH = 3  # rounds that a median can be taken of, whatever time they take
+
+
+class Say(Protocol):
+    """Where progress goes."""
+
+    def __call__(self, text: str, part: float = 0.0, /) -> None:
+        """Tells what begins now, and which part of what belongs together with it is done, from 0 to 1."""
 
 
 class Contender(NamedTuple):
@@ -85,30 +93,60 @@ def times_faster(ours: Sequence[Sample], other: Sequence[Sample]) -> Spread:
     return spread(b.seconds / a.seconds for a, b in zip(ours, other, strict=True))
 
 
+class Budget:
+    """Time that a benchmark may take, shared out among its parts; what one of them leaves over, the next ones have."""
+
+    def __init__(self, minutes: float | None, within: Budget | None = None) -> None:
+        end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._end: float = end if within is None else min(end, within._end)
+
+    def deadline(self, share: float = 1.0) -> float:
+        """When a part has to end that may take this share of what is left (see `interleave`)."""
+        now = time.monotonic()
+        return now + share * max(0.0, self._end - now)
+
+
 def interleave(
-    contenders: Sequence[Contender], limits: Limits, rounds: int, say: Say
+    contenders: Sequence[Contender], limits: Limits, rounds: int, say: Say, until: float = math.inf
 ) -> dict[str, list[Sample]]:
     """Name → one sample a round, in the order of the rounds.
 
     Every contender first runs once unmeasured. Odd rounds go through the contenders backwards, and every two rounds begin
     with the next one, so that none always follows the same other and each stands at every place.
+
+    Args:
+        contenders: what is measured, each under a name of its own.
+        limits: what is measured on both sides of each of them.
+        rounds: how many.
+        say: where progress goes.
+        until: on the clock of `time.monotonic`; once there are `ENOUGH` rounds, none begins that would end later.
     """
-    for contender in contenders:
-        say(f"warming up: {contender.name}")
+    for number, contender in enumerate(contenders):
+        say(f"warming up: {contender.name}", number / len(contenders) / (rounds + 1))
         contender.measure()
     samples: dict[str, list[Sample]] = {contender.name: [] for contender in contenders}
+    begin = time.monotonic()
     for number in range(rounds):
+        now = time.monotonic()
+        if number >= ENOUGH and now + (now - begin) / number > until:
+            break
         before = {name: measure() for name, measure in limits.items()}
         first = number // 2 % max(1, len(contenders))
         order = [*contenders[first:], *contenders[:first]]
-        for contender in reversed(order) if number % 2 else order:
-            say(f"round {number + 1} of {rounds}: {contender.name}")
+        for place, contender in enumerate(reversed(order) if number % 2 else order):
+            done = (1 + number + place / len(contenders)) / (rounds + 1)
+            say(f"round {number + 1} of {rounds}: {contender.name}", done)
             seconds = contender.measure()
             after = {name: measure() for name, measure in limits.items()}
             beside = {name: (before[name] + after[name]) / 2 for name in limits}
             samples[contender.name].append(Sample(seconds, beside))
             before = after
     return samples
+
+
+def rounds_made(parts: Mapping[str, Mapping[str, Sequence[Sample]]]) -> dict[str, int]:
+    """Part of a benchmark → how many rounds it had, of what `interleave` returned."""
+    return {part: max(map(len, samples.values())) for part, samples in parts.items() if samples}
 
 
 def median_seconds(run: Callable[[], object], times: int, *, warmup: int = 1, budget: float = 2.0) -> float:

@@ -171,7 +171,7 @@ def _using(name: str, c: Using, device: torch.device, tell: Tell) -> Result:
     contenders = [
         Contender(str(n), partial(contexts.seconds, n, c.batch, c.seconds)) for n in (1, *c.lengths)
     ]
-    samples = interleave(contenders, {}, c.rounds, _steps(tell, len(contenders) * (c.rounds + 1), 0.5))
+    samples = interleave(contenders, {}, c.rounds, lambda _, part=0.0: tell(0.5 + 0.5 * part))
     seconds = [[s.seconds / c.batch for s in samples[x.name]] for x in contenders]
     return {
         "d_model": c.d_model,
@@ -190,7 +190,7 @@ def _learning(name: str, form: dict[str, Any], c: Learning, device: torch.device
     shapes = [(tokens // n, n) for n in c.lengths]
     shapes += [shape for shape in ((1, middle), (c.rows, middle)) if shape not in shapes]
     contenders = [Contender(str(shape), partial(_pass, mixer, *shape, c.d_model)) for shape in shapes]
-    samples = interleave(contenders, {}, c.rounds, _steps(tell, len(shapes) * (c.rounds + 1)))
+    samples = interleave(contenders, {}, c.rounds, lambda _, part=0.0: tell(part))
     seconds = {
         (rows, n): [s.seconds / (rows * n) for s in samples[x.name]]
         for x, (rows, n) in zip(contenders, shapes, strict=True)
@@ -275,9 +275,3 @@ def _once(file: Path, measure: Callable[[Tell], Result], tell: Tell) -> Result:
 
 def _share(tell: Tell, number: int, parts: int, done: float) -> None:
     tell((number + done) / parts)
-
-
-def _steps(tell: Tell, steps: int, begin: float = 0.0) -> Callable[[str], None]:
-    """A way to say what is done that counts: from `begin` to 1 in so many steps."""
-    done = iter(range(steps))
-    return lambda _: tell(begin + (1 - begin) * next(done) / steps)

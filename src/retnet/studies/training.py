@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -228,8 +227,7 @@ def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
         config = steps.config(size, kind)
         learner = learners["retnet" if kind == "retnet" else "flash"]
         contenders.append(Contender(f"{kind}, {length}", partial(learner.seconds, length, config)))
-    done, total = count(), len(able) * (steps.rounds + 1)
-    samples = interleave(contenders, {}, steps.rounds, lambda _: tell(next(done) / total))
+    samples = interleave(contenders, {}, steps.rounds, lambda _, part=0.0: tell(part))
     return {
         "device": device.type,
         "parameters": {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in learners.items()},
