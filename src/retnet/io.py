@@ -106,6 +106,15 @@ def not_a_file(mode: int) -> str:
     return next((name for test, name in kinds if test(mode)), "device")
 
 
+def cache_folder() -> Path:
+    """Where this user's caches lie: ``$XDG_CACHE_HOME/retnet``, or ``~/.cache/retnet``. It need not be there.
+
+    Raises:
+        RuntimeError: nobody knows where the user's home is.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retnet"
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:

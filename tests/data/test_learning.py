@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 from retnet.data import DataConfig, Tokenizer, learning, prepare
-from retnet.data.sources import share
+from retnet.data.split import share
 from retnet.settings import UserError
 
 DOCUMENTS = [f"the document {i} of many documents, and the words of document {i} " * 3 for i in range(100)]

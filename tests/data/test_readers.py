@@ -1,8 +1,11 @@
 """Every format is read, everything wrong is reported with its place, and giant documents come in pieces."""
 
+import bz2
+import codecs
 import gzip
 import itertools
 import json
+import lzma
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +15,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet.data import Problem, Tokenizer, readers
+from retnet.data import Problem, Tokenizer, content, readers
 from retnet.data.readers import Piece, read
 from retnet.data.sources import find
+from retnet.data.split import found_in
 from retnet.settings import UserError
 
 TEXTS = ["one", "two\r\nlines\n", "dréi 🙂", "four"]
@@ -23,14 +27,14 @@ TEXTS = ["one", "two\r\nlines\n", "dréi 🙂", "four"]
 def read_all(spec, field="text"):
     """(documents, problems) of a corpus."""
     documents, problems = [], []
-    for source in find(str(spec)):
-        for content in read(source, field):
-            if isinstance(content, Problem):
-                problems.append(content)
-            elif content.first:
-                documents.append(content.text)
+    for source in found_in([str(spec)], problems.append):
+        for piece in read(source, field):
+            if isinstance(piece, Problem):
+                problems.append(piece)
+            elif piece.first:
+                documents.append(piece.text)
             else:
-                documents[-1] += content.text
+                documents[-1] += piece.text
     return documents, problems
 
 
@@ -119,6 +123,114 @@ def test_bad_lines_are_reported_with_their_numbers(tmp_path):
     assert str(problems[0]).startswith(f"{tmp_path / 'a.jsonl'}:2: bad JSON: ")
 
 
+BOM = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+@pytest.mark.parametrize("chunk", [1 << 20, 5])
+def test_byte_order_marks(tmp_path, monkeypatch, suffix, chunk):
+    """One that begins a file is no text; others are what joining files left, and are told."""
+    monkeypatch.setattr(content, "CHUNK", chunk)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(BOM + "dréi\n".encode())
+    assert read_all(path) == (["dréi\n"], [])
+    path.write_bytes(BOM + b"one\n" + BOM + b"two" + BOM + b"\nthree")
+    documents, problems = read_all(path)
+    assert documents == ["one\ntwo\nthree"]
+    assert places(problems) == [(path.name, 2, "byte order mark")]
+    path.write_bytes(BOM)
+    assert places(read_all(path)[1]) == [(path.name, 0, "empty document")]
+
+
+def test_byte_order_marks_of_records(tmp_path):
+    records = [json.dumps({"text": text}).encode() for text in ("one", "\ufefftwo", "th\ufeffree", "\ufeff")]
+    (tmp_path / "a.jsonl").write_bytes(BOM + b"\n".join(records) + b"\n" + BOM + records[0])
+    documents, problems = read_all(tmp_path / "a.jsonl")
+    assert documents == ["one", "two", "three", "one"]
+    assert places(problems) == [("a.jsonl", 3, "byte order mark"), ("a.jsonl", 4, "empty document")]
+
+
+def test_records_with_nul(tmp_path):
+    table = pa.table({"text": ["fine", "b\0d"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "b\0d"}) + '\n{"text": "fine"}\n\0\0\0\0\n')
+    documents, problems = read_all(tmp_path)
+    assert documents == ["fine", "fine"]
+    assert places(problems) == [
+        ("a.parquet", 2, "not text"),
+        ("b.jsonl", 1, "not text"),
+        ("b.jsonl", 3, "bad JSON"),
+    ]
+    assert problems[0].message == "character 1 is NUL"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["text", "text"], "2 columns 'text'; columns: text, text"),
+        (["id", "body"], "no column 'text'; columns: id, body"),
+        (["Text"], "no column 'text'; columns: Text"),
+        ([], "no column 'text'; columns: "),
+    ],
+)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_parquet_without_the_one_column(tmp_path, columns, said, rows):
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["x"] * rows)] * len(columns), columns), tmp_path / "a.parquet"
+    )
+    documents, problems = read_all(tmp_path / "a.parquet")
+    assert documents == []
+    assert [str(problem) for problem in problems] == [f"{tmp_path / 'a.parquet'}: no text: {said}"]
+
+
+def test_files_without_records_are_told(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").touch()
+    (tmp_path / "c.jsonl").write_bytes(BOM + b"\n \n")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b""))
+    documents, problems = read_all(tmp_path)
+    assert documents == []
+    assert [(p.kind, p.message) for p in problems] == [("no text", "it holds no records")] * 4
+
+
+def packed(kind):
+    if kind == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"text": [f"text number {i}" * 9 for i in range(500)]}), sink)
+        return sink.getvalue().to_pybytes()
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": zstandard.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }
+    return pack[kind.removeprefix(".jsonl").removeprefix(".txt")](
+        lines([f"text number {i}" for i in range(500)])
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(
+        [".parquet", *(a + b for a in (".jsonl", ".txt") for b in ("", ".gz", ".zst", ".bz2", ".xz"))]
+    ),
+    place=st.floats(0, 1),
+    change=st.binary(min_size=1, max_size=20),
+    cut=st.booleans(),
+)
+def test_damage_is_told_and_never_more_than_that(tmp_path_factory, kind, place, change, cut):
+    path = tmp_path_factory.mktemp("damaged") / f"a{kind}"
+    whole = packed(kind)
+    at = int(place * (len(whole) - 1))
+    damaged = whole[:at] + (b"" if cut else change + whole[at + len(change) :])
+    path.write_bytes(damaged)
+    documents, problems = read_all(path)
+    assert all(isinstance(text, str) and text for text in documents)
+    if cut and kind not in (".txt", ".jsonl"):  # what is not packed does not know its length
+        assert [problem.kind for problem in problems][-1] in ("unreadable", "empty document", "no text")
+
+
 def test_another_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"the body": "x", "text": "y"}\n')
     assert read_all(tmp_path / "a.jsonl", "the body") == (["x"], [])
@@ -133,7 +245,7 @@ def test_text_that_is_not_utf8(tmp_path):
 
 
 def test_characters_across_chunks_and_invalid_bytes_far_inside(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_CHUNK", 7)
+    monkeypatch.setattr(content, "CHUNK", 7)
     text = "aé日🙂\n" * 50
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert read_all(tmp_path / "a.txt") == ([text], [])
@@ -171,11 +283,16 @@ def broken(tmp_path):
 
 def test_files_that_cannot_be_read_are_reported_and_what_stands_before_the_break_is_kept(tmp_path):
     documents, problems = read_all(broken(tmp_path))
-    assert places(problems) == [
-        (name, 0, "unreadable") for name in ["a.jsonl.gz", "b.jsonl.zst", "c.jsonl.gz", "d.parquet", "e.txt"]
-    ]
+    names = [
+        "e.txt",
+        "a.jsonl.gz",
+        "b.jsonl.zst",
+        "c.jsonl.gz",
+        "d.parquet",
+    ]  # the link before anything is read
+    assert places(problems) == [(name, 0, "unreadable") for name in names]
     assert len(documents) > 1000
-    assert "after line " in problems[0].message
+    assert "after line " in problems[1].message
 
 
 def test_empty_files_are_reported(tmp_path):
@@ -225,7 +342,7 @@ def test_a_giant_document_comes_in_pieces_of_one_document(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl").write_bytes(lines([text, "next"]))
     for name, rest in (("a.txt", []), ("b.jsonl", ["next"])):
-        contents = list(read(find(str(tmp_path / name))[0], "text"))
+        contents = list(read(find(str(tmp_path / name)).sources[0], "text"))
         assert all(isinstance(content, Piece) for content in contents)
         assert [content.first for content in contents].count(True) == 1 + len(rest)
         assert len(contents) > 5

@@ -1,13 +1,19 @@
 """Which files a corpus is, in which order, and which of them are for validation."""
 
+import os
+import socket
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from retnet.data.sources import find, hold_out, share
+from retnet.data import sources
 from retnet.settings import UserError
+
+
+def find(spec):
+    return sources.find(str(spec)).sources
 
 
 def names(spec):
@@ -38,12 +44,6 @@ def test_what_is_no_package_with_a_folder(name):
         find(f"package:{name}")
 
 
-def test_about_two_or_three_percent_of_the_standard_library_is_held_out():
-    found = hold_out(find("stdlib"), 0.02)
-    held_out = sum(source.size for source in found if source.validation)
-    assert 0.015 < held_out / sum(source.size for source in found) < 0.04
-
-
 def test_folders_are_sorted_and_hidden_or_foreign_files_left_out(tmp_path):
     for name in ("b.txt", "a/z.md", "a/b/c.jsonl.gz", "a/x.png", ".hidden/a.txt", "a/.secret.txt", "c.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -70,37 +70,138 @@ def test_what_is_no_corpus_is_said(tmp_path):
 def test_a_glob_reports_what_it_matched_and_cannot_read(tmp_path):
     (tmp_path / "a.doc").touch()
     (tmp_path / "b.txt").write_text("x")
-    assert [source.kind for source in find(str(tmp_path / "*"))] == ["?", ".txt"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.png").touch()
+    found = sources.find(str(tmp_path / "*"))
+    assert [source.name for source in found.sources] == ["b.txt"]
+    assert found.left_out == {".doc": 1, "folder": 1}
+    assert sources.find(str(tmp_path / "**")).left_out == {".doc": 1, ".png": 1}
 
 
-def test_a_file_stays_on_its_side_whatever_else_there_is(tmp_path):
-    for number in range(300):
-        (tmp_path / f"{number}.txt").write_text("x" * 100)
-    before = {source.name: source.validation for source in hold_out(find(str(tmp_path)), 0.1)}
-    for number in range(0, 300, 3):
-        (tmp_path / f"{number}.txt").unlink()
-    after = {source.name: source.validation for source in hold_out(find(str(tmp_path)), 0.1)}
-    assert after == {name: before[name] for name in after}
-    assert 10 < sum(map(bool, before.values())) < 60
-    assert [name for name, side in before.items() if side] == [name for name in before if share(name) < 0.1]
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.txt", ".txt"),
+        ("a.TXT", ".txt"),
+        ("README.Md", ".md"),
+        ("a.tar.txt", ".txt"),
+        ("a.txt.gz", ".txt.gz"),
+        ("a.Txt.GZ", ".txt.gz"),
+        ("a.md.zst", ".md.zst"),
+        ("a.py.bz2", ".py.bz2"),
+        ("a.jsonl.xz", ".jsonl.xz"),
+        ("A.JSONL.ZST", ".jsonl.zst"),
+        ("A.PARQUET", ".parquet"),
+    ],
+)
+def test_known_kinds_whatever_their_case(tmp_path, name, kind):
+    (tmp_path / name).touch()
+    for spec in (tmp_path, tmp_path / name, tmp_path / "*"):
+        (source,) = find(spec)
+        assert source.kind + source.packing == kind
 
 
-@pytest.mark.parametrize("line", ["a line of text\n", "é"])  # the second: one long line, cut at a character
-def test_the_end_of_the_largest_file_is_held_out_when_hashes_hold_out_none(tmp_path, line):
-    text = line * 1000
-    (tmp_path / "large.txt").write_text(text)
-    (tmp_path / "small.txt").write_text("small")
-    assert min(share("large.txt"), share("small.txt")) > 0.01
-    head, tail, small = hold_out(find(str(tmp_path)), 0.01)
-    content = text.encode()
-    assert (head.start, head.stop, head.validation) == (0, tail.start, False)
-    assert (tail.stop, tail.validation, small.validation) == (None, True, False)
-    assert abs(len(content) - tail.start - len(content) * 0.01) <= 20
-    content[tail.start :].decode()
-    assert len(line) == 1 or content[: tail.start].endswith(b"\n")
+def test_everything_that_is_not_read_is_counted_by_kind(tmp_path):
+    (tmp_path / "a.txt").touch()
+    for name in (
+        "b.png",
+        "c.PNG",
+        "sub/d.png",
+        "e.tar.gz",
+        "f",
+        "g.parquet.gz",
+        "h.gz",
+        ".i.txt",
+        ".git/j.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "k.txt")
+    os.mkfifo(tmp_path / "l")
+    with socket.socket(socket.AF_UNIX) as unix:
+        os.chdir(tmp_path)  # the name of a socket may not be long
+        unix.bind("m.jsonl")
+    (tmp_path / "n.txt").symlink_to("/dev/null")
+    found = sources.find(str(tmp_path))
+    assert [source.name for source in found.sources] == ["a.txt"]
+    expected = {".png": 3, ".tar.gz": 1, "no ending": 1, ".parquet.gz": 1, ".gz": 1, "hidden": 2}
+    assert found.left_out == expected | {"pipe": 2, "socket": 1, "device": 1}
+    (said,) = sources.left_out("here", found)
+    assert str(said).startswith("here: left out: 3 × .png, 2 × hidden, 2 × pipe, ")
 
 
-def test_too_little_text_to_split_is_said(tmp_path):
+def test_kinds_without_end_are_said_in_one_line(tmp_path):
+    for number in range(30):
+        (tmp_path / f"a.{number}").touch()
+    (tmp_path / "a.txt").touch()
+    (said,) = sources.left_out("here", sources.find(str(tmp_path)))
+    assert said.message.endswith(", 18 × others")
+
+
+def test_a_pipe_or_device_given_as_the_corpus_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: it is a pipe, not a file"):
+        find(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="it is a device, not a file"):
+        find("/dev/null")
+    with pytest.raises(UserError, match=r"has no file of the kinds .*; it has 1 × pipe"):
+        find(tmp_path)
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / "b" / "c").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    (tmp_path / "beside.txt").touch()  # no part of the corpus
+    for file in (corpus / "b" / "x.txt", elsewhere / "y.txt", elsewhere / "deep" / "z.txt"):
+        file.write_text(file.name)
+    (corpus / "a").symlink_to("b")  # sorts first, but what it leads to is there under its own name
+    (corpus / "d.txt").symlink_to(elsewhere / "y.txt")
+    (corpus / "e").symlink_to(elsewhere)
+    (corpus / "b" / "c" / "itself").symlink_to(".")
+    (corpus / "b" / "c" / "up").symlink_to("..")
+    (corpus / "b" / "c" / "root").symlink_to(corpus)
+    (corpus / "b" / "c" / "out").symlink_to(tmp_path)
+    (elsewhere / "deep" / "slash").symlink_to("/")
+    found = sources.find(str(corpus))
+    assert sorted(s.name for s in found.sources) == ["b/x.txt", "d.txt", "e/deep/z.txt", "e/y.txt"]
+    assert found.left_out == {"link to a folder read already": 4, "link to a folder around it": 2}
+    assert not found.problems
+
+
+def test_links_that_lead_nowhere_are_problems(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"too little text to split.*data\.validation"):
-        hold_out(find(str(tmp_path)), 0.02)
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    (tmp_path / "c.txt").symlink_to("c.txt")
+    found = sources.find(str(tmp_path))
+    assert [source.name for source in found.sources] == ["a.txt"]
+    assert [problem.kind for problem in found.problems] == ["unreadable"] * 2
+    assert found.problems[0].message == "No such file or directory (a link to gone.txt)"
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name}: .* \(a link to "):
+            find(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_opened_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").touch()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    (problem,) = sources.find(str(tmp_path)).problems
+    assert str(problem) == f"{tmp_path / 'closed'}: unreadable: Permission denied (a folder)"
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
+    for spec in ("~/texts", "~/texts/a.txt", "~/texts/*.txt", "~"):
+        assert [Path(source.path) for source in find(spec)] == [tmp_path / "texts" / "a.txt"]
+        assert Path("~").exists() is False

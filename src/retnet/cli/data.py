@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ _LINE_EVERY = 5.0  # seconds between lines of progress where there is no termina
 def command() -> None:
     """Train a tokenizer, prepare token shards, check a prepared folder.
 
-    A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet,
-    or hf:NAME[:CONFIG[:SPLIT]].
+    A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl (also packed: .gz .zst .bz2 .xz)
+    and .parquet, or hf:NAME[:CONFIG[:SPLIT]].
     """
 
 
@@ -81,6 +82,11 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
 @click.option("--tokenizer", help="'bytes', 'bpe:SIZE', a tokenizer.json, or a folder that holds one.")
 @click.option("--text-field", help="Field of records that holds the text.")
 @click.option("--out", help="Where the prepared folder goes.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read all text and all shards again; otherwise files of known size, times and inode are taken as known.",
+)
 def prepare(
     config: str | None,
     corpus: tuple[str, ...],
@@ -89,6 +95,7 @@ def prepare(
     tokenizer: str | None,
     text_field: str | None,
     out: str | None,
+    verify: bool,
 ) -> None:
     """Write token shards for the [data] of CONFIG (a .toml or a shipped name); options take precedence over it.
 
@@ -107,7 +114,7 @@ def prepare(
     settings = _settings(config, {key: value for key, value in given.items() if value not in (None, ())})
     problems = Problems()
     with _progress() as show:
-        prepared = prepare_shards(settings, on_progress=show, on_problem=problems.add)
+        prepared = prepare_shards(settings, on_progress=show, on_problem=problems.add, verify=verify)
     _describe(prepared)
 
 
@@ -136,6 +143,11 @@ def _describe(prepared: Prepared) -> None:
         click.echo(
             f"{name:10} {split.documents:>12,} documents {split.tokens:>16,} tokens {split.bytes:>18,} bytes of text"
         )
+    left_out = Counter[str]()
+    for corpus in manifest.corpora:
+        left_out.update(corpus.left_out)
+    for kind, count in left_out.most_common():
+        click.echo(f"left out   {count:>12,} {kind}")
     for kind, count in sorted(manifest.problems.items()):
         click.echo(f"problems   {count:>12,} {kind}")
     for words in manifest.examples[:3]:

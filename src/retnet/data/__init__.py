@@ -8,8 +8,8 @@ from retnet.data.config import DataConfig
 from retnet.data.learning import read_texts
 from retnet.data.manifest import Manifest
 from retnet.data.prepare import Progress, prepare
-from retnet.data.readers import Problem
 from retnet.data.shards import Prepared, TokenShards, load
+from retnet.data.sources import Problem
 from retnet.data.tokenizer import TextStream, Tokenizer
 
 __all__ = [

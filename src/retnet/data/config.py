@@ -15,10 +15,10 @@ class DataConfig:
     """What to train on.
 
     A corpus is ``stdlib`` (source and documentation of the running Python), ``package:NAME`` (those of an installed
-    Python package, which is not imported), a file, a folder or a glob of
-    ``.txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet``, or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset,
-    or a local folder of data files, streamed); a list joins several, in order. A folder that `prepare` wrote
-    stands for itself.
+    Python package, which is not imported), a file, a folder or a glob of ``.txt .md .py .jsonl .parquet`` (all but the
+    last also packed: ``.gz .zst .bz2 .xz``), or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset, or a local folder
+    of data files, streamed); a list joins several, in order. A folder that `prepare` wrote stands for itself.
+    The same text is read once, and what is validated on is not trained on.
 
     Attributes:
         corpus: the text to train on.

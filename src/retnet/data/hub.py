@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def identity(spec: str) -> str:
         return str(builder.hash)
     if split not in files:
         raise UserError(f"{spec} has no split {split!r}; known: {', '.join(map(str, files))}")
-    return repr((list(files[split]), files[split].origin_metadata))
+    return repr((builder.config.name, list(files[split]), files[split].origin_metadata))
 
 
 def tables(spec: str, rows: int) -> Iterator[pyarrow.Table]:
@@ -56,7 +57,7 @@ def parse(spec: str) -> tuple[str, str | None, str]:
     if not name or len(rest) > 2:
         raise UserError(f"{spec!r} is not of the form hf:NAME[:CONFIG[:SPLIT]]")
     config, split = [*rest, "", ""][:2]
-    return name, config or None, split or "train"
+    return os.path.expanduser(name), config or None, split or "train"
 
 
 def _cannot(spec: str, error: Exception) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from retnet.data import sources
 from retnet.data.config import DataConfig, as_tuple
-from retnet.data.readers import Piece, Problem, read
-from retnet.data.sources import Source, is_held_out
+from retnet.data.readers import Piece, read
+from retnet.data.sources import Problem, Source
+from retnet.data.split import found_in, is_held_out
 from retnet.data.tokenizer import Tokenizer
 
 MAX_BYTES = 1 << 30  # of text: more would change little, and the words it has must fit into memory
@@ -26,13 +26,12 @@ def read_texts(
     """
 
     def texts() -> Iterator[str]:
-        for spec in as_tuple(corpora):
-            for source in sources.find(spec):
-                for content in read(source, text_field):
-                    if isinstance(content, Piece):
-                        yield content.text
-                    else:
-                        on_problem(content)
+        for source in found_in(as_tuple(corpora), on_problem):
+            for content in read(source, text_field):
+                if isinstance(content, Piece):
+                    yield content.text
+                else:
+                    on_problem(content)
 
     return _first(max_bytes, texts())
 

@@ -10,19 +10,21 @@ segment-00000.json            only while unfinished: the shards that are complet
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from retnet.data.config import as_tuple
 from retnet.io import sha256
 from retnet.settings import UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = "retnet-tokens"
-VERSION = 1
+VERSION = 2
 VERIFY_BELOW = 256 << 20  # bytes; smaller folders have their hashes checked whenever they are opened
 
 
@@ -47,12 +49,28 @@ class Split(msgspec.Struct, frozen=True):
 
 
 class Corpus(msgspec.Struct, frozen=True):
-    """A corpus as it was named, how many files it had, their bytes, and a hash of their names, sizes and times."""
+    """One corpus.
+
+    Attributes:
+        name: as it was given.
+        files: how many of its files were read.
+        bytes: of these, unpacked.
+        sha256: of the contents of its files, in order.
+        left_out: what was not read, by kind (an ending, ``duplicate``, ``not text``, ``hidden``, …) → how many.
+    """
 
     name: str
     files: int
     bytes: int
     sha256: str
+    left_out: dict[str, int]
+
+
+class _Format(msgspec.Struct):
+    """What every version has."""
+
+    format: str
+    version: int
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -66,8 +84,8 @@ class Manifest(msgspec.Struct, frozen=True):
         tokenizer: SHA-256 of the tokenizer (`Tokenizer.fingerprint`).
         vocab_size: of the tokenizer.
         bos_id: the id that starts each document.
-        corpora: what was read.
-        problems: kind → how many.
+        corpora: what was read, and which files were not.
+        problems: what could not be used of the files that were read, or was mended: kind → how many.
         examples: the first problems, in words.
         train: its documents, tokens, bytes and shards.
         validation: the same.
@@ -87,6 +105,18 @@ class Manifest(msgspec.Struct, frozen=True):
     validation: Split
 
 
+def prepared_folder(corpus: str | tuple[str, ...]) -> Path | None:
+    """The folder, when a corpus is one that `prepare` wrote."""
+    (first, *others) = as_tuple(corpus)
+    folder = Path(os.path.expanduser(first))
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            head = file.read(200)
+    except OSError:
+        return None
+    return folder if not others and FORMAT.encode() in head else None
+
+
 def read_manifest(directory: Path, verify: bool | None = None) -> Manifest:
     """The manifest of a folder whose files fit it.
 
@@ -98,15 +128,18 @@ def read_manifest(directory: Path, verify: bool | None = None) -> Manifest:
         UserError: it is unfinished, altered, or of another format.
     """
     try:
-        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        content = (directory / MANIFEST).read_bytes()
+        kind = msgspec.json.decode(content, type=_Format)
+        if (kind.format, kind.version) == (FORMAT, VERSION):
+            manifest = msgspec.json.decode(content, type=Manifest)
     except FileNotFoundError:
         raise UserError(f"{directory} is not a finished folder of tokens: it has no {MANIFEST}") from None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(_damaged(directory, f"{MANIFEST} cannot be read ({error})")) from None
-    if (manifest.format, manifest.version) != (FORMAT, VERSION):
-        have = f"{manifest.format} version {manifest.version}"
+    if (kind.format, kind.version) != (FORMAT, VERSION):
         raise UserError(
-            f"{directory} has format {have}; this library reads {FORMAT} version {VERSION}: prepare it again"
+            f"{directory} has format {kind.format} version {kind.version}; this library reads {FORMAT} version "
+            f"{VERSION}: prepare it again from the text it was made of"
         )
     shards = [*manifest.train.shards, *manifest.validation.shards]
     width = np.dtype(manifest.dtype).itemsize

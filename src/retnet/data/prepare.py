@@ -18,40 +18,44 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet.data import manifest, sources
-from retnet.data.config import DataConfig, as_tuple
+from retnet.data import manifest
+from retnet.data.config import DataConfig
+from retnet.data.content import require_unchanged
 from retnet.data.learning import learn
-from retnet.data.readers import PIECE, Piece, Problem, read
+from retnet.data.readers import PIECE, Piece, read
 from retnet.data.shards import Prepared, load
-from retnet.data.sources import Source, is_held_out
+from retnet.data.sources import TEXT, Problem, Source
+from retnet.data.split import Gathered, gather, is_held_out
 from retnet.data.tokenizer import Tokenizer
-from retnet.data.writer import Segments
+from retnet.data.writer import EXAMPLES, Segments
 from retnet.io import write_bytes
 from retnet.settings import UserError
 
 SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
 _BATCH = max(os.cpu_count() or 1, 2) << 20  # characters tokenised at a time; does not show in the result
 _BATCH_EVENTS = 8192
+_RECOGNISED = 64 << 20  # bytes between words on files that are read to know them
 _AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or written
 
 
 class Progress(NamedTuple):
     """How far preparing has come: bytes of the sources read, of how many (0: unknown), documents and tokens written.
 
-    A tokenizer that is learned takes a pass over the sources of its own, before the first token.
+    Files that were not seen before are read once to know their content, and a tokenizer that is learned takes a pass
+    of its own: `before` says so, while there are no tokens yet.
     """
 
     bytes_read: int
     bytes_total: int
     documents: int
     tokens: int
-    learning: bool = False
+    before: str = ""
 
     @property
     def words(self) -> str:
         """What is there, for a person."""
-        if self.learning:
-            return "learning the tokenizer"
+        if self.before:
+            return self.before
         return f"{self.documents:,} documents, {self.tokens:,} tokens"
 
 
@@ -69,38 +73,61 @@ def prepare(
     on_progress: Callable[[Progress], None] | None = None,
     on_problem: Callable[[Problem], None] | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    verify: bool = False,
 ) -> Prepared:
     """Makes the token shards of a configuration, or finds them made.
 
-    They lie in ``config.cache / fingerprint``; the fingerprint covers the sources (paths, sizes, modification times),
-    the tokenizer and the split, so a change of any of them prepares anew. Killed, it goes on after the last finished
-    segment when called again, and gives the same bytes. Several processes may call it at once: one works, the others
-    wait. The shards do not depend on the number of cores.
+    They lie in ``config.cache / fingerprint``; the fingerprint covers the content of the sources (not their paths), the
+    tokenizer and the split, so a change of any of them prepares anew. Files that were read before are not read again
+    while their times, sizes and inodes are the same (see `retnet.data.content.Contents`). Killed, it goes on after the
+    last finished segment when called again, and gives the same bytes. Several processes may call it at once: one works,
+    the others wait. The shards do not depend on the number of cores.
 
     Args:
         config: what to prepare.
         on_progress: called every few megabytes.
         on_problem: called for everything in the sources that was left out or mended; all are counted in the manifest.
         shard_tokens: tokens per segment.
+        verify: read every file of the sources and every shard again, and trust no times and sizes.
 
     Raises:
-        UserError: no such corpus or tokenizer, no text in it, nothing on one side of the split, or a damaged folder.
+        UserError: no such corpus or tokenizer, no text in it, the same text in corpus and validation, nothing on one
+            side of the split, a file that changes while it is read, or a damaged folder.
     """
     given = None if config.learned_vocab else Tokenizer.load(config.tokenizer)
-    if isinstance(config.corpus, str) and (Path(config.corpus) / manifest.MANIFEST).is_file():
-        return _already_prepared(config, given)
-    corpora, found = _find(config)
+    if (folder := manifest.prepared_folder(config.corpus)) is not None:
+        return _already_prepared(config, folder, given, verify)
+    gathered = gather(config, verify=verify, on_bytes=_Recognising(on_progress))
+    found = gathered.sources
     fingerprint = _fingerprint(config, found, given, shard_tokens)
-    directory = Path(config.cache) / fingerprint[:16]
+    directory = Path(os.path.expanduser(config.cache)) / fingerprint[:16]
     if not (directory / manifest.MANIFEST).is_file():
         with _alone_in(directory):
             if not (directory / manifest.MANIFEST).is_file():
                 report = _Report(found, on_progress, on_problem)
                 tokenizer = _tokenizer_of(directory, lambda: given or learn(config, found, report.learning))
                 segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
+                for problem in gathered.problems:
+                    report.problem(problem)
                 _fill(segments, config, found, tokenizer, shard_tokens, report)
-                _complete(segments, directory, fingerprint, tokenizer, corpora)
-    return load(directory)
+                _complete(segments, directory, fingerprint, tokenizer, gathered)
+    prepared = load(directory, verify=verify or None)
+    # The same text may have been prepared from other paths, with other files beside it.
+    return prepared._replace(manifest=msgspec.structs.replace(prepared.manifest, corpora=gathered.corpora))
+
+
+class _Recognising:
+    """Tells now and then how much has been read to know what files hold."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+        self._on_progress, self._read, self._told = on_progress, 0, 0
+
+    def __call__(self, num_bytes: int) -> None:
+        self._read += num_bytes
+        if self._on_progress and self._read >= self._told + _RECOGNISED:
+            self._told = self._read
+            words = f"reading files not seen before, {self._read / 1e9:,.1f} GB"
+            self._on_progress(Progress(self._read, 0, 0, 0, words))
 
 
 class _Report:
@@ -125,7 +152,7 @@ class _Report:
         read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
         if self._on_progress and read_so_far >= self._told:
             self._told = read_so_far + _BATCH
-            self._on_progress(Progress(read_so_far, total, 0, 0, learning=True))
+            self._on_progress(Progress(read_so_far, total, 0, 0, "learning the tokenizer"))
 
     def progress(self, event: _Event) -> None:
         if self._on_progress:
@@ -175,6 +202,7 @@ def _events(found: list[Source], text_field: str, source: int, number: int) -> I
         for count, content in enumerate(read(found[here], text_field)):
             if here > source or count >= number:
                 yield _Event(here, count, content)
+        require_unchanged(found[here])
 
 
 _Encoded = list[tuple[_Event, NDArray[np.integer], int]]
@@ -222,10 +250,11 @@ def _complete(
     directory: Path,
     fingerprint: str,
     tokenizer: Tokenizer,
-    corpora: list[manifest.Corpus],
+    gathered: Gathered,
 ) -> None:
     """Writes the tokenizer and the manifest, which makes the folder a finished one."""
     train, validation, problems, examples = segments.close()
+    examples = [*map(str, gathered.problems), *examples][:EXAMPLES]
     for split, name in ((train, "train"), (validation, "validation")):
         if not split.documents:
             shutil.rmtree(directory)
@@ -239,7 +268,7 @@ def _complete(
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
-        corpora=corpora,
+        corpora=gathered.corpora,
         problems=problems,
         examples=examples,
         train=train,
@@ -260,44 +289,22 @@ def _nothing(split: str, documents: int, problems: dict[str, int], examples: lis
     )
 
 
-def _find(config: DataConfig) -> tuple[list[manifest.Corpus], list[Source]]:
-    """The corpora as the manifest names them, and their sources with the split decided as far as names decide it."""
-    corpora: list[manifest.Corpus] = []
-    train: list[Source] = []
-    validation: list[Source] = []
-    for specs, side in ((config.corpus, train), (config.validation or (), validation)):
-        for spec in as_tuple(specs):
-            found = sources.find(spec)
-            listing = "\n".join(f"{s.name} {s.identity}" for s in found)
-            digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-            corpora.append(manifest.Corpus(spec, len(found), sum(s.size for s in found), digest))
-            side += found
-    if config.validation is None:
-        return corpora, sources.hold_out(train, config.validation_fraction)
-    decided = [s._replace(validation=False) for s in train]
-    return corpora, decided + [s._replace(validation=True) for s in validation]
-
-
 def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | None, shard_tokens: int) -> str:
     """SHA-256 of everything that decides the bytes of the shards."""
-    where = [source._replace(path=os.path.abspath(source.path)) for source in found]
+    texts = [(s.kind in TEXT, s.digest, s.start, s.stop, s.validation) for s in found]
     fraction = config.validation_fraction if config.validation is None else None
     tokenizer = given.fingerprint if given else config.tokenizer
     rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer, config.text_field, fraction]
-    return hashlib.sha256(json.dumps([rules, where]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()
 
 
-def _already_prepared(config: DataConfig, given: Tokenizer | None) -> Prepared:
-    prepared = load(str(config.corpus))
+def _already_prepared(config: DataConfig, folder: Path, given: Tokenizer | None, verify: bool) -> Prepared:
+    prepared = load(folder, verify=verify or None)
     if given is None or given.fingerprint != prepared.tokenizer.fingerprint:
         file = prepared.directory / manifest.TOKENIZER
-        raise UserError(
-            f"{config.corpus} was prepared with another tokenizer; set data.tokenizer to {str(file)!r}"
-        )
+        raise UserError(f"{folder} was prepared with another tokenizer; set data.tokenizer to {str(file)!r}")
     if config.validation is not None:
-        raise UserError(
-            f"{config.corpus} is prepared and has its own validation split; leave data.validation out"
-        )
+        raise UserError(f"{folder} is prepared and has its own validation split; leave data.validation out")
     return prepared
 
 

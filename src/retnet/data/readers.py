@@ -8,19 +8,18 @@ tokens are those of the whole. A text without such a place for a whole piece is 
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
 import json
-import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from retnet.data import hub
-from retnet.data.sources import TEXT, Source, share
+from retnet.data.content import BROKEN, CHUNK, chunks, lines
+from retnet.data.sources import TEXT, Problem, Source, shown
+from retnet.data.split import share
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 Row = tuple[int, object, int]  # line, row or record number; its text, or a Problem; position
 
 PIECE = 1 << 17  # characters
-_CHUNK = 1 << 20  # bytes read at a time
 _ROWS = 128  # of a table at a time
+_MARK = "\ufeff"  # a byte order mark
 _SAFE_CUT = re.compile(r"[^\W_](?=[ \t\r\n])")
 
 
@@ -50,52 +49,31 @@ class Piece(NamedTuple):
     position: int
 
 
-class Problem(NamedTuple):
-    """Something in a corpus that could not be used, or only after mending.
-
-    Attributes:
-        file: where.
-        line: which line, row or record, from 1; 0 for the whole file.
-        kind: ``unreadable``, ``bad JSON``, ``no text``, ``empty document`` (all left out) or ``invalid UTF-8``
-            (kept, with U+FFFD in place of the bytes).
-        message: what is wrong, for people.
-    """
-
-    file: str
-    line: int
-    kind: str
-    message: str
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place}: {self.kind}: {self.message}" if self.message else f"{place}: {self.kind}"
-
-
 def read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
     """Everything in one source. A source that breaks off gives what stands before the break, then a problem.
 
     Raises:
         UserError: a streamed dataset breaks off; what a network lost is not left out of a corpus.
     """
-    name = os.fsencode(source.path).decode("utf-8", "replace")  # file names need not be UTF-8, reports are
+    name = shown(source.path)
     for content in _read(source, text_field):
         yield content._replace(file=name) if isinstance(content, Problem) else content
 
 
 def _read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
-    line = 0
+    line = None
     try:
         if source.kind in TEXT:
             yield from _text_file(source)
-        elif source.kind == "?":
-            yield Problem(source.path, 0, "unreadable", "a kind of file that is not known here")
-        else:
-            opened = _json_lines if source.kind.startswith(".jsonl") else _table_rows
-            for line, text, position in opened(source, text_field):
-                yield from _record(source, text_field, line, text, position)
+            return
+        opened = _json_lines if source.kind == ".jsonl" else _table_rows
+        for line, text, position in opened(source, text_field):
+            yield from _record(source, text_field, line, text, position)
+        if line is None:
+            yield Problem(source.path, 0, "no text", "it holds no records")
     except UserError:
         raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSError or ValueError
+    except BROKEN as error:
         where = f"after line {line}: " if line else ""
         yield Problem(source.path, 0, "unreadable", f"{where}{getattr(error, 'strerror', None) or error}")
 
@@ -114,13 +92,21 @@ def _record(source: Source, field: str, line: int, text: object, position: int) 
     if not isinstance(text, str):
         what = "is missing" if text is msgspec.UNSET else f"holds {type(text).__name__}, not text"
         yield Problem(source.path, line, "no text", f"the field {field!r} {what}")
-    elif not text:
+        return
+    if "\0" in text:
+        yield Problem(source.path, line, "not text", f"character {text.index(chr(0))} is NUL")
+        return
+    text = text.removeprefix(_MARK)
+    if _MARK in text:
+        yield Problem(source.path, line, "byte order mark", "inside the text, removed")
+        text = text.replace(_MARK, "")
+    if not text:
         yield Problem(source.path, line, "empty document", "")
-    else:
-        key = share(text)
-        chunks = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-        for number, piece in enumerate(_pieces(chunks)):
-            yield Piece(piece, number == 0, key, position)
+        return
+    key = share(text)
+    parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+    for number, piece in enumerate(_pieces(parts)):
+        yield Piece(piece, number == 0, key, position)
 
 
 def _text_file(source: Source) -> Iterator[Piece | Problem]:
@@ -138,71 +124,56 @@ def _text_file(source: Source) -> Iterator[Piece | Problem]:
 
 
 def _decoded(source: Source, found: list[Problem]) -> Iterator[str]:
-    """The text of a file in chunks. Bytes that are not UTF-8 are replaced, and the first of them is reported."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    with open(source.path, "rb") as file:
-        file.seek(source.start)
-        left = (source.stop or 1 << 62) - source.start
-        while True:
-            chunk = file.read(min(_CHUNK, left))
-            left -= len(chunk)
-            state = decoder.getstate()
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                line = _line_of(source.path, file.tell() - len(chunk) - len(state[0]) + error.start)
+    """The text of a file in chunks. The first mended place of each kind is reported.
+
+    Bytes that are not UTF-8 are replaced. Byte order marks inside a text, which joined files have, are removed.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position, marked = source.start, False
+    for chunk in chain(chunks(source), [b""]):
+        held = decoder.getstate()[0]
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:  # what the decoder held is still there
+            line = _line_of(source, position - len(held) + error.start)
+            message = f"{error.reason}; bytes replaced from here on"
+            found.append(Problem(source.path, line, "invalid UTF-8", message))
+            decoder.errors = "replace"
+            text = decoder.decode(chunk, final=not chunk)
+        if _MARK in text:
+            if not marked:
+                line = _line_of(source, position) + text.count("\n", 0, text.index(_MARK))
                 found.append(
-                    Problem(
-                        source.path, line, "invalid UTF-8", f"{error.reason}; bytes replaced from here on"
-                    )
+                    Problem(source.path, line, "byte order mark", "inside the text, removed from here on")
                 )
-                decoder = codecs.getincrementaldecoder("utf-8")("replace")
-                decoder.setstate(state)
-                text = decoder.decode(chunk, final=not chunk)
-            if text:
-                yield text
-            if not chunk:
-                return
+                marked = True
+            text = text.replace(_MARK, "")
+        position += len(chunk)
+        if text:
+            yield text
 
 
-def _line_of(path: str, offset: int) -> int:
+def _line_of(source: Source, offset: int) -> int:
     """The number of the line that holds a byte, from 1."""
-    lines = 1
-    with open(path, "rb") as file:
-        while offset > 0 and (chunk := file.read(min(_CHUNK, offset))):
-            lines += chunk.count(b"\n")
-            offset -= len(chunk)
-    return lines
+    before = source._replace(start=0, stop=offset)
+    return 1 + (sum(chunk.count(b"\n") for chunk in chunks(before)) if offset else 0)
 
 
 def _json_lines(source: Source, field: str) -> Iterator[Row]:
     spec = [("text", Any, msgspec.field(name=field, default=msgspec.UNSET))]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Record", spec))  # leaves the other fields unread
-    with open(source.path, "rb") as raw:
-        for number, line in enumerate(_lines(source.kind, raw), 1):
-            position = source.size if raw.closed else raw.tell()
-            if line.isspace():
+    for number, (line, position) in enumerate(lines(source), 1):
+        if not line.strip():
+            continue
+        try:
+            value = decoder.decode(line).text  # type: ignore[attr-defined]
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            value, kind, message = _parse(line, field)
+            if kind:
+                yield number, Problem(source.path, number, kind, message), position
+            if kind == "bad JSON":
                 continue
-            try:
-                value = decoder.decode(line).text  # type: ignore[attr-defined]
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                value, kind, message = _parse(line, field)
-                if kind:
-                    yield number, Problem(source.path, number, kind, message), position
-                if kind == "bad JSON":
-                    continue
-            yield number, value, position
-
-
-def _lines(kind: str, raw: IO[bytes]) -> Iterable[bytes]:
-    if kind.endswith(".gz"):
-        return gzip.open(raw)
-    if kind.endswith(".zst"):
-        import pyarrow
-
-        # zstandard's own reader takes a truncated file for a complete one; this one raises OSError.
-        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), _CHUNK)
-    return raw
+        yield number, value, position
 
 
 def _parse(line: bytes, field: str) -> tuple[object, str, str]:
@@ -238,13 +209,9 @@ def _table_rows(source: Source, field: str) -> Iterator[Row]:
     number = 0
     try:
         for table, position in _tables(source, field):
-            if field not in table.schema.names:
-                columns = ", ".join(table.schema.names)
-                yield (
-                    0,
-                    Problem(source.path, 0, "no text", f"no column {field!r}; columns: {columns}"),
-                    position,
-                )
+            names = table.schema.names
+            if names.count(field) != 1:
+                yield 0, Problem(source.path, 0, "no text", _no_column(field, names)), position
                 return
             column = table.column(field)
             if pyarrow.types.is_dictionary(column.type):
@@ -260,6 +227,11 @@ def _table_rows(source: Source, field: str) -> Iterator[Row]:
         raise ValueError(str(error)) from None
 
 
+def _no_column(field: str, names: list[str]) -> str:
+    count = names.count(field)
+    return f"{count if count else 'no'} column{'s' * bool(count)} {field!r}; columns: {', '.join(names)}"
+
+
 def _tables(source: Source, field: str) -> Iterator[tuple[pyarrow.RecordBatch | pyarrow.Table, int]]:
     """A few rows at a time, and the position after them."""
     if source.kind == "hf":
@@ -267,10 +239,13 @@ def _tables(source: Source, field: str) -> Iterator[tuple[pyarrow.RecordBatch | 
         return
     from pyarrow import parquet
 
-    with parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=_CHUNK) as file:
+    with parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=CHUNK) as file:
+        schema = file.schema_arrow
+        if schema.names.count(field) != 1:
+            yield schema.empty_table(), 0
+            return
         done, total = 0, max(file.metadata.num_rows, 1)
-        columns = [field] if field in file.schema_arrow.names else None
-        for batch in file.iter_batches(_ROWS, columns=columns):
+        for batch in file.iter_batches(_ROWS, columns=[field]):
             done += batch.num_rows
             yield batch, source.size * done // total
 

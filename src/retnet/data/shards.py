@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
@@ -108,7 +109,7 @@ def load(directory: str | Path, *, verify: bool | None = None) -> Prepared:
     Raises:
         UserError: it is unfinished or damaged.
     """
-    directory = Path(directory)
+    directory = Path(os.path.expanduser(directory))
     manifest = read_manifest(directory, verify)
     tokenizer = Tokenizer.load(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest.tokenizer:

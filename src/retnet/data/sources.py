@@ -1,38 +1,67 @@
-"""Which files a corpus consists of, and which of them are for validation. Nothing is read here but names and sizes."""
+"""Which files a corpus consists of. Nothing is read here but names, sizes and times.
+
+What is not read is counted: by its ending where it is of no kind that is known, and by what it is where it is no file.
+"""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Container, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterator
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from retnet.io import not_a_file
 from retnet.settings import UserError
 
-TEXT = (".txt", ".md", ".py")
-RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_ALLOWED = " ".join((*TEXT, *RECORDS))
+TEXT = (".txt", ".md", ".py")  # one document each
+RECORDS = (".jsonl", ".parquet")
+PACKED = (".gz", ".zst", ".bz2", ".xz")  # may follow any of them but .parquet, which packs itself
+KINDS = f"{' '.join((*TEXT, *RECORDS))} (all but the last also with {' '.join(PACKED)} behind)"
 # Of the standard library: what belongs to others, caches, test suites, and records of how this Python was built.
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _NOT_STDLIB |= {"encodings"}  # tables that are nearly copies of each other, so held-out ones would be known
 _BUILD_RECORDS = ("config-", "_sysconfig")
 
 
+class Problem(NamedTuple):
+    """Something in a corpus that could not be used, or only after mending.
+
+    Attributes:
+        file: where.
+        line: which line, row or record, from 1; 0 for the whole file.
+        kind: ``left out`` (of a whole corpus: how many files of which kinds are not read), ``unreadable``,
+            ``not text`` (UTF-16, NUL bytes, …), ``duplicate``, ``bad JSON``, ``no text``, ``empty document`` (all left
+            out), or ``invalid UTF-8`` and ``byte order mark`` (kept, after mending).
+        message: what is wrong, for people.
+    """
+
+    file: str
+    line: int
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.kind}: {self.message}" if self.message else f"{place}: {self.kind}"
+
+
 class Source(NamedTuple):
     """A file, a part of one, or a streamed dataset.
 
     Attributes:
-        kind: a suffix of `TEXT` or `RECORDS`, ``hf``, or ``?`` for a file of no known kind.
+        kind: a suffix of `TEXT` or `RECORDS`, or ``hf``.
         path: of the file, or the name of the dataset.
         name: the path below its corpus; its hash decides the split of text files.
-        size: bytes; 0 where unknown.
-        identity: changes when the content does.
-        start: first byte read (text files).
+        packing: a suffix of `PACKED`, or empty.
+        size: bytes of the file; once `content.examine` has read it, those of what is packed in it. 0 where unknown.
+        stamp: changes whenever the file is written.
+        digest: SHA-256 of the content; empty until it has been read.
+        start: first byte of the content read (text files).
         stop: one past the last byte read; None for the end.
         validation: decided already, or None to let hashes decide.
     """
@@ -40,51 +69,102 @@ class Source(NamedTuple):
     kind: str
     path: str
     name: str
-    size: int
-    identity: str
+    packing: str = ""
+    size: int = 0
+    stamp: str = ""
+    digest: str = ""
     start: int = 0
     stop: int | None = None
     validation: bool | None = None
 
 
-def find(spec: str) -> list[Source]:
-    """The sources of one corpus, in an order that does not depend on the file system.
+class Found(NamedTuple):
+    """What one corpus consists of.
 
-    Hidden files and folders are left out; in a folder, so are files of other kinds.
+    Attributes:
+        sources: what is read, in an order that does not depend on the file system.
+        left_out: what is not, by kind (an ending, ``hidden``, ``pipe``, …) → how many.
+        problems: files and folders that cannot be read.
+    """
+
+    sources: list[Source]
+    left_out: Counter[str]
+    problems: list[Problem]
+
+
+def find(spec: str) -> Found:
+    """The files of one corpus.
+
+    Links are followed, each folder is read once, and hidden files and folders are left out.
 
     Raises:
-        UserError: there is no such file, or a folder or glob has no readable kind of file.
+        UserError: there is no such corpus, or nothing in it can be read.
     """
-    if spec == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [file.relative_to(root) for file in _walk(root, TEXT, _NOT_STDLIB)]
-        return [_source(root / file, file) for file in files if not str(file).startswith(_BUILD_RECORDS)]
-    if spec.startswith("package:"):
-        root = _package(spec)
-        return [_source(file, file.relative_to(root)) for file in _walk(root, TEXT, _NOT_STDLIB)]
+    if spec == "stdlib" or spec.startswith("package:"):
+        return _python(spec)
     if spec.startswith("hf:"):
         from retnet.data.hub import identity
 
-        return [Source("hf", spec, spec, 0, identity(spec))]
-    path = Path(spec)
+        return Found([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
+    path = Path(os.path.expanduser(spec))
+    found = Found([], Counter(), [])
     if path.is_dir():
-        found = [_source(file, file.relative_to(path)) for file in _walk(path, TEXT + RECORDS)]
+        for file in _walk(path, found):
+            _add(found, file, file.relative_to(path))
     elif glob.has_magic(spec) and not path.exists():
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        files = sorted(Path(name) for name in glob.glob(spec, recursive=True))
-        found = [_source(file, file.relative_to(root)) for file in files if not file.is_dir()]
-        found = [] if all(source.kind == "?" for source in found) else found
-    elif path.exists():
-        found = [_source(path, PurePath(path.name))]
-        if found[0].kind == "?":
-            raise UserError(f"cannot read {spec}: not one of {_ALLOWED}")
+        for file in sorted(map(Path, glob.glob(str(path), recursive=True))):
+            if not file.is_dir():
+                _add(found, file, file.relative_to(root))
+            elif "**" not in path.parts:
+                found.left_out["folder"] += 1
     else:
+        _one_file(spec, path, found)
+    if not found.sources:
+        has = _counted(found.left_out) + "".join(f"; {problem}" for problem in found.problems[:1])
+        raise UserError(
+            f"the corpus {spec!r} has no file of the kinds {KINDS}{f'; it has {has}' if has else ''}"
+        )
+    return found
+
+
+def left_out(spec: str, found: Found) -> list[Problem]:
+    """What has to be said of a corpus before it is read."""
+    said = [Problem(spec, 0, "left out", _counted(found.left_out))] if found.left_out else []
+    return said + found.problems
+
+
+def stamp_of(status: os.stat_result) -> str:
+    """What changes whenever a file is written: nobody can set the time of its last change (ctime) back."""
+    s = status
+    return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
+
+
+def _one_file(spec: str, path: Path, found: Found) -> None:
+    if not os.path.lexists(path):
         raise UserError(
             f"no corpus {spec!r}: give 'stdlib', package:NAME, a file, a folder, a glob, or hf:NAME"
         )
-    if not found:
-        raise UserError(f"the corpus {spec!r} has no file of the kinds {_ALLOWED}")
-    return found
+    _add(found, path, PurePath(path.name))
+    if found.problems:
+        raise UserError(f"cannot read {spec}: {found.problems[0].message}")
+    if found.sources:
+        return
+    if what := not_a_file(path.stat().st_mode):
+        raise UserError(f"cannot read {spec}: it is a {what}, not a file; save its text to one first")
+    raise UserError(f"cannot read {spec}: not one of {KINDS}")
+
+
+def _python(spec: str) -> Found:
+    """Source and documentation of the standard library or a package; what else these hold is no part of the corpus."""
+    root = Path(sysconfig.get_path("stdlib")) if spec == "stdlib" else _package(spec)
+    every = Found([], Counter(), [])
+    for file in _walk(root, every, _NOT_STDLIB):
+        name = file.relative_to(root)
+        if spec != "stdlib" or not str(name).startswith(_BUILD_RECORDS):
+            _add(every, file, name)
+    ours = [source for source in every.sources if source.kind in TEXT and not source.packing]
+    return Found(ours, Counter(), every.problems)
 
 
 def _package(spec: str) -> Path:
@@ -96,71 +176,85 @@ def _package(spec: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def hold_out(sources: list[Source], fraction: float) -> list[Source]:
-    """Decides the split of text files by a hash of their names.
+def _add(found: Found, path: Path, name: PurePath) -> None:
+    """Puts a file where it belongs: sources, problems, or the counts of what is left out."""
+    kind, packing = _kind(path.name)
+    try:
+        status = path.stat()
+    except OSError as error:
+        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+        found.problems.append(Problem(shown(path), 0, "unreadable", f"{error.strerror}{link}"))
+        return
+    if what := not_a_file(status.st_mode):
+        found.left_out[what] += 1
+    elif not kind:
+        found.left_out[_ending(path.name)] += 1
+    else:
+        source = Source(kind, str(path), name.as_posix(), packing, status.st_size, stamp_of(status))
+        found.sources.append(source)
 
-    Few files may leave one side empty; then the end of the largest is held out, cut at a line.
 
-    Raises:
-        UserError: too little text to have two sides.
+def _kind(name: str) -> tuple[str, str]:
+    """A suffix of `TEXT` or `RECORDS` and one of `PACKED`, whatever their case; empty for a file of no known kind."""
+    name = name.lower()
+    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    name = name.removesuffix(packing)
+    kind = next((suffix for suffix in (*TEXT, *RECORDS) if name.endswith(suffix)), "")
+    return (kind, packing) if kind and not (packing and kind == ".parquet") else ("", "")
+
+
+def _ending(name: str) -> str:
+    """What files of no known kind are counted by: ``.png``, ``.tar.gz``, ``no ending``."""
+    suffixes = PurePath(name.lower()).suffixes
+    packed = len(suffixes) > 1 and suffixes[-1] in PACKED
+    return shown("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
+
+
+def _walk(root: Path, found: Found, without: Container[str] = ()) -> Iterator[Path]:
+    """Everything below `root` that is no folder, sorted; hidden names and folders named in `without` are left out.
+
+    Linked folders come last, so that a folder reached in several ways has the name of the straight one.
     """
-    if any(source.kind not in TEXT for source in sources):
-        return [s._replace(validation=share(s.name) < fraction) if s.kind in TEXT else s for s in sources]
-    decided = [s._replace(validation=share(s.name) < fraction) for s in sources]
-    if len({s.validation for s in decided if s.size}) == 2:
-        return decided
-    largest = max(sources, key=lambda s: s.size)
-    wanted = min(int(fraction * sum(s.size for s in sources)), largest.size // 2)
-    cut = _line_start(largest.path, largest.size - wanted)
-    if not 0 < cut < largest.size:
-        raise UserError(
-            f"too little text to split: the largest of {len(sources)} files has {largest.size} bytes; "
-            "add text, raise data.validation_fraction, or name a data.validation corpus"
-        )
-    decided = [s._replace(validation=False) for s in sources]
-    where = sources.index(largest)
-    head, tail = decided[where]._replace(stop=cut), decided[where]._replace(start=cut, validation=True)
-    return [*decided[:where], head, tail, *decided[where + 1 :]]
+    seen: set[tuple[int, int]] = set()
+    walked: list[Path] = []  # where walks began: a link to what holds one of these leads around in a circle
+    waiting = deque([root])
+    while waiting:
+        start = waiting.popleft()
+        real = start.resolve()
+        if any(one != real and one.is_relative_to(real) for one in walked):
+            found.left_out["link to a folder around it"] += 1
+            continue
+        for folder, folders, files in os.walk(start, onerror=_told(found)):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                found.left_out["link to a folder read already"] += 1
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            walked += [real] if folder == str(start) else []
+            hidden = sum(name.startswith(".") for name in (*folders, *files))
+            found.left_out.update({"hidden": hidden} if hidden else {})
+            inside = [n for n in sorted(folders) if not n.startswith(".") and n not in without]
+            waiting += [Path(folder, name) for name in inside if Path(folder, name).is_symlink()]
+            folders[:] = [name for name in inside if not Path(folder, name).is_symlink()]
+            yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
-def is_held_out(source: Source, share: float, fraction: float) -> bool:
-    """Whether a document whose hash is `share` belongs to the validation split."""
-    return share < fraction if source.validation is None else source.validation
+def _told(found: Found) -> Callable[[OSError], None]:
+    def add(error: OSError) -> None:
+        where = shown(error.filename)
+        found.problems.append(Problem(where, 0, "unreadable", f"{error.strerror} (a folder)"))
+
+    return add
 
 
-def share(text: str) -> float:
-    """A hash in [0, 1): the same text always falls on the same side of a split."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
+def shown(path: str | Path) -> str:
+    """A path as it can be printed and stored: names of files need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _source(path: Path, name: PurePath) -> Source:
-    kinds = [kind for kind in (*TEXT, *RECORDS) if path.name.endswith(kind)]
-    try:
-        stat = path.stat()
-        size, identity = stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError as error:  # a dangling link: reading it will report it
-        size, identity = 0, str(error.strerror)
-    return Source(kinds[0] if kinds else "?", str(path), name.as_posix(), size, identity)
-
-
-def _walk(root: Path, kinds: tuple[str, ...], without: Container[str] = ()) -> Iterator[Path]:
-    """The files of these kinds below `root`, sorted; hidden names and folders named in `without` are left out."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
-        for name in sorted(files):
-            if name.endswith(kinds) and not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _line_start(path: str, offset: int) -> int:
-    """The first line start at or after `offset`; when the rest is one line, the first character start."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(offset - 1, 0))
-            line = file.readline(1 << 20)
-    except OSError:
-        return 0
-    if line.endswith(b"\n") and offset - 1 + len(line) < Path(path).stat().st_size:
-        return offset - 1 + len(line)
-    return offset + next((i for i, byte in enumerate(line[1:]) if byte & 0xC0 != 0x80), 0)
+def _counted(counts: Counter[str]) -> str:
+    """``3 × .png, 1 × pipe``, the most frequent first, a dozen at most."""
+    words = [f"{count:,} × {kind}" for kind, count in counts.most_common(12)]
+    rest = sum(counts.values()) - sum(count for _, count in counts.most_common(12))
+    return ", ".join([*words, f"{rest:,} × others"] if rest else words)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +73,7 @@ class Tokenizer:
         """
         if str(spec) == "bytes":
             return cls(_bytes_tokenizer(), BOS)
-        path = Path(spec)
+        path = Path(os.path.expanduser(spec))
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise UserError(

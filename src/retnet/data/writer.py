@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from retnet.data.manifest import Shard, Split
 from retnet.io import move, write_bytes
 
-_EXAMPLES = 100  # problems kept in words; all are counted
+EXAMPLES = 100  # problems kept in words; all are counted
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -110,7 +110,7 @@ class Segments:
     def problem(self, kind: str, words: str) -> None:
         """Counts a problem."""
         self._problems[kind] += 1
-        if len(self._examples) < _EXAMPLES:
+        if len(self._examples) < EXAMPLES:
             self._examples.append(words)
 
     def commit(self, source: int, event: int) -> None:
@@ -130,7 +130,7 @@ class Segments:
         problems: Counter[str] = Counter()
         for segment in self.done:
             problems.update(segment.problems)
-        examples = [words for segment in self.done for words in segment.examples][:_EXAMPLES]
+        examples = [words for segment in self.done for words in segment.examples][:EXAMPLES]
         train = _split([segment.train for segment in self.done])
         return train, _split([segment.validation for segment in self.done]), dict(problems), examples
 

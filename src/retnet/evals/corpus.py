@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from retnet.data import DataConfig, Problem, Tokenizer, TokenShards, load
 from retnet.data.config import as_tuple
-from retnet.data.manifest import FORMAT, MANIFEST
+from retnet.data.manifest import prepared_folder
 from retnet.data.readers import Piece, read
-from retnet.data.sources import Source, find, hold_out, is_held_out
-from retnet.settings import UserError, build
+from retnet.data.sources import Source
+from retnet.data.split import Taken, found_in, gather, is_held_out
+from retnet.settings import UserError, build, read_toml
 
 _CHUNK = 1 << 16  # tokens of a prepared folder turned into text at a time
 
@@ -51,11 +51,15 @@ class Corpus:
         if not specs:
             raise UserError("no data to evaluate on")
         self.specs = tuple(specs)
-        self._parts = [_part(spec, text_field) for spec in specs]
+        self._left_out: list[Problem] = []
+        taken: Taken = {}
+        self._parts = [_part(spec, text_field, self._left_out.append, taken) for spec in specs]
         self._bytes = sum(_size(source) for part in self._parts for source in part.sources)
 
     def texts(self, on_problem: Callable[[Problem], None]) -> Iterator[Text]:
         """All documents, in pieces; what could not be used is reported and left out."""
+        for problem in self._left_out:
+            on_problem(problem)
         before = 0
         for part in self._parts:
             if part.prepared is not None:
@@ -90,39 +94,30 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.toml").is_file()
 
 
-def _part(spec: str, text_field: str) -> _Part:
+def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
     if is_run(spec):
         return _validation_of(spec)
-    if _is_prepared(spec):
-        return _Part([], text_field, prepared=Path(spec))
-    return _Part(find(spec), text_field)
+    if (folder := prepared_folder(spec)) is not None:
+        return _Part([], text_field, prepared=folder)
+    return _Part(list(found_in([spec], on_problem, taken)), text_field)
 
 
 def _validation_of(run: str) -> _Part:
-    """The documents that training held out; see `retnet.data.prepare`."""
-    path = Path(run) / "config.toml"
+    """The documents that training held out; see `retnet.data.prepare`. What is left out was said then."""
+    config = build(DataConfig, read_toml(Path(run) / "config.toml").get("data", {}), "data")
     try:
-        config = build(DataConfig, tomllib.loads(path.read_text(encoding="utf-8")).get("data", {}), "data")
-        if isinstance(config.corpus, str) and _is_prepared(config.corpus):
-            return _Part([], config.text_field, prepared=Path(config.corpus))
+        if (folder := prepared_folder(config.corpus)) is not None:
+            return _Part([], config.text_field, prepared=folder)
         if config.validation is not None:
-            return _Part([s for v in as_tuple(config.validation) for s in find(v)], config.text_field)
-        sources = hold_out([s for c in as_tuple(config.corpus) for s in find(c)], config.validation_fraction)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+            return _Part(list(found_in(as_tuple(config.validation), lambda _: None)), config.text_field)
+        found = gather(config).sources
     except UserError as error:
         raise UserError(
             f"the validation split of {run} cannot be found again: {error}; "
             "go to the folder it was trained in, or name other data"
         ) from None
-    return _Part(
-        [s for s in sources if s.validation is not False], config.text_field, config.validation_fraction
-    )
-
-
-def _is_prepared(spec: str) -> bool:
-    manifest = Path(spec) / MANIFEST
-    return manifest.is_file() and FORMAT in manifest.read_text(encoding="utf-8", errors="replace")[:200]
+    held_out = [source for source in found if source.validation is not False]
+    return _Part(held_out, config.text_field, config.validation_fraction)
 
 
 def _counts(piece: Piece, source: Source, part: _Part) -> bool:

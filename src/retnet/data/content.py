@@ -1,0 +1,251 @@
+"""What a file holds: its bytes without packing and byte order mark, their hash, and whether they are text at all.
+
+The hash is what a file is known by: two files of the same content are the same text, wherever they lie and however they
+are named, linked or packed, and a corpus is the same corpus under another path.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from retnet.data.sources import TEXT, Source, stamp_of
+from retnet.io import BOM, cache_folder, foreign_encoding, nul_byte
+from retnet.settings import UserError
+
+CHUNK = 1 << 20  # bytes read at a time
+# What files and the libraries that unpack them raise; pyarrow's own errors are OSError or ValueError.
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_MOST_INVALID = (
+    0.25  # of a file's bytes; texts in Latin-1 have fewer, those in other alphabets and no texts more
+)
+_SETTLED = (
+    2.0  # seconds after which a file's times tell a later change apart; file systems have clocks this coarse
+)
+_SURROGATES = re.compile("[\udc80-\udcff]")
+
+
+class Content(NamedTuple):
+    """What one file holds.
+
+    Attributes:
+        digest: SHA-256 of its bytes, unpacked, without a byte order mark.
+        size: how many these are.
+        refused: why they are no text; empty when they may be.
+    """
+
+    digest: str
+    size: int
+    refused: str = ""
+
+
+def chunks(source: Source) -> Iterator[bytes]:
+    """The bytes of a file between `source.start` and `source.stop`, unpacked, without a byte order mark.
+
+    What stands before the place where a file breaks off is given before the error is raised.
+
+    Raises:
+        OSError: or another of `BROKEN`: the file cannot be read, or is not packed as its name says.
+    """
+    with open(source.path, "rb") as raw:
+        file = _unpacked(raw, source.packing)
+        head = b""
+        while len(head) < len(BOM) and (more := file.read1(CHUNK)):
+            head += more
+        skip, left = source.start, (source.stop or 1 << 62) - source.start
+        content = head.removeprefix(BOM)
+        if skip and not source.packing:
+            file.seek(len(head) - len(content) + skip)
+            skip, content = 0, file.read1(CHUNK)
+        while content and left > 0:
+            part = content[skip : skip + left]
+            skip -= min(skip, len(content))
+            left -= len(part)
+            if part:
+                yield part
+            content = file.read1(CHUNK)
+
+
+def lines(source: Source) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file, without their ends, and the position after each. The last one needs no end."""
+    parts: list[bytes] = []  # of a line that may be longer than many chunks
+    position = 0
+    for chunk in chunks(source):
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for other in others:
+            line = b"".join(parts)
+            position += len(line) + 1
+            yield line, position
+            parts = [other]
+    if last := b"".join(parts):
+        yield last, position + len(last)
+
+
+def _unpacked(raw: IO[bytes], packing: str) -> io.BufferedReader:
+    file: object = raw
+    if packing == ".gz":
+        file = gzip.GzipFile(fileobj=raw)
+    elif packing == ".bz2":
+        file = bz2.BZ2File(raw)
+    elif packing == ".xz":
+        file = lzma.LZMAFile(raw)  # noqa: SIM115
+    elif packing == ".zst":
+        import pyarrow
+
+        # zstandard's own reader takes a truncated file for a complete one; this one raises OSError.
+        file = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), CHUNK)
+    return file  # type: ignore[return-value]  # all of them have read1
+
+
+class Contents:
+    """Reads what files hold, and remembers it, so that a corpus is recognised later without reading it again.
+
+    A file is trusted to be unchanged while its device, inode, size, and times of modification and of change are, and
+    those lay some seconds back when it was read. What is remembered lies in the user's cache and may be deleted.
+
+    Args:
+        verify: read every file, whatever is remembered.
+        on_bytes: called with the number of bytes just read.
+    """
+
+    def __init__(self, *, verify: bool = False, on_bytes: Callable[[int], None] | None = None) -> None:
+        self._verify, self._on_bytes = verify, on_bytes
+        self._read: dict[str, Content] = {}
+        self._settled: list[str] = []
+        self._memory: sqlite3.Connection | None = None
+        with contextlib.suppress(OSError, RuntimeError, sqlite3.Error):  # without it, files are read again
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._memory = sqlite3.connect(folder / "files.sqlite", timeout=5, check_same_thread=False)
+            self._memory.execute(
+                "CREATE TABLE IF NOT EXISTS contents_1 (stamp TEXT PRIMARY KEY, digest TEXT, size INT, refused TEXT)"
+            )
+
+    def __enter__(self) -> Contents:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remembers what was read."""
+        with contextlib.suppress(sqlite3.Error):
+            if self._memory is not None:
+                rows = [(stamp, *self._read[stamp]) for stamp in self._settled]
+                with self._memory:
+                    self._memory.executemany("INSERT OR REPLACE INTO contents_1 VALUES (?, ?, ?, ?)", rows)
+                self._memory.close()
+
+    def of(self, source: Source) -> Content:
+        """What a source holds.
+
+        Raises:
+            UserError: the file changes while it is read.
+        """
+        if source.kind == "hf":
+            return Content(hashlib.sha256(source.stamp.encode()).hexdigest(), 0)
+        key = f"{source.kind}{source.packing} {source.stamp}"  # the kind decides what is refused
+        if (known := self._known(key)) is not None:
+            return known
+        now = time.time_ns()
+        content = self._read[key] = _examine(source, self._on_bytes)
+        require_unchanged(source)
+        if max(map(int, source.stamp.split()[-2:])) < now - _SETTLED * 1e9:
+            self._settled.append(key)
+        return content
+
+    def _known(self, key: str) -> Content | None:
+        if key in self._read:
+            return self._read[key]
+        if self._memory is None or self._verify:
+            return None
+        with contextlib.suppress(sqlite3.Error):
+            query = "SELECT digest, size, refused FROM contents_1 WHERE stamp = ?"
+            if row := self._memory.execute(query, [key]).fetchone():
+                return Content(*row)
+        return None
+
+
+def require_unchanged(source: Source) -> None:
+    """Makes sure that a file is what it was when the corpus was listed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        same = source.kind == "hf" or stamp_of(Path(source.path).stat()) == source.stamp
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(f"{source.path} changed while it was read; try again when nobody writes to it")
+
+
+def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
+    digest, size, utf8, refused = hashlib.sha256(), 0, _InvalidBytes(), ""
+    try:
+        for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
+            if refused := _foreign(source, chunk, size):
+                break
+            if not source.packing and size > source.size:  # somebody goes on writing; see `require_unchanged`
+                break
+            digest.update(chunk)
+            size += len(chunk)
+            if source.kind in TEXT:
+                utf8.add(chunk)
+            if on_bytes:
+                on_bytes(len(chunk))
+    except BROKEN as error:  # reading it for its documents will report this; it is the same as no other file
+        digest.update(f"\0{os.path.abspath(source.path)}: {error}".encode("utf-8", "replace"))
+    return Content(digest.hexdigest(), size, refused or utf8.refused(size))
+
+
+def _whole(source: Source) -> Iterator[bytes]:
+    with open(source.path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _foreign(source: Source, chunk: bytes, before: int) -> str:
+    """Why the bytes that follow `before` others show that a file is no text in UTF-8; empty when they do not."""
+    if source.kind == ".parquet":
+        return ""
+    if not before and (why := foreign_encoding(chunk)):
+        return why
+    # A line of records that was damaged is told on its own.
+    if source.kind in TEXT or (not before and chunk.count(0) > len(chunk) // 10):
+        return nul_byte(chunk, before)
+    return ""
+
+
+class _InvalidBytes:
+    """Counts the bytes of a stream that are not UTF-8."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._count = 0
+
+    def add(self, chunk: bytes) -> None:
+        try:
+            self._decoder.decode(chunk)
+        except UnicodeDecodeError:  # what was held back of the chunk before is still there
+            self._decoder.errors = "surrogateescape"
+            self._count += len(_SURROGATES.findall(self._decoder.decode(chunk)))
+            self._decoder.errors = "strict"
+
+    def refused(self, size: int) -> str:
+        """Why it is no text; empty when it may be."""
+        share = self._count / size if size else 0.0
+        if share <= _MOST_INVALID:
+            return ""
+        return f"{share:.0%} of its bytes are not UTF-8 (another encoding, or no text); save it as UTF-8"
