@@ -107,11 +107,15 @@ def not_a_file(mode: int) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's caches lie: ``$XDG_CACHE_HOME/retnet``, or ``~/.cache/retnet``. It need not be there.
+    """Where this user's caches lie: ``$RETNET_CACHE``, ``$XDG_CACHE_HOME/retnet``, or ``~/.cache/retnet``.
+
+    It need not be there.
 
     Raises:
         RuntimeError: nobody knows where the user's home is.
     """
+    if own := os.environ.get("RETNET_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retnet"
 
 

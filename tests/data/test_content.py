@@ -16,7 +16,7 @@ from retnet.settings import UserError
 @pytest.fixture(autouse=True)
 def memory(tmp_path_factory, monkeypatch):
     """A cache of the test's own, in which files count as settled at once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("RETNET_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(content, "_SETTLED", -1.0)
 
 
@@ -103,7 +103,7 @@ def test_without_a_memory_files_are_read_again(file, harm, monkeypatch):
     if harm == "damaged":
         database.write_bytes(b"no database" * 1000)
     elif harm == "read-only":
-        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+        monkeypatch.setenv("RETNET_CACHE", "/dev/null/nowhere")
     else:
         monkeypatch.setattr(content, "cache_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert bytes_read(file) == first

@@ -101,7 +101,7 @@ def test_known_kinds_whatever_their_case(tmp_path, name, kind):
         assert source.kind + source.packing == kind
 
 
-def test_everything_that_is_not_read_is_counted_by_kind(tmp_path):
+def test_everything_that_is_not_read_is_counted_by_kind(tmp_path, monkeypatch):
     (tmp_path / "a.txt").touch()
     for name in (
         "b.png",
@@ -119,7 +119,7 @@ def test_everything_that_is_not_read_is_counted_by_kind(tmp_path):
     os.mkfifo(tmp_path / "k.txt")
     os.mkfifo(tmp_path / "l")
     with socket.socket(socket.AF_UNIX) as unix:
-        os.chdir(tmp_path)  # the name of a socket may not be long
+        monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
         unix.bind("m.jsonl")
     (tmp_path / "n.txt").symlink_to("/dev/null")
     found = sources.find(str(tmp_path))

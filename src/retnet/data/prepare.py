@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -258,7 +258,8 @@ def _complete(
     for split, name in ((train, "train"), (validation, "validation")):
         if not split.documents:
             shutil.rmtree(directory)
-            raise UserError(_nothing(name, train.documents + validation.documents, problems, examples))
+            told = Counter(problem.kind for problem in gathered.problems) + Counter(problems)
+            raise UserError(_nothing(name, train.documents + validation.documents, told, examples))
     dtype: Literal["uint16", "uint32"] = "uint16" if _dtype(tokenizer).itemsize == 2 else "uint32"
     whole = manifest.Manifest(
         format=manifest.FORMAT,
@@ -278,7 +279,7 @@ def _complete(
     segments.forget()
 
 
-def _nothing(split: str, documents: int, problems: dict[str, int], examples: list[str]) -> str:
+def _nothing(split: str, documents: int, problems: Counter[str], examples: list[str]) -> str:
     found = ", ".join(f"{count} × {kind}" for kind, count in problems.items())
     seen = f" ({found}; the first: {examples[0]})" if found else ""
     if not documents:

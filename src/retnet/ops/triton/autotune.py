@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import triton
 
+from retnet.io import cache_folder
 from retnet.ops.triton.tile_table import OutTiles, StateTiles
 
 Tiles = TypeVar("Tiles", StateTiles, OutTiles)
@@ -55,10 +56,7 @@ def tuned(
 
 def path() -> Path:
     """Where the winners are kept."""
-    cache = os.environ.get("RETNET_CACHE")
-    if cache:
-        return Path(cache) / "triton.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retnet" / "triton.json"
+    return cache_folder() / "triton.json"
 
 
 def candidates(tiles: Tiles) -> list[Tiles]:
