@@ -76,7 +76,7 @@ def main() -> None:
     dist.init_process_group()  # once, for all cases
     for name, case in cases(run).items():
         train(case, folder / name)
-    train(run, folder / "from one", resume=True)
+    train(run, folder / "from one", begin="resume")
     mistaken(folder, "uneven", changed(run, {}, accumulate=3))
     mistaken(folder, "nowhere", replace(run, data=replace(run.data, corpus="nowhere")))
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -86,7 +86,7 @@ def main() -> None:
         train(run, folder / name)
         if last:
             stop_at(STOP)
-    train(run, folder / "stopped and continued", resume=True)
+    train(run, folder / "stopped and continued", begin="resume")
     if last:
         break_loss(2)
     mistaken(folder, "broken", run)

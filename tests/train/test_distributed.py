@@ -140,7 +140,7 @@ def test_continued_by_another_number_of_processes(shared, alone, config_file, tm
     assert_same(shared / "stopped and continued", alone / "plain")  # 2 → 2
     assert_same(shared / "from one", alone / "plain")  # 1 → 2
     shutil.copytree(shared / "stopped", tmp_path / "run")
-    assert train(base(config_file), tmp_path / "run", resume=True).finished
+    assert train(base(config_file), tmp_path / "run", begin="resume").finished
     assert_same(tmp_path / "run", alone / "plain")  # 2 → 1
 
 

@@ -170,7 +170,7 @@ class TestEnds:
         tiny = config(config_file, steps=3)
         train(tiny, tmp_path / "run")
         before = final_weights(tmp_path / "run")
-        outcome = train(tiny, tmp_path / "run", resume=True)
+        outcome = train(tiny, tmp_path / "run", begin="resume")
         assert outcome.finished
         assert all(torch.equal(w, before[n]) for n, w in final_weights(tmp_path / "run").items())
 
@@ -180,12 +180,12 @@ class TestEnds:
 
     def test_other_settings_cannot_resume(self, uninterrupted, config_file):
         with pytest.raises(UserError, match=r"train.learning_rate: 0.01 → 0.5.* another --run-dir"):
-            train(config(config_file, learning_rate=0.5), uninterrupted, resume=True)
+            train(config(config_file, learning_rate=0.5), uninterrupted, begin="resume")
 
     def test_harmless_settings_can(self, config_file, tmp_path):
         train(config(config_file, steps=2), tmp_path / "run")
         assert train(
-            config(config_file, steps=2, keep=5, log_every=7), tmp_path / "run", resume=True
+            config(config_file, steps=2, keep=5, log_every=7), tmp_path / "run", begin="resume"
         ).finished
 
     def test_a_changed_corpus_cannot_resume(self, config_file, tmp_path):
@@ -198,7 +198,7 @@ class TestEnds:
         train(run, tmp_path / "run")
         (corpus / "3.txt").write_text("another text " * 50)
         with pytest.raises(UserError, match="the corpus has changed since"):
-            train(run, tmp_path / "run", resume=True)
+            train(run, tmp_path / "run", begin="resume")
 
     @pytest.mark.parametrize("damage", ["cut", "change", "remove"])
     def test_a_damaged_checkpoint_is_refused(self, damage, config_file, tmp_path):
@@ -212,7 +212,7 @@ class TestEnds:
         elif damage == "change":
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError, match=r"optimizer.safetensors (is missing|has|was changed)"):
-            train(run, tmp_path / "run", resume=True)
+            train(run, tmp_path / "run", begin="resume")
 
     def test_nan_loss_names_step_and_documents(self, config_file, tmp_path, monkeypatch):
         calls = iter(range(100))

@@ -33,7 +33,7 @@ def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
     keep_freed_memory()
     progress = Progress()
     run = load(RunConfig, config_path(config), parse_overrides(overrides))
-    outcome = train(run, run_dir, resume=True, progress=progress)
+    outcome = train(run, run_dir, begin="resume-or-start", progress=progress)
     if not outcome.finished:
         return
     held_out = outcome.prepared.validation

@@ -14,9 +14,20 @@ from retnet.settings import config_path, load, parse_overrides
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --run-dir from its newest checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir from its newest checkpoint.")
+@click.option("--resume-or-start", is_flag=True, help="Go on with the run if there is one, else begin it.")
+@click.option("--checkpoint", metavar="NAME", help="Resume from this checkpoint; later ones are set aside.")
+@click.option("--init", metavar="FROM", help="Begin with the weights of a run, checkpoint or folder.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[str, ...]) -> None:
+def command(
+    config: str,
+    run_dir: Path | None,
+    resume: bool,
+    resume_or_start: bool,
+    checkpoint: str | None,
+    init: str | None,
+    overrides: tuple[str, ...],
+) -> None:
     """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
 
     Settings are changed with --section.field VALUE, such as --train.steps 500 or --model.mixer.decay none.
@@ -32,8 +43,14 @@ def command(config: str, run_dir: Path | None, resume: bool, overrides: tuple[st
     keep_freed_memory()
     with one_voice() as speaks:
         path = config_path(config)
-        resolved = load(RunConfig, path, parse_overrides(overrides))
-        outcome = train(resolved, run_dir or Path("runs") / path.stem, resume=resume, progress=Progress())
+        changes = parse_overrides(overrides) | ({} if init is None else {"train.start_from": init})
+        outcome = train(
+            load(RunConfig, path, changes),
+            run_dir or Path("runs") / path.stem,
+            begin="resume-or-start" if resume_or_start else "resume" if resume or checkpoint else "new",
+            checkpoint=checkpoint,
+            progress=Progress(),
+        )
     if speaks and outcome.finished and outcome.quality is not None:
         click.echo(
             f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out"

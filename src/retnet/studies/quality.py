@@ -188,7 +188,7 @@ class QualityJob(Job):
         """Trains, or goes on training, in ``folder/run``; then measures in windows of the training length."""
         keep_freed_memory()
         begin = time.perf_counter()
-        outcome = train(self.run_config, folder / "run", resume=True, progress=_Heard(tell))
+        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=_Heard(tell))
         if not outcome.finished or int(os.environ.get("RANK", "0")):  # of several processes one measures
             return None
         trained = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from retnet.model import LanguageModel
 from retnet.model.checkpoint import Files, load_tensors, load_weights, model_files, save_tensors, weights
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
-from retnet.train.distributed import Ranks, collect, shard
+from retnet.train.distributed import Ranks, collect, own_part, shard
 from retnet.train.optimizer import adamw, optimizer_tensors, restore_optimizer
+from retnet.train.origin import fill
 from retnet.train.run_dir import RunDirectory
 
 
@@ -63,7 +65,12 @@ class Checkpoints:
         return model, optimizer, Standing(step, (best[0], best[1]) if best else None)
 
     def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, standing: Standing) -> None:
-        """Writes a checkpoint. From several ranks, the first one's CPU gathers 12 bytes a parameter."""
+        """Writes a checkpoint. From several ranks, the first one's CPU gathers 12 bytes a parameter.
+
+        Raises:
+            UserError: a weight or the optimiser's memory is not a finite number, which no checkpoint may hold.
+        """
+        self._ranks.together(lambda: _require_finite(model, optimizer, standing.step, self._ranks))
         whole = model
         if not self._ranks.alone:
             whole = _hollow(self._config)
@@ -86,6 +93,7 @@ class Checkpoints:
         model = LanguageModel(self._config.model)
         path = self._run.latest()
         if path is None:
+            fill(model, self._config, self._run)
             return _Saved(model, {}, Standing())
         state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         if state["data"] != self._data:
@@ -98,6 +106,19 @@ class Checkpoints:
         standing = Standing(state["step"], tuple(state["best"]) if state["best"] else None)
         self._run.point(standing.step, standing.best[1] if standing.best else None)
         return _Saved(model, load_tensors(path / "optimizer.safetensors"), standing)
+
+
+def _require_finite(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, ranks: Ranks) -> None:
+    """One fused pass over what is about to be saved; only where it fails, tensor by tensor, for the name of the first."""
+    tensors = {**weights(model), **optimizer_tensors(model, optimizer)}
+    own = {name: own_part(x, ranks) for name, x in tensors.items()}
+    if all(bool(x.isfinite()) for x in torch._foreach_norm(list(own.values()), math.inf)):
+        return
+    name = next(name for name, x in own.items() if not x.isfinite().all())
+    raise UserError(
+        f"{name} is not finite after step {step}, so nothing was saved; the last checkpoint is whole. "
+        "Try a lower train.learning_rate or more train.warmup_steps"
+    )
 
 
 def _hollow(config: RunConfig) -> LanguageModel:

@@ -31,6 +31,9 @@ class TrainConfig:
     weight_decay: float = 0.05  # of matrices; norms have none
     clip: float = 2.0  # of the gradient's norm; 0: none
     seed: int = 0
+    start_from: str | None = (
+        None  # a run, checkpoint or folder whose weights a new run begins with; None: fresh ones
+    )
     precision: Literal["auto", "fp32", "bf16"] = (
         "auto"  # auto: bf16 products where the hardware is faster with them
     )

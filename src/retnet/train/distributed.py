@@ -210,6 +210,15 @@ def collect(parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return found
 
 
+def own_part(x: Tensor, ranks: Ranks) -> Tensor:
+    """What this rank holds of a tensor."""
+    if ranks.alone:
+        return x
+    from torch.distributed.tensor import DTensor
+
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def complete(part: Tensor, ranks: Ranks) -> Tensor:
     """A tensor as a whole, put together if it lies in parts; all ranks must ask for it."""
     if ranks.alone:

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import RunConfig
 
-# Settings that may differ when a run is continued: they change what is kept and shown, not what is learned.
-HARMLESS = frozenset({"train.log_every", "train.checkpoint_every", "train.keep", "train.tensorboard"})
+# Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; and where text
+# lies, since what identifies a corpus is its tokens, which a checkpoint knows.
+HARMLESS = frozenset(
+    f"train.{name}"
+    for name in (
+        "log_every",
+        "eval_every",
+        "eval_tokens",
+        "checkpoint_every",
+        "keep",
+        "tensorboard",
+        "start_from",
+    )
+) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
+LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
 
 
 class RunDirectory:
@@ -66,22 +81,70 @@ class RunDirectory:
         if best_step is not None:
             write_text(self.checkpoints / "best", _name(best_step) + "\n")
 
+    def change(self, config: RunConfig, step: int, changes: list[str]) -> None:
+        """Goes on with other settings: `config.toml` says the new ones, `changes.jsonl` what changed and when."""
+        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
+        with (self.path / "changes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        write_text(self.path / "config.toml", dump(config))
+
+    def steps_done(self) -> int:
+        """Of the newest checkpoint; 0 without one."""
+        steps = self._steps()
+        return int(steps[-1].name.removeprefix("step-")) if steps else 0
+
+    def choose(self, name: str) -> None:
+        """Makes a checkpoint the newest: those after it are set aside, in `checkpoints/aside`.
+
+        Args:
+            name: "best", "last" or "step-…".
+
+        Raises:
+            UserError: no such checkpoint, or it is damaged.
+        """
+        chosen, _ = find_checkpoint(self.path, name)
+        verify(chosen)
+        for later in self._steps():
+            if later.name > chosen.name:
+                aside = self.checkpoints / "aside"
+                aside.mkdir(exist_ok=True)
+                number = sum(path.name.startswith(later.name) for path in aside.iterdir())
+                later.rename(aside / (f"{later.name}.{number}" if number else later.name))
+
     def latest(self) -> Path | None:
         """The newest complete checkpoint, verified; None if there is none yet. What an interrupted write left is removed.
 
         Raises:
-            UserError: the newest one is damaged.
+            UserError: the newest one is damaged; says which older one is whole.
         """
         for partial in self.checkpoints.glob(".*.partial"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         steps = self._steps()
         if not steps:
             return None
-        verify(steps[-1])
+        try:
+            verify(steps[-1])
+        except UserError as error:
+            whole = next((step.name for step in reversed(steps[:-1]) if _whole(step)), None)
+            instead = (
+                f"{whole} is whole: --resume --checkpoint {whole} goes on from there"
+                if whole
+                else "no older one is whole; start a new run"
+            )
+            problem = str(error).removesuffix("; take another checkpoint")
+            raise UserError(f"{problem}; {instead}") from None
         return steps[-1]
 
     def _steps(self) -> list[Path]:
         return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+
+
+def _whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def _name(step: int) -> str:
@@ -132,7 +195,7 @@ def _board(path: Path, step: int) -> Any:  # noqa: ANN401
 
 
 def differences(old: object, new: object, place: str = "") -> list[str]:
-    """Settings that differ between two configurations, as ``"train.steps: 100 → 200"``, harmless ones left out."""
+    """Settings that differ between two configurations, as ``"train.steps: 100 → 200"``, those in `HARMLESS` left out."""
     if not hasattr(old, "__dataclass_fields__") or type(old) is not type(new):
         return [] if old == new or place in HARMLESS else [f"{place}: {old!r} → {new!r}"]
     found: list[str] = []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -14,16 +17,20 @@ from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
+from retnet.train.lock import sole_owner
+from retnet.train.origin import adopt
 from retnet.train.progress import Progress
-from retnet.train.run_dir import RunDirectory, differences
+from retnet.train.run_dir import LENGTH, RunDirectory, differences
+
+Begin = Literal["new", "resume", "resume-or-start"]  # what a call of `train` is to find in the run directory
 
 
-def check(config: RunConfig, run: RunDirectory, resume: bool, ranks: Ranks) -> torch.device:
+def check(
+    config: RunConfig, run: RunDirectory, begin: Begin, checkpoint: str | None, ranks: Ranks
+) -> torch.device:
     """Says what cannot be before any work is done; sets the threads, and returns the device."""
-    if ranks.first and run.exists and not resume:
-        raise UserError(
-            f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place"
-        )
+    if ranks.first:
+        _check_run(run, begin, checkpoint)
     cost(config.model)  # shapes
     c = config.train
     if c.accumulate % ranks.world:
@@ -36,12 +43,41 @@ def check(config: RunConfig, run: RunDirectory, resume: bool, ranks: Ranks) -> t
     return ranks.device(c.device)
 
 
+def _check_run(run: RunDirectory, begin: Begin, checkpoint: str | None) -> None:
+    if run.exists and begin == "new":
+        raise UserError(
+            f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place"
+        )
+    if not run.exists and begin == "resume":
+        raise UserError(
+            f"there is no run in {run.path} to resume; leave out --resume to begin one there "
+            "(--resume-or-start does either)"
+        )
+    if checkpoint is not None and not run.exists:
+        raise UserError(f"--checkpoint {checkpoint} is of a run that is resumed, and {run.path} holds none")
+
+
 def _same_step(c: TrainConfig, world: int) -> str:
     """Settings that make the same step of passes that can be shared, if there are any."""
     passes, rows = math.lcm(c.accumulate, world), c.accumulate * c.batch_size
     if rows % passes:
         return ""
     return f" (--train.accumulate {passes} --train.batch_size {rows // passes} makes the same step)"
+
+
+@contextmanager
+def owned(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """The run directory for these processes alone; the first rank holds it for all."""
+    with ExitStack() as stack:
+        ranks.lead(lambda: stack.enter_context(sole_owner(run.path)))
+        yield
+
+
+def start_from(config: RunConfig, run: RunDirectory, ranks: Ranks) -> RunConfig:
+    """The configuration with the model and tokenizer of the weights a run starts from, if it does; see `origin.adopt`."""
+    adopted = ranks.lead(lambda: adopt(config, run))
+    text = ranks.tell(dump(adopted) if adopted else "")
+    return adopted or build(RunConfig, tomllib.loads(text))
 
 
 def prepare_data(config: RunConfig, progress: Progress, ranks: Ranks) -> Prepared:
@@ -54,7 +90,12 @@ def prepare_data(config: RunConfig, progress: Progress, ranks: Ranks) -> Prepare
 
 
 def resolve(
-    config: RunConfig, run: RunDirectory, prepared: Prepared, device: torch.device, ranks: Ranks
+    config: RunConfig,
+    run: RunDirectory,
+    prepared: Prepared,
+    device: torch.device,
+    ranks: Ranks,
+    progress: Progress,
 ) -> RunConfig:
     """Fills in what is open, and begins the run or makes sure that it was begun with the same; on the first rank."""
 
@@ -63,11 +104,22 @@ def resolve(
         new = _filled_in(config, prepared, device, old)
         if old is None:
             run.create(new, {**host.describe(), "processes": ranks.world})
-        elif changed := differences(old, new):
+            return new
+        changed = differences(old, new)
+        fixed = [change for change in changed if not change.startswith(f"{LENGTH}:")]
+        if fixed:
             raise UserError(
-                f"{run.path} was begun with other settings: {'; '.join(changed)}. "
-                "Start a new run in another --run-dir"
+                f"{run.path} was begun with other settings: {'; '.join(fixed)}. Start a new run in another --run-dir; "
+                f"--init {run.path} begins it with these weights"
             )
+        done = run.steps_done()
+        if new.train.steps < done:
+            raise UserError(
+                f"{run.path} has made {done} steps already; train.steps {new.train.steps} is less"
+            )
+        if changed:
+            run.change(new, done, changed)
+            progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
         return new
 
     resolved = ranks.lead(begin)

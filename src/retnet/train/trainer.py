@@ -13,7 +13,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from retnet.train.objective import Objective, Quality, count, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.progress import Progress
 from retnet.train.run_dir import Metrics, RunDirectory
-from retnet.train.start import check, prepare_data, resolve
+from retnet.train.start import Begin, check, owned, prepare_data, resolve, start_from
 
 Forward = Callable[..., Any]
 
@@ -48,31 +48,43 @@ class Outcome(NamedTuple):
 
 
 def train(
-    config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    begin: Begin = "new",
+    checkpoint: str | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Trains a model into a run directory, in this process or in all those that torchrun started.
 
     Args:
         config: what to train. What it leaves open (vocabulary, precision) is resolved and written to `config.toml`.
         run_dir: a directory of its own for this run; of several processes, the first alone reads and writes it.
-        resume: continue the run in `run_dir` from its newest checkpoint, or from the start if it has none yet.
+        begin: ``"new"``: a run that is not there yet; ``"resume"``: go on with the run in `run_dir` from its newest
+            checkpoint, or from the start if it has none yet; ``"resume-or-start"``: whichever fits.
+        checkpoint: a checkpoint of the run to go on from instead; later ones are set aside.
         progress: where to show how it goes, of several processes the first; default: nowhere.
 
     Raises:
-        UserError: the directory holds a run already (or none to resume, or one of another configuration), the data
-            cannot be used, the processes cannot share a step, or the loss became NaN or infinite.
+        UserError: the directory holds a run already (or none to resume, or one of another configuration, or another
+            process trains in it), the data cannot be used, the processes cannot share a step, or a loss, gradient or
+            weight is not a finite number.
     """
     run = RunDirectory(Path(run_dir))
-    with processes() as ranks:
+    with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else Progress.silent()
-        device = ranks.together(lambda: check(config, run, resume, ranks))
+        device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
+        stack.enter_context(owned(run, ranks))
+        if checkpoint is not None:
+            ranks.lead(lambda: run.choose(checkpoint))
+        config = start_from(config, run, ranks)
         if not ranks.alone:
             share = config.train.accumulate // ranks.world
             progress.say(
                 f"{ranks.world} processes, each with {share} of the {config.train.accumulate} passes of a step"
             )
         prepared = prepare_data(config, progress, ranks)
-        config = resolve(config, run, prepared, device, ranks)
+        config = resolve(config, run, prepared, device, ranks, progress)
         trainer = _Trainer(config, run, prepared, progress, device, ranks)
         with _signals() as stopped:
             return trainer.loop(stopped)

@@ -1,0 +1,101 @@
+"""Starting a new run from weights that exist: those of a run, a checkpoint, or another library's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retnet.convert import read
+from retnet.convert.own import TOKENIZER
+from retnet.data.config import DataConfig
+from retnet.io import write_text
+from retnet.model import LanguageModel, ModelConfig
+from retnet.model.checkpoint import weights
+from retnet.settings import UserError
+from retnet.train.config import RunConfig
+from retnet.train.run_dir import RunDirectory
+
+ORIGIN = "origin.json"  # in a run directory: where its weights came from, and their hashes
+_FREE = (
+    "vocab_size",
+    "dropout",
+    "init",
+)  # of a model: what does not change the function that its weights compute
+
+
+def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
+    """A configuration with the model and tokenizer of the weights it starts from.
+
+    The tokenizer is copied into the run directory, which must not depend on another one.
+
+    Raises:
+        UserError: nothing readable there, a [model] that is another one, or a tokenizer that is.
+    """
+    source = config.train.start_from
+    if source is None:
+        return config
+    if run.exists:
+        old = run.config()
+        tokenizer = run.path / TOKENIZER
+        data = replace(config.data, tokenizer=str(tokenizer)) if tokenizer.is_file() else config.data
+        train = replace(config.train, start_from=old.train.start_from)
+        return replace(config, model=old.model, data=data, train=train)
+    found = read(source)
+    if config.model != ModelConfig():
+        other = _differences(config.model, found.config)
+        if other:
+            raise UserError(
+                f"--init {source} holds another model than [model] describes: {'; '.join(other)}. "
+                "Leave [model] out to take that of the weights, or make it the same"
+            )
+    model = replace(found.config, dropout=config.model.dropout)
+    config = replace(config, model=model)
+    if TOKENIZER not in found.tokenizer:
+        return config
+    if config.data.tokenizer != DataConfig().tokenizer:
+        given = Path(config.data.tokenizer)
+        if not given.is_file() or given.read_bytes() != found.tokenizer[TOKENIZER]:
+            raise UserError(
+                f"--init {source} was trained with a tokenizer of its own, and data.tokenizer is "
+                f"{config.data.tokenizer!r}; leave data.tokenizer out"
+            )
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / TOKENIZER).write_bytes(found.tokenizer[TOKENIZER])
+    return replace(config, data=replace(config.data, tokenizer=str(run.path / TOKENIZER)))
+
+
+def fill(model: LanguageModel, config: RunConfig, run: RunDirectory) -> None:
+    """Gives a fresh model the weights its run starts from, in its own type; `origin.json` says which they were.
+
+    Raises:
+        UserError: they are not what they were when the run was begun.
+    """
+    source = config.train.start_from
+    if source is None:
+        return
+    found = read(source)
+    record = run.path / ORIGIN
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] != dict(found.hashes):
+        raise UserError(
+            f"{source} has changed since {run.path} was begun from it; restore it, or begin another run"
+        )
+    with torch.no_grad():
+        for name, tensor in weights(model).items():
+            tensor.copy_(found.tensors[name])
+    about = {"source": str(source), "kind": found.kind, "sha256": dict(found.hashes)}
+    write_text(record, json.dumps(about, indent=2) + "\n")
+
+
+def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  # noqa: ANN401
+    if not is_dataclass(wanted) or type(wanted) is not type(there):
+        return [] if wanted == there else [f"{place} {wanted!r}, there {there!r}"]
+    found: list[str] = []
+    for field in fields(wanted):
+        if place != "model" or field.name not in _FREE:
+            name = field.name
+            found += _differences(getattr(wanted, name), getattr(there, name), f"{place}.{name}")
+    return found
