@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retnet.model import LanguageModel, ModelConfig
+    from retnet.model.hf import RetNetForCausalLM
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "ModelConfig", "__version__"]
+__all__ = ["LanguageModel", "ModelConfig", "RetNetForCausalLM", "__version__"]
 
-_HOME = {"LanguageModel": "retnet.model", "ModelConfig": "retnet.model"}
+_HOME = {
+    "LanguageModel": "retnet.model",
+    "ModelConfig": "retnet.model",
+    "RetNetForCausalLM": "retnet.model.hf",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 hands out any attribute)

@@ -1,4 +1,4 @@
-"""Small models with the interface of `LanguageModel`, whose behaviour is known."""
+"""Small models whose behaviour is known, and a decoder of them."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from retnet.data import Tokenizer
+from retnet.engine import Decoder
+from retnet.mixers.states import join_rows, select_rows
 
 
 class ToyState(NamedTuple):
@@ -23,8 +25,6 @@ class Toy(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.embedding = torch.nn.Parameter(torch.randn(vocab_size, width, generator=generator).double())
         self.head = torch.nn.Parameter(torch.randn(width, vocab_size, generator=generator).double())
-        self.prefills: list[tuple[int, int]] = []  # shapes of the tokens of each call
-        self.steps: list[int] = []  # rows of each call
         self.eval()
 
     def init_state(self, batch, *, device=None, dtype=None):
@@ -33,7 +33,6 @@ class Toy(torch.nn.Module):
 
     def prefill(self, tokens, state, *, mask=None):
         assert mask is None
-        self.prefills.append(tuple(tokens.shape))
         logits = []
         for token in tokens.unbind(1):
             last, state = self._advance(token, state)
@@ -41,7 +40,6 @@ class Toy(torch.nn.Module):
         return torch.stack(logits, 1), state
 
     def step(self, tokens, state):
-        self.steps.append(len(tokens))
         logits, (new,) = self._advance(tokens, state)
         for old, value in zip(state[0], new, strict=True):  # in place, as a model may
             old.copy_(value)
@@ -61,7 +59,6 @@ class Script(torch.nn.Module):
         self.config = SimpleNamespace(vocab_size=vocab_size)
         self.scripts = {ord(prompt): list(script) for prompt, script in scripts.items()}
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.steps: list[int] = []
         self.eval()
 
     def init_state(self, batch, *, device=None, dtype=None):
@@ -73,7 +70,6 @@ class Script(torch.nn.Module):
         return torch.stack([self._logits(state), self._logits(state)], 1), state
 
     def step(self, tokens, state):
-        self.steps.append(len(tokens))
         for token, (script, place) in zip(tokens.tolist(), state[0].tolist(), strict=True):
             assert token == self.scripts[script][place], "a row was given another row's token"
         state[0][:, 1] += 1
@@ -86,6 +82,49 @@ class Script(torch.nn.Module):
         return logits
 
 
+class ToyDecoder(Decoder):
+    """A slot is an entry of a list; one that nobody has filled holds nothing, and using it is an error."""
+
+    def __init__(self, model, slots=64):
+        self.model, self.slots, self.vocab_size = model, slots, model.config.vocab_size
+        self.device = torch.device("cpu")
+        self.states = [None] * slots
+        self.prefills: list[list[int]] = []  # lengths of the pieces of each call
+        self.steps: list[int] = []  # rows of each call
+
+    def prefill(self, tokens, cu_seqlens, slots):
+        lengths = cu_seqlens.diff().tolist()
+        self.prefills.append(lengths)
+        logits = []
+        for piece, slot in zip(tokens.split(lengths), slots.tolist(), strict=True):
+            last, self.states[slot] = self.model.prefill(piece[None], self.states[slot])
+            logits.append(last[:, -1])
+        return torch.cat(logits)
+
+    def step(self, tokens, slots):
+        self.steps.append(len(tokens))
+        logits, state = self.model.step(tokens, join_rows([self.states[slot] for slot in slots.tolist()]))
+        self.write(slots, state)
+        return logits
+
+    def reset(self, slots):
+        for slot in slots.tolist():
+            self.states[slot] = self.model.init_state(1)
+
+    def copy(self, source, target):
+        self.write(target, self.read(source))
+
+    def read(self, slots):
+        return join_rows([select_rows(self.states[slot], [0]) for slot in slots.tolist()])
+
+    def write(self, slots, state):
+        for row, slot in enumerate(slots.tolist()):
+            self.states[slot] = select_rows(state, [row])
+
+    def state_bytes(self, tokens):
+        return 1000
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return Tokenizer.load("bytes")
@@ -93,9 +132,26 @@ def tokenizer():
 
 @pytest.fixture
 def toy():
-    return Toy()
+    """A decoder of `Toy`."""
+    return ToyDecoder(Toy())
 
 
 @pytest.fixture
 def scripted():
+    """Makes a decoder of a `Script`."""
+    return lambda scripts, **options: ToyDecoder(Script(scripts, **options))
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    return Toy()
+
+
+@pytest.fixture(scope="session")
+def script():
     return Script
+
+
+@pytest.fixture(scope="session")
+def decoder_of():
+    return ToyDecoder

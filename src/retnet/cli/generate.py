@@ -6,6 +6,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,7 @@ from retnet.io import decode, read_text
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
-    from retnet.engine import Completion, Decoding, Stats
+    from retnet.engine import Completion, Event, Stats
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
@@ -96,7 +97,7 @@ def command(
     """
     texts = _prompts(prompts, prompt_file, prompt_lines)
 
-    from retnet.engine import Decoding, Sampling, open_run
+    from retnet.engine import SLOTS, Engine, Request, Sampling, open_run
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -104,28 +105,30 @@ def command(
     opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
     if checkpoint is None and opened.chosen == "last":
         click.echo(f"no best checkpoint yet: using last ({opened.checkpoint.name})", err=True)
-    decoding = Decoding(
-        opened.model,
-        opened.tokenizer,
-        texts,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop=stop,
-        seed=seed,
-        samples=samples,
-    )
+    engine = Engine(opened.model, opened.tokenizer, slots=min(SLOTS, len(texts) * samples))
+    for text in texts:
+        engine.submit(
+            Request(text, max_tokens=max_tokens, sampling=sampling, stop=stop, seed=seed, samples=samples)
+        )
+    show: AsMade | InOrder
+    if as_json:
+        show = InOrder(len(texts), samples, lambda p, s, done: _json_line(texts[p], s, done))
+    elif len(texts) * samples == 1:
+        show = AsMade()
+    else:
+        show = InOrder(len(texts), samples, partial(_headed, prompts=len(texts), samples=samples))
     interrupted = False
     try:
-        if as_json:
-            _print_in_order(decoding, lambda p, s, done: _json_line(texts[p], s, done))
-        elif len(texts) * samples == 1:
-            _print_as_made(decoding)
-        else:
-            _print_in_order(decoding, lambda p, s, done: _headed(p, s, done, len(texts), samples))
+        for event in engine.events():
+            show.see(event)
     except KeyboardInterrupt:
         interrupted = True
+        for request in range(len(texts)):
+            engine.cancel(request)
+        for event in engine.events():  # what there is of the texts that were under way
+            show.see(event)
     if stats:
-        click.echo(_speed(decoding.stats), err=True)
+        click.echo(_speed(engine.stats), err=True)
     if interrupted:
         sys.exit(INTERRUPTED)
 
@@ -150,44 +153,45 @@ def _standard_input() -> str:
         raise UserError(f"cannot read standard input: {error.strerror}") from None
 
 
-def _print_as_made(decoding: Decoding) -> None:
+class AsMade:
     """Prints the one text there is as it is made; after Ctrl-C, also what waited to become a stop string."""
-    shown = 0
-    try:
-        for piece in decoding:
-            _write(piece.text)
-            shown += len(piece.text)
-    except KeyboardInterrupt:
-        _write(decoding.completions()[0][0].text[shown:] + "\n")
-        raise
-    _write("\n")
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def see(self, event: Event) -> None:
+        """Prints what is new: at the end all that was not printed, for an interrupt may have swallowed an event."""
+        text = event.text if event.completion is None else event.completion.text[self._shown :]
+        self._shown += len(text)
+        _write(text if event.completion is None else text + "\n")
 
 
-def _print_in_order(decoding: Decoding, form: Callable[[int, int, Completion], str]) -> None:
+class InOrder:
     """Prints each text once it and those before it are complete; after Ctrl-C, what there is of the others.
 
     Args:
-        decoding: makes the texts.
+        prompts: how many.
+        samples: of each.
         form: what to print for a prompt's number, a sample's number (both from 0) and what became of it.
     """
-    order = deque((p, s) for p, rows in enumerate(decoding.completions()) for s in range(len(rows)))
-    done: dict[tuple[int, int], Completion] = {}
-    try:
-        for piece in decoding:
-            if piece.completion is not None:
-                done[piece.prompt, piece.sample] = piece.completion
-            while order and order[0] in done:
-                _write(form(*order[0], done.pop(order[0])))
-                order.popleft()
-    except KeyboardInterrupt:
-        rows = decoding.completions()
-        for p, s in order:
-            if rows[p][s].tokens:
-                _write(form(p, s, rows[p][s]))
-        raise
+
+    def __init__(self, prompts: int, samples: int, form: Callable[[int, int, Completion], str]) -> None:
+        self._order = deque((p, s) for p in range(prompts) for s in range(samples))
+        self._done: dict[tuple[int, int], Completion] = {}
+        self._form = form
+
+    def see(self, event: Event) -> None:
+        """Prints what can be printed now."""
+        if event.completion is not None:
+            self._done[event.request, event.sample] = event.completion
+        while self._order and self._order[0] in self._done:
+            place = self._order.popleft()
+            completion = self._done.pop(place)
+            if completion.finish != "interrupted" or completion.tokens:
+                _write(self._form(*place, completion))
 
 
-def _headed(prompt: int, sample: int, done: Completion, prompts: int, samples: int) -> str:
+def _headed(prompt: int, sample: int, done: Completion, *, prompts: int, samples: int) -> str:
     name = [f"prompt {prompt + 1}"] * (prompts > 1) + [f"sample {sample + 1}"] * (samples > 1)
     ending = {"stop": "stop string", "end": "end of text", "length": "token limit"}.get(done.finish)
     count = f"{len(done.tokens)} token{'s' * (len(done.tokens) != 1)}"

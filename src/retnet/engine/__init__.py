@@ -1,23 +1,28 @@
-"""Inference: opening a run, sampling, streaming text. Every token costs the same, however long the text."""
+"""Inference: opening a run, continuous batching, sampling, streaming text. A token costs the same at any length."""
 
 from retnet.engine.cpu_decoder import Stepper
 from retnet.engine.decoder import ComposedDecoder, Decoder, choose_decoder
-from retnet.engine.decoding import Completion, Decoding, Piece, Stats, generate
+from retnet.engine.engine import SLOTS, Engine
+from retnet.engine.generation import generate
 from retnet.engine.load import Run, open_run
 from retnet.engine.quantise import quantise
+from retnet.engine.requests import Completion, Event, Request, Stats, TokenLogprobs
 from retnet.engine.sampling import Sampling, probabilities, sample
 from retnet.model.runs import find_checkpoint
 
 __all__ = [
+    "SLOTS",
     "Completion",
     "ComposedDecoder",
     "Decoder",
-    "Decoding",
-    "Piece",
+    "Engine",
+    "Event",
+    "Request",
     "Run",
     "Sampling",
     "Stats",
     "Stepper",
+    "TokenLogprobs",
     "choose_decoder",
     "find_checkpoint",
     "generate",

@@ -81,6 +81,10 @@ class Decoder(ABC):
     def write(self, slots: Tensor, state: ModelState) -> None:
         """Puts the rows of a state, as `read` and `LanguageModel.prefill` give it, in the place of what slots held."""
 
+    @abstractmethod
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence's state after so many tokens: a constant, but where a cache grows."""
+
 
 class ComposedDecoder(Decoder):
     """The decoder of any mixer on any device, made of the model's own parts: the law that faster ones are tested against.
@@ -183,6 +187,11 @@ class ComposedDecoder(Decoder):
             )
         for pool, layer in zip(self.pools, state, strict=True):
             pool.write(rows_of(slots, self.device), type(layer)(*(part.to(self.device) for part in layer)))
+
+    def state_bytes(self, tokens: int) -> int:
+        """See `Decoder.state_bytes`."""
+        dtype = self._model.embedding.weight.dtype
+        return sum(cast("Block", block).mixer.state_bytes(tokens, dtype) for block in self._model.blocks)
 
     def _check_slots(self, slots: Tensor, *, least: int = 0, repeated: bool = False) -> list[int]:
         if slots.dtype is not torch.int64 or slots.dim() != 1 or not slots.is_cpu:

@@ -1,11 +1,26 @@
 import pytest
 import torch
 
-from retnet.engine import Completion, Decoding, Sampling, generate, probabilities
+from retnet.engine import Completion, Engine, Request, Sampling, generate, probabilities
+from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
 
 GREEDY = Sampling(temperature=0)
 BOS = 256
+
+
+def run(decoder, tokenizer, prompts, *, slots=None, prefill_tokens=256, **options):
+    """The engine, when it has made everything, and the completions."""
+    engine = Engine(decoder, tokenizer, slots=slots, prefill_tokens=prefill_tokens)
+    for prompt in prompts:
+        engine.submit(Request(prompt, **options))
+    return engine, finished(engine.events())
+
+
+def finished(events):
+    """Completions of each request, by sample."""
+    done = {(event.request, event.sample): event.completion for event in events if event.completion}
+    return [[done[key] for key in sorted(done) if key[0] == p] for p in sorted({p for p, _ in done})]
 
 
 def texts(completions):
@@ -23,7 +38,7 @@ def test_greedy_decoding_equals_reading_everything_anew_for_each_token(toy, toke
     (only,) = generate(toy, tokenizer, ["héllo"], max_tokens=30, sampling=GREEDY)[0]
     read = [BOS, *"héllo".encode()]
     for token in only.tokens:
-        logits, _ = toy.prefill(torch.tensor([read]), toy.init_state(1))
+        logits, _ = toy.model.prefill(torch.tensor([read]), toy.model.init_state(1))
         assert token == logits[0, -1].argmax()
         read.append(token)
     assert len(only.tokens) == 30
@@ -33,7 +48,7 @@ def test_greedy_decoding_equals_reading_everything_anew_for_each_token(toy, toke
 
 def test_samples_follow_the_distribution(toy, tokenizer):
     sampling = Sampling(temperature=2, top_k=5)
-    logits, _ = toy.prefill(torch.tensor([[BOS, 65]]), toy.init_state(1))
+    logits, _ = toy.model.prefill(torch.tensor([[BOS, 65]]), toy.model.init_state(1))
     expected = probabilities(logits[:, -1], sampling)[0]
     n = 4000
     rows = generate(toy, tokenizer, ["A"], max_tokens=1, sampling=sampling, samples=n)[0]
@@ -56,42 +71,46 @@ def test_a_sample_depends_on_prompt_seed_and_its_number_only(toy, tokenizer):
     assert len(set(three)) == 3
     assert ids_of(["ab"], samples=3, seed=1)[0] != three
     assert len({*three, *ids_of(["ab"], samples=3, seed=1)[0]}) == 6
-    for batch_size in (1, 2, 5):
-        decoding = Decoding(toy, tokenizer, ["x", "ab"], max_tokens=20, samples=3, batch_size=batch_size)
-        list(decoding)
-        assert ids(decoding.completions())[1] == three
+    for slots in (1, 2, 5):
+        _, got = run(toy, tokenizer, ["x", "ab"], max_tokens=20, samples=3, slots=slots)
+        assert ids(got)[1] == three
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_a_prompt_in_pieces_is_the_prompt(toy, tokenizer, size):
     prompt = "It is a truth universally acknowledged, " * 4
     whole = generate(toy, tokenizer, [prompt], max_tokens=12)
+    engine = Engine(toy, tokenizer, prefill_tokens=size)
+    engine.submit(Request("running", max_tokens=1000))  # so that a step reads no more than this
+    engine.step()
     toy.prefills.clear()
-    decoding = Decoding(toy, tokenizer, [prompt], max_tokens=12, prefill_size=size)
-    list(decoding)
-    assert decoding.completions() == whole
-    assert max(length for _, length in toy.prefills) == size
-    assert sum(length for _, length in toy.prefills) == whole[0][0].prompt_tokens == 161
+    number = engine.submit(Request(prompt, max_tokens=12))
+    events = []
+    while not any(event.completion for event in events):
+        events = [event for event in engine.step() if event.request == number]
+    assert events[0].completion == whole[0][0]
+    assert max(max(lengths) for lengths in toy.prefills) == size
+    assert sum(sum(lengths) for lengths in toy.prefills) == whole[0][0].prompt_tokens == 161
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(toy, tokenizer):
-    list(Decoding(toy, tokenizer, ["abc", ""], max_tokens=3, samples=5, batch_size=2))
-    assert toy.prefills == [(1, 4), (1, 1)]
+    run(toy, tokenizer, ["abc", ""], max_tokens=3, samples=5, slots=2)
+    assert toy.prefills == [[4, 1]]
 
 
-def test_ids_beyond_the_tokenizer_are_never_chosen(scripted, tokenizer):
-    class Wide(scripted):
+def test_ids_beyond_the_tokenizer_are_never_chosen(script, decoder_of, tokenizer):
+    class Wide(script):
         def _logits(self, state):
             logits = super()._logits(state)
             logits[:, 257:] = 100.0
             return logits
 
-    model = Wide({"a": b"xyz"}, vocab_size=320)
+    model = decoder_of(Wide({"a": b"xyz"}, vocab_size=320))
     assert texts(generate(model, tokenizer, ["a"], max_tokens=9)) == [["xyz"]]
 
 
-def test_the_penalty_knows_prompt_and_output_but_not_the_beginning(scripted, tokenizer):
-    class Fixed(scripted):
+def test_the_penalty_knows_prompt_and_output_but_not_the_beginning(script, decoder_of, tokenizer):
+    class Fixed(script):
         """Likes 1, 2, 3, 4, then BOS, whatever was said."""
 
         def step(self, tokens, state):
@@ -103,7 +122,7 @@ def test_the_penalty_knows_prompt_and_output_but_not_the_beginning(scripted, tok
             return logits
 
     sampling = Sampling(temperature=0, repetition_penalty=100)
-    (only,) = generate(Fixed({}), tokenizer, ["\x02"], max_tokens=9, sampling=sampling)[0]
+    (only,) = generate(decoder_of(Fixed({})), tokenizer, ["\x02"], max_tokens=9, sampling=sampling)[0]
     assert only.tokens == (1, 3, 4)
     assert only.finish == "end"
 
@@ -131,9 +150,8 @@ def test_rows_that_end_leave_the_batch_and_change_nothing_for_the_others(scripte
 def test_waiting_rows_take_the_places_of_those_that_ended(scripted, tokenizer):
     scripts = {"a": b"1", "b": b"22222", "c": b"333", "d": b"", "e": b"4444444"}
     model = scripted(scripts)
-    decoding = Decoding(model, tokenizer, list(scripts), max_tokens=9, samples=2, batch_size=3)
-    list(decoding)
-    assert texts(decoding.completions()) == [[text.decode()] * 2 for text in scripts.values()]
+    _, got = run(model, tokenizer, list(scripts), max_tokens=9, samples=2, slots=3)
+    assert texts(got) == [[text.decode()] * 2 for text in scripts.values()]
     assert max(model.steps) == 3
 
 
@@ -152,7 +170,8 @@ def test_a_stop_string_over_several_tokens_is_never_shown(scripted, tokenizer):
 @pytest.mark.parametrize(("limit", "finish"), [(3, "length"), (9, "end")])
 def test_what_was_held_back_comes_out_at_the_end(scripted, tokenizer, limit, finish):
     model = scripted({"a": b"xST"})
-    pieces = list(Decoding(model, tokenizer, ["a"], max_tokens=limit, stop=["STOP"]))
+    pieces = []
+    generate(model, tokenizer, ["a"], max_tokens=limit, stop=["STOP"], on_text=pieces.append)
     assert "".join(piece.text for piece in pieces) == "xST"
     assert [piece.completion for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].completion == Completion("xST", tuple(b"xST"), finish, 2)
@@ -190,13 +209,14 @@ def test_a_character_cut_by_the_limit_reads_as_decode_reads_it(scripted, tokeniz
 
 
 def test_pieces_add_up_to_the_texts(toy, tokenizer):
-    decoding = Decoding(toy, tokenizer, ["a", "b"], max_tokens=40, samples=2, stop=["e"], batch_size=3)
     added = [["", ""], ["", ""]]
     last = {}
-    for piece in decoding:
-        added[piece.prompt][piece.sample] += piece.text
-        last[piece.prompt, piece.sample] = piece.completion
-    got = decoding.completions()
+
+    def see(event):
+        added[event.request][event.sample] += event.text
+        last[event.request, event.sample] = event.completion
+
+    got = generate(toy, tokenizer, ["a", "b"], max_tokens=40, samples=2, stop=["e"], on_text=see)
     assert added == texts(got)
     assert [[last[p, s] for s in (0, 1)] for p in (0, 1)] == got
 
@@ -205,41 +225,71 @@ def test_pieces_add_up_to_the_texts(toy, tokenizer):
 
 
 def test_leaving_early_keeps_what_was_made(scripted, tokenizer):
-    decoding = Decoding(
-        scripted({"a": b"xSTOP", "b": b"y"}), tokenizer, ["a", "b"], max_tokens=9, stop=["STOP"]
-    )
-    for piece in decoding:
-        if piece.prompt == 0 and len(decoding.completions()[0][0].tokens) == 3:
+    engine = Engine(scripted({"a": b"xSTOP", "b": b"y"}), tokenizer)
+    for prompt in "ab":
+        engine.submit(Request(prompt, max_tokens=9, stop=["STOP"]))
+    seen = []
+    for event in engine.events():
+        seen.append(event)
+        if sum(event.request == 0 for event in seen) == 3:
             break
-    first, second = (rows[0] for rows in decoding.completions())
+    assert engine.cancel(0)
+    assert not engine.cancel(1)
+    seen += engine.events()
+    first, second = (rows[0] for rows in finished(seen))
     assert first == Completion("xST", tuple(b"xST"), "interrupted", 2)
     assert second.text == "y"
+    assert "".join(event.text for event in seen if event.request == 0) == "xST"
+    assert not engine.busy
 
 
 def test_nothing_of_inference_mode_leaks_into_the_loop(toy, tokenizer):
-    for _ in Decoding(toy, tokenizer, ["a"], max_tokens=2):
+    def see(event):
         assert not torch.is_inference_mode_enabled()
-        assert (toy.embedding * 2).requires_grad
+        assert (toy.model.embedding * 2).requires_grad
+
+    generate(toy, tokenizer, ["a"], max_tokens=2, on_text=see)
 
 
 def test_stats_count_every_token(toy, tokenizer):
-    decoding = Decoding(toy, tokenizer, ["abc", ""], max_tokens=5, samples=2)
-    list(decoding)
-    total = sum(len(row.tokens) for rows in decoding.completions() for row in rows)
+    engine, got = run(toy, tokenizer, ["abc", ""], max_tokens=5, samples=2)
+    total = sum(len(row.tokens) for rows in got for row in rows)
     assert total == 20
-    assert decoding.stats.prefill_tokens == 5
-    assert decoding.stats.decode_tokens == total - 4
-    assert decoding.stats.prefill_seconds > 0
-    assert decoding.stats.decode_seconds > 0
+    assert engine.stats.prefill_tokens == 5
+    assert engine.stats.decode_tokens == total - 4
+    assert engine.stats.prefill_seconds > 0
+    assert engine.stats.decode_seconds > 0
 
 
 def test_no_prompts_give_no_completions(toy, tokenizer):
     assert generate(toy, tokenizer, [], max_tokens=5) == []
 
 
-def test_a_model_in_training_mode_is_refused(toy, tokenizer):
+def test_a_model_in_training_mode_is_refused(tokenizer):
+    model = LanguageModel(ModelConfig(vocab_size=257, d_model=32, num_layers=1)).train()
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
-        generate(toy.train(), tokenizer, ["a"], max_tokens=1)
+        generate(model, tokenizer, ["a"], max_tokens=1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_without_meaning_fail_their_own_request_alone(script, decoder_of, tokenizer, bad):
+    class Diverged(script):
+        def _logits(self, state):
+            logits = super()._logits(state)
+            logits[state[0][:, 1] == 2] = bad
+            return logits
+
+    decoder = decoder_of(Diverged({"a": b"xyzuv", "b": b"s"}))
+    engine = Engine(decoder, tokenizer)
+    for prompt in "ab":
+        engine.submit(Request(prompt, max_tokens=9))
+    events = [event for _ in range(9) for event in engine.step()]
+    assert finished(events) == [
+        [Completion("xy", tuple(b"xy"), "failed", 2)],
+        [Completion("s", tuple(b"s"), "end", 2)],
+    ]
+    with pytest.raises(UserError, match="not finite"):
+        generate(decoder, tokenizer, ["a"], max_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +300,8 @@ def test_a_model_in_training_mode_is_refused(toy, tokenizer):
         ({"seed": -1}, "seed must be a whole number of 0 or more, got -1"),
         ({"seed": 0.5}, "seed must be"),
         ({"stop": [""]}, "stop string"),
-        ({"stop": "abc"}, "lists of strings"),
-        ({"prompts": "abc"}, "lists of strings"),
+        ({"stop": "abc"}, "list of strings"),
+        ({"prompts": "abc"}, "list of strings"),
     ],
 )
 def test_mistakes_are_named(toy, tokenizer, options, message):

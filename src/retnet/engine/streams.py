@@ -1,0 +1,97 @@
+"""One continuation in the making: from tokens to text, until a stop string, a stop token or the limit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retnet.engine.requests import Completion, Event, Finish, Request, TokenLogprobs
+from retnet.engine.stops import StopScanner
+
+if TYPE_CHECKING:
+    from retnet.data import Tokenizer
+
+
+class Stream:
+    """One sample of one request.
+
+    Args:
+        request: its id.
+        asked: what it is.
+        sample: which sample, from 0.
+        tokenizer: makes text of ids.
+
+    Attributes:
+        finish: why it ended; None while it is under way.
+        tokens: the ids generated so far.
+        chance: numbers for its draws, its own.
+        prompt_tokens: of the prompt; set, as `cached_tokens`, `slot` and `bytes` are, by whoever lets it run.
+        cached_tokens: of these, how many were not read.
+        slot: where its state lies.
+        bytes: what that may come to.
+    """
+
+    def __init__(self, request: int, asked: Request, sample: int, tokenizer: Tokenizer) -> None:
+        self.request, self.asked, self.sample = request, asked, sample
+        self.finish: Finish | None = None
+        self.tokens: list[int] = []
+        self.prompt_tokens = self.cached_tokens = self.bytes = 0
+        self.slot = -1
+        self.chance = np.random.default_rng([asked.seed, sample])
+        self.ends: dict[int, Finish] = {tokenizer.bos_id: "end", **dict.fromkeys(asked.stop_tokens, "stop")}
+        self._text, self._scanner = tokenizer.stream(), StopScanner(asked.stop)
+        self._unsent = ""
+        if asked.echo:
+            self._unsent = asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(asked.prompt)
+        self._parts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether the next token may not end the text."""
+        return len(self.tokens) < self.asked.min_tokens
+
+    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
+        """Takes the next token; sets `finish` when it is the last."""
+        text, ends = "", token in self.ends
+        if ends:
+            self.finish = self.ends[token]
+        else:
+            free = not self.must_go_on
+            self.tokens.append(token)
+            text = self._text.push(token)
+            if free:
+                text = self._scanner.push(text)
+            if logprobs is not None:
+                self._logprobs.append(logprobs)
+            if len(self.tokens) == self.asked.max_tokens:
+                self.finish = "length"
+        if self.finish is not None:  # what the text and the scanner waited with comes out
+            text += self._scanner.push(self._text.finish())
+            text += self._scanner.finish()
+        if self._scanner.stopped:
+            self.finish = "stop"
+        return self._event(text, None if ends else token, None if ends else logprobs)
+
+    def end(self, finish: Finish) -> Event:
+        """Ends it from outside; what waited to become a stop string is part of the text."""
+        self.finish = finish
+        return self._event(self._scanner.finish(), None, None)
+
+    def _event(self, text: str, token: int | None, logprobs: TokenLogprobs | None) -> Event:
+        text, self._unsent = self._unsent + text, ""
+        self._parts.append(text)
+        return Event(self.request, self.sample, text, token, logprobs, self._completion())
+
+    def _completion(self) -> Completion | None:
+        if self.finish is None:
+            return None
+        return Completion(
+            "".join(self._parts),
+            tuple(self.tokens),
+            self.finish,
+            self.prompt_tokens,
+            self.cached_tokens,
+            tuple(self._logprobs),
+        )
