@@ -143,9 +143,8 @@ def test_killed_and_resumed_is_bit_identical(kill, uninterrupted, config_file, t
 def test_killed_many_times(uninterrupted, config_file, tmp_path):
     run_dir = tmp_path / "run"
     for n in (9, 8, 7):
-        result = drive(
-            config_file, run_dir, "--resume", "--kill", f"retnet.train.objective:Objective.forward:{n}"
-        )
+        kill = f"retnet.train.objective:Objective.forward:{n}"
+        result = drive(config_file, run_dir, "--resume-or-start", "--kill", kill)
         assert result.returncode == -9
     assert drive(config_file, run_dir, "--resume").returncode == 0
     assert_identical(run_dir, uninterrupted)
