@@ -108,10 +108,19 @@ def test_rows_of_a_batch_are_at_their_own_places():
     exact.blocks[1].mixer.theta.mul_(2)  # `double` has computed them anew
     with torch.no_grad():
         texts = [torch.cat([tokens[i, :n], tokens[i, :1]])[None] for i, n in enumerate((9, 1, 4))]
-        want = torch.cat([exact.prefill(text, exact.init_state(1))[0][:, -1] for text in texts])
-        states = [module.prefill(text[:, :-1], module.init_state(1))[1] for text in texts]
+        want = torch.cat([layer_by_layer(exact, text)[0][:, -1] for text in texts])
+        states = [layer_by_layer(module, text[:, :-1])[1] for text in texts]
         got = step(module, tokens[:, 0], join_rows(states))
     assert relative(got, want) < 1e-4
+
+
+def layer_by_layer(model, tokens):
+    """`prefill`, but that each layer turns by its own θ: a model hands all of them the angles of its first."""
+    x, after = model.embedding(tokens), []
+    for block, before in zip(model.blocks, model.init_state(len(tokens)), strict=True):
+        x, state = block.prefill(x, before)
+        after.append(state)
+    return model.head(model.norm(x)), tuple(after)
 
 
 CHANGES = {

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from retnet.mixers import RetentionConfig
+from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost, kv_cache_bytes
+from retnet.nn import rotary
+from retnet.ops import rotation
 from retnet.settings import UserError, config_path, load, shipped_configs
 from retnet.train.config import RunConfig
 from tests.helpers.parity import assert_rows_independent, assert_three_ways_agree, relative, run_three_ways
@@ -232,3 +234,27 @@ def test_rows_of_caches_that_grow_are_joined():
     from retnet.mixers.states import join_rows
 
     assert join_rows([(torch.ones(1, 2, 3),), (torch.ones(2, 5, 3),)])[0].shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("mixer", ["retention", "softmax", "linear", "gated_retention"])
+def test_angles_are_computed_once_a_pass(mixer, monkeypatch):
+    """cos and sin are those of positions, not of layers; a mixer alone makes its own, which are the same."""
+    made = []
+    monkeypatch.setattr(rotary, "rotation", lambda *args: made.append(args) or rotation(*args))
+    module = LanguageModel(
+        small("paper/200m", num_layers=3, mixer=MIXERS[mixer].Config(num_heads=2))
+    ).double()
+    tokens, bounds = torch.randint(61, (1, 9)), torch.tensor([0, 4, 9], dtype=torch.int32)
+    for cu_seqlens in (None, bounds):
+        made.clear()
+        whole = module.features(tokens, cu_seqlens)
+        assert len(made) == 1
+        x = module.embedding(tokens)
+        for block in module.blocks:
+            x = block(x, cu_seqlens)
+        assert torch.equal(module.norm(x), whole)
+    state = module.init_state(1)
+    for way, piece in ((module.prefill, tokens), (module.step, tokens[:, 0])):
+        made.clear()
+        _, state = way(piece, state)
+        assert len(made) == 1

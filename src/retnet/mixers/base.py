@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from retnet.nn import Positions
 from retnet.settings import Choice, UserError
 
 # A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
@@ -54,6 +55,7 @@ class Mixer(nn.Module):
     """Mixes information along time. `forward`, `prefill` and repeated `step` are the same function.
 
     Packed documents (`cu_seqlens`, B = 1) never see each other; with them, batch rows of a state are documents.
+    Where a kind of mixer has `positions`, all three take them as a keyword of that name; without it each makes its own.
     A mixer is made from the model's width and a configuration of its own `Config` class.
     A state may be updated in place: use the one that is returned, and clone what must stay.
 
@@ -67,6 +69,23 @@ class Mixer(nn.Module):
 
     def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
         super().__init__()
+
+    def positions(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: Any = None,  # noqa: ANN401
+    ) -> Positions | None:
+        """What all layers of a model would make alike of the places of tokens, cos and sin first of all: None by default.
+
+        A model asks its first mixer once a forward pass and hands the answer to all, whose weights may differ.
+
+        Args:
+            x: what the first layer reads, [B,T,D], or [B,D] for `step`; its shape, type and device count.
+            cu_seqlens: as in `forward` and `prefill`.
+            state: of the first layer, for `prefill` and `step`.
+        """
+        return None
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Whole sequences, for training: x [B,T,D] → [B,T,D]."""

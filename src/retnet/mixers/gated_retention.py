@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.mixers.base import MixerConfig, head_width, require_positive
-from retnet.mixers.packing import SequenceMixer
-from retnet.nn import Linear, Rotary, Rotation, exactly, widened
-from retnet.ops import head_norm, positions
+from retnet.mixers.packing import SequenceMixer, batch_positions
+from retnet.nn import Linear, Positions, Rotary, Rotation, exactly, widened
+from retnet.ops import head_norm
 from retnet.settings import UserError
 
 PIECE = 2048  # tokens whose chunks' states are held at once
@@ -73,6 +73,12 @@ class GatedRetention(SequenceMixer):
         self.out_proj = Linear(values, d_model)
         self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
 
+    def positions(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, state: GatedRetentionState | None = None
+    ) -> Positions | None:
+        """Those of queries and keys."""
+        return batch_positions(self.rotary, x, cu_seqlens, None if state is None else state.position)
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GatedRetentionState:
@@ -88,12 +94,14 @@ class GatedRetention(SequenceMixer):
         K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size, length)
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
-    def _extend(self, x: Tensor, state: GatedRetentionState) -> tuple[Tensor, GatedRetentionState]:
+    def _extend(
+        self, x: Tensor, state: GatedRetentionState, *, positions: Positions | None = None
+    ) -> tuple[Tensor, GatedRetentionState]:
         wide, kv, outputs = widened(x), state.kv, []
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.rotary(q, k, positions(x.shape[1], start=state.position))
+        q, k = self.rotary(q, k, positions or self.rotary.positions(x, None, state.position))
         log_decay = F.logsigmoid(self.decay_proj(x).to(wide)) / self.config.temperature
         q = q.to(wide) * self.key_dim**-0.5
         with exactly(x):  # states and decays stay fp32

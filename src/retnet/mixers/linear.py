@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retnet.mixers.base import Mixer, MixerConfig, head_width, require_positive
-from retnet.nn import Linear, Rotary, Rotation, widened
-from retnet.ops import CHUNK, positions, retention, retention_step
+from retnet.nn import Linear, Positions, Rotary, Rotation, widened
+from retnet.ops import CHUNK, retention, retention_step
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,32 @@ class LinearAttention(Mixer):
         self.out_proj = Linear(d_model, d_model)
         self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def positions(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, state: LinearState | None = None
+    ) -> Positions:
+        """Those of queries and keys."""
+        return self.rotary.positions(x, cu_seqlens, None if state is None else state.position)
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, positions: Positions | None = None
+    ) -> Tensor:
         """x [B,T,D] → [B,T,D], every sequence from its beginning."""
         rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         state = self.init_state(rows, device=x.device, dtype=x.dtype)
-        return self.prefill(x, state, cu_seqlens=cu_seqlens)[0]
+        positions = positions or self.positions(x, cu_seqlens)
+        return self.prefill(x, state, cu_seqlens=cu_seqlens, positions=positions)[0]
 
     def prefill(
-        self, x: Tensor, state: LinearState, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: LinearState,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, LinearState]:
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
-        position = positions(x.shape[1], cu_seqlens, start=state.position)
-        q, k, turned_q, turned_k, v = self._project(x, position)
+        positions = positions or self.positions(x, cu_seqlens, state)
+        q, k, turned_q, turned_k, v = self._project(x, positions)
         no_decay = torch.zeros(self.num_heads, device=x.device)
         sums, kv = retention(turned_q, turned_k, v, no_decay, state.kv, cu_seqlens, scale=1.0)
         ones = torch.ones_like(v[..., :1])
@@ -80,9 +94,12 @@ class LinearAttention(Mixer):
         after = LinearState(kv, normaliser[..., 0], state.position + seen)
         return self._finish(sums, total, x.dtype), after
 
-    def step(self, x: Tensor, state: LinearState) -> tuple[Tensor, LinearState]:
+    def step(
+        self, x: Tensor, state: LinearState, *, positions: Positions | None = None
+    ) -> tuple[Tensor, LinearState]:
         """x [B,D] from `state` → [B,D]; the state is updated in place."""
-        q, k, turned_q, turned_k, v = self._project(x, state.position)
+        positions = positions or self.positions(x, None, state)
+        q, k, turned_q, turned_k, v = self._project(x, positions)
         no_decay = torch.zeros(self.num_heads, device=x.device)
         sums = retention_step(turned_q, turned_k, v, no_decay, state.kv, scale=1.0)
         total = (q * state.normaliser.add_(k)).sum(-1, keepdim=True)
@@ -106,12 +123,12 @@ class LinearAttention(Mixer):
         K, C = self.key_dim, min(CHUNK, length)
         return self.num_heads * sum(2 * C * (K + V) + 4 * K * V for V in (K, 1))
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, ...]:
         """φ(q), φ(k), both rotated, and v, each [...,H,K], in fp32 or better, of x [...,D]."""
         wide, heads = widened(x), (self.num_heads, self.key_dim)
         q, k, v = (proj(x).to(wide).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = features(q), features(k)
-        return q, k, *self.rotary(q, k, position), v
+        return q, k, *self.rotary(q, k, positions), v
 
     def _finish(self, sums: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
         return self.out_proj((sums / (total + self.config.eps)).flatten(-2).to(dtype))

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from retnet.mixers.base import Mixer
 from retnet.mixers.states import join_tensors
+from retnet.nn import Positions, Rotary
 
 
 class SequenceMixer(Mixer):
@@ -20,20 +21,26 @@ class SequenceMixer(Mixer):
     Packed documents are cut out of their row and laid side by side. In training those of similar length are filled up
     with zeros behind their last token, where a causal function does not look; nothing is ever more than doubled. From a
     state only documents of equal length stand together, so that the state after them is that after their last token.
+    A mixer that has `positions` (see `batch_positions`) gets them in both as a keyword, where all rows share them.
     """
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, **positions: Any) -> Tensor:  # noqa: ANN401
         """Sequences from their beginning: x [B,T,D], T ≥ 1 → [B,T,D]."""
-        return self._extend(x, self.init_state(x.shape[0], device=x.device, dtype=x.dtype))[0]
+        state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        return self._extend(x, state, **positions)[0]
 
-    def _extend(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def _extend(self, x: Tensor, state: Any, **positions: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
         """Sequences from a state: x [B,T,D], T ≥ 1 → [B,T,D] and the state after them."""
         raise TypeError(f"{type(self).__name__} does not define _extend")
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, positions: Positions | None = None
+    ) -> Tensor:
         """x [B,T,D] → [B,T,D], every sequence from its beginning."""
+        if positions is None:
+            positions = self.positions(x, cu_seqlens)
         if cu_seqlens is None:
-            return self._whole(x) if x.numel() else x
+            return self._whole(x, **handed(positions)) if x.numel() else x
         lengths = document_lengths(x, cu_seqlens)
         documents = x[0].split(lengths)
         outputs = list(documents)  # the empty ones stay as they are
@@ -43,14 +50,22 @@ class SequenceMixer(Mixer):
         alike.pop(0, None)
         for rows in alike.values():
             batch = pad_sequence([documents[i] for i in rows], batch_first=True)
-            for i, y in zip(rows, self._whole(batch).unbind(), strict=True):
+            first = None if positions is None else positions.first(batch.shape[1])
+            for i, y in zip(rows, self._whole(batch, **handed(first)).unbind(), strict=True):
                 outputs[i] = y[: lengths[i]]
         return torch.cat(outputs)[None] if outputs else x
 
-    def prefill(self, x: Tensor, state: Any, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def prefill(
+        self,
+        x: Tensor,
+        state: Any,  # noqa: ANN401
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Tensor, Any]:
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
         if cu_seqlens is None:
-            return self._extend(x, state) if x.numel() else (x, state)
+            return self._extend(x, state, **handed(positions)) if x.numel() else (x, state)
         lengths = document_lengths(x, cu_seqlens)
         if state[0].shape[0] != len(lengths):
             raise ValueError(
@@ -75,10 +90,29 @@ class SequenceMixer(Mixer):
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(outputs)[None], _select(joined, back)
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def step(self, x: Tensor, state: Any, *, positions: Positions | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
         """x [B,D] from `state` → [B,D] and the state after it."""
-        y, state = self._extend(x[:, None], state)
+        y, state = self._extend(x[:, None], state, **handed(positions))
         return y[:, 0], state
+
+
+def handed(positions: Positions | None) -> dict[str, Positions]:
+    """The keyword for a function that takes positions where there are any."""
+    return {} if positions is None else {"positions": positions}
+
+
+def batch_positions(
+    rotary: Rotary, x: Tensor, cu_seqlens: Tensor | None, start: Tensor | None
+) -> Positions | None:
+    """Positions of the batches a `SequenceMixer` makes of x [B,T,D] or [B,D], whose rows begin at `start` [B], else at 0.
+
+    Documents that are cut out of a row from the beginning read the first of them; documents of several ages have none.
+    """
+    if start is None:
+        return rotary.positions(x)
+    return (
+        None if cu_seqlens is not None else rotary.positions(x if x.dim() == 3 else x[:, None], None, start)
+    )
 
 
 def document_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:

@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers.base import Mixer, MixerConfig
-from retnet.nn import Linear
+from retnet.nn import Linear, Positions, Rotary
 from retnet.ops import (
     BACKENDS,
     CHUNK,
     Decay,
-    apply_rotary,
-    frequencies,
     head_norm,
     log_decays,
-    positions,
     retention,
     retention_step,
 )
@@ -120,7 +117,6 @@ class MultiScaleRetention(Mixer):
     Config: ClassVar[type[RetentionConfig]] = RetentionConfig
 
     log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
-    theta: Tensor  # [K/2] fp64
 
     def __init__(self, d_model: int, config: RetentionConfig) -> None:
         super().__init__(d_model, config)
@@ -138,48 +134,66 @@ class MultiScaleRetention(Mixer):
         self.head_norm_bias = (
             nn.Parameter(torch.zeros(values)) if affine and config.head_norm == "group" else None
         )
-        self._set_constants(self.q_proj.weight.device)
+        self.rotary = Rotary(
+            self.key_dim, config.rotary, config.rotary_base, config.rotary_spacing, config.backend
+        )
+        self._set_decay(self.q_proj.weight.device)
 
-    def _set_constants(self, device: torch.device) -> None:
-        config = self.config
+    def _set_decay(self, device: torch.device) -> None:
         wide = torch.promote_types(self.q_proj.weight.dtype, torch.float32)
-        log_decay = log_decays(config.decay, self.num_heads, wide).to(device)
-        theta = torch.zeros(0, dtype=torch.float64, device=device)
-        if config.rotary != "none":
-            theta = frequencies(self.key_dim, config.rotary_spacing, config.rotary_base).to(device)
+        log_decay = log_decays(self.config.decay, self.num_heads, wide).to(device)
         self.register_buffer("log_decay", log_decay, persistent=False)
-        self.register_buffer("theta", theta, persistent=False)
+
+    @property
+    def theta(self) -> Tensor:
+        """Angles of the rotation in radians a token, [K/2] fp64."""
+        return self.rotary.theta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleRetention:
         """Moves like any module, but `.to(bfloat16)` must not round γ to 1, nor leave meta tensors uncomputed."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._set_constants(self.q_proj.weight.device)
+        self._set_decay(self.q_proj.weight.device)
         return self
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def positions(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, state: RetentionState | None = None
+    ) -> Positions:
+        """Those of queries and keys."""
+        return self.rotary.positions(x, cu_seqlens, None if state is None else state.position)
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, positions: Positions | None = None
+    ) -> Tensor:
         """x [B,T,D] → [B,T,D], every sequence from its beginning."""
-        position = positions(x.shape[1], cu_seqlens).to(x.device)
+        positions = positions or self.positions(x, cu_seqlens)
         if self.config.score_norm == "torchscale":
-            o = clamped_retention(*self._project(x, position), self.log_decay, cu_seqlens)
-            return self._finish(o, x, position)
-        return self._mix(x, position, None, cu_seqlens)[0]
+            o = clamped_retention(*self._project(x, positions), self.log_decay, cu_seqlens)
+            return self._finish(o, x, positions)
+        return self._mix(x, positions, None, cu_seqlens)[0]
 
     def prefill(
-        self, x: Tensor, state: RetentionState, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: RetentionState,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, RetentionState]:
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
         self._refuse_if_stateless()
-        position = positions(x.shape[1], cu_seqlens, start=state.position)
-        y, kv = self._mix(x, position, state.kv, cu_seqlens)
+        y, kv = self._mix(x, positions or self.positions(x, cu_seqlens, state), state.kv, cu_seqlens)
         seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
         return y, RetentionState(kv, state.position + seen)
 
-    def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
+    def step(
+        self, x: Tensor, state: RetentionState, *, positions: Positions | None = None
+    ) -> tuple[Tensor, RetentionState]:
         """x [B,D] from `state` → [B,D]; the state is updated in place."""
         self._refuse_if_stateless()
-        q, k, v = self._project(x, state.position)
+        positions = positions or self.positions(x, None, state)
+        q, k, v = self._project(x, positions)
         o = retention_step(q, k, v, self.log_decay, state.kv)
-        y = self._finish(o, x, state.position)
+        y = self._finish(o, x, positions)
         state.position.add_(1)
         return y, state
 
@@ -213,10 +227,10 @@ class MultiScaleRetention(Mixer):
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
     def _mix(
-        self, x: Tensor, position: Tensor, kv: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, positions: Positions, kv: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         config = self.config
-        q, k, v = self._project(x, position)
+        q, k, v = self._project(x, positions)
         form = config.form
         if form == "auto":
             form = "parallel" if x.shape[1] <= (config.chunk_size or CHUNK) else "chunkwise"
@@ -231,25 +245,24 @@ class MultiScaleRetention(Mixer):
             chunk_size=config.chunk_size,
             backend=config.backend,
         )
-        return self._finish(o, x, position), kv
+        return self._finish(o, x, positions), kv
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys [...,H,K], rotated, and values [...,H,V] of x [...,D] at int64 `position` [...]."""
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [...,H,K], rotated, and values [...,H,V] of x [...,D]."""
         heads = (self.num_heads, -1)
         q = self.q_proj(x).unflatten(-1, heads)
         k = self.k_proj(x).unflatten(-1, heads)
         v = self.v_proj(x).unflatten(-1, heads)
-        if self.config.rotary != "none":
-            q, k = apply_rotary(q, k, position, self.theta, self.config.rotary, self.config.backend)
+        q, k = self.rotary(q, k, positions)
         if self.config.score_norm == "paper":  # a value of 1 sums the scores of a row
             v = F.pad(v, (0, 1), value=1.0)
         return q, k, v
 
-    def _finish(self, o: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    def _finish(self, o: Tensor, x: Tensor, positions: Positions) -> Tensor:
         """Normalises the heads o [...,H,V], gates them by x [...,D] and projects back to [...,D]."""
         config = self.config
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        o, sums = self._norm_scores(o, position)
+        o, sums = self._norm_scores(o, positions.position)
         y = head_norm(
             o,
             gate,

@@ -13,9 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retnet.mixers.base import MixerConfig, head_width, require_positive
 from retnet.mixers.cache import append
-from retnet.mixers.packing import SequenceMixer
-from retnet.nn import Linear, Rotary, Rotation
-from retnet.ops import positions
+from retnet.mixers.packing import SequenceMixer, batch_positions
+from retnet.nn import Linear, Positions, Rotary, Rotation
 from retnet.settings import UserError
 
 QUERIES = (
@@ -70,6 +69,12 @@ class SoftmaxAttention(SequenceMixer):
         self.out_proj = Linear(d_model, d_model)
         self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
 
+    def positions(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, state: SoftmaxState | None = None
+    ) -> Positions | None:
+        """Those of queries and keys."""
+        return batch_positions(self.rotary, x, cu_seqlens, None if state is None else state.length)
+
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> SoftmaxState:
@@ -89,29 +94,31 @@ class SoftmaxAttention(SequenceMixer):
         """Scores and their weighted sum over half the length, which is what a token sees on average."""
         return 2 * self.d_model * (length + 1)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(x, positions(x.shape[1]).to(x.device))
+    def _whole(self, x: Tensor, *, positions: Positions | None = None) -> Tensor:
+        q, k, v = self._project(x, positions or self.rotary.positions(x))
         return self._finish(self._causal(q, k, v))
 
-    def _extend(self, x: Tensor, state: SoftmaxState) -> tuple[Tensor, SoftmaxState]:
+    def _extend(
+        self, x: Tensor, state: SoftmaxState, *, positions: Positions | None = None
+    ) -> tuple[Tensor, SoftmaxState]:
         T, dtype = x.shape[1], state.keys.dtype
-        position = positions(T, start=state.length)
-        q, k, v = (y.to(dtype) for y in self._project(x, position))
+        positions = positions or self.rotary.positions(x, None, state.length)
+        q, k, v = (y.to(dtype) for y in self._project(x, positions))
         keys, values = append(state.keys, state.length, k), append(state.values, state.length, v)
         shortest, longest = int(state.length.min()), int(state.length.max())
         if longest == 0:
             o = self._causal(q, k, v)
         else:
             seen = keys[:, : longest + T], values[:, : longest + T]
-            o = _attend(q, *seen, position, masked=T > 1 or shortest < longest)
+            o = _attend(q, *seen, positions.position, masked=T > 1 or shortest < longest)
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, self.key_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return *self.rotary(q, k, position), v
+        return *self.rotary(q, k, positions), v
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sequences from their beginning, by the chosen backend: q, k, v [B,T,H,K] → [B,T,H,K]."""

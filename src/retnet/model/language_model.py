@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers import MIXERS
+from retnet.mixers.packing import handed
 from retnet.model.config import ModelConfig
-from retnet.nn import FeedForward, Linear, Norm
+from retnet.nn import FeedForward, Linear, Norm, Positions
 from retnet.settings import UserError
 
 ModelState = tuple[Any, ...]  # one mixer state a layer
@@ -36,18 +37,28 @@ class Block(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return self.dropout(x) if self.training else x  # a module's call costs microseconds of every token
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Whole sequences: x [B,T,D] → [B,T,D]."""
-        return self._close(x, self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens))
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, positions: Positions | None = None
+    ) -> Tensor:
+        """Whole sequences: x [B,T,D] → [B,T,D]; `positions` are those of the mixer, made here by default."""
+        return self._close(x, self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, **handed(positions)))
 
-    def prefill(self, x: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def prefill(
+        self,
+        x: Tensor,
+        state: Any,  # noqa: ANN401
+        cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Tensor, Any]:
         """Many tokens from a state: x [B,T,D] → [B,T,D] and the state after them."""
-        mixed, state = self.mixer.prefill(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
+        mixed, state = self.mixer.prefill(
+            self.mixer_norm(x), state, cu_seqlens=cu_seqlens, **handed(positions)
+        )
         return self._close(x, mixed), state
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def step(self, x: Tensor, state: Any, positions: Positions | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
         """One token from a state: x [B,D] → [B,D] and the state after it."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        mixed, state = self.mixer.step(self.mixer_norm(x), state, **handed(positions))
         return self._close(x, mixed), state
 
 
@@ -78,6 +89,15 @@ class Backbone(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
+
+    def _positions(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: Sequence[Any] | None = None,
+    ) -> Positions | None:
+        """What the mixers of all layers share in a pass over x [B,T,D] or [B,D]; see `Mixer.positions`."""
+        return self._blocks()[0].mixer.positions(x, cu_seqlens, None if state is None else state[0])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._enter(self.embedding(tokens))
@@ -132,8 +152,9 @@ class LanguageModel(Backbone):
     def features(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: tokens [B,T] → [B,T,D]."""
         x = self._embed(tokens)
+        positions = self._positions(x, cu_seqlens)
         for block in self.blocks:
-            x = block(x, cu_seqlens)
+            x = block(x, cu_seqlens, positions)
         return self.norm(x)
 
     def prefill(
@@ -160,9 +181,9 @@ class LanguageModel(Backbone):
             What the head reads, [B,T,D], and the state after the last tokens.
         """
         x = self._embed(tokens)
-        after = []
+        positions, after = self._positions(x, cu_seqlens, state), []
         for block, before in zip(self._blocks(), state, strict=True):
-            x, layer = block.prefill(x, before, cu_seqlens)
+            x, layer = block.prefill(x, before, cu_seqlens, positions)
             after.append(layer)
         return self.norm(x), tuple(after)
 
@@ -172,9 +193,9 @@ class LanguageModel(Backbone):
         This is the law of decoding; `retnet.engine` has faster ways to do the same many times.
         """
         x = self._embed(tokens)
-        after = []
+        positions, after = self._positions(x, None, state), []
         for block, before in zip(self._blocks(), state, strict=True):
-            x, layer = block.step(x, before)
+            x, layer = block.step(x, before, positions)
             after.append(layer)
         return self.head(self.norm(x)), tuple(after)
 

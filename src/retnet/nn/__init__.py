@@ -5,13 +5,14 @@ from retnet.nn.feed_forward import FeedForward
 from retnet.nn.linear import Int8Linear, Linear
 from retnet.nn.norm import Norm
 from retnet.nn.precise import Precise, exactly, widened
-from retnet.nn.rotary import Rotary, Rotation
+from retnet.nn.rotary import Positions, Rotary, Rotation
 
 __all__ = [
     "FeedForward",
     "Int8Linear",
     "Linear",
     "Norm",
+    "Positions",
     "Precise",
     "Rotary",
     "Rotation",

@@ -14,7 +14,16 @@ from retnet.ops.decay import Decay, log_decays
 from retnet.ops.linear import product
 from retnet.ops.norm import NORMS, head_norm
 from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
-from retnet.ops.rotary import LAYOUTS, SPACINGS, apply_rotary, frequencies, positions, rotate, rotation
+from retnet.ops.rotary import (
+    LAYOUTS,
+    SPACINGS,
+    apply_rotary,
+    computes_angles,
+    frequencies,
+    positions,
+    rotate,
+    rotation,
+)
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +34,7 @@ __all__ = [
     "SPACINGS",
     "Decay",
     "apply_rotary",
+    "computes_angles",
     "frequencies",
     "head_norm",
     "log_decays",

@@ -44,16 +44,23 @@ def frequencies(key_dim: int, spacing: str = "inclusive", base: float = 10000.0)
     return base**-exponents
 
 
-def positions(length: int, cu_seqlens: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
+def positions(
+    length: int,
+    cu_seqlens: Tensor | None = None,
+    *,
+    start: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Position of each token in its sequence, int64 [B,T], counted from `start`; in packed rows from each document's begin.
 
     Args:
         length: T.
         cu_seqlens: [N+1] bounds of packed documents; then the result is [1,T].
         start: int64 position of the first token, [B], or [N] with `cu_seqlens`; default zeros, B = 1.
+        device: of the result where neither of these is given.
     """
     if cu_seqlens is None:
-        n = torch.arange(length, device=None if start is None else start.device)[None]
+        n = torch.arange(length, device=device if start is None else start.device)[None]
         return n if start is None else start[:, None] + n
     bounds = cu_seqlens.long()
     shift = -bounds[:-1] if start is None else start - bounds[:-1]
@@ -97,6 +104,7 @@ def apply_rotary(
     theta: Tensor,
     layout: str = "interleaved",
     backend: str = "auto",
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Q ⊙ Θ and K ⊙ Θ̄ (paper §2): `rotate` of q and k by `rotation` of their positions, on a GPU in one kernel.
 
@@ -107,6 +115,8 @@ def apply_rotary(
         theta: radians a token, [K/2] fp64, as `frequencies` makes them.
         layout: as in `rotate`.
         backend: as in `retention`, except that ``"reference"`` and ``"cpu"`` are both torch's operators.
+        angles: cos and sin [...,K/2], as `rotation` makes them of these positions, for torch's operators, so that the layers
+            of a model share them; default: made here. The kernel computes its own (see `computes_angles`).
 
     Returns:
         Both in their own types. Positions and θ have no gradient.
@@ -115,12 +125,23 @@ def apply_rotary(
         ValueError: shapes that do not fit, an unknown layout, or a backend that cannot run.
     """
     _check_shapes(q, k, position, theta)
-    if q.device.type != "cpu" or backend != "auto":
-        _check_layout(layout)
-        if takes("rotation", backend, q, unfit_rows(q.shape[-1], q, k)):
-            return torch.ops.retnet.triton_rotary(q, k, position, theta, layout == "interleaved", False)
-    cos, sin = rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
+    _check_layout(layout)
+    if computes_angles(backend, q, k):
+        return torch.ops.retnet.triton_rotary(q, k, position, theta, layout == "interleaved", False)
+    cos, sin = angles or rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
     return rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
+
+
+def computes_angles(backend: str, *heads: Tensor) -> bool:
+    """Whether `apply_rotary` of such heads [...,K] runs as a kernel that needs no cos and sin, but makes them itself.
+
+    Raises:
+        ValueError: a backend that is unknown or cannot run.
+    """
+    x = heads[0]
+    if x.device.type == "cpu" and backend == "auto":
+        return False
+    return takes("rotation", backend, x, unfit_rows(x.shape[-1], *heads))
 
 
 def _check_shapes(q: Tensor, k: Tensor, position: Tensor, theta: Tensor) -> None:

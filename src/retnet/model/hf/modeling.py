@@ -23,7 +23,7 @@ from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.generation import RecurrentGenerationMixin
 from retnet.model.hf.pretrained import RetNetPreTrainedModel, compute_constants, precise_parameters
 from retnet.model.language_model import Backbone, Block, LanguageModel, initialise, laid_out, packing
-from retnet.nn import Linear
+from retnet.nn import Linear, Positions
 from retnet.settings import UserError
 
 
@@ -35,6 +35,7 @@ class RetNetBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]  # t
         x: Tensor,
         state: Any = None,  # noqa: ANN401
         cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, Any]:
         """The output, shaped as x, and the state after it, None without one before it.
 
@@ -42,11 +43,14 @@ class RetNetBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]  # t
             x: [B,T,D], or [B,D] for one token from a state.
             state: of the mixer.
             cu_seqlens: int32 [N+1], bounds of documents packed in one row; a row of `state` each.
+            positions: those of the mixer, made here by default.
         """
         if state is None:
-            return Block.forward(self, x, cu_seqlens), None
+            return Block.forward(self, x, cu_seqlens, positions), None
         with _fetched(self.mixer):
-            return self.step(x, state) if x.dim() == 2 else self.prefill(x, state, cu_seqlens)
+            if x.dim() == 2:
+                return self.step(x, state, positions)
+            return self.prefill(x, state, cu_seqlens, positions)
 
 
 class RetNetModel(RetNetPreTrainedModel, Backbone):
@@ -112,9 +116,9 @@ class RetNetModel(RetNetPreTrainedModel, Backbone):
         if T == 1 and mask is None and states is not None and not torch.is_grad_enabled():
             x = x[:, 0]  # a step, which has no gradient
 
-        hidden, after = [x], []
+        positions, hidden, after = self._positions(x, bounds, states), [x], []
         for block, state in zip(self.blocks, states or repeat(None), strict=False):
-            x, state = block(x, state, bounds)
+            x, state = block(x, state, bounds, positions)
             hidden.append(x)
             after.append(state)
         hidden[-1] = self.norm(x)
