@@ -7,10 +7,12 @@ import lzma
 import os
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from retnet.data import DataConfig, prepare, read_texts, sources
+from retnet.data import DataConfig, Tokenizer, prepare, read_texts, sources
 from retnet.data.split import gather, hold_out, share
 from retnet.settings import UserError
 
@@ -194,6 +196,31 @@ def test_what_is_validated_on_is_not_trained_on(config, corpus):
     (corpus / "c.txt").write_text(TEXT + OTHER)
     with pytest.raises(UserError, match=r"no text is left in data\.corpus .*b\.txt, which is validated on"):
         prepare(replace(config, corpus=str(corpus / "b.txt"), validation=str(corpus)))
+
+
+def test_records_that_are_validated_on_are_not_trained_on(config, corpus, jsonl, tmp_path):
+    """Whatever they are kept in; a tokenizer that is learned does not see them either."""
+    texts = [f"record {i} of many" for i in range(100)]
+    jsonl(corpus / "a.jsonl", texts)
+    pq.write_table(pa.table({"text": [*texts[40:60], "zebra " * 50]}), tmp_path / "v.parquet")
+    pq.write_table(pa.table({"text": ["zebra " * 50, "and one more"]}), corpus / "b.parquet")
+    seen = []
+    config = replace(config, validation=str(tmp_path / "v.parquet"), tokenizer="bpe:290")
+    prepared = prepare(config, on_problem=seen.append, shard_tokens=100)
+    kept = [*texts[:40], *texts[60:], "and one more"]
+    assert prepared.tokenizer.fingerprint == Tokenizer.train(kept, 290).fingerprint
+    assert prepared.train.num_documents == len(kept)
+    assert prepared.train.num_bytes == sum(map(len, kept))
+    assert prepared.validation.num_documents == 21
+    assert prepared.manifest.problems == {"duplicate": 21}
+    assert str(seen[0]) == f"{corpus / 'a.jsonl'}:41: duplicate: the same text is validated on"
+    assert [problem.line for problem in seen] == [*range(41, 61), 1]
+
+
+def test_records_that_come_again_in_training_stay(config, corpus, jsonl):
+    jsonl(corpus / "a.jsonl", ["twice", "twice", "once"] * 20 + [f"other {i}" for i in range(20)])
+    prepared = prepare(replace(config, validation_fraction=0.3))
+    assert prepared.train.num_documents + prepared.validation.num_documents == 80
 
 
 NO_TEXT = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from retnet.data.config import DataConfig, as_tuple
 from retnet.data.readers import Piece, read
@@ -36,7 +36,12 @@ def read_texts(
     return _first(max_bytes, texts())
 
 
-def learn(config: DataConfig, found: list[Source], on_piece: Callable[[int, Piece], None]) -> Tokenizer:
+def learn(
+    config: DataConfig,
+    found: list[Source],
+    on_piece: Callable[[int, Piece], None],
+    held_out: Container[float],
+) -> Tokenizer:
     """Learns the tokenizer ``bpe:SIZE`` of a configuration, from the first `MAX_BYTES` of what is not held out.
 
     Args:
@@ -44,12 +49,13 @@ def learn(config: DataConfig, found: list[Source], on_piece: Callable[[int, Piec
         found: its sources, with the split decided as far as names decide it. What is wrong with them is left to be
             told when they are read for their tokens.
         on_piece: called with the number of a source and a piece that was read from it.
+        held_out: hashes of records that are validated on wherever they stand.
     """
     assert config.learned_vocab is not None
 
     def texts() -> Iterator[str]:
         for number, source in enumerate(found):
-            for content in () if source.validation else read(source, config.text_field):
+            for content in () if source.validation else read(source, config.text_field, held_out):
                 if isinstance(content, Piece):
                     on_piece(number, content)
                     if not is_held_out(source, content.share, config.validation_fraction):

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from retnet.data import manifest
 from retnet.data.config import DataConfig
 from retnet.data.content import require_unchanged
 from retnet.data.learning import learn
-from retnet.data.readers import PIECE, Piece, read
+from retnet.data.readers import PIECE, Piece, Shares, read
 from retnet.data.shards import Prepared, load
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import Gathered, gather, is_held_out
@@ -105,11 +105,14 @@ def prepare(
         with _alone_in(directory):
             if not (directory / manifest.MANIFEST).is_file():
                 report = _Report(found, on_progress, on_problem)
-                tokenizer = _tokenizer_of(directory, lambda: given or learn(config, found, report.learning))
+                held_out = _held_out(config, found)
+                tokenizer = _tokenizer_of(
+                    directory, lambda: given or learn(config, found, report.learning, held_out)
+                )
                 segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
                 for problem in gathered.problems:
                     report.problem(problem)
-                _fill(segments, config, found, tokenizer, shard_tokens, report)
+                _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
                 _complete(segments, directory, fingerprint, tokenizer, gathered)
     prepared = load(directory, verify=verify or None)
     # The same text may have been prepared from other paths, with other files beside it.
@@ -173,12 +176,13 @@ def _fill(
     segments: Segments,
     config: DataConfig,
     found: list[Source],
+    held_out: Container[float],
     tokenizer: Tokenizer,
     shard_tokens: int,
     report: _Report,
 ) -> None:
     """Reads, tokenises and writes everything that earlier segments do not hold."""
-    events = _events(found, config.text_field, *segments.cursor)
+    events = _events(found, config.text_field, held_out, *segments.cursor)
     for batch in _encoded(events, tokenizer):
         for event, tokens, num_bytes in batch:
             content = event.content
@@ -196,10 +200,20 @@ def _fill(
     segments.commit(len(found), 0)
 
 
-def _events(found: list[Source], text_field: str, source: int, number: int) -> Iterator[_Event]:
+def _held_out(config: DataConfig, found: list[Source]) -> Container[float]:
+    """The records that must not be trained on. Where hashes decide the split, the same text has the same side anyway."""
+    if config.validation is None:
+        return ()
+    return Shares((source for source in found if source.validation), config.text_field)
+
+
+def _events(
+    found: list[Source], text_field: str, held_out: Container[float], source: int, number: int
+) -> Iterator[_Event]:
     """Everything the sources give from event `number` of source `source` on."""
     for here in range(source, len(found)):
-        for count, content in enumerate(read(found[here], text_field)):
+        without = () if found[here].validation else held_out
+        for count, content in enumerate(read(found[here], text_field, without)):
             if here > source or count >= number:
                 yield _Event(here, count, content)
         require_unchanged(found[here])

@@ -10,7 +10,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,18 +51,39 @@ class Piece(NamedTuple):
     position: int
 
 
-def read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
+class Shares:
+    """The hashes of the records in some sources, 8 bytes each, to find the same records elsewhere."""
+
+    def __init__(self, sources: Iterable[Source], text_field: str) -> None:
+        records = chain.from_iterable(
+            read(source, text_field) for source in sources if source.kind not in TEXT
+        )
+        found = (piece.share for piece in records if isinstance(piece, Piece) and piece.first)
+        self._sorted = array("d", sorted(array("d", found)))
+
+    def __contains__(self, share: object) -> bool:
+        assert isinstance(share, float)
+        at = bisect_left(self._sorted, share)
+        return at < len(self._sorted) and self._sorted[at] == share
+
+
+def read(source: Source, text_field: str, without: Container[float] = ()) -> Iterator[Piece | Problem]:
     """Everything in one source. A source that breaks off gives what stands before the break, then a problem.
+
+    Args:
+        source: what to read.
+        text_field: the field of records that holds the text.
+        without: hashes of records that are left out and told as duplicates, because they are validated on.
 
     Raises:
         UserError: a streamed dataset breaks off; what a network lost is not left out of a corpus.
     """
     name = shown(source.path)
-    for content in _read(source, text_field):
+    for content in _read(source, text_field, without):
         yield content._replace(file=name) if isinstance(content, Problem) else content
 
 
-def _read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
+def _read(source: Source, text_field: str, without: Container[float]) -> Iterator[Piece | Problem]:
     line = None
     try:
         if source.kind in TEXT:
@@ -68,7 +91,7 @@ def _read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
             return
         opened = _json_lines if source.kind == ".jsonl" else _table_rows
         for line, text, position in opened(source, text_field):
-            yield from _record(source, text_field, line, text, position)
+            yield from _record(source, text_field, line, text, position, without)
         if line is None:
             yield Problem(source.path, 0, "no text", "it holds no records")
     except UserError:
@@ -78,7 +101,9 @@ def _read(source: Source, text_field: str) -> Iterator[Piece | Problem]:
         yield Problem(source.path, 0, "unreadable", f"{where}{getattr(error, 'strerror', None) or error}")
 
 
-def _record(source: Source, field: str, line: int, text: object, position: int) -> Iterator[Piece | Problem]:
+def _record(
+    source: Source, field: str, line: int, text: object, position: int, without: Container[float]
+) -> Iterator[Piece | Problem]:
     """One record: the text of a document, bytes that should be one, or a problem found earlier."""
     if isinstance(text, Problem):
         yield text
@@ -104,6 +129,9 @@ def _record(source: Source, field: str, line: int, text: object, position: int) 
         yield Problem(source.path, line, "empty document", "")
         return
     key = share(text)
+    if key in without:
+        yield Problem(source.path, line, "duplicate", "the same text is validated on")
+        return
     parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
     for number, piece in enumerate(_pieces(parts)):
         yield Piece(piece, number == 0, key, position)
