@@ -209,6 +209,29 @@ def test_empty_corpora_and_empty_sides_are_said(config, corpus, jsonl):
     assert not list(Path(config.cache).iterdir())
 
 
+def test_a_disk_that_fills_up_is_said_and_the_next_call_goes_on(config, corpus, jsonl, monkeypatch):
+    jsonl(corpus / "a.jsonl", DOCUMENTS)
+    config = replace(config, validation_fraction=0.2)
+    whole = prepare(replace(config, cache=f"{config.cache}2"), shard_tokens=500)
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 20:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            UserError, match=r"cannot write to .*: No space left on device; what is finished stays"
+        ):
+            prepare(config, shard_tokens=500)
+    (directory,) = Path(config.cache).iterdir()
+    assert list(directory.glob("segment-*.json"))
+    assert files_of(prepare(config, shard_tokens=500).directory) == files_of(whole.directory)
+
+
 def test_configurations(tmp_path):
     config = DataConfig(corpus=("a", "b"), validation="c")
     import tomllib
@@ -220,6 +243,8 @@ def test_configurations(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write to .*data\.cache"):
         prepare(DataConfig(cache=str(tmp_path / "file" / "below")))
+    with pytest.raises(UserError, match=r"cannot write to .*: File name too long"):
+        prepare(DataConfig(cache="x" * 5000))
 
 
 # A process of its own, so that it can be killed and can have any number of threads.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from retnet.data import sources
+from retnet.data import DataConfig, prepare, sources
 from retnet.settings import UserError
 
 
@@ -65,6 +65,16 @@ def test_what_is_no_corpus_is_said(tmp_path):
         find(str(tmp_path / "a.doc"))
     with pytest.raises(UserError, match="no file of the kinds"):
         find(str(tmp_path / "*.doc"))
+
+
+@pytest.mark.parametrize(
+    "spec", ["x" * 5000, "a\0b", "a/" * 3000, "\udcff", "~nobody/a.txt", "http://a/b.txt", " ", "stdlib "]
+)
+def test_names_that_no_file_can_have(spec):
+    with pytest.raises(UserError, match="no corpus "):
+        find(spec)
+    with pytest.raises(UserError, match="no corpus "):
+        prepare(DataConfig(corpus=spec))
 
 
 def test_a_glob_reports_what_it_matched_and_cannot_read(tmp_path):

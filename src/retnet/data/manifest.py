@@ -112,7 +112,7 @@ def prepared_folder(corpus: str | tuple[str, ...]) -> Path | None:
     try:
         with (folder / MANIFEST).open("rb") as file:
             head = file.read(200)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with NUL
         return None
     return folder if not others and FORMAT.encode() in head else None
 

@@ -101,7 +101,7 @@ def prepare(
     found = gathered.sources
     fingerprint = _fingerprint(config, found, given, shard_tokens)
     directory = Path(os.path.expanduser(config.cache)) / fingerprint[:16]
-    if not (directory / manifest.MANIFEST).is_file():
+    if not os.path.isfile(directory / manifest.MANIFEST):
         with _alone_in(directory):
             if not (directory / manifest.MANIFEST).is_file():
                 report = _Report(found, on_progress, on_problem)
@@ -329,7 +329,11 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process alone; the lock falls when the process does."""
+    """Holds a folder for this process alone; the lock falls when the process does.
+
+    Raises:
+        UserError: nothing can be written there, from the start or at some time.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")  # noqa: SIM115
@@ -339,5 +343,10 @@ def _alone_in(directory: Path) -> Iterator[None]:
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        directory.mkdir(exist_ok=True)  # whoever held the lock before may have given up and cleaned up
-        yield
+        try:
+            directory.mkdir(exist_ok=True)  # whoever held the lock before may have given up and cleaned up
+            yield
+        except OSError as error:  # of the text there is none: what cannot be read is a problem
+            raise UserError(
+                f"cannot write to {directory}: {error.strerror}; what is finished stays, and the next call goes on there"
+            ) from None

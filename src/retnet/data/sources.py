@@ -108,13 +108,13 @@ def find(spec: str) -> Found:
         return Found([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
     path = Path(os.path.expanduser(spec))
     found = Found([], Counter(), [])
-    if path.is_dir():
+    if os.path.isdir(path):
         for file in _walk(path, found):
             _add(found, file, file.relative_to(path))
-    elif glob.has_magic(spec) and not path.exists():
+    elif glob.has_magic(spec) and not os.path.exists(path):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         for file in sorted(map(Path, glob.glob(str(path), recursive=True))):
-            if not file.is_dir():
+            if not os.path.isdir(file):
                 _add(found, file, file.relative_to(root))
             elif "**" not in path.parts:
                 found.left_out["folder"] += 1
@@ -182,8 +182,7 @@ def _add(found: Found, path: Path, name: PurePath) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-        found.problems.append(Problem(shown(path), 0, "unreadable", f"{error.strerror}{link}"))
+        found.problems.append(Problem(shown(path), 0, "unreadable", f"{error.strerror}{_link(path)}"))
         return
     if what := not_a_file(status.st_mode):
         found.left_out[what] += 1
@@ -192,6 +191,13 @@ def _add(found: Found, path: Path, name: PurePath) -> None:
     else:
         source = Source(kind, str(path), name.as_posix(), packing, status.st_size, stamp_of(status))
         found.sources.append(source)
+
+
+def _link(path: Path) -> str:
+    try:
+        return f" (a link to {shown(os.readlink(path))})"
+    except OSError:  # it is none, or not ours to read
+        return ""
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -220,12 +226,16 @@ def _walk(root: Path, found: Found, without: Container[str] = ()) -> Iterator[Pa
     waiting = deque([root])
     while waiting:
         start = waiting.popleft()
-        real = start.resolve()
+        real = Path(os.path.realpath(start))
         if any(one != real and one.is_relative_to(real) for one in walked):
             found.left_out["link to a folder around it"] += 1
             continue
         for folder, folders, files in os.walk(start, onerror=_told(found)):
-            status = os.stat(folder)
+            try:
+                status = os.stat(folder)
+            except OSError as error:  # gone since it was listed
+                _told(found)(error)
+                continue
             if (status.st_dev, status.st_ino) in seen:
                 found.left_out["link to a folder read already"] += 1
                 folders.clear()

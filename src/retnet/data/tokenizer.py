@@ -74,8 +74,8 @@ class Tokenizer:
         if str(spec) == "bytes":
             return cls(_bytes_tokenizer(), BOS)
         path = Path(os.path.expanduser(spec))
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        file = path / "tokenizer.json" if os.path.isdir(path) else path
+        if not os.path.isfile(file):
             raise UserError(
                 f"no tokenizer {str(spec)!r}: give 'bytes', a tokenizer.json, or a folder that holds one"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,7 @@ class TextHash:
 
 def is_run(path: str | Path) -> bool:
     """Whether this is a run directory, which says what it was trained and validated on."""
-    return (Path(path) / "config.toml").is_file()
+    return os.path.isfile(Path(path) / "config.toml")
 
 
 def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
