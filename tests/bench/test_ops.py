@@ -1,4 +1,3 @@
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -12,8 +11,7 @@ from retnet.bench.ways import BOTH, FORWARD, LARGE, OURS, Algorithm, OpsBench, S
 from retnet.measure import peers
 from retnet.measure.clock import Sample, Spread, stopwatch
 from retnet.measure.limits import recent
-from retnet.ops import log_decays, retention, retention_step
-from retnet.ops.cpu import chunkwise_numba, decode, jit
+from retnet.ops import log_decays, retention
 from retnet.settings import UserError
 from tests.helpers.parity import random_inputs, relative
 
@@ -60,8 +58,7 @@ def test_every_way_computes_retention(shape):
     found = [way for way in ways_on(CPU, shape) if way.name not in (ways.NARROW, ways.WIDE)]
     assert found[0].name == OURS
     for way in found:
-        with ways.kernels(way.kernels):
-            assert relative(way.forward(*inputs), want) < 1e-5, way.name
+        assert relative(way.forward(*inputs), want) < 1e-5, way.name
 
 
 def test_attention_is_causal_and_of_the_stated_width():
@@ -85,24 +82,6 @@ def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
     monkeypatch.setattr(peers, "need", lambda name: (module,))
     outputs = [form(1, 2, 4) for form in peers.flash_linear_attention().values()]
     assert outputs == [5, 6]
-
-
-def test_kernels_are_off_inside_and_on_again_after():
-    pytest.importorskip("numba")
-    if jit.compiler() is None:
-        pytest.skip("torch has other threads")
-    q, state = torch.randn(1, 2, 16), torch.zeros(1, 2, 16, 32)
-    v, log_decay = torch.randn(1, 2, 32), log_decays("paper", 2)
-    before = chunkwise_numba.available, decode.state_step
-    with ways.without_kernels():
-        assert not chunkwise_numba.available(state, 64)
-        assert decode.state_step(q, q, v, log_decay, state, torch.zeros(1), 1.0) is None
-        slow = retention_step(q, q, v, log_decay, state.clone())
-    assert (chunkwise_numba.available, decode.state_step) == before
-    assert relative(slow, retention_step(q, q, v, log_decay, state.clone())) < 1e-6
-    with contextlib.suppress(KeyError), ways.without_kernels():
-        {}["a mistake inside"]
-    assert (chunkwise_numba.available, decode.state_step) == before
 
 
 def test_what_is_left_out():

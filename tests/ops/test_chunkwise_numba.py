@@ -12,47 +12,20 @@ from retnet.ops import log_decays
 from retnet.ops.cpu import chunkwise_numba, jit
 from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, compile_panels
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs
-from tests.ops import test_retention
 
 pytest.importorskip("numba")
-
-
-@pytest.fixture
-def loops(monkeypatch):
-    """Torch's loops, as where numba is not installed."""
-    monkeypatch.setattr(chunkwise_numba, "available", lambda *_: False)
-
-
-@pytest.mark.usefixtures("loops")
-class TestLoops:
-    @pytest.mark.parametrize("T", [1, 16, 37])
-    @pytest.mark.parametrize("with_state", [True, False])
-    def test_agree(self, T, with_state):
-        test_retention.test_forms_agree_in_outputs_states_and_gradients("cpu", "chunkwise", T, with_state)
-
-    def test_packed(self):
-        test_retention.test_packed_documents_equal_separate_ones("cpu", "chunkwise")
-
-    def test_cut(self):
-        test_retention.test_a_sequence_cut_anywhere_and_carried_equals_the_uncut_one("cpu", "chunkwise")
-
-    def test_strides(self):
-        test_retention.test_non_contiguous_inputs_and_gradients("cpu", "chunkwise")
-
-    def test_batch_zero(self):
-        test_retention.test_batch_zero("cpu", "chunkwise")
 
 
 # widths that fill registers and widths that do not, one head and more than a thread keeps at hand
 @pytest.mark.parametrize(("H", "K", "V"), [(1, 1, 1), (5, 60, 100), (2, 64, 128), (3, 33, 31)])
 @pytest.mark.parametrize("chunk", [1, 16, 50, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kernels_equal_the_loops(H, K, V, chunk, dtype, monkeypatch):
+def test_kernels_equal_the_loops(H, K, V, chunk, dtype):
     inputs = random_inputs(2, 130, H, K, V, dtype=dtype)
-    options = {"chunk_size": chunk, "backend": "cpu"}
-    got = outputs_and_gradients(inputs, log_decays("paper", H), **options)
-    monkeypatch.setattr(chunkwise_numba, "available", lambda *_: False)
-    want = outputs_and_gradients(inputs, log_decays("paper", H), **options)
+    got, want = (
+        outputs_and_gradients(inputs, log_decays("paper", H), chunk_size=chunk, backend=backend)
+        for backend in ("numba", "torch")
+    )
     assert_same(got, want, {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype])
 
 
@@ -62,7 +35,7 @@ def test_a_result_does_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(outputs_and_gradients(inputs, log_decays("paper", 5), backend="cpu"))
+            results.append(outputs_and_gradients(inputs, log_decays("paper", 5), backend="numba"))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

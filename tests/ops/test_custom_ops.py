@@ -12,23 +12,29 @@ LOG_DECAY = log_decays("paper", 3)
 
 def arguments(state, cu_seqlens):
     q, k, v, s = random_inputs(1, 20, 3, 8, 12, dtype=torch.float32, rows=None if cu_seqlens is None else 3)
-    return (q, k, v, LOG_DECAY, s if state else None, cu_seqlens, 0.25, 8)
+    return (q, k, v, LOG_DECAY, s if state else None, cu_seqlens, 0.25, 8, False)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 9, 9, 20])], ids=["rows", "packed"])
-def test_opcheck_chunk(state, cu_seqlens):
+def test_opcheck_chunkwise(backend, state, cu_seqlens):
     args = arguments(state, cu_seqlens)
-    opcheck(torch.ops.retnet.chunk_forward, args)
+    forward = getattr(torch.ops.retnet, f"retention_chunkwise_{backend}")
+    backward = getattr(torch.ops.retnet, f"retention_chunkwise_{backend}_backward")
+    opcheck(forward, args)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    out, final = torch.ops.retnet.chunk_forward(*plain)
-    opcheck(torch.ops.retnet.chunk_backward, (torch.ones_like(out), torch.ones_like(final), *plain))
+    out, final, _ = forward(*plain)
+    d_out, d_final = torch.ones_like(out), torch.ones_like(final) if state else None
+    opcheck(backward, (d_out, d_final, *args[:6], None, *args[6:8]))
 
 
 @pytest.mark.parametrize("slots", [None, torch.tensor([4, -1], dtype=torch.int32)], ids=["rows", "slots"])
-def test_opcheck_step(slots):
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_opcheck_step(slots, backend):
     q, k, v = (torch.randn(2, 3, n) for n in (8, 8, 12))
-    opcheck(torch.ops.retnet.step, (q, k, v, LOG_DECAY, torch.randn(5, 3, 8, 12), slots, 0.25))
+    step = getattr(torch.ops.retnet, f"retention_step_{backend}")
+    opcheck(step, (q, k, v, LOG_DECAY, torch.randn(5, 3, 8, 12), slots, 0.25))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

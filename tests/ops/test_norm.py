@@ -65,7 +65,7 @@ def test_types():
     ("change", "message"),
     [
         ({"norm": "layer"}, "norm is 'layer'; allowed: 'group', 'rms', 'none'"),
-        ({"backend": "gpu"}, "backend is 'gpu'; allowed: 'auto', 'reference', 'cpu', 'triton'"),
+        ({"backend": "gpu"}, "backend is 'gpu'; allowed: 'reference', 'torch', 'numba', 'triton', 'auto'"),
         ({"gate": torch.zeros(2, 3, 8)}, r"gate has shape \(2, 3, 8\); allowed: \(2, 3, 10\)"),
         ({"weight": torch.zeros(5)}, r"weight has shape \(5,\); allowed: \(10,\)"),
         ({"bias": torch.zeros(2, 5)}, r"bias has shape \(2, 5\); allowed: \(10,\)"),

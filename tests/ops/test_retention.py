@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.ops import FORMS, log_decays, retention, retention_step
-from retnet.ops.retention import _say_once
+from retnet.ops.dispatch import _say_once
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs, relative
 
 GAMMAS = torch.tensor([1.0, 0.97, 0.5], dtype=torch.float64).log()
-PATHS = [("reference", form) for form in FORMS] + [("cpu", form) for form in FORMS]
+PATHS = [(backend, form) for backend in ("reference", "torch", "numba") for form in FORMS]
 
 
 def naive(q, k, v, gammas, state, scale):
@@ -163,7 +163,9 @@ def test_narrow_types_keep_wide_states(dtype):
     packed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_property_cpu_equals_reference(lengths, heads, key_dim, value_dim, chunk_size, gamma, packed, seed):
+def test_property_explicit_backward_equals_reference(
+    lengths, heads, key_dim, value_dim, chunk_size, gamma, packed, seed
+):
     log_decay = log_decays(gamma, heads).double()
     if packed:
         options = {"cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])}
@@ -172,8 +174,9 @@ def test_property_cpu_equals_reference(lengths, heads, key_dim, value_dim, chunk
         options = {}
         inputs = random_inputs(len(lengths), max(lengths), heads, key_dim, value_dim, seed=seed)
     want = outputs_and_gradients(inputs, log_decay, form="recurrent", backend="reference", **options)
-    got = outputs_and_gradients(inputs, log_decay, chunk_size=chunk_size, backend="cpu", **options)
-    assert_same(got, want, 1e-10)
+    for backend in ("torch", "numba"):
+        got = outputs_and_gradients(inputs, log_decay, chunk_size=chunk_size, backend=backend, **options)
+        assert_same(got, want, 1e-10)
 
 
 def test_uninitialised_memory_is_never_read(monkeypatch):
@@ -190,16 +193,18 @@ def test_uninitialised_memory_is_never_read(monkeypatch):
     inputs = random_inputs(1, 20, 3, 8, 5, rows=5)
     for options in ({"cu_seqlens": cu_seqlens}, {}):
         rows = (*inputs[:3], inputs[3] if options else inputs[3][:1])
-        got = outputs_and_gradients(rows, GAMMAS, chunk_size=8, backend="cpu", **options)
-        assert all(x.isfinite().all() for x in got.values())
+        for backend in ("torch", "numba"):
+            got = outputs_and_gradients(rows, GAMMAS, chunk_size=8, backend=backend, **options)
+            assert all(x.isfinite().all() for x in got.values())
 
 
-def test_memory_of_the_backward_does_not_grow_with_the_number_of_chunks():
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_memory_of_the_backward_does_not_grow_with_the_number_of_chunks(backend):
     """States of all chunks are never kept: what autograd saves is the inputs alone."""
     q, k, v, state = random_inputs(1, 512, 1, 8, 8, dtype=torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        retention(q, k, v, GAMMAS[:1], state, chunk_size=4, backend="cpu")
+        retention(q, k, v, GAMMAS[:1], state, chunk_size=4, backend=backend)
     assert sum(saved) == q.numel() + k.numel() + v.numel() + state.numel() + 1
 
 
@@ -232,15 +237,14 @@ class TestStep:
             assert relative(pool[slot], alone[0]) < 1e-12
         assert all(torch.equal(pool[i], before[i]) for i in (1, 2, 3))
 
-    def test_reference_and_cpu_agree_with_slots(self):
-        from retnet.ops import reference
-
+    @pytest.mark.parametrize("backend", ["auto", "torch"])
+    def test_reference_and_others_agree_with_slots(self, backend):
         q, k, v, _ = (x.detach()[:, 0] for x in random_inputs(3, 1, 3, 4, 6))
         pool = torch.randn(5, 3, 4, 6, dtype=torch.float64)
         other = pool.clone()
         slots = torch.tensor([3, -1, 1])
-        got = retention_step(q, k, v, GAMMAS, pool, slots)
-        want = reference.retention_step(q, k, v, GAMMAS, other, slots, 0.5)
+        got = retention_step(q, k, v, GAMMAS, pool, slots, backend=backend)
+        want = retention_step(q, k, v, GAMMAS, other, slots, 0.5, "reference")
         assert relative(got, want) < 1e-12
         assert relative(pool, other) < 1e-12
 
@@ -288,11 +292,15 @@ class TestMistakes:
             ({"state": torch.zeros(2, 3, 4, 6, dtype=torch.float64)}, "state has type torch.float64"),
             ({"cu_seqlens": torch.tensor([0, 5])}, "q has batch 2; allowed: B = 1"),
             ({"form": "chunked"}, "form is 'chunked'; allowed: 'parallel', 'recurrent', 'chunkwise'"),
-            ({"backend": "cuda"}, "backend is 'cuda'; allowed: 'auto', 'reference', 'cpu', 'triton'"),
+            (
+                {"backend": "cuda"},
+                "backend is 'cuda'; allowed: 'reference', 'torch', 'numba', 'triton', 'auto'",
+            ),
+            ({"backend": "cpu"}, "backend 'cpu' is now 'torch' .* or 'numba'"),
             ({"backend": "triton"}, "backend 'triton'"),
             ({"chunk_size": 0}, "chunk_size is 0"),
             (
-                {"log_decay": GAMMAS.float().requires_grad_(), "backend": "cpu"},
+                {"log_decay": GAMMAS.float().requires_grad_(), "backend": "torch"},
                 "log_decay requires a gradient",
             ),
         ],
@@ -334,4 +342,6 @@ def test_auto_says_its_choice_once(caplog):
     with caplog.at_level(logging.INFO, logger="retnet.ops"):
         for _ in range(3):
             retention(q, k, v, GAMMAS, state)
-    assert [r.getMessage() for r in caplog.records] == ["retention: backend 'auto' is 'cpu' (tensors on cpu)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "retention: backend 'auto' is 'numba' (triton: tensors on cpu)"
+    ]

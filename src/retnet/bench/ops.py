@@ -23,7 +23,6 @@ from retnet.bench.ways import (
     OpsBench,
     Shape,
     Way,
-    kernels,
     ways_on,
 )
 from retnet.host import keep_freed_memory, versions
@@ -50,7 +49,7 @@ OWN = (OURS, LOOP, REFERENCE)
 CHECKED = 512  # tokens that every contender is compared with fp64 on, before anything is timed
 NOTES = (
     "forward: without a graph. forward + backward: gradients of q, k and v. fp32 on a CPU, bf16 on a GPU; γ of the paper",
-    f"{OURS}: the fastest backend here (cpu, compiled where numba is installed; triton on a GPU). {LOOP}: what runs on a "
+    f"{OURS}: the fastest backend here (numba on a CPU, where it is installed; triton on a GPU). {LOOP}: what runs on a "
     f"CPU without numba. Indexed chunks: chunkwise as usually written, torchscale's form, C {PEER_CHUNK}; split chunks: the "
     "same without what makes its backward quadratic",
     "SDPA: torch's causal scaled_dot_product_attention (FlashAttention), heads of 128. Equal width means q, k, v and output "
@@ -251,8 +250,7 @@ def _errors(
                 continue
             say(f"checking {way.name}, {shape}")
             try:
-                with kernels(way.kernels):
-                    got = _results(way, inputs)
+                got = _results(way, inputs)
             except ValueError as error:
                 raise UserError(f"{way.name} cannot run {shape} on {device}: {error}") from None
             errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, want, strict=True)])
@@ -291,9 +289,4 @@ def _contender(row: Row, memory: Tensor, device: torch.device) -> Contender:
         torch.autograd.grad(row.way.forward(*leaves), leaves, d_out)
 
     timed = stopwatch(forward if row.mode == FORWARD else both, device, units=tokens)
-
-    def measure() -> float:
-        with kernels(row.way.kernels):
-            return timed()
-
-    return Contender(f"{row.name}, {row.shape}, T {row.length}, {row.mode}", measure)
+    return Contender(f"{row.name}, {row.shape}, T {row.length}, {row.mode}", timed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retnet.bench.ways import LARGE, LOOP, OURS, Shape, kernels
+from retnet.bench.ways import LARGE, LOOP, OURS, Shape
 from retnet.measure.clock import (
     Contender,
     Sample,
@@ -107,16 +107,16 @@ def _measure(row: StepRow, device: torch.device, megabytes: int) -> Callable[[],
     count = max(1, megabytes * 2**20 // row.step.state_bytes) if row.step.cold else LAYERS
     states = torch.zeros(count, B, H, K, V, device=device).unbind(0)
     q, k, v = (torch.randn(B, H, width, device=device) for width in (K, K, V))
-    log_decay = log_decays("paper", H).to(device)
+    log_decay, backend = log_decays("paper", H).to(device), "auto" if row.name == OURS else "torch"
 
     def run() -> None:
         for state in states:
-            retention_step(q, k, v, log_decay, state)
+            retention_step(q, k, v, log_decay, state, backend=backend)
 
     timed = stopwatch(run, device, units=count, budget=0.05)
 
     def measure() -> float:
-        with torch.inference_mode(), kernels(row.name == OURS):
+        with torch.inference_mode():
             return timed()
 
     return measure

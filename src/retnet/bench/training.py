@@ -292,7 +292,7 @@ def _op_contenders(bench: TrainingBench) -> list[Contender]:
         return Contender(name, lambda: median_seconds(both, 7))
 
     return [
-        contender(OP["ours"], lambda: retention(q, k, v, log_decay, backend="cpu")[0]),
+        contender(OP["ours"], lambda: retention(q, k, v, log_decay)[0]),
         contender(OP["indexed 64"], lambda: peers.indexed_states(q, k, v, log_decay, scale, 64)),
         contender(OP["indexed 128"], lambda: peers.indexed_states(q, k, v, log_decay, scale, 128)),
         contender(OP["parallel"], lambda: peers.parallel_form(q, k, v, log_decay, scale)),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from retnet.measure import peers
 from retnet.ops import CHUNK, log_decays, retention
-from retnet.ops.cpu import chunkwise_numba, decode, jit
+from retnet.ops.cpu import jit
 from retnet.ops.triton import tile_table
 from retnet.settings import UserError
 
@@ -75,7 +74,6 @@ class Way(NamedTuple):
     algorithm: Algorithm | None  # None: not known
     longest: int | None = None  # sequence that it is tried with
     multiple: int = 1  # of which a length must be one
-    kernels: bool = True  # else it runs `without_kernels`
 
     def flops(self, length: int, mode: str) -> float | None:
         """Of one sequence, where the algorithm is known."""
@@ -183,9 +181,9 @@ def ways_on(device: torch.device, shape: Shape) -> list[Way]:
         return lambda q, k, v: retention(q, k, v, log_decay, backend=backend)[0]
 
     compiled = cpu and jit.compiler() is not None
-    found = [Way(OURS, ours("cpu" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
+    found = [Way(OURS, ours("auto" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
     if compiled:
-        found.append(Way(LOOP, ours("cpu"), shape, LOOPED, kernels=False))
+        found.append(Way(LOOP, ours("torch"), shape, LOOPED))
     found.append(Way(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512))
     for name, form in ((INDEXED, peers.indexed_states), (SPLIT, peers.chunk_loop)):
         chunked = partial(form, log_decay=log_decay, scale=scale, chunk=PEER_CHUNK)
@@ -204,19 +202,3 @@ def _algorithm(cpu: bool, compiled: bool) -> Algorithm:
     if not cpu:
         return TRITON
     return COMPILED if compiled else LOOPED
-
-
-def kernels(wanted: bool) -> AbstractContextManager[None]:
-    """In which compiled kernels run on a CPU, or do not."""
-    return nullcontext() if wanted else without_kernels()
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """The CPU as it is where numba is not installed: the op and its step are torch's operators."""
-    available, state_step = chunkwise_numba.available, decode.state_step
-    chunkwise_numba.available, decode.state_step = lambda *_: False, lambda *_: None
-    try:
-        yield
-    finally:
-        chunkwise_numba.available, decode.state_step = available, state_step

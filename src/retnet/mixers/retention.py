@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from retnet.mixers.base import Mixer, MixerConfig
 from retnet.nn import Linear, Positions, Rotary
 from retnet.ops import (
-    BACKENDS,
     CHUNK,
     Decay,
     head_norm,
@@ -22,6 +21,7 @@ from retnet.ops import (
     retention_step,
 )
 from retnet.ops.clamped import clamped_retention
+from retnet.ops.dispatch import check_backend
 from retnet.settings import UserError
 
 
@@ -75,9 +75,8 @@ class RetentionConfig(MixerConfig):
                 f"score_norm = 'torchscale' runs in the parallel form alone, not {self.form!r}; "
                 "set form = 'parallel', or score_norm = 'decay', which runs in every form"
             )
-        if self.backend not in ("auto", *BACKENDS):
-            raise UserError(f"backend is {self.backend!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
         try:
+            check_backend(self.backend)
             log_decays(self.decay, self.num_heads)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -192,7 +191,7 @@ class MultiScaleRetention(Mixer):
         self._refuse_if_stateless()
         positions = positions or self.positions(x, None, state)
         q, k, v = self._project(x, positions)
-        o = retention_step(q, k, v, self.log_decay, state.kv)
+        o = retention_step(q, k, v, self.log_decay, state.kv, backend=self.config.backend)
         y = self._finish(o, x, positions)
         state.position.add_(1)
         return y, state

@@ -11,9 +11,10 @@ Legend, used in every shape comment of the project:
 """
 
 from retnet.ops.decay import Decay, log_decays
+from retnet.ops.dispatch import BACKENDS
 from retnet.ops.linear import product
 from retnet.ops.norm import NORMS, head_norm
-from retnet.ops.retention import BACKENDS, CHUNK, FORMS, retention, retention_step, retention_steps
+from retnet.ops.retention import CHUNK, FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import (
     LAYOUTS,
     SPACINGS,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.ops.triton import row_operators
-from retnet.ops.triton.capability import takes, unfit_rows
+from retnet.ops.dispatch import Implementation, Op
+from retnet.ops.triton import capability, row_operators
 
 NORMS = ("group", "rms", "none")
 
@@ -35,7 +35,7 @@ def head_norm(
         bias: summands [H·V]; None: zeros.
         sums: s² by which o is divided first, as o/s, [...,H] or [1,...,H]; under a norm that is ε·s² in place of ε.
         dtype: of the normalised heads, default that of o. Gated, they take the type of the gate.
-        backend: as in `retention`, except that ``"reference"`` and ``"cpu"`` are both torch's operators.
+        backend: as in `retention`; all but ``"triton"`` are torch's operators.
 
     Returns:
         [...,H·V].
@@ -44,13 +44,60 @@ def head_norm(
         ValueError: an unknown `norm`, shapes that do not fit, or a backend that cannot run.
     """
     _check(o, gate, norm, weight, bias, sums)
-    if (o.device.type != "cpu" or backend != "auto") and takes(
-        "head norm", backend, o, unfit_rows(o.shape[-1], o, gate, weight, bias, constant=sums)
-    ):
-        y = row_operators.head_norm(o, gate, weight, bias, sums, norm, eps)[0]
-        return y if gate is not None or dtype is None else y.to(dtype)
+    y: Tensor = _HEAD_NORM(backend, o, gate, weight, bias, sums, norm, eps, dtype)
+    return y
+
+
+# The row of the dispatch table; arguments: o, gate, weight, bias, sums, norm, eps, dtype.
+
+
+def _by_triton(
+    o: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    y: Tensor = row_operators.head_norm(o, gate, weight, bias, sums, norm, eps)[0]
+    return y if gate is not None or dtype is None else y.to(dtype)
+
+
+def _by_torch(
+    o: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
     y = _normed(o, norm, eps, weight, bias, sums).flatten(-2).to(o.dtype if dtype is None else dtype)
     return y if gate is None else (F.silu(gate) * y).to(gate.dtype)
+
+
+def _no_triton(
+    o: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    *_: object,
+) -> str | None:
+    unfit = capability.unfit_rows(o.shape[-1], o, gate, weight, bias, constant=sums)
+    return unfit or capability.missing(str(o.device))
+
+
+_HEAD_NORM = Op(
+    "head_norm",
+    triton=Implementation(_by_triton, _no_triton, capability.interpreted),
+    torch=Implementation(_by_torch),
+    numba=Implementation(_by_torch),
+    reference=Implementation(_by_torch),
+)
 
 
 def _normed(

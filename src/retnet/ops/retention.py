@@ -1,25 +1,24 @@
-"""The op of the contract: checks its arguments, picks a backend, runs it."""
+"""Retention and its decoding steps: arguments checked, then handed to the backend that `dispatch` chooses."""
 
 from __future__ import annotations
 
-import logging
-from functools import cache
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retnet.ops import reference
-from retnet.ops.cpu import chunkwise as cpu
-from retnet.ops.cpu import decode
-from retnet.ops.triton import capability, operators, tile_table
+from retnet.ops import operators, reference
+from retnet.ops.cpu import chunkwise_numba, decode
+from retnet.ops.dispatch import Implementation, Op
+from retnet.ops.torch_private import is_differentiated
+from retnet.ops.triton import capability, tile_table
 from retnet.ops.validation import check_documents, check_inputs, check_pool, check_state, plainly_right
 
-BACKENDS = ("reference", "cpu", "triton")
 FORMS = ("parallel", "recurrent", "chunkwise")
 
 CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
-
-_log = logging.getLogger("retnet.ops")
 
 
 def retention(
@@ -48,9 +47,10 @@ def retention(
         form: ``"parallel"``, ``"recurrent"`` or ``"chunkwise"``: one function, three ways to compute it.
         chunk_size: C of the chunkwise form; default: `CHUNK`, and of Triton's kernels `tile_table.CHUNK` (which round C
             up to a multiple of 16).
-        backend: ``"reference"`` (any device, autograd of everything), ``"cpu"`` (explicit backward, constant memory in the
-            number of chunks; no gradient of `log_decay`), ``"triton"`` (the same on CUDA and ROCm; no recurrent form), or
-            ``"auto"``: the fastest that can run, logged once.
+        backend: ``"reference"`` (any device, autograd of everything), ``"torch"`` (any device; explicit backward, constant
+            memory in the number of chunks; no derivative of `log_decay`), ``"numba"`` (the same in kernels compiled for the
+            CPU), ``"triton"`` (the same on CUDA and ROCm; no recurrent form), or ``"auto"``: the fastest that can run,
+            logged once.
         keep_states: Triton's kernels keep the states at chunk boundaries from the forward for the backward pass (K·V/C
             numbers a token and head) instead of computing them again. The other backends have nothing to keep.
 
@@ -68,15 +68,10 @@ def retention(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    backend = _backend(backend, q, v, log_decay, form)
-    if backend == "reference":
-        return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
-    if backend == "triton":
-        length = q.shape[1] if form == "parallel" else chunk_size or tile_table.CHUNK
-        chunk = tile_table.round_up(length, 128 if form == "parallel" else 16)
-        return operators.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk, keep_states)[:2]
-    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
-    return cpu.chunked(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
+    out: tuple[Tensor, Tensor] = _RETENTION(
+        backend, q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size, keep_states
+    )
+    return out
 
 
 def retention_step(
@@ -87,6 +82,7 @@ def retention_step(
     state: Tensor,
     slots: Tensor | None = None,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One decoding step of the recurrent form: S ← γ S + kᵀ v in place, o = scale · q S.
 
@@ -99,6 +95,7 @@ def retention_step(
         slots: int32 or int64 [B], the row of `state` of each batch row, distinct; −1 marks padding, whose output is zero.
             Default: rows 0 … B−1.
         scale: factor of the query-key products, default K^(−1/2).
+        backend: as in `retention`.
 
     Returns:
         The output [B,H,V] in the type of v. There is no gradient; train with `retention`.
@@ -106,18 +103,15 @@ def retention_step(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
-    if slots is None and plainly_right(q, k, v, log_decay, state):
+    if backend == "auto" and slots is None and plainly_right(q, k, v, log_decay, state):
         factor = q.shape[2] ** -0.5 if scale is None else float(scale)
-        if (out := decode.state_step(q, k, v, log_decay, state, None, factor)) is not None:
-            return out
+        if (fast := decode.state_step(q, k, v, log_decay, state, None, factor)) is not None:
+            return fast
     check_inputs(q, k, v, log_decay, time=False)
     check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.device.type == "cpu":
-        return cpu.step(q, k, v, log_decay, state, slots, scale)
-    if _choose(q, v, log_decay.detach(), "chunkwise")[0] == "triton":
-        return operators.step(q, k, v, log_decay, state, slots, scale)
-    return reference.retention_step(q, k, v, log_decay, state, slots, scale)
+    out: Tensor = _STEP(backend, q, k, v, log_decay, state, slots, scale)
+    return out
 
 
 def retention_steps(
@@ -128,6 +122,7 @@ def retention_steps(
     state: Tensor,
     slots: Tensor | None = None,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """T decoding steps at once, as verifying drafted tokens needs them: `retention_step` for one token after the other.
 
@@ -141,6 +136,7 @@ def retention_steps(
         state: [N,H,K,V], updated in place.
         slots: [B].
         scale: default K^(−1/2).
+        backend: as in `retention`.
 
     Returns:
         The outputs [B,T,H,V] in the type of v. There is no gradient.
@@ -151,46 +147,128 @@ def retention_steps(
     check_inputs(q, k, v, log_decay, time=True)
     check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.device.type != "cpu" and _choose(q, v, log_decay.detach(), "chunkwise")[0] == "triton":
-        return operators.step(q, k, v, log_decay, state, slots, scale)
-    out = torch.empty_like(v)
-    for t in range(q.shape[1]):
-        out[:, t] = retention_step(q[:, t], k[:, t], v[:, t], log_decay, state, slots, scale)
+    out: Tensor = _STEPS(backend, q, k, v, log_decay, state, slots, scale)
     return out
 
 
-def _backend(name: str, q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str:
-    if name == "auto":
-        chosen, why = _choose(q, v, log_decay, form)
-        if not torch.compiler.is_compiling():
-            _say_once(chosen, why)
-        return chosen
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
-    if name == "triton" and (hindrance := _no_triton(q, v, log_decay, form)) is not None:
-        raise ValueError(f"backend 'triton' cannot run: {hindrance}; or use backend 'auto' or 'reference'")
-    if name == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"backend 'cpu' cannot run tensors on {q.device}; use 'auto' or 'reference'")
-    if name == "cpu" and log_decay.requires_grad:
-        raise ValueError(
-            "log_decay requires a gradient, which backend 'cpu' does not compute; use backend 'reference'"
-        )
-    return name
+# The rows of the table. Arguments of the first: those of `retention`, but for the backend.
 
 
-def _choose(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> tuple[str, str]:
-    """The fastest backend that can run these arguments, and why it is that one."""
-    if q.device.type == "cpu":
-        wanted = ", gradient of log_decay wanted" if log_decay.requires_grad else ""
-        return ("reference" if wanted else "cpu"), f"tensors on cpu{wanted}"
-    why = _no_triton(q, v, log_decay, form)
-    return ("triton", f"tensors on {q.device.type}") if why is None else ("reference", why)
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    form: str,
+    chunk_size: int | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor]:
+    return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
 
 
-def _no_triton(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str | None:
-    return capability.unsupported(q, v, log_decay, form) or capability.missing(str(q.device))
+def _chunkwise(ops: operators.Operators, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """All three forms are the chunkwise one: in chunks of the whole sequence, of one token, or of `chunk_size`."""
+    q, *inputs, form, chunk_size, _ = arguments
+    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
+    out, final, _ = ops.forward(q, *inputs, chunk, False)
+    return out, final
 
 
-@cache
-def _say_once(name: str, why: str) -> None:
-    _log.info("retention: backend 'auto' is %r (%s)", name, why)
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    q, *inputs, form, chunk_size, keep_states = arguments
+    length = q.shape[1] if form == "parallel" else chunk_size or tile_table.CHUNK
+    chunk = tile_table.round_up(length, 128 if form == "parallel" else 16)
+    out, final, _ = operators.TRITON.forward(q, *inputs, chunk, keep_states)
+    return out, final
+
+
+def _no_decay_gradient(log_decay: Tensor) -> str | None:
+    if is_differentiated(log_decay):
+        return "log_decay requires a gradient, which explicit backward passes do not compute"
+    return None
+
+
+def _no_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
+    return _no_decay_gradient(log_decay)
+
+
+def _no_numba(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
+    if not q.is_cpu:
+        return f"tensors are on {q.device}; numba compiles for the CPU"
+    return _no_decay_gradient(log_decay) or chunkwise_numba.hindrance(
+        torch.promote_types(q.dtype, torch.float32)
+    )
+
+
+def _slow_numba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    form: str,
+    chunk_size: int | None,
+    _: bool,
+) -> str | None:
+    chunk = {"parallel": q.shape[1], "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
+    return chunkwise_numba.slower(q, chunk, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+def _no_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
+    return (
+        capability.unsupported(q, v, rest[3])
+        or _no_decay_gradient(log_decay)
+        or capability.missing(str(q.device))
+    )
+
+
+_RETENTION = Op(
+    "retention",
+    triton=Implementation(_triton, _no_triton, capability.interpreted),
+    numba=Implementation(partial(_chunkwise, operators.NUMBA), _no_numba, _slow_numba),
+    torch=Implementation(partial(_chunkwise, operators.TORCH), _no_torch),
+    reference=Implementation(_reference),
+)
+
+# Arguments of the steps: q, k, v, log_decay, state, slots, scale.
+
+
+def _no_numba_step(q: Tensor, *_: object) -> str | None:
+    if not q.is_cpu:
+        return f"tensors are on {q.device}; numba compiles for the CPU"
+    if q.dtype is torch.float64:
+        return f"q has type {q.dtype}, and the compiled step is of fp32"
+    return decode.step_hindrance()
+
+
+def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
+    return capability.unsupported(q, v, "chunkwise") or capability.missing(str(q.device))
+
+
+def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
+    q, k, v, *rest = arguments
+    out = torch.empty_like(v)
+    for t in range(q.shape[1]):
+        out[:, t] = step(q[:, t], k[:, t], v[:, t], *rest)
+    return out
+
+
+_STEP = Op(
+    "retention_step",
+    triton=Implementation(operators.TRITON.step, _no_triton_step, capability.interpreted),
+    numba=Implementation(operators.NUMBA.step, _no_numba_step),
+    torch=Implementation(operators.TORCH.step),
+    reference=Implementation(reference.retention_step),
+)
+_STEPS = Op(
+    "retention_steps",
+    triton=Implementation(operators.TRITON.step, _no_triton_step, capability.interpreted),
+    numba=Implementation(partial(_one_by_one, operators.NUMBA.step), _no_numba_step),
+    torch=Implementation(partial(_one_by_one, operators.TORCH.step)),
+    reference=Implementation(partial(_one_by_one, reference.retention_step)),
+)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.ops.triton import row_operators  # noqa: F401  defines the operators
-from retnet.ops.triton.capability import takes, unfit_rows
+from retnet.ops.dispatch import Implementation, Op
+from retnet.ops.torch_private import is_differentiated
+from retnet.ops.triton import capability, row_operators
 
 LAYOUTS = ("interleaved", "halves")
 SPACINGS = ("inclusive", "geometric")
@@ -114,7 +115,7 @@ def apply_rotary(
         position: int64 [...], as `positions` makes them, or [1,...] where all rows of a batch share them.
         theta: radians a token, [K/2] fp64, as `frequencies` makes them.
         layout: as in `rotate`.
-        backend: as in `retention`, except that ``"reference"`` and ``"cpu"`` are both torch's operators.
+        backend: as in `retention`; all but ``"triton"`` are torch's operators.
         angles: cos and sin [...,K/2], as `rotation` makes them of these positions, for torch's operators, so that the layers
             of a model share them; default: made here. The kernel computes its own (see `computes_angles`).
 
@@ -126,10 +127,8 @@ def apply_rotary(
     """
     _check_shapes(q, k, position, theta)
     _check_layout(layout)
-    if computes_angles(backend, q, k):
-        return torch.ops.retnet.triton_rotary(q, k, position, theta, layout == "interleaved", False)
-    cos, sin = angles or rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
-    return rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
+    turned: tuple[Tensor, Tensor] = _ROTARY(backend, q, k, position, theta, layout, angles)
+    return turned
 
 
 def computes_angles(backend: str, *heads: Tensor) -> bool:
@@ -138,10 +137,48 @@ def computes_angles(backend: str, *heads: Tensor) -> bool:
     Raises:
         ValueError: a backend that is unknown or cannot run.
     """
-    x = heads[0]
-    if x.device.type == "cpu" and backend == "auto":
-        return False
-    return takes("rotation", backend, x, unfit_rows(x.shape[-1], *heads))
+    return _ROTARY.choose(backend, heads[0], heads[-1]) is _by_triton
+
+
+# The row of the dispatch table; arguments: q, k, position, theta, layout, angles.
+
+
+def _by_torch(
+    q: Tensor,
+    k: Tensor,
+    position: Tensor,
+    theta: Tensor,
+    layout: str,
+    angles: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = angles or rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
+    return rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
+
+
+def _by_triton(
+    q: Tensor, k: Tensor, position: Tensor, theta: Tensor, layout: str, _: object
+) -> tuple[Tensor, Tensor]:
+    turned: tuple[Tensor, Tensor] = row_operators.rotary(
+        q, k, position, theta, layout == "interleaved", False
+    )
+    return turned
+
+
+def _no_triton(
+    q: Tensor, k: Tensor, position: Tensor | None = None, theta: Tensor | None = None, *_: object
+) -> str | None:
+    if theta is not None and is_differentiated(theta):
+        return "theta requires a gradient, which the kernel does not compute"
+    return capability.unfit_rows(q.shape[-1], q, k) or capability.missing(str(q.device))
+
+
+_ROTARY = Op(
+    "rotary",
+    triton=Implementation(_by_triton, _no_triton, capability.interpreted),
+    torch=Implementation(_by_torch),
+    numba=Implementation(_by_torch),
+    reference=Implementation(_by_torch),
+)
 
 
 def _check_shapes(q: Tensor, k: Tensor, position: Tensor, theta: Tensor) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from retnet.ops.cpu.openmp import plain
+from retnet.ops.torch_private import is_batched, plain
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ def plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
 
 def _readable(x: Tensor) -> bool:
     """Whether looking at the values of x costs no synchronisation and does not break a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(x)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bool) -> None:

@@ -16,11 +16,11 @@ from retnet.ops import (
     head_norm,
     log_decays,
     positions,
-    reference,
     retention,
     retention_step,
+    retention_steps,
 )
-from retnet.ops.retention import _say_once, retention_steps
+from retnet.ops.dispatch import _say_once
 from retnet.ops.triton import capability, tile_table
 from tests.helpers.parity import random_inputs
 
@@ -29,9 +29,7 @@ from tests.helpers.parity import random_inputs
 def gpu(monkeypatch):
     """Tensors on a GPU that is not there: shapes and types alone. Triton can run on it, unless `missing` says otherwise."""
     monkeypatch.setattr(capability, "_missing", lambda device: None)
-    monkeypatch.setattr(reference, "retention", lambda *arguments: "the reference ran")
     _say_once.cache_clear()
-    capability._say_once.cache_clear()
     with FakeTensorMode():
         yield torch.device("cuda")
 
@@ -83,11 +81,15 @@ def test_what_auto_runs_on_a_gpu_can_be_seen_in_a_trace(gpu):
         few = retention_steps(*inputs, torch.empty(3, device=gpu), pool)
     assert one.shape == (2, 3, 128)
     assert few.shape == (2, 300, 3, 128)
-    assert seen.ours() == ["retnet::triton_forward", "retnet::triton_step", "retnet::triton_step"]
+    assert seen.ours() == [
+        "retnet::retention_chunkwise_triton",
+        "retnet::retention_step_triton",
+        "retnet::retention_step_triton",
+    ]
 
 
 def test_what_stands_around_retention_follows_it(gpu, caplog):
-    """A layer of the paper in bf16: rotation, norm and gate are one operator each, and nothing is said of them."""
+    """A layer of the paper in bf16: rotation, norm and gate are one operator each."""
     q, k, v = on(gpu)
     gate = torch.empty(2, 300, 3 * 128, device=gpu, dtype=torch.bfloat16)
     sums = torch.empty(1, 300, 3, device=gpu)
@@ -95,11 +97,14 @@ def test_what_stands_around_retention_follows_it(gpu, caplog):
         turned = apply_rotary(q, k, *angles(gpu))
         y = head_norm(v, gate, sums=sums)
         wide = head_norm(v, dtype=torch.float32)
-    assert seen.ours() == ["retnet::triton_rotary", "retnet::triton_norm", "retnet::triton_norm"]
+    assert seen.ours() == ["retnet::rotary_triton", "retnet::head_norm_triton", "retnet::head_norm_triton"]
     assert [(x.shape, x.dtype) for x in turned] == [(q.shape, q.dtype)] * 2
     assert (y.shape, y.dtype) == (gate.shape, torch.bfloat16)
     assert (wide.shape, wide.dtype) == (gate.shape, torch.float32)
-    assert not caplog.records
+    assert [record.getMessage() for record in caplog.records] == [
+        "rotary: backend 'auto' is 'triton' (tensors on cuda)",
+        "head_norm: backend 'auto' is 'triton' (tensors on cuda)",
+    ]
 
 
 def test_what_stands_around_retention_falls_back_as_it_does(gpu, caplog, monkeypatch):
@@ -114,21 +119,21 @@ def test_what_stands_around_retention_falls_back_as_it_does(gpu, caplog, monkeyp
             assert head_norm(torch.empty(1, 1, 1025, device=gpu)).shape == (1, 1025)
     assert not seen.ours()
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
-        "rotation: backend 'auto' is 'reference' (a tensor has type torch.float64",
-        "head norm: backend 'auto' is 'reference' (a tensor has type torch.float64",
-        "head norm: backend 'auto' is 'reference' (heads have width 1025",
+        "rotary: backend 'auto' is 'torch' (triton: a tensor has type torch.float64",
+        "head_norm: backend 'auto' is 'torch' (triton: a tensor has type torch.float64",
+        "head_norm: backend 'auto' is 'torch' (triton: heads have width 1025",
     ]
     with pytest.raises(
-        ValueError, match=r"backend 'triton' cannot run rotation: a tensor has type torch\.float64"
+        ValueError, match=r"backend 'triton' cannot run rotary: a tensor has type torch\.float64"
     ):
         apply_rotary(q, k, *angles(gpu), backend="triton")
     with pytest.raises(
-        ValueError, match="cannot run head norm: heads have width 1025; allowed: from 1 to 1024"
+        ValueError, match="cannot run head_norm: heads have width 1025; allowed: from 1 to 1024"
     ):
         head_norm(torch.empty(1, 1, 1025, device=gpu), backend="triton")
     sums = torch.empty(1, 1, 16, device=gpu, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"cannot run head norm: sums requires a gradient.*or use backend 'auto'"
+        ValueError, match=r"cannot run head_norm: sums requires a gradient.*or use backend 'auto'"
     ):
         head_norm(torch.empty(1, 1, 16, 8, device=gpu), sums=sums, backend="triton")
 
@@ -143,19 +148,23 @@ def test_what_stands_around_retention_falls_back_as_it_does(gpu, caplog, monkeyp
 )
 def test_auto_falls_back_and_says_why(gpu, caplog, change, reason):
     inputs = on(gpu, T=9, **change)
-    with caplog.at_level(logging.INFO, logger="retnet.ops"):
-        assert retention(*inputs, torch.empty(3, device=gpu)) == "the reference ran"
+    with caplog.at_level(logging.INFO, logger="retnet.ops"), Seen() as seen:
+        retention(*inputs, torch.empty(3, device=gpu))
+    assert seen.ours() == ["retnet::retention_chunkwise_torch"]
     (record,) = caplog.records
-    assert record.getMessage().startswith("retention: backend 'auto' is 'reference' (" + reason)
+    assert record.getMessage().startswith("retention: backend 'auto' is 'torch' (triton: " + reason)
     with pytest.raises(
-        ValueError, match=f"backend 'triton' cannot run: {reason.replace('(', '.')}.*or use backend 'auto'"
+        ValueError,
+        match=f"backend 'triton' cannot run retention: {reason.replace('(', '.')}.*or use backend 'auto'",
     ):
         retention(*inputs, torch.empty(3, device=gpu), backend="triton")
 
 
 def test_a_learned_decay_or_the_recurrent_form_is_not_for_the_kernels(gpu):
     inputs = on(gpu)
-    with pytest.raises(ValueError, match="log_decay requires a gradient, which the kernels do not compute"):
+    with pytest.raises(
+        ValueError, match="log_decay requires a gradient, which explicit backward passes do not"
+    ):
         retention(*inputs, torch.empty(3, device=gpu, requires_grad=True), backend="triton")
     with pytest.raises(ValueError, match="form is 'recurrent'; allowed: 'chunkwise', 'parallel'"):
         retention(*inputs, torch.empty(3, device=gpu), form="recurrent", backend="triton")
@@ -165,9 +174,29 @@ def test_auto_without_triton_on_a_gpu(gpu, monkeypatch, caplog):
     monkeypatch.setattr(
         capability, "_missing", lambda device: "Triton is not installed; pip install 'retnet[triton]'"
     )
-    with caplog.at_level(logging.INFO, logger="retnet.ops"):
-        assert retention(*on(gpu), torch.empty(3, device=gpu)) == "the reference ran"
-    assert "'reference' (Triton is not installed; pip install" in caplog.records[0].getMessage()
+    with caplog.at_level(logging.INFO, logger="retnet.ops"), Seen() as seen:
+        retention(*on(gpu), torch.empty(3, device=gpu))
+    assert seen.ours() == ["retnet::retention_chunkwise_torch"]
+    assert "'torch' (triton: Triton is not installed; pip install" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("backend", ["numba", "cpu"])
+def test_a_backend_of_the_cpu_on_a_gpu(gpu, backend):
+    match = {"numba": "'numba' cannot run retention: tensors are on cuda", "cpu": "'cpu' is now 'torch'"}[
+        backend
+    ]
+    with pytest.raises(ValueError, match=match):
+        retention(*on(gpu), torch.empty(3, device=gpu), backend=backend)
+
+
+def test_the_table_has_every_backend_for_every_op():
+    from retnet.ops import BACKENDS
+    from retnet.ops.dispatch import TABLE
+
+    assert {"retention", "retention_step", "retention_steps", "rotary", "head_norm"} <= TABLE.keys()
+    for op in TABLE.values():
+        assert op.implementations.keys() == set(BACKENDS) - {"auto"}
+        assert list(op.implementations)[-1] == "reference"
 
 
 def test_steps_at_once_are_steps_in_turn():
@@ -198,11 +227,11 @@ class TestMissing:
         ):
             retention(*inputs, log_decays("paper", 2), backend="triton")
         with pytest.raises(
-            ValueError, match="cannot run rotation: tensors are on cpu, where Triton runs in its"
+            ValueError, match="cannot run rotary: tensors are on cpu, where Triton runs in its"
         ):
             apply_rotary(*inputs[:2], positions(5), frequencies(16), backend="triton")
         with pytest.raises(
-            ValueError, match="cannot run head norm: tensors are on cpu, where Triton runs in"
+            ValueError, match="cannot run head_norm: tensors are on cpu, where Triton runs in"
         ):
             head_norm(inputs[2], backend="triton")
 

@@ -1,37 +1,60 @@
-"""Chunkwise retention on the CPU, compiled: a thread walks a few heads of one sequence, in the cache of its core.
+"""Chunkwise retention on the CPU by kernels that numba compiles, forward and explicit backward: backend "numba".
 
-The mathematics are those of `chunkwise`, whose loops over torch's batched products this replaces where numba is
-installed. Between products nothing is dispatched and nothing leaves the core's cache, what comes next is fetched
-while they run, documents packed in one row are walked where they lie, and the half of a chunk's scores that causality
-removes is not computed. What is inside a chunk waits for the backward's second walk here, so that of the gradients
-only dq is written twice. A head's result does not depend on how many threads share the work.
+The mathematics are those of `retnet.ops.chunkwise`. A thread walks a few heads of one sequence in the cache of its core:
+between matrix products nothing is dispatched and nothing leaves that cache, what comes next is prefetched while they run,
+documents packed in one row are walked where they lie, and the half of a chunk's scores that causality removes is not
+computed. What is inside a chunk waits for the backward's second walk here, so that of the gradients only dq is written
+twice. A head's result does not depend on how many threads share the work.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from retnet.ops import chunkwise
+from retnet.ops.chunkwise import DecayFactors, chunk_length, decay_factors, initial_state
 from retnet.ops.cpu import jit, openmp
 from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, Panels, compile_panels
+from retnet.ops.torch_private import constant_in_traces
 
 CACHE = 1 << 19  # bytes of states that a thread keeps at hand: half of a usual second-level cache
-LONGEST = 512  # tokens of a chunk; beyond, its scores no longer fit the caches and torch's loops take over
+LONGEST = 512  # tokens of a chunk; beyond, its scores no longer fit the caches and torch's loops are as fast
 
 
-class Walks(NamedTuple):
-    """The sequences to walk, as rows of [M,H,·] tokens, and the factors of `chunkwise` for chunks of C tokens."""
+class Table(NamedTuple):
+    """The table of both kernels: sizes, and addresses of contiguous tensors."""
 
-    starts: Tensor  # int64 [N], first token of each
-    lengths: Tensor  # int64 [N]
-    mask: Tensor  # D · scale [H,C,C]
-    xi: Tensor  # ξ · scale [H,C]
-    zeta: Tensor  # ζ of a full chunk [H,C]
-    carry: Tensor  # γ^n [H,C+1]
+    tokens: int  # M, of all sequences
+    heads: int
+    key_dim: int
+    value_dim: int
+    chunk: int  # C
+    sequences: int  # N
+    together: int  # heads of a sequence that a thread takes at once
+    starts: int  # int64 [N], first token of each sequence
+    lengths: int  # int64 [N]
+    order: int  # int64 [N]: sequences, the longest first, so that all threads end together
+    mask: int  # D · scale [H,C,C]
+    xi: int  # ξ · scale [H,C]
+    zeta: int  # ζ of a full chunk [H,C]
+    carry: int  # γ^n [H,C+1]
+    q: int  # [M,H,K]
+    k: int  # [M,H,K]
+    v: int  # [M,H,V]
+    state: int  # [N,H,K,V]; the forward moves it to the end
+    out: int = 0  # [M,H,V], written by the forward; what follows is of the backward
+    d_out: int = 0  # [M,H,V]
+    d_state: int = 0  # [N,H,K,V], moved to the begin
+    dq: int = 0  # [M,H,K], written, as the next two
+    dk: int = 0
+    dv: int = 0
+
+
+AT = Table(*range(len(Table._fields)))  # where each stands in the table
 
 
 class _Kernels(NamedTuple):
@@ -39,86 +62,156 @@ class _Kernels(NamedTuple):
     backward: Any
 
 
-def available(state: Tensor, chunk: int) -> bool:
-    """Whether the kernels can run, and with enough heads for most of the threads; `state` is [N,H,K,V]."""
-    heads = state.shape[0] * state.shape[1]
-    return chunk <= LONGEST and 2 * heads >= torch.get_num_threads() and _kernels(state.dtype) is not None
+def hindrance(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on states of this type; None if they can. Compiles them at the first call."""
+    if (why := jit.hindrance()) is not None:
+        return why
+    return "the kernels could not be compiled" if _kernels(dtype) is None else None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, state: Tensor, out: Tensor, walks: Walks) -> None:
-    """Fills `out` [M,H,V] and moves `state` [N,H,K,V] to the end, in place; all contiguous, all of the state's type."""
-    _run("forward", (q, k, v, state, out), walks)
+constant_in_traces(hindrance)
+
+
+def slower(q: Tensor, chunk: int, sequences: int) -> str | None:
+    """Why torch's batched products would be faster; None if they would not, or while tracing, where sizes are not known."""
+    if torch.compiler.is_compiling():
+        return None
+    heads, threads = sequences * q.shape[2], torch.get_num_threads()
+    if 2 * heads < threads:
+        return f"{heads} heads of sequences for {threads} threads"
+    return f"chunks of more than {LONGEST} tokens" if min(chunk, q.shape[1]) > LONGEST else None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk: int,
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunkwise.forward`, which takes over where the kernels cannot run: a program may have been exported elsewhere."""
+    final, C = initial_state(q, v, state, cu_seqlens), chunk_length(chunk, q.shape[1])
+    if (kernels := _kernels(final.dtype)) is None:
+        return chunkwise.forward(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
+    qr, kr, vr = (_rows(x, final) for x in (q, k, v))
+    out = torch.empty_like(vr)
+    tensors = {"q": qr, "k": kr, "v": vr, "state": final, "out": out}
+    _run(kernels.forward, tensors, q, cu_seqlens, decay_factors(log_decay, C, scale, final.dtype))
+    return out.view(v.shape).to(v.dtype), final, final.new_empty(0)
 
 
 def backward(
     d_out: Tensor,
-    d_state: Tensor,
+    d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    walks: Walks,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    snapshots: Tensor | None,
+    scale: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `chunkwise.backward`, which takes over where the kernels cannot run."""
+    before, C = initial_state(q, v, state, cu_seqlens), chunk_length(chunk, q.shape[1])
+    if (kernels := _kernels(before.dtype)) is None:
+        return chunkwise.backward(
+            d_out, d_final, q, k, v, log_decay, state, cu_seqlens, snapshots, scale, chunk
+        )
+    d_state = initial_state(q, v, d_final, cu_seqlens)
+    qr, kr, vr, gr = (_rows(x, before) for x in (q, k, v, d_out))
+    dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
+    inputs = {"q": qr, "k": kr, "v": vr, "state": before, "d_out": gr, "d_state": d_state}
+    tensors = inputs | {"dq": dq, "dk": dk, "dv": dv}
+    _run(kernels.backward, tensors, q, cu_seqlens, decay_factors(log_decay, C, scale, before.dtype))
+    return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), d_state
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """[B,T,H,W] → [B·T,H,W], contiguous, in the type of `like`."""
+    return x.to(like.dtype).contiguous().flatten(0, 1)
+
+
+def _run(
+    kernel: Any,  # noqa: ANN401
+    tensors: dict[str, Tensor],
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    factors: DecayFactors,
 ) -> None:
-    """Fills `grads` [M,H,·] and moves `d_state` [N,H,K,V] to the begin, in place."""
-    _run("backward", (q, k, v, state, d_out, d_state, *grads), walks)
-
-
-def _run(name: str, tensors: tuple[Tensor, ...], walks: Walks) -> None:
-    q, _, v, *_ = tensors
-    kernels = _kernels(q.dtype)
-    assert kernels is not None
-    order = walks.lengths.argsort(
-        descending=True, stable=True
-    )  # the long first, so that all threads end together
-    (M, H, K), V, N = q.shape, v.shape[2], len(order)
+    """Runs a kernel on these tensors of its table; `q` is as the caller gave it, [B,T,H,K] or packed."""
+    B, T = q.shape[:2]
+    bounds = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.long()
+    lengths = bounds.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    N, H, K, V = tensors["state"].shape
     threads = max(1, min(torch.get_num_threads(), H * N))
-    together = max(1, min(H, H * N // threads, CACHE // (K * V * v.itemsize)))
-    sizes = (M, H, K, V, walks.mask.shape[1], N, together)
-    addresses = (x.data_ptr() for x in (*tensors, *walks, order))
-    openmp.run(getattr(kernels, name), (*addresses, *sizes), threads)
+    table = Table(
+        tokens=B * T,
+        heads=H,
+        key_dim=K,
+        value_dim=V,
+        chunk=factors.mask.shape[1],
+        sequences=N,
+        together=max(1, min(H, H * N // threads, CACHE // (K * V * factors.mask.itemsize))),
+        starts=bounds.data_ptr(),
+        lengths=lengths.data_ptr(),
+        order=order.data_ptr(),
+        mask=factors.mask.data_ptr(),
+        xi=factors.xi.data_ptr(),
+        zeta=factors.zeta.data_ptr(),
+        carry=factors.carry.data_ptr(),
+        **{name: x.data_ptr() for name, x in tensors.items()},
+    )
+    openmp.run(kernel, table, threads)
 
 
-@cache
-def _kernels(dtype: torch.dtype) -> _Kernels | None:
+@jit.optional
+def _kernels(compiler: jit.Compiler, dtype: torch.dtype) -> _Kernels:
     """Compiled on first use, some seconds, and kept on disk beside this file."""
-    if (compiler := jit.compiler()) is None:
-        return None
     number = np.float32 if dtype is torch.float32 else np.float64
     panels = compile_panels(compiler, number)
     return _Kernels(_compile_forward(compiler, panels, number), _compile_backward(compiler, panels, number))
 
 
-def _compile_place(compiler: jit.Compiler) -> Any:  # noqa: ANN401
-    """place(step, heads, first, start, last, C): (begin, n, h) of a step, which is a chunk of a head; heads alternate.
+def _compile_chunk_at(compiler: jit.Compiler) -> Any:  # noqa: ANN401
+    """chunk_at(step, heads, first, start, last, C): (begin, n, h) of a step, which is a chunk of a head; heads alternate.
 
     Steps beyond either end have no tokens.
     """
 
     @compiler.function
-    def place(step: int, heads: int, first: int, start: int, last: int, C: int) -> tuple[int, int, int]:
+    def chunk_at(step: int, heads: int, first: int, start: int, last: int, C: int) -> tuple[int, int, int]:
         begin = start + step // heads * C
         return begin, (max(0, min(C, last - begin)) if step >= 0 else 0), first + step % heads
 
-    return place
+    return chunk_at
 
 
 def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
-    place = _compile_place(compiler)
+    chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
-        M, H, K, V, C, N = table[12], table[13], table[14], table[15], table[16], table[17]
-        together = table[18]
-        q, k = array(table[0], (M, H, K), number), array(table[1], (M, H, K), number)
-        v, state = array(table[2], (M, H, V), number), array(table[3], (N * H, K, 1, V), number)
-        out = array(table[4], (M, H, V), number)
-        starts, lengths = array(table[5], (N,), np.int64), array(table[6], (N,), np.int64)
-        mask, xi = array(table[7], (H, C, C), number), array(table[8], (H, C), number)
-        zeta, carry = array(table[9], (H, C), number), array(table[10], (H, C + 1), number)
-        order = array(table[11], (N,), np.int64)
+        M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
+        K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
+        q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
+        v = array(table[AT.v], (M, H, V), number)
+        state = array(table[AT.state], (N * H, K, 1, V), number)
+        out = array(table[AT.out], (M, H, V), number)
+        starts = array(table[AT.starts], (N,), np.int64)
+        lengths = array(table[AT.lengths], (N,), np.int64)
+        order = array(table[AT.order], (N,), np.int64)
+        mask, xi = array(table[AT.mask], (H, C, C), number), array(table[AT.xi], (H, C), number)
+        zeta = array(table[AT.zeta], (H, C), number)
+        carry = array(table[AT.carry], (H, C + 1), number)
         ones = np.ones(max(C, K), number)
         scores, values, outs = empty(1, C, C)[0], empty(1, C, V)[0], empty(1, C, V)[0]
         queries, keys, keys_t = empty(1, C, K)[0], empty(1, C, K)[0], empty(1, K, C)[0]
@@ -130,8 +223,8 @@ def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> An
             for i in range(heads):
                 load(take(states[i], K, V), state[row * H + first + i], 0, K, 0, ones)
             for step in range((last - start + C - 1) // C * heads):
-                begin, n, h = place(step, heads, first, start, last, C)
-                after = place(step + 1, heads, first, start, last, C)
+                begin, n, h = chunk_at(step, heads, first, start, last, C)
+                after = chunk_at(step + 1, heads, first, start, last, C)
                 S = take(states[step % heads], K, V)
                 A, vc, oc = take(scores, n, n), take(values, n, V), take(outs, n, V)
                 qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)
@@ -156,21 +249,27 @@ def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> An
 def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
-    place = _compile_place(compiler)
+    chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
     def kernel(table: Any) -> None:  # noqa: ANN401
-        M, H, K, V, C, N = table[16], table[17], table[18], table[19], table[20], table[21]
-        together = table[22]
-        q, k = array(table[0], (M, H, K), number), array(table[1], (M, H, K), number)
-        v, state = array(table[2], (M, H, V), number), array(table[3], (N * H, K, 1, V), number)
-        g, d_state = array(table[4], (M, H, V), number), array(table[5], (N * H, K, 1, V), number)
-        dq, dk = array(table[6], (M, H, K), number), array(table[7], (M, H, K), number)
-        dv = array(table[8], (M, H, V), number)
-        starts, lengths = array(table[9], (N,), np.int64), array(table[10], (N,), np.int64)
-        mask, xi = array(table[11], (H, C, C), number), array(table[12], (H, C), number)
-        zeta, carry = array(table[13], (H, C), number), array(table[14], (H, C + 1), number)
-        order = array(table[15], (N,), np.int64)
+        M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
+        K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
+        q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
+        v = array(table[AT.v], (M, H, V), number)
+        state = array(table[AT.state], (N * H, K, 1, V), number)
+        g, d_state = (
+            array(table[AT.d_out], (M, H, V), number),
+            array(table[AT.d_state], (N * H, K, 1, V), number),
+        )
+        dq, dk = array(table[AT.dq], (M, H, K), number), array(table[AT.dk], (M, H, K), number)
+        dv = array(table[AT.dv], (M, H, V), number)
+        starts = array(table[AT.starts], (N,), np.int64)
+        lengths = array(table[AT.lengths], (N,), np.int64)
+        order = array(table[AT.order], (N,), np.int64)
+        mask, xi = array(table[AT.mask], (H, C, C), number), array(table[AT.xi], (H, C), number)
+        zeta = array(table[AT.zeta], (H, C), number)
+        carry = array(table[AT.carry], (H, C + 1), number)
         ones = np.ones(max(C, K), number)
         scores, d_scores = empty(1, C, C)[0], empty(1, C, C)[0]
         queries, keys, keys_t, d_keys = (
@@ -192,8 +291,8 @@ def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> A
             chunks = (last - start + C - 1) // C
             # Forwards in time, S runs along: what it gives to dq.
             for step in range(chunks * heads):
-                begin, n, h = place(step, heads, first, start, last, C)
-                after = place(step + 1, heads, first, start, last, C)
+                begin, n, h = chunk_at(step, heads, first, start, last, C)
+                after = chunk_at(step + 1, heads, first, start, last, C)
                 S_t = take(states[step % heads], V, K)
                 kc, vc = take(keys, n, K), take(values, n, V)
                 gc, dkc = take(d_outs, n, V), take(d_keys, n, K)
@@ -209,8 +308,8 @@ def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> A
                 load(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
             # Backwards in time, dS runs along: everything else.
             for step in range(chunks * heads - 1, -1, -1):
-                begin, n, h = place(step, heads, first, start, last, C)
-                after = place(step - 1, heads, first, start, last, C)
+                begin, n, h = chunk_at(step, heads, first, start, last, C)
+                after = chunk_at(step - 1, heads, first, start, last, C)
                 dS = take(states[step % heads], K, V)
                 A, G = take(scores, n, n), take(d_scores, n, n)
                 qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)

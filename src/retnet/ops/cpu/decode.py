@@ -7,17 +7,18 @@ the memory, on all of torch's threads. Where they cannot run (no numba, another 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from retnet.ops import chunkwise
 from retnet.ops.cpu.gemv import compile_matvec, compile_product
-from retnet.ops.cpu.jit import compiler
-from retnet.ops.cpu.openmp import bits, plain, readable, run
+from retnet.ops.cpu.jit import Compiler, hindrance, optional
+from retnet.ops.cpu.openmp import bits, readable, run
 from retnet.ops.cpu.state_update import compile_advance, compile_step
+from retnet.ops.torch_private import constant_in_traces, plain
 
 MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
 MAX_ROWS = 8  # beyond, torch's matrix product is the faster one
@@ -98,6 +99,27 @@ def state_step(
     return out
 
 
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
+) -> Tensor:
+    """The kernel of the operator: `state_step` for half types too, else torch's own operators."""
+    rows = None if slots is None else slots.long()
+    wide = [x.to(state.dtype) for x in (q, k, v)]
+    if (out := state_step(*wide, log_decay, state, rows, scale)) is None:
+        return chunkwise.step(q, k, v, log_decay, state, slots, scale)
+    return out.to(v.dtype)
+
+
+def step_hindrance() -> str | None:
+    """Why the compiled step cannot run; None if it can. Compiles it at the first call."""
+    if (why := hindrance()) is not None:
+        return why
+    return "the kernel could not be compiled" if _kernels(torch.float32) is None else None
+
+
+constant_in_traces(step_hindrance)
+
+
 def _rows_fit(x: Tensor, dtype: torch.dtype, dim: int) -> bool:
     return (
         x.dtype is dtype
@@ -113,11 +135,9 @@ def _rows_fit(x: Tensor, dtype: torch.dtype, dim: int) -> bool:
 _NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
 
 
-@cache
-def _kernels(number: torch.dtype) -> _Kernels | None:
+@optional
+def _kernels(made: Compiler, number: torch.dtype) -> _Kernels:
     """For weights of this type. Compiled on first use, a few seconds, and kept on disk beside this file."""
-    if (made := compiler()) is None:
-        return None
     matvec, advance = compile_matvec(made, _NUMBERS[number]), compile_advance(made)
     return _Kernels(
         compile_product(made, matvec),

@@ -1,21 +1,33 @@
-"""Compiling kernels with numba: the compiler, its intrinsics, and compiled kernels kept on disk."""
+"""JIT compilation of kernels with numba: the compiler, its intrinsics, compiled kernels kept on disk, and what may fail.
+
+Compiled kernels are optional: whatever goes wrong here (numba missing or broken, another OpenMP than torch's, no writable
+cache, a kernel that does not compile) is said once, and torch's own operators do the work.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from retnet.ops.cpu import numba_private
 from retnet.ops.cpu.openmp import parallel
 
+Made = TypeVar("Made")
 _log = logging.getLogger("retnet.ops")
+_lock = (
+    threading.RLock()
+)  # one thread compiles; a fork waits, for its child would never see the lock released
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Compiler(NamedTuple):
@@ -31,19 +43,38 @@ class Compiler(NamedTuple):
     barrier: Callable[[], None]  # waits for all threads of the team
 
 
-@cache
 def compiler() -> Compiler | None:
-    """The compiler, or None where numba is not installed or torch's threads are not those of GNU OpenMP."""
+    """The compiler, or None where there is none; why, the log says once."""
+    return _compiler()[0]
+
+
+def hindrance() -> str | None:
+    """Why there is no compiler; None if there is one."""
+    return _compiler()[1]
+
+
+@cache
+def _compiler() -> tuple[Compiler | None, str | None]:
+    """The compiler, or why there is none."""
+    made, why = None, None
     try:
-        import numba
-    except ImportError:
-        _log.info(
-            "numba is not installed, so torch's own operators are used; pip install 'retnet[fast]' is faster"
-        )
-        return None
-    if parallel() is None:
-        _log.info("torch does not use GNU OpenMP here, so its own operators are used")
-        return None
+        made, why = _make_compiler(), None
+    except ImportError as error:
+        why = "numba is not installed; pip install 'retnet[fast]' is faster"
+        if not isinstance(error, ModuleNotFoundError) or error.name != "numba":
+            why = f"numba cannot be imported ({_short(error)})"
+    except Exception as error:  # a half-installed or mismatched numba raises all kinds
+        why = f"numba is broken ({_short(error)})"
+    if why is None and parallel() is None:
+        made, why = None, "torch does not use GNU OpenMP here, whose threads the kernels run on"
+    if why is not None:
+        _log.info("kernels for the CPU cannot be compiled, so torch's own operators are used: %s", why)
+    return made, why
+
+
+def _make_compiler() -> Compiler:
+    import numba
+
     function = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
     pointer, real, prefetch = _intrinsics()
 
@@ -51,17 +82,48 @@ def compiler() -> Compiler | None:
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
         return numba.carray(pointer(address), shape, dtype)
 
-    external = numba.types.ExternalFunction
     return Compiler(
         function,
         _kernel,
         array,
         real,
         prefetch,
-        external("omp_get_thread_num", numba.types.int32()),
-        external("omp_get_num_threads", numba.types.int32()),
-        external("GOMP_barrier", numba.types.void()),
+        numba_private.external("omp_get_thread_num", "int32"),
+        numba_private.external("omp_get_num_threads", "int32"),
+        numba_private.external("GOMP_barrier", "void"),
     )
+
+
+def optional(make: Callable[..., Made]) -> Callable[..., Made | None]:
+    """Decorator of make(compiler, *key): its kernels, compiled once for each key; None, said once, where that fails."""
+    made: dict[tuple[Hashable, ...], Made | None] = {}
+
+    @wraps(make)
+    def kernels(*key: Hashable) -> Made | None:
+        if key in made:
+            return made[key]
+        with _lock:
+            if key not in made:
+                made[key] = _attempt(make, key)
+        return made[key]
+
+    return kernels
+
+
+def _attempt(make: Callable[..., Made], key: tuple[Hashable, ...]) -> Made | None:
+    if (found := compiler()) is None:
+        return None
+    try:
+        return make(found, *key)
+    except Exception as error:  # of numba, LLVM, or this CPU
+        name = f"{make.__module__}.{make.__qualname__}"
+        _log.warning("%s could not be compiled, so torch's own operators are used: %s", name, _short(error))
+        return None
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _intrinsics() -> tuple[Any, Any, Any]:
@@ -102,25 +164,30 @@ def _intrinsics() -> tuple[Any, Any, Any]:
 def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
     """Compiles void(table), or finds it on disk, beside its file or where NUMBA_CACHE_DIR says.
 
-    numba's own key for what is on disk holds random numbers of the functions that a kernel calls, so it would never be
-    found again. Here it is the texts of their files, and the constants that they were made with.
+    The key for what is on disk is the texts of the files it was made from, and the constants that it was made with.
+    Without a place on disk, or with a spoiled one, it is compiled for this process alone.
     """
-    from numba import types
-    from numba.core.ccallback import CFunc
-
-    signature = types.void(types.CPointer(types.int64))
-    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
-    key = tuple(_constants(function))
-    compiled.enable_caching()
-    cache = compiled._cache
-    cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
-    # A file of its own for each key: processes that compile at once number their files alike, and one got the other's.
-    name = f"{cache._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-    file = cache._cache_file
-    cache._cache_file = type(file)(file._cache_path, name, file._source_stamp)
-    with _uninterrupted():
-        compiled.compile()
+    try:
+        compiled = numba_private.c_function(function)
+        numba_private.keep_on_disk(compiled, _constants(function))
+        with _uninterrupted():
+            compiled.compile()
+    except Exception as error:
+        why = _short(error)
+        compiled = numba_private.c_function(function)
+        with _uninterrupted():
+            compiled.compile()
+        _say_once_not_kept(why)
     return compiled
+
+
+@cache
+def _say_once_not_kept(why: str) -> None:
+    _log.warning(
+        "compiled kernels are not kept on disk, so every process compiles them again, some seconds (%s); "
+        "set NUMBA_CACHE_DIR to a directory that can be written",
+        why,
+    )
 
 
 @contextmanager

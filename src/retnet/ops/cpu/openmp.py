@@ -8,6 +8,7 @@ function of one table of 64-bit numbers, addresses and sizes, so calling it cost
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from retnet.ops.torch_private import plain as plain
 
 LARGE_PAGES = 256  # at most, for the tensors of one call: half a gigabyte, a second
 _COLLAPSE = 25  # MADV_COLLAPSE
@@ -34,7 +37,19 @@ def table(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
 
 def launch(kernel: Any, table: ctypes.Array[ctypes.c_int64], threads: int | None = None) -> None:  # noqa: ANN401
     """Runs a kernel on `threads` (torch's number) threads."""
-    parallel()(kernel.address, table, threads or torch.get_num_threads(), 0)
+    parallel()(kernel.address, table, 1 if _forked else threads or torch.get_num_threads(), 0)
+
+
+_forked = False  # whether this process is the child of a fork: it has none of the team's threads, and would wait for them
+
+
+def _notice_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_notice_fork)
 
 
 def bits(x: float) -> int:
@@ -78,16 +93,6 @@ def readable(
         ):
             return False
     return True
-
-
-def plain() -> bool:
-    """Whether operators run at once and as they are: nothing traces, transforms or intercepts them."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -11,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.ops.torch_private import constant_in_traces, is_differentiated
 from retnet.ops.triton.tile_table import MAX_KEY_DIM, MAX_VALUE_DIM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("chunkwise", "parallel")
-
-_log = logging.getLogger("retnet.ops")
 
 
 class Refused(NamedTuple):
@@ -48,8 +46,7 @@ def missing(device: str) -> str | None:
     return _missing(device)
 
 
-# What `torch.compiler.assume_constant_result` does; that imports the whole compiler, seconds for everybody.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+constant_in_traces(missing)
 
 
 @cache
@@ -75,42 +72,14 @@ def _missing(device: str) -> str | None:
     return None
 
 
-def takes(operator: str, backend: str, x: Tensor, unfit: str | None) -> bool:
-    """Whether Triton runs one of the operators around retention, chosen as for retention itself.
-
-    Args:
-        operator: its name, for the log.
-        backend: ``"auto"``, ``"triton"``, or ``"reference"`` and ``"cpu"``, which are torch.
-        x: a tensor of the call.
-        unfit: why the kernel cannot run these arguments; None if it can.
-
-    Raises:
-        ValueError: `backend` is unknown, or ``"triton"`` and cannot run.
-    """
-    if backend in ("reference", "cpu"):
-        return False
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: 'auto', 'reference', 'cpu', 'triton'")
-    why = unfit or missing(str(x.device))
-    if why is None:
-        return True
-    if backend == "triton":
-        raise ValueError(
-            f"backend 'triton' cannot run {operator}: {why}; or use backend 'auto' or 'reference'"
-        )
-    if not torch.compiler.is_compiling():
-        _say_once(operator, why)
-    return False
-
-
-@cache
-def _say_once(operator: str, why: str) -> None:
-    _log.info("%s: backend 'auto' is 'reference' (%s)", operator, why)
+def interpreted(x: Tensor, *_: object) -> str | None:
+    """Why nobody wants Triton for a tensor unless he asks for it: on a CPU it is interpreted. None elsewhere."""
+    return "tensors on cpu" if x.device.type == "cpu" else None
 
 
 def unfit_rows(width: int, *tensors: Tensor | None, constant: Tensor | None = None) -> str | None:
     """Why the kernels around retention cannot run on heads of this width and on these tensors; None if they can."""
-    if constant is not None and constant.requires_grad:
+    if constant is not None and is_differentiated(constant):
         return "sums requires a gradient, which the kernels do not compute"
     for x in tensors:
         if x is not None and x.dtype not in DTYPES:
@@ -120,7 +89,7 @@ def unfit_rows(width: int, *tensors: Tensor | None, constant: Tensor | None = No
     return None
 
 
-def unsupported(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str | None:
+def unsupported(q: Tensor, v: Tensor, form: str) -> str | None:
     """Why the kernels cannot run these arguments; None if they can."""
     if q.dtype not in DTYPES:
         return f"q has type {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
@@ -128,8 +97,6 @@ def unsupported(q: Tensor, v: Tensor, log_decay: Tensor, form: str) -> str | Non
         return f"heads are {q.shape[-1]}/{v.shape[-1]} (K/V); allowed: up to {MAX_KEY_DIM}/{MAX_VALUE_DIM}"
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         return f"heads are {q.shape[-1]}/{v.shape[-1]} (K/V); allowed: from 1/1"
-    if log_decay.requires_grad:
-        return "log_decay requires a gradient, which the kernels do not compute"
     if form not in FORMS:
         return f"form is {form!r}; allowed: {', '.join(map(repr, FORMS))}"
     return None

@@ -1,6 +1,7 @@
-"""The kernels around retention as operators of torch, as `operators` has those of retention.
+"""The operators around retention for backend "triton": rotation of queries and keys, head norm with gate.
 
-They keep types as they are, so autocast has nothing to say: what it narrowed comes in narrow.
+They keep types as they are, so autocast has nothing to say: what it narrowed comes in narrow. Triton is imported when one
+of them first runs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.ops import library
 
-def rotary(
+DEVICES = ("cuda", "cpu")  # on the CPU in Triton's interpreter
+
+
+def _rotary(
     q: Tensor, k: Tensor, position: Tensor, theta: Tensor, interleaved: bool, backwards: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k [...,H,K] turned by position [...] · θ [K/2], or back by it."""
@@ -20,7 +25,7 @@ def rotary(
     return row_launch.rotary_pass(q, k, position, theta, interleaved, backwards)
 
 
-def norm(
+def _norm(
     o: Tensor,
     gate: Tensor | None,
     weight: Tensor | None,
@@ -35,7 +40,7 @@ def norm(
     return row_launch.norm_pass(o, gate, weight, bias, sums, kind, eps)
 
 
-def norm_backward(
+def _norm_backward(
     d_out: Tensor,
     o: Tensor,
     gate: Tensor | None,
@@ -90,51 +95,83 @@ def _fake_norm_backward(
 
 def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
     _, _, position, theta, ctx.interleaved, ctx.backwards = inputs
-    ctx.save_for_backward(position, theta)
+    library.keep(ctx, position, theta)
 
 
 def _turn_back(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The transpose of a rotation is the rotation by the opposite angle."""
-    return *torch.ops.retnet.triton_rotary(
-        d_q, d_k, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards
-    ), *[None] * 4
+    position, theta = ctx.saved_tensors
+    if ctx.needs_input_grad[3]:
+        _refuse("theta")
+    return *rotary(d_q, d_k, position, theta, ctx.interleaved, not ctx.backwards), *[None] * 4
+
+
+def _turn_along(ctx: Any, t_q: Tensor | None, t_k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    position, theta = ctx.saved_tensors
+    if rest[1] is not None:
+        _refuse("theta")
+    given = t_q if t_q is not None else t_k
+    assert given is not None
+    t_q, t_k = (torch.zeros_like(given) if x is None else x for x in (t_q, t_k))
+    turned: tuple[Tensor, Tensor] = rotary(t_q, t_k, position, theta, ctx.interleaved, ctx.backwards)
+    return turned
+
+
+def _refuse(name: str) -> None:
+    raise NotImplementedError(
+        f"a derivative of {name} is wanted, which the kernel does not compute; use backend 'torch'"
+    )
+
+
+def _rotary_of_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # noqa: ANN401
+    """The rule of `torch.vmap`: one more dimension of tokens; the angles are given to each."""
+    q, k, position, theta, *rest = inputs
+    if in_dims[3] is not None:
+        raise NotImplementedError("torch.vmap over theta of a rotation; use backend 'torch'")
+    n = info.batch_size
+    q, k, position = (_first(x, dim, n) for x, dim in zip((q, k, position), in_dims, strict=False))
+    position = position.expand(q.shape[:-2]).flatten(0, 1)
+    turned = rotary(q.flatten(0, 1), k.flatten(0, 1), position, theta, *rest)
+    return tuple(x.unflatten(0, (n, -1)) for x in turned), (0, 0)
+
+
+def _first(x: Tensor, dim: int | None, n: int) -> Tensor:
+    """The batch in front: [n,...]."""
+    return x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     o, gate, weight, bias, _, ctx.kind, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(o, gate, weight, bias, *output[1:])
+    library.keep(ctx, o, gate, weight, bias, *output[1:])
 
 
 def _norm_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     inputs = ctx.saved_tensors
-    found = torch.ops.retnet.triton_norm_backward(d_out, *inputs, ctx.kind)
-    return *(None if x is None else d for x, d in zip(inputs, found, strict=False)), None, None, None
+    if ctx.needs_input_grad[4]:
+        _refuse("sums")
+    found = head_norm_backward(d_out, *inputs, ctx.kind)
+    return *(None if x is None else d for x, d in zip(inputs[:4], found, strict=True)), None, None, None
 
 
-torch.library.define(
-    "retnet::triton_rotary",
+rotary = library.define(
+    "rotary_triton",
     "(Tensor q, Tensor k, Tensor position, Tensor theta, bool interleaved, bool backwards) -> (Tensor, Tensor)",
+    dict.fromkeys(DEVICES, _rotary),
+    _fake_rotary,
+    library.Derivatives(_save_rotary, _turn_back, _turn_along, _rotary_of_many),
 )
-torch.library.define(
-    "retnet::triton_norm",
+head_norm = library.define(
+    "head_norm_triton",
     "(Tensor o, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? sums, str kind, float eps) -> (Tensor, Tensor, Tensor)",
+    dict.fromkeys(DEVICES, _norm),
+    _fake_norm,
+    library.Derivatives(_save_norm, _norm_gradients, *library.refusals("head_norm_triton")[2:]),
 )
-torch.library.define(
-    "retnet::triton_norm_backward",
+head_norm_backward = library.define(
+    "head_norm_triton_backward",
     "(Tensor d_out, Tensor o, Tensor? gate, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str kind)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    dict.fromkeys(DEVICES, _norm_backward),
+    _fake_norm_backward,
 )
-for _device in ("cuda", "cpu"):  # on the CPU in Triton's interpreter
-    torch.library.impl("retnet::triton_rotary", _device, rotary)
-    torch.library.impl("retnet::triton_norm", _device, norm)
-    torch.library.impl("retnet::triton_norm_backward", _device, norm_backward)
-torch.library.register_fake("retnet::triton_rotary", _fake_rotary)
-torch.library.register_fake("retnet::triton_norm", _fake_norm)
-torch.library.register_fake("retnet::triton_norm_backward", _fake_norm_backward)
-torch.library.register_autograd("retnet::triton_rotary", _turn_back, setup_context=_save_rotary)
-torch.library.register_autograd("retnet::triton_norm", _norm_gradients, setup_context=_save_norm)
-
-# The operators, as everything outside calls them.
-apply_rotary = torch.ops.retnet.triton_rotary
-head_norm = torch.ops.retnet.triton_norm

@@ -101,17 +101,17 @@ class TestContracts:
     @pytest.mark.parametrize("interleaved", [True, False])
     def test_opcheck_rotary(self, interleaved):
         q, k = (torch.randn(2, 5, 2, 16, requires_grad=True) for _ in range(2))
-        opcheck(ops.triton_rotary, (q, k, positions(5), frequencies(16), interleaved, False))
+        opcheck(ops.rotary_triton, (q, k, positions(5), frequencies(16), interleaved, False))
 
     @pytest.mark.parametrize(("kind", "full"), [("group", True), ("rms", False)])
     def test_opcheck_norm(self, kind, full):
         o, gate = torch.randn(2, 5, 2, 20, requires_grad=True), torch.randn(2, 5, 40, requires_grad=True)
         weight, bias, sums = torch.randn(40, requires_grad=True), torch.randn(40), torch.rand(1, 5, 2)
         rest = (gate, weight, bias, sums) if full else (None, None, None, None)
-        opcheck(ops.triton_norm, (o, *rest, kind, 1e-6))
+        opcheck(ops.head_norm_triton, (o, *rest, kind, 1e-6))
         o, *rest = (x if x is None else x.detach() for x in (o, *rest))
-        y, *statistics = ops.triton_norm(o, *rest, kind, 1e-6)
-        opcheck(ops.triton_norm_backward, (y, o, *rest[:3], *statistics, kind))
+        y, *statistics = ops.head_norm_triton(o, *rest, kind, 1e-6)
+        opcheck(ops.head_norm_retention_chunkwise_triton_backward, (y, o, *rest[:3], *statistics, kind))
 
     def test_one_graph_for_any_length(self):
         torch._dynamo.reset()

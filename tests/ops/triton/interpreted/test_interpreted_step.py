@@ -7,7 +7,7 @@ from retnet.ops import reference, retention
 from tests.helpers.parity import random_inputs, relative
 
 UNIT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-step = torch.ops.retnet.triton_step
+step = torch.ops.retnet.retention_step_triton
 
 
 def tokens(B, T, H, K, V, dtype, seed):

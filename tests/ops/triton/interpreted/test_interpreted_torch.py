@@ -25,12 +25,12 @@ def _unpoisoned(_poisoned):
 def test_opcheck_training(state, cu_seqlens, keep):
     q, k, v, s = random_inputs(1, 20, 2, 16, 20, dtype=torch.float32, rows=None if cu_seqlens is None else 3)
     s = s if state else None
-    opcheck(ops.triton_forward, (q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16, keep))
+    opcheck(ops.retention_chunkwise_triton, (q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16, keep))
     q, k, v = (x.detach() for x in (q, k, v))
     s = None if s is None else s.detach()
-    out, final, snapshots = ops.triton_forward(q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16, keep)
+    out, final, snapshots = ops.retention_chunkwise_triton(q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16, keep)
     opcheck(
-        ops.triton_backward,
+        ops.retention_chunkwise_triton_backward,
         (
             out,
             final if state else None,
@@ -50,7 +50,7 @@ def test_opcheck_training(state, cu_seqlens, keep):
 @pytest.mark.parametrize("slots", [None, torch.tensor([4, -1], dtype=torch.int32)], ids=["rows", "slots"])
 def test_opcheck_step(slots):
     q, k, v = (torch.randn(2, 2, n) for n in (16, 16, 20))
-    opcheck(ops.triton_step, (q, k, v, LOG_DECAY, torch.randn(5, 2, 16, 20), slots, 0.25))
+    opcheck(ops.retention_step_triton, (q, k, v, LOG_DECAY, torch.randn(5, 2, 16, 20), slots, 0.25))
 
 
 def test_autocast_narrows_tokens_and_nothing_else():
@@ -145,8 +145,8 @@ def test_a_compiled_step_updates_its_slots_in_place():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def two_steps(q, k, v, state, slots):
-        ops.triton_step(q, k, v, LOG_DECAY, state, slots, 0.25)
-        return ops.triton_step(q, k, v, LOG_DECAY, state, slots, 0.25)
+        ops.retention_step_triton(q, k, v, LOG_DECAY, state, slots, 0.25)
+        return ops.retention_step_triton(q, k, v, LOG_DECAY, state, slots, 0.25)
 
     q, k, v = (torch.randn(2, 2, n) for n in (16, 16, 20))
     slots = torch.tensor([4, 1], dtype=torch.int32)
@@ -154,7 +154,7 @@ def test_a_compiled_step_updates_its_slots_in_place():
     other = pool.clone()
     got = two_steps(q, k, v, pool, slots)
     for _ in range(2):
-        want = ops.triton_step(q, k, v, LOG_DECAY, other, slots, 0.25)
+        want = ops.retention_step_triton(q, k, v, LOG_DECAY, other, slots, 0.25)
     assert torch.equal(got, want)
     assert torch.equal(pool, other)
 

@@ -177,12 +177,12 @@ def test_mistakes_that_only_the_device_could_see_are_loud():
     """On a GPU nobody reads γ or cu_seqlens back to check them: a γ above 1 gives NaN, wrong bounds an assertion."""
     q = torch.ones(1, 4, 1, 16)
     arguments = (q, q, q, torch.tensor([0.1]), None)
-    out, final, _ = torch.ops.retnet.triton_forward(*arguments, None, 1.0, 16, False)
+    out, final, _ = torch.ops.retnet.retention_chunkwise_triton(*arguments, None, 1.0, 16, False)
     assert out.isnan().all()
     assert final.isnan().all()
     for bounds in ([0, 5], [1, 4], [0, 3, 2, 4]):
         with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to T = 4"):
-            torch.ops.retnet.triton_forward(*arguments, torch.tensor(bounds), 1.0, 16, False)
+            torch.ops.retnet.retention_chunkwise_triton(*arguments, torch.tensor(bounds), 1.0, 16, False)
 
 
 class TestFarAddresses:

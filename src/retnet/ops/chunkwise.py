@@ -1,4 +1,4 @@
-"""Chunkwise retention on the CPU, with an explicit backward, as custom operators of torch.
+"""Chunkwise retention by torch's batched matrix products, forward and explicit backward: backend "torch", any device.
 
 The forward walks over chunks of C tokens and keeps the running state S in place. The backward walks twice, so that its
 memory does not grow with the number of chunks: forwards in time with S (everything inside a chunk, and dq, which needs
@@ -12,45 +12,68 @@ For a chunk that starts from S and ends in S' (j, i: places inside the chunk; ξ
 
 Products run in fp32 (fp64 for fp64 inputs), whatever the inputs' type. A block of a few chunks at a time is copied to
 buffers in which each chunk of each head is contiguous, which is what the batched product wants and stays in the caches.
-Where numba is installed, `retnet.ops.cpu.chunkwise_numba` does the same without torch's operators.
+`retnet.ops.cpu.chunkwise_numba` has the same mathematics in compiled kernels, and shares `DecayFactors` with this.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retnet.ops.cpu import chunkwise_numba, decode
 from retnet.ops.reference import decay_mask
 
+KEPT_NUMBERS = (
+    1 << 20
+)  # of a mask, at most, for factors that are kept from call to call: 4 MB each, 16 of them
 
-class _Factors:
-    """D, ξ, ζ and γ^C of the docstring above, for chunks of up to `chunk` tokens; the scale rides on D and ξ."""
 
-    def __init__(self, log_decay: Tensor, chunk: int, scale: float, dtype: torch.dtype) -> None:
-        log_decay = log_decay.double()
-        j = torch.arange(chunk, device=log_decay.device)
-        self._log_decay = log_decay
-        self._chunk = chunk
-        self._mask = (decay_mask(log_decay, chunk) * scale).to(dtype)  # [H,C,C]
-        self._xi = (torch.exp(log_decay[:, None] * (j + 1)) * scale).to(dtype)[..., None]  # [H,C,1]
-        self._zeta = torch.exp(log_decay[:, None] * (chunk - 1 - j)).to(dtype)[..., None]  # [H,C,1]
+class DecayFactors(NamedTuple):
+    """D, ξ, ζ and γ^n of the docstring above, for chunks of up to C tokens; the scale of the products rides on D and ξ."""
+
+    mask: Tensor  # D · scale [H,C,C]
+    xi: Tensor  # ξ · scale [H,C]
+    zeta: Tensor  # ζ of a full chunk [H,C]
+    carry: Tensor  # γ^n [H,C+1]
 
     def of(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(D·scale [H,n,n], ξ·scale [H,n,1], ζ [H,n,1], γ^n [H,1,1]) of a chunk of n tokens."""
-        carry = torch.exp(self._log_decay * length).to(self._xi.dtype)[:, None, None]
-        zeta = self._zeta[:, self._chunk - length :]
-        return self._mask[:, :length, :length], self._xi[:, :length], zeta, carry
+        full = self.zeta.shape[1]
+        xi, zeta = self.xi[:, :length, None], self.zeta[:, full - length :, None]
+        return self.mask[:, :length, :length], xi, zeta, self.carry[:, length, None, None]
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """D·scale [H,C,C], ξ·scale [H,C], ζ [H,C] of a full chunk, and γ^n [H,C+1]; contiguous."""
-        n = torch.arange(self._chunk + 1)
-        carry = torch.exp(self._log_decay[:, None] * n).to(self._xi.dtype)
-        return self._mask.contiguous(), self._xi.flatten(1), self._zeta.flatten(1), carry
+
+def decay_factors(log_decay: Tensor, chunk: int, scale: float, dtype: torch.dtype) -> DecayFactors:
+    """The factors of a decay [H], kept by value where that is small and needs no wait for a device."""
+    if log_decay.is_cpu and len(log_decay) * chunk * chunk <= KEPT_NUMBERS:
+        return _kept_factors(tuple(log_decay.tolist()), chunk, scale, dtype)
+    return _make_factors(log_decay, chunk, scale, dtype)
+
+
+@lru_cache(maxsize=16)
+def _kept_factors(log_decay: tuple[float, ...], chunk: int, scale: float, dtype: torch.dtype) -> DecayFactors:
+    with torch.inference_mode(False):  # what is kept may be used outside of it
+        return _make_factors(torch.tensor(log_decay, dtype=torch.float64, device="cpu"), chunk, scale, dtype)
+
+
+def _make_factors(log_decay: Tensor, chunk: int, scale: float, dtype: torch.dtype) -> DecayFactors:
+    """In fp64, on the device of `log_decay` where that has fp64 (Apple's has not)."""
+    device = log_decay.device
+    wide = log_decay.to("cpu" if device.type == "mps" else device, torch.float64)
+    n = torch.arange(chunk + 1, device=wide.device)
+    powers = torch.exp(wide[:, None] * n)  # [H,C+1]
+    mask, xi = decay_mask(wide, chunk) * scale, powers[:, 1:] * scale
+    factors = (mask, xi, powers[:, :chunk].flip(1), powers)
+    return DecayFactors(*(x.to(dtype).to(device).contiguous() for x in factors))
+
+
+def chunk_length(chunk: int, tokens: int) -> int:
+    """C for a sequence: not much longer than it, and of few different lengths, so that factors are found again."""
+    return max(1, min(chunk, -(-tokens // 16) * 16))
 
 
 class _Buffers:
@@ -109,7 +132,7 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: _Factors, chunk: int, out: Tensor
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: DecayFactors, chunk: int, out: Tensor
 ) -> None:
     """Fills `out` [B,T,H,V] and moves `state` [B,H,K,V] to the end, in place."""
     buffers = _Buffers(q, state.dtype)
@@ -133,7 +156,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     state: Tensor,
-    factors: _Factors,
+    factors: DecayFactors,
     chunk: int,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -171,18 +194,6 @@ def _backward(
         block.of(dv).add_(dvc)
 
 
-def _walks(factors: _Factors, q: Tensor, cu_seqlens: Tensor | None) -> chunkwise_numba.Walks:
-    """All sequences of q, [B,T,H,K] or packed, for the compiled kernels."""
-    B, T = q.shape[:2]
-    bounds = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.long()
-    return chunkwise_numba.Walks(bounds[:-1], bounds.diff(), *factors.tables())
-
-
-def _rows(x: Tensor, like: Tensor) -> Tensor:
-    """[B,T,H,W] → [B·T,H,W], contiguous, in the type of `like`."""
-    return x.to(like.dtype).contiguous().flatten(0, 1)
-
-
 def _documents(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Packed documents grouped by equal length, as (rows of the state [n], places of their tokens [n,L]).
 
@@ -191,19 +202,19 @@ def _documents(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().squeeze(1)
-        yield rows, starts[rows, None] + torch.arange(length)
+        yield rows, starts[rows, None] + torch.arange(length, device=starts.device)
 
 
-def _initial(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def initial_state(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The state to start from, fresh memory that may be changed: [B,H,K,V], or [N,H,K,V] if packed."""
     if state is not None:
         return state.clone(memory_format=torch.contiguous_format)
-    rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=wide)
 
 
-def chunk_forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -212,51 +223,41 @@ def chunk_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Output [B,T,H,V] in v's type and final state, see the module's docstring."""
-    final = _initial(q, v, state, cu_seqlens)
-    chunk = max(1, min(chunk, q.shape[1]))
-    factors = _Factors(log_decay, chunk, scale, final.dtype)
-    if chunkwise_numba.available(final, chunk):
-        qr, kr, vr = (_rows(x, final) for x in (q, k, v))
-        rows = torch.empty_like(vr)
-        chunkwise_numba.forward(qr, kr, vr, final, rows, _walks(factors, q, cu_seqlens))
-        return rows.view(v.shape).to(v.dtype), final
+    keep_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B,T,H,V] in v's type, final state, and nothing in place of states at chunk boundaries."""
+    final = initial_state(q, v, state, cu_seqlens)
+    chunk = chunk_length(chunk, q.shape[1])
+    factors = decay_factors(log_decay, chunk, scale, final.dtype)
     out = v.new_empty(v.shape)
     if cu_seqlens is None:
         _forward(q, k, v, final, factors, chunk, out)
-        return out, final
+        return out, final, final.new_empty(0)
     for rows, places in _documents(cu_seqlens):
         part, part_state = v.new_empty(*places.shape, *v.shape[2:]), final[rows]
         _forward(q[0, places], k[0, places], v[0, places], part_state, factors, chunk, part)
         out[0, places], final[rows] = part, part_state
-    return out, final
+    return out, final, final.new_empty(0)
 
 
-def chunk_backward(
+def backward(
     d_out: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    snapshots: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state, given those of the output and the final state."""
-    before = _initial(q, v, state, cu_seqlens)
-    d_state = d_final.clone(memory_format=torch.contiguous_format)
-    chunk = max(1, min(chunk, q.shape[1]))
-    factors = _Factors(log_decay, chunk, scale, before.dtype)
-    if chunkwise_numba.available(before, chunk):
-        qr, kr, vr, gr = (_rows(x, before) for x in (q, k, v, d_out))
-        dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
-        chunkwise_numba.backward(
-            gr, d_state, qr, kr, vr, before, (dq, dk, dv), _walks(factors, q, cu_seqlens)
-        )
-        return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), d_state
+    before = initial_state(q, v, state, cu_seqlens)
+    d_state = initial_state(q, v, d_final, cu_seqlens)
+    chunk = chunk_length(chunk, q.shape[1])
+    factors = decay_factors(log_decay, chunk, scale, before.dtype)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if cu_seqlens is None:
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
@@ -272,98 +273,24 @@ def chunk_backward(
     return *grads, d_state
 
 
-def retention_step(
+def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
     """One token for each of B rows of `state` [N,H,K,V], which change in place; slot −1 is padding, its output zero."""
-    rows = None if slots is None else slots.long()
-    if (out := decode.state_step(q, k, v, log_decay, state, rows, scale)) is not None:
-        return out
-    if rows is not None:
-        real = (rows >= 0).nonzero().squeeze(1)
-        part, out = state[rows[real]], torch.zeros_like(v)
-        out[real] = _step(q[real], k[real], v[real], log_decay, part, scale)
-        state[rows[real]] = part
-        return out
-    return _step(q, k, v, log_decay, state[: len(q)], scale)
+    if slots is None:
+        return _step(q, k, v, log_decay, state[: len(q)], scale)
+    rows = slots.long()
+    real = (rows >= 0).nonzero().squeeze(1)
+    part, out = state[rows[real]], torch.zeros_like(v)
+    out[real] = _step(q[real], k[real], v[real], log_decay, part, scale)
+    state[rows[real]] = part
+    return out
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float) -> Tensor:
-    """One token for every row of `state` [B,H,K,V], by torch's operators."""
+    """One token for every row of `state` [B,H,K,V]."""
     wide = state.dtype
     part = state.mul_(log_decay.to(wide).exp()[:, None, None]).flatten(0, 1)  # [BH,K,V], a view
     part.baddbmm_(k.to(wide).flatten(0, 1)[:, :, None], v.to(wide).flatten(0, 1)[:, None, :])
     out = torch.bmm((q.to(wide) * scale).flatten(0, 1)[:, None, :], part)
     return out.view(v.shape).to(v.dtype)
-
-
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, float scale, int chunk"
-torch.library.define("retnet::chunk_forward", f"({_TENSORS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "retnet::chunk_backward",
-    f"(Tensor d_out, Tensor d_final, {_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "retnet::step",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor(a!) state, Tensor? slots, float scale) -> Tensor",
-)
-torch.library.impl("retnet::chunk_forward", "cpu", chunk_forward)
-torch.library.impl("retnet::chunk_backward", "cpu", chunk_backward)
-torch.library.impl("retnet::step", "cpu", retention_step)
-
-
-@torch.library.register_fake("retnet::chunk_forward")
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _initial(q, v, state, cu_seqlens)
-
-
-@torch.library.register_fake("retnet::chunk_backward")
-def _fake_backward(
-    d_out: Tensor,
-    d_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _initial(q, v, state, cu_seqlens)
-
-
-@torch.library.register_fake("retnet::step")
-def _fake_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
-) -> Tensor:
-    return torch.empty_like(v)
-
-
-def _save(ctx: Any, inputs: tuple[object, ...], output: object) -> None:  # noqa: ANN401
-    *tensors, scale, chunk = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.scale, ctx.chunk = scale, chunk
-
-
-def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    inputs = ctx.saved_tensors
-    dq, dk, dv, d_state = torch.ops.retnet.chunk_backward(d_out, d_final, *inputs, ctx.scale, ctx.chunk)
-    state = inputs[4]
-    return dq, dk, dv, None, d_state if state is not None else None, None, None, None
-
-
-torch.library.register_autograd("retnet::chunk_forward", _gradients, setup_context=_save)
-
-# The operators, as everything outside calls them.
-chunked = torch.ops.retnet.chunk_forward
-step = torch.ops.retnet.step

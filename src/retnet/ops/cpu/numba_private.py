@@ -1,0 +1,44 @@
+"""All private interfaces of numba that the kernels rely on, in one place; `tests/ops/test_private.py` says which one moved.
+
+numba's public ways of compiling have no function of one address with its own cache key, which is what a kernel is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def external(name: str, result: str) -> Any:  # noqa: ANN401
+    """A function without arguments of a library that is loaded already; `result` names a type of numba."""
+    from numba import types
+
+    return types.ExternalFunction(name, getattr(types, result)())
+
+
+def c_function(function: Callable[..., None]) -> Any:  # noqa: ANN401
+    """void(table) with C's calling convention, not compiled yet: `compile()`, then `address` is where it lies."""
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    signature = types.void(types.CPointer(types.int64))
+    return CFunc(function, (signature.args, signature.return_type), {}, {})
+
+
+def keep_on_disk(compiled: Any, key: Sequence[str]) -> None:  # noqa: ANN401
+    """Has `compile()` look for the machine code on disk first, and put it there: in NUMBA_CACHE_DIR or beside the source.
+
+    numba's own key for what is on disk holds random numbers of the functions that a kernel calls, so it would never be
+    found again. Here it is `key`. Each key has a file of its own: processes that compile at once number their files alike,
+    and one got the other's.
+
+    Raises:
+        RuntimeError: no directory that can be written.
+    """
+    compiled.enable_caching()
+    cache, key = compiled._cache, tuple(key)
+    cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+    name = f"{cache._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+    file = cache._cache_file
+    cache._cache_file = type(file)(file._cache_path, name, file._source_stamp)

@@ -1,0 +1,96 @@
+"""Dispatch of ops to backends: one table, op × backend → the function that runs it, or why it cannot run here.
+
+Every op declares its row, an `Op`, beside its public function; `TABLE` holds them all. Nowhere else in the package is a
+backend chosen, but for the few rows of a matrix product (`retnet.ops.linear`), which has no argument for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "torch", "numba", "triton", "auto")
+FORMER = {
+    "cpu": "backend 'cpu' is now 'torch' (torch's operators) or 'numba' (compiled kernels); "
+    "'auto' takes the fastest that can run"
+}
+TABLE: dict[str, Op] = {}
+
+_log = logging.getLogger("retnet.ops")
+
+
+def nothing(*arguments: object) -> None:
+    """No reason against a backend."""
+
+
+class Implementation(NamedTuple):
+    """One cell of the table. All three functions take the arguments of the op's row.
+
+    Attributes:
+        run: computes the op.
+        unfit: why it cannot run with these arguments on this machine; None if it can.
+        slow: why ``"auto"`` passes it over though it can run; None if it does not.
+    """
+
+    run: Callable[..., Any]
+    unfit: Callable[..., str | None] = nothing
+    slow: Callable[..., str | None] = nothing
+
+
+class Op:
+    """A row of the table: an op and its implementations, the fastest first."""
+
+    def __init__(self, name: str, **implementations: Implementation) -> None:
+        self.name, self.implementations = name, implementations
+        TABLE[name] = self
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:  # noqa: ANN401
+        """Runs the op.
+
+        Raises:
+            ValueError: `backend` is unknown, or cannot run these arguments here.
+        """
+        return self.choose(backend, *arguments)(*arguments)
+
+    def choose(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
+        """The function that is to run, by the name of a backend, or by ``"auto"``, whose choice is logged once."""
+        if backend != "auto":
+            return self._named(backend, *arguments)
+        passed = ""
+        for name, (run, unfit, slow) in self.implementations.items():
+            if (why := slow(*arguments) or unfit(*arguments)) is None:
+                if not torch.compiler.is_compiling():
+                    _say_once(self.name, name, passed or f"tensors on {arguments[0].device.type}")
+                return run
+            passed = f"{passed}; {name}: {why}" if passed else f"{name}: {why}"
+        raise ValueError(f"no backend can run {self.name}: {passed}")
+
+    def _named(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
+        check_backend(backend)
+        implementation = self.implementations[backend]
+        if (why := implementation.unfit(*arguments)) is not None:
+            raise ValueError(
+                f"backend {backend!r} cannot run {self.name}: {why}; or use backend 'auto' or 'reference'"
+            )
+        return implementation.run
+
+
+def check_backend(backend: str) -> None:
+    """Whether there is a backend of this name.
+
+    Raises:
+        ValueError: there is none, or no longer.
+    """
+    if backend in FORMER:
+        raise ValueError(FORMER[backend])
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
+
+
+@cache
+def _say_once(op: str, backend: str, why: str) -> None:
+    _log.info("%s: backend 'auto' is %r (%s)", op, backend, why)
