@@ -86,7 +86,7 @@ def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any
             result: Outputs = op(*inputs)
             return result
 
-    members = {
+    members: dict[str, Any] = {
         "forward": forward,
         "setup_context": rules.save,
         "backward": rules.backward,

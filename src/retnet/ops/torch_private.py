@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -16,7 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What `torch.autograd.Function` is without its detour around torch.func, which an operator's autograd key must not take.
 SingleLevelFunction: Any = _SingleLevelFunction
-allow_single_level: Callable[[], AbstractContextManager[None]] = enable_single_level_autograd_function
+allow_single_level: Callable[[], AbstractContextManager[None]] = (
+    autograd_function.enable_single_level_autograd_function
+)
 
 
 def below_autograd() -> AbstractContextManager[Any]:

@@ -104,8 +104,8 @@ def step(
 ) -> Tensor:
     """The kernel of the operator: `state_step` for half types too, else torch's own operators."""
     rows = None if slots is None else slots.long()
-    wide = [x.to(state.dtype) for x in (q, k, v)]
-    if (out := state_step(*wide, log_decay, state, rows, scale)) is None:
+    wide = state.dtype
+    if (out := state_step(q.to(wide), k.to(wide), v.to(wide), log_decay, state, rows, scale)) is None:
         return chunkwise.step(q, k, v, log_decay, state, slots, scale)
     return out.to(v.dtype)
 

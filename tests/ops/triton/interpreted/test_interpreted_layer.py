@@ -111,7 +111,7 @@ class TestContracts:
         opcheck(ops.head_norm_triton, (o, *rest, kind, 1e-6))
         o, *rest = (x if x is None else x.detach() for x in (o, *rest))
         y, *statistics = ops.head_norm_triton(o, *rest, kind, 1e-6)
-        opcheck(ops.head_norm_retention_chunkwise_triton_backward, (y, o, *rest[:3], *statistics, kind))
+        opcheck(ops.head_norm_triton_backward, (y, o, *rest[:3], *statistics, kind))
 
     def test_one_graph_for_any_length(self):
         torch._dynamo.reset()

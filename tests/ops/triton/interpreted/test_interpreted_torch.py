@@ -189,7 +189,7 @@ def test_tuning_measures_keeps_and_reuses(monkeypatch, tmp_path):
 
     monkeypatch.setattr(triton.testing, "do_bench", bench)
     inputs = random_inputs(1, 40, 1, 16, 32, dtype=torch.float32)
-    want, _ = retention(*inputs[:3], LOG_DECAY[:1], backend="cpu")
+    want, _ = retention(*inputs[:3], LOG_DECAY[:1], backend="torch")
     out, _ = retention(*inputs[:3], LOG_DECAY[:1], backend="triton")
     assert relative(out, want) < 1e-6  # the last candidate ran before the chosen one, which overwrites it
     stored = json.loads((tmp_path / "new" / "triton.json").read_text())
