@@ -16,9 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What `torch.autograd.Function` is without its detour around torch.func, which an operator's autograd key must not take.
 SingleLevelFunction: Any = _SingleLevelFunction
-allow_single_level: Callable[[], AbstractContextManager[None]] = (
-    autograd_function.enable_single_level_autograd_function
-)
+allow_single_level: Any = autograd_function.enable_single_level_autograd_function  # type: ignore[attr-defined]
 
 
 def below_autograd() -> AbstractContextManager[Any]:
