@@ -121,6 +121,9 @@ class ToyDecoder(Decoder):
         for row, slot in enumerate(slots.tolist()):
             self.states[slot] = select_rows(state, [row])
 
+    def fingerprint(self):
+        return "toy"
+
     def state_bytes(self, tokens):
         return 1000
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling
-from retnet.engine.engine import IDLE_TOKENS, share
+from retnet.engine.engine import IDLE_TOKENS
+from retnet.engine.prompts import share
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError, build
@@ -286,7 +287,7 @@ def test_an_error_inside_ends_what_had_a_slot_and_nothing_else(toy, tokenizer):
     ("options", "message"),
     [
         ({"prompt": []}, "prompt has no tokens"),
-        ({"prompt": [1, -2]}, "prompt must be token ids, whole numbers of 0 or more, got -2"),
+        ({"prompt": [1, -2]}, "prompt must be whole numbers of 0 or more, got -2"),
         ({"prompt": [True]}, "got True"),
         ({"prompt": [257]}, "prompt has the token id 257, but the vocabulary ends with 256"),
         ({"prompt": "a\ud800"}, "prompt is no text: character 1 is the lone surrogate"),

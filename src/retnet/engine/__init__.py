@@ -8,6 +8,7 @@ from retnet.engine.load import Run, open_run
 from retnet.engine.quantise import quantise
 from retnet.engine.requests import Completion, Event, Request, Stats, TokenLogprobs
 from retnet.engine.sampling import Sampling, probabilities, sample
+from retnet.engine.sessions import Session
 from retnet.model.runs import find_checkpoint
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Request",
     "Run",
     "Sampling",
+    "Session",
     "Stats",
     "Stepper",
     "TokenLogprobs",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from retnet.engine.slots import Rows, SlotPool, rows_of
 from retnet.model import Block, LanguageModel, ModelState
+from retnet.settings import dump
 
 
 class Decoder(ABC):
@@ -28,7 +30,10 @@ class Decoder(ABC):
         vocab_size: logits a row.
         slots: how many sequences it has room for.
         device: where tokens are expected and logits are made.
+        rows_are_exact: whether the bits of a row that `step` gives do not depend on the other rows, nor on the slot.
     """
+
+    rows_are_exact: ClassVar[bool] = False
 
     vocab_size: int
     slots: int
@@ -80,6 +85,10 @@ class Decoder(ABC):
     @abstractmethod
     def write(self, slots: Tensor, state: ModelState) -> None:
         """Puts the rows of a state, as `read` and `LanguageModel.prefill` give it, in the place of what slots held."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of what the states depend on, the model's configuration and weights; states of another one do not fit."""
 
     @abstractmethod
     def state_bytes(self, tokens: int) -> int:
@@ -187,6 +196,14 @@ class ComposedDecoder(Decoder):
             )
         for pool, layer in zip(self.pools, state, strict=True):
             pool.write(rows_of(slots, self.device), type(layer)(*(part.to(self.device) for part in layer)))
+
+    def fingerprint(self) -> str:
+        """See `Decoder.fingerprint`; reads all weights."""
+        found = hashlib.sha256(dump(self._model.config).encode())
+        for name, part in sorted(self._model.state_dict().items()):
+            found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
+            found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def state_bytes(self, tokens: int) -> int:
         """See `Decoder.state_bytes`."""

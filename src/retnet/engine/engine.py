@@ -7,21 +7,24 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from retnet.engine.chooser import Chooser
 from retnet.engine.decoder import Decoder, choose_decoder
-from retnet.engine.requests import Event, Finish, Request, Stats, TokenLogprobs, require_whole
-from retnet.engine.sampling import NOT_FINITE, SamplingBatch, finite
+from retnet.engine.prompts import Prompt, Snapshot, share
+from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
+from retnet.engine.sampling import NOT_FINITE
+from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
 from retnet.engine.streams import Stream
-from retnet.engine.tallies import Tallies
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from retnet.data import Tokenizer
-    from retnet.model import LanguageModel, ModelState
+    from retnet.model import LanguageModel
 
 SLOTS = 64
 PREFILL_TOKENS = 256  # at most, in a step that also decodes
@@ -39,8 +42,10 @@ class Engine:
     least left first. So nobody starves, and a short prompt behind a long one is read within a few steps.
 
     A stream that ends leaves its slot to the next in the queue, without copying others. The samples of a request share one
-    reading of the prompt. A request's outcome depends on the request alone (but for rounding: a matrix product may differ
-    in its last bits with the number of rows).
+    reading of the prompt. A request's outcome depends on the request alone, but for rounding: a matrix product may differ
+    in its last bits with the number of rows. With `exact`, on a CPU, not even that: prompts are read alone, in blocks that
+    begin at multiples of `BLOCK` tokens, and rows that a decoder does not compute alone are stepped alone. The bits are then
+    the same in any company, at any arrival, and with whatever the cache knows.
 
     Args:
         model: a `LanguageModel` in evaluation mode that stays as it is, or a decoder of one.
@@ -49,9 +54,16 @@ class Engine:
         prefill_tokens: the most tokens of prompts read in a step while streams run.
         max_state_bytes: what the states of running streams may take; None is what `slots` come to. A stream with a growing
             cache counts as long as it may become.
+        exact: whether the bits of an outcome must not depend on other requests.
+        cache_bytes: what states kept for later requests may take in memory; 0 keeps none. See `StateStore`.
+        state_directory: where states go that sessions hold and memory has no room for.
 
     Attributes:
         stats: tokens and seconds so far.
+        slots: the most streams at once.
+        tokenizer: as given.
+        store: the cache; None without.
+        fingerprint: of the model, by which states of different models are told apart; empty without a cache.
 
     Raises:
         UserError: a value outside its range, or not even one state fits.
@@ -66,9 +78,13 @@ class Engine:
         slots: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         max_state_bytes: int | None = None,
+        exact: bool = False,
+        cache_bytes: int = 0,
+        state_directory: str | Path | None = None,
     ) -> None:
         require_whole("slots", SLOTS if slots is None else slots, 1)
         require_whole("prefill_tokens", prefill_tokens, 1)
+        require_whole("cache_bytes", cache_bytes, 0)
         if max_state_bytes is not None:
             require_whole("max_state_bytes", max_state_bytes, 1)
         if isinstance(model, Decoder):
@@ -77,19 +93,27 @@ class Engine:
             slots = slots or SLOTS
             self._decoder = choose_decoder(model, slots)
         self.stats = Stats()
-        self.slots = slots
-        self._tokenizer, self._prefill_tokens, self._max_bytes = tokenizer, prefill_tokens, max_state_bytes
+        self.slots, self.tokenizer, self._exact = slots, tokenizer, exact
+        self._prefill_tokens = (
+            max(prefill_tokens, 2 * BLOCK) if exact else prefill_tokens
+        )  # its half is a block
+        self._max_bytes = max_state_bytes
+        self.store: StateStore | None = None
+        self.fingerprint = ""
+        if cache_bytes:
+            self.fingerprint = self._decoder.fingerprint()
+            self._decoder.reset(_index(0))
+            template = self._decoder.read(_index(0))
+            self.store = StateStore(template, cache_bytes, state_directory)
         self._vocab_size = min(self._decoder.vocab_size, tokenizer.vocab_size)
-        self._tallies = Tallies(self._decoder.slots, self._vocab_size, tokenizer.bos_id, self._decoder.device)
+        self._chooser = Chooser(self._decoder, self._vocab_size, tokenizer.bos_id)
         self._free = list(range(slots))  # a heap: the lowest first, so that the used ones lie together
         self._bytes = 0  # that streams with a slot may come to
         self._submitted = 0
-        self._queue: list[
-            _Prompt
-        ] = []  # in the order they came: unread ones, and read ones with samples left
-        self._reading: list[_Prompt] = []
+        self._queue: list[Prompt] = []  # in the order they came: unread ones, and read ones with samples left
+        self._reading: list[Prompt] = []
         self._live: list[Stream] = []
-        self._batch: _Batch | None = None  # of the live streams, while they stay the same
+        self._slots = _index()  # of the live streams, int64 [B]
         self._tokens = torch.empty(0)  # the last ones of the live streams, [B]
         self._logits: list[Tensor] = []  # of this step: rows after those, then of streams that have come
         self._outbox: deque[Event] = deque()
@@ -148,6 +172,31 @@ class Engine:
                     raise UserError(NOT_FINITE)
                 yield event
 
+    def complete(self, request: Request) -> list[Completion]:
+        """Steps until this request has ended: its completions, by sample. Events of others come with the next step.
+
+        Raises:
+            UserError: as `submit`; a stream failed, since the model gave no finite logits.
+        """
+        number = self.submit(request)
+        done: dict[int, Completion] = {}
+        others: deque[Event] = deque()
+        try:
+            while len(done) < request.samples:
+                if not self._outbox:
+                    self._run()
+                    continue
+                event = self._outbox.popleft()
+                if event.request != number:
+                    others.append(event)
+                elif event.completion is not None:
+                    done[event.sample] = event.completion
+        finally:
+            self._outbox.extendleft(reversed(others))
+        if any(completion.finish == "failed" for completion in done.values()):
+            raise UserError(NOT_FINITE)
+        return [done[sample] for sample in range(request.samples)]
+
     def _run(self) -> None:
         if self._queue or self._reading or self._live:
             try:
@@ -163,7 +212,7 @@ class Engine:
         began, prefill = time.perf_counter(), self.stats.prefill_seconds
         self._logits = []
         if self._live:
-            self._logits.append(self._decoder.step(self._tokens, self._rows().slots))
+            self._logits.append(self._step())
             self.stats.decode_tokens += len(self._live)
         self._admit()
         if self._reading:
@@ -174,6 +223,20 @@ class Engine:
             self._sweep()
         self.stats.decode_seconds += time.perf_counter() - began - (self.stats.prefill_seconds - prefill)
 
+    def _step(self) -> Tensor:
+        """Logits of the live streams after their last tokens."""
+        if self._exact and not self._decoder.rows_are_exact:
+            rows = zip(self._tokens.split(1), self._slots.split(1), strict=True)
+            return torch.cat([self._decoder.step(*row) for row in rows])
+        logits = self._decoder.step(self._tokens, self._slots)
+        if self.store is not None and not self._exact:  # there, states are those of blocks that were read
+            for stream in self._live:
+                seen = len(stream.prompt) + len(stream.tokens)
+                if seen % BLOCK == 0 and stream.asked.cache:
+                    keys = keys_of(self.fingerprint, (*stream.prompt, *stream.tokens))
+                    self.store.put(keys[-1], self._decoder.read(_index(stream.slot)))
+        return logits
+
     def _admit(self) -> None:
         """Gives free slots to those who wait, in the order they came."""
         while self._queue and self._free:
@@ -182,7 +245,7 @@ class Engine:
                 return
             if prompt.snapshot is None:
                 prompt.slot = self._take(prompt)
-                self._decoder.reset(_index(prompt.slot))
+                self._begin(prompt)
                 self._reading.append(prompt)
                 self._queue.pop(0)
             else:
@@ -192,27 +255,52 @@ class Engine:
                 if not prompt.streams:
                     self._queue.pop(0)
 
+    def _begin(self, prompt: Prompt) -> None:
+        """Fills a prompt's slot: with the longest kept beginning of it, of which at least the last token is read anew."""
+        if self.store is not None and prompt.cache:
+            prompt.keys = keys_of(self.fingerprint, prompt.ids)
+            prompt.position, state = self.store.longest(prompt.keys[: (len(prompt.ids) - 1) // BLOCK])
+            prompt.stops = kept_positions(len(prompt.ids), prompt.marks)
+            prompt.cached = prompt.position
+            if state is not None:
+                self._decoder.write(_index(prompt.slot), state)
+                return
+        self._decoder.reset(_index(prompt.slot))
+
     def _read(self) -> None:
-        """One packed piece of the prompts that have a slot."""
-        began = time.perf_counter()
+        """A part of the prompts that have a slot: one packed call, or with `exact` one for each block."""
         budget = self._prefill_tokens if self._live else max(self._prefill_tokens, IDLE_TOKENS)
         shares = share([len(prompt.ids) - prompt.position for prompt in self._reading], budget)
         parts = [(prompt, count) for prompt, count in zip(self._reading, shares, strict=True) if count]
-        tokens = [i for prompt, count in parts for i in prompt.ids[prompt.position :][:count]]
+        if not self._exact:
+            self._read_pieces([(prompt, prompt.piece(count)) for prompt, count in parts])
+            return
+        for prompt, count in parts:
+            while (block := prompt.block()) and block <= count:
+                self._read_pieces([(prompt, block)])
+                count -= block
+
+    def _read_pieces(self, parts: Sequence[tuple[Prompt, int]]) -> None:
+        """So many tokens of each of these prompts, in one call."""
+        began = time.perf_counter()
+        tokens = [i for prompt, count in parts for i in prompt.ids[prompt.position : prompt.position + count]]
         bounds = torch.tensor([0, *(count for _, count in parts)]).cumsum(0)
-        slots = _index(*(prompt.slot for prompt, _ in parts))
         device = self._decoder.device
+        slots = _index(*(prompt.slot for prompt, _ in parts))
         logits = self._decoder.prefill(torch.tensor(tokens, device=device), bounds, slots)
+        for row, (prompt, count) in enumerate(parts):
+            prompt.position += count
+            if self.store is not None and prompt.position in prompt.stops:
+                state = self._decoder.read(_index(prompt.slot))
+                self.store.put(prompt.keys[prompt.position // BLOCK - 1], state)
+            if prompt.position == len(prompt.ids):
+                self._fan_out(prompt, logits[row : row + 1])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.stats.prefill_tokens += len(tokens)
         self.stats.prefill_seconds += time.perf_counter() - began
-        for row, (prompt, count) in enumerate(parts):
-            prompt.position += count
-            if prompt.position == len(prompt.ids):
-                self._fan_out(prompt, logits[row : row + 1])
 
-    def _fan_out(self, prompt: _Prompt, logits: Tensor) -> None:
+    def _fan_out(self, prompt: Prompt, logits: Tensor) -> None:
         """Starts the samples of a prompt that has been read: its own slot, copies where there is room, the rest later."""
         slots = [prompt.slot]
         while self._free and len(slots) < len(prompt.streams):
@@ -222,77 +310,45 @@ class Engine:
         if slots[1:]:
             self._decoder.copy(_index(*[prompt.slot] * len(slots[1:])), _index(*slots[1:]))
         if len(slots) < len(prompt.streams):
-            prompt.snapshot = Snapshot(prompt.position, self._decoder.read(_index(prompt.slot)), logits)
+            prompt.snapshot = Snapshot(self._decoder.read(_index(prompt.slot)), logits)
             bisect.insort(self._queue, prompt, key=lambda p: p.id)
         self._reading.remove(prompt)
         self._join(prompt, slots, logits)
 
-    def _join(self, prompt: _Prompt, slots: Sequence[int], logits: Tensor) -> None:
+    def _join(self, prompt: Prompt, slots: Sequence[int], logits: Tensor) -> None:
         """Lets the next samples of a prompt run, one for each slot, from logits [1,V]."""
         for slot in slots:
             stream = prompt.streams.popleft()
-            stream.slot, stream.bytes, stream.prompt_tokens = slot, prompt.bytes, len(prompt.ids)
-            self._tallies.start(slot, prompt.ids, stream.asked.sampling)
+            stream.slot, stream.bytes, stream.prompt = slot, prompt.bytes, prompt.ids
+            stream.cached_tokens = prompt.cached
+            self._chooser.start(slot, prompt.ids, stream.asked.sampling)
             self._live.append(stream)
         self._logits.append(logits.expand(len(slots), -1))
-        self._batch = None
+        self._slots = torch.cat([self._slots, _index(*slots)])
 
     def _choose(self) -> None:
         """A token for every live stream."""
-        rows = self._rows()
         logits = torch.cat(self._logits) if len(self._logits) > 1 else self._logits[0]
-        logits = logits[:, : self._vocab_size]
-        sound = finite(logits).tolist()
-        allowed = self._without_ends(logits)
-        draws = torch.tensor([stream.chance.random() for stream in self._live], dtype=torch.float64)
-        seen = self._tallies.rows(rows.slots, rows.sampling.penalised)
-        self._tokens = rows.sampling.sample(allowed, draws.to(logits.device), *seen)
+        self._tokens, sound = self._chooser.choose(logits, self._live)
         tokens = self._tokens.tolist()
-        if rows.sampling.penalised is not None:
-            self._tallies.add(rows.slots, self._tokens)
         for row, (stream, token) in enumerate(zip(self._live, tokens, strict=True)):
             if sound[row]:
-                logprobs = _logprobs(logits[row], token, stream.asked.logprobs)
+                count = stream.asked.logprobs
+                logprobs = None if count is None else self._chooser.logprobs(logits[row], token, count)
                 self._outbox.append(stream.push(token, logprobs))
             else:
                 self._outbox.append(stream.end("failed"))
 
-    def _without_ends(self, logits: Tensor) -> Tensor:
-        """The logits, those that would end a text before `min_tokens` at −∞."""
-        bound = [(row, stream) for row, stream in enumerate(self._live) if stream.must_go_on]
-        if bound:
-            logits = logits.clone()
-            for row, stream in bound:
-                logits[row, [token for token in stream.ends if token < self._vocab_size]] = -torch.inf
-        return logits
-
-    def _rows(self) -> _Batch:
-        """What steps of the live streams need, made anew when some came or went."""
-        if self._batch is None:
-            self._batch = _Batch(
-                _index(*(stream.slot for stream in self._live)),
-                SamplingBatch(
-                    [stream.asked.sampling for stream in self._live], self._vocab_size, self._decoder.device
-                ),
-            )
-        return self._batch
-
     # -- coming and going ---------------------------------------------------------------------------------------
 
-    def _prompt(self, number: int, request: Request) -> _Prompt:
+    def _prompt(self, number: int, request: Request) -> Prompt:
         if isinstance(request.prompt, str):
-            ids = (self._tokenizer.bos_id, *self._tokenizer.encode(request.prompt))
+            ids = (self.tokenizer.bos_id, *self.tokenizer.encode(request.prompt))
         else:
             ids = tuple(request.prompt)
-        for name, tokens in (
-            ("prompt", ids),
-            ("stop_tokens", request.stop_tokens),
-            ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
-        ):
-            if tokens and max(tokens) >= self._vocab_size:
-                raise UserError(
-                    f"{name} has the token id {max(tokens)}, but the vocabulary ends with {self._vocab_size - 1}"
-                )
+        self.check_ids("prompt", ids)
+        self.check_ids("stop_tokens", request.stop_tokens)
+        self.check_ids("logit_bias", [token for token, _ in request.sampling.logit_bias])
         need = 0
         if self._max_bytes is not None:
             need = self._decoder.state_bytes(len(ids) + request.max_tokens)
@@ -301,10 +357,21 @@ class Engine:
                     f"a state of {need:,} bytes for {len(ids)} + {request.max_tokens} tokens is more than the "
                     f"{self._max_bytes:,} bytes of max_state_bytes; ask for fewer tokens, or allow more"
                 )
-        streams = [Stream(number, request, sample, self._tokenizer) for sample in range(request.samples)]
-        return _Prompt(number, ids, deque(streams), need)
+        streams = [Stream(number, request, sample, self.tokenizer) for sample in range(request.samples)]
+        return Prompt(number, ids, streams, need)
 
-    def _take(self, prompt: _Prompt) -> int:
+    def check_ids(self, name: str, tokens: Sequence[int]) -> None:
+        """Refuses ids outside the vocabulary.
+
+        Raises:
+            UserError: naming the largest.
+        """
+        if tokens and not 0 <= max(tokens) < self._vocab_size:
+            raise UserError(
+                f"{name} has the token id {max(tokens)}, but the vocabulary ends with {self._vocab_size - 1}"
+            )
+
+    def _take(self, prompt: Prompt) -> int:
         self._bytes += prompt.bytes
         return heapq.heappop(self._free)
 
@@ -312,7 +379,7 @@ class Engine:
         self._bytes -= size
         heapq.heappush(self._free, slot)
 
-    def _remove(self, prompt: _Prompt, finish: Finish) -> None:
+    def _remove(self, prompt: Prompt, finish: Finish) -> None:
         """Ends the samples of a prompt that have not started."""
         if prompt in self._queue:
             self._queue.remove(prompt)
@@ -320,7 +387,7 @@ class Engine:
             self._reading.remove(prompt)
             self._give_back(prompt.slot, prompt.bytes)
         for stream in prompt.streams:
-            stream.prompt_tokens = len(prompt.ids)
+            stream.prompt = prompt.ids
             self._outbox.append(stream.end(finish))
 
     def _sweep(self) -> None:
@@ -332,84 +399,16 @@ class Engine:
             if stream.finish is not None:
                 self._give_back(stream.slot, stream.bytes)
         self._live = [self._live[row] for row in keep]
-        self._tokens, self._batch = self._tokens[keep], None
+        self._tokens, self._slots = self._tokens[keep], self._slots[keep]
 
     def _abandon(self, finish: Finish) -> None:
         """Ends everything that had a slot, whose states nobody knows any more."""
         for prompt in [*self._reading]:
             self._remove(prompt, finish)
         self._outbox += [stream.end(finish) for stream in self._live if stream.finish is None]
-        self._live, self._batch = [], None
+        self._live, self._slots = [], _index()
         self._free, self._bytes = list(range(self.slots)), 0
-
-
-class Snapshot(NamedTuple):
-    """A state that was read out of its slot: after how many tokens, of each layer a row, the logits [1,V] after it."""
-
-    position: int
-    state: ModelState
-    logits: Tensor
-
-
-class _Prompt:
-    """A request until the last of its samples runs.
-
-    Attributes:
-        id: the request's.
-        ids: its tokens.
-        streams: samples that do not run yet.
-        bytes: what the state of one may come to.
-        slot: where it is read.
-        position: tokens read so far.
-        snapshot: the state after it, when it has been read and samples wait for a slot.
-    """
-
-    def __init__(self, number: int, ids: tuple[int, ...], streams: deque[Stream], size: int) -> None:
-        self.id, self.ids, self.streams, self.bytes = number, ids, streams, size
-        self.slot, self.position = -1, 0
-        self.snapshot: Snapshot | None = None
-
-
-class _Batch(NamedTuple):
-    """The live streams' slots, int64 [B], and their sampling parameters."""
-
-    slots: Tensor
-    sampling: SamplingBatch
-
-
-def share(left: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt are read in a step: half for the first, the rest for the shortest first.
-
-    Args:
-        left: tokens each has left to read, at least one, the oldest prompt first.
-        budget: the most tokens in all.
-
-    Returns:
-        Tokens of each; the budget is used up while there is anything left to read.
-    """
-    shares = [0] * len(left)
-
-    def give(prompt: int, most: int) -> int:
-        given = min(left[prompt] - shares[prompt], most)
-        shares[prompt] += given
-        return given
-
-    budget -= give(0, budget - budget // 2)
-    for prompt in sorted(range(1, len(left)), key=left.__getitem__):
-        budget -= give(prompt, budget)
-    give(0, budget)
-    return shares
 
 
 def _index(*slots: int) -> Tensor:
     return torch.tensor(slots, dtype=torch.int64)
-
-
-def _logprobs(logits: Tensor, token: int, count: int | None) -> TokenLogprobs | None:
-    """Log-probabilities of the chosen token and of the likeliest, from logits [V]."""
-    if count is None:
-        return None
-    logprobs = logits.double().log_softmax(-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprobs(token, float(logprobs[token]), top)

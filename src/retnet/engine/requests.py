@@ -33,6 +33,10 @@ class Request:
         logprobs: None, or how many of the likeliest tokens to name beside each chosen one, with their log-probabilities in
             the model's own distribution, before bias, penalties, temperature and filters; 0 is the chosen one's alone.
         echo: whether the text given back begins with the prompt's.
+        cache: whether states along it may be kept for later requests, and kept ones used for it, where the engine has a
+            cache.
+        marks: positions in the prompt, in tokens, where others may go on differently, such as ends of messages: the cache
+            keeps states there.
 
     Raises:
         UserError: a value outside its range.
@@ -48,6 +52,8 @@ class Request:
     samples: int = 1
     logprobs: int | None = None
     echo: bool = False
+    cache: bool = True
+    marks: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("min_tokens", 0), ("seed", 0), ("samples", 1)):
@@ -67,6 +73,7 @@ class Request:
             require_unicode("prompt", self.prompt)
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_tokens", _ids("stop_tokens", self.stop_tokens))
+        object.__setattr__(self, "marks", _ids("marks", self.marks))
 
 
 class TokenLogprobs(NamedTuple):
@@ -161,5 +168,5 @@ def require_unicode(name: str, text: str) -> None:
 def _ids(name: str, ids: Sequence[int]) -> tuple[int, ...]:
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         wrong = next(i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0)
-        raise UserError(f"{name} must be token ids, whole numbers of 0 or more, got {wrong!r}")
+        raise UserError(f"{name} must be whole numbers of 0 or more, got {wrong!r}")
     return tuple(ids)

@@ -26,7 +26,7 @@ class Stream:
         finish: why it ended; None while it is under way.
         tokens: the ids generated so far.
         chance: numbers for its draws, its own.
-        prompt_tokens: of the prompt; set, as `cached_tokens`, `slot` and `bytes` are, by whoever lets it run.
+        prompt: its ids; set, as what follows is, by whoever lets it run.
         cached_tokens: of these, how many were not read.
         slot: where its state lies.
         bytes: what that may come to.
@@ -36,7 +36,8 @@ class Stream:
         self.request, self.asked, self.sample = request, asked, sample
         self.finish: Finish | None = None
         self.tokens: list[int] = []
-        self.prompt_tokens = self.cached_tokens = self.bytes = 0
+        self.prompt: tuple[int, ...] = ()
+        self.cached_tokens = self.bytes = 0
         self.slot = -1
         self.chance = np.random.default_rng([asked.seed, sample])
         self.ends: dict[int, Finish] = {tokenizer.bos_id: "end", **dict.fromkeys(asked.stop_tokens, "stop")}
@@ -91,7 +92,7 @@ class Stream:
             "".join(self._parts),
             tuple(self.tokens),
             self.finish,
-            self.prompt_tokens,
+            len(self.prompt),
             self.cached_tokens,
             tuple(self._logprobs),
         )

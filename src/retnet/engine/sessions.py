@@ -1,0 +1,243 @@
+"""Sessions: texts continued, forked, rewound, edited, saved and moved without being read from their start again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from retnet.engine.requests import Completion, Request, require_whole
+from retnet.engine.store import BLOCK, from_tensors, kept_positions, keys_of, to_tensors
+from retnet.io import write_bytes
+from retnet.settings import UserError
+
+if TYPE_CHECKING:
+    from retnet.engine.engine import Engine
+
+FORMAT = 1  # of exported sessions
+
+
+class Session:
+    """A text in the making on an engine with a cache.
+
+    It consists of its token ids; states along it lie in the engine's cache, at block boundaries of a grid whose spacing
+    grows with the distance from the end, and before every `append`. Whatever is asked of it is answered by reading on from
+    the last kept state before: after a rewind to any token, and after the cache has lost it, the outcome is the same. With
+    `Engine(exact=True)` it is that of a session that read the same text from its start, bit for bit, in any company and in
+    another process of this machine; without, it may differ by rounding.
+
+    Args:
+        engine: with `cache_bytes`.
+        tokens: to begin with; None is BOS, a document's beginning.
+        name: unique; None makes one up.
+
+    Attributes:
+        name: of the session.
+        tokens: the ids of the text so far; do not change them.
+        marks: positions where something was appended, rising.
+
+    Raises:
+        UserError: an engine without a cache, or ids outside the vocabulary.
+    """
+
+    def __init__(
+        self, engine: Engine, tokens: Sequence[int] | None = None, *, name: str | None = None
+    ) -> None:
+        if engine.store is None:
+            raise UserError("sessions need an engine that keeps states; give it cache_bytes")
+        self._engine = engine
+        self.name = name or uuid.uuid4().hex
+        self.tokens: list[int] = []
+        self.marks: list[int] = []
+        self.append([engine.tokenizer.bos_id] if tokens is None else tokens)
+
+    @property
+    def text(self) -> str:
+        """The text so far; special tokens have none."""
+        return self._engine.tokenizer.decode(self.tokens)
+
+    def append(self, more: str | Sequence[int]) -> None:
+        """Adds a text, or token ids as they are; it is read when something is generated.
+
+        Raises:
+            UserError: ids outside the vocabulary.
+        """
+        ids = self._engine.tokenizer.encode(more) if isinstance(more, str) else list(more)
+        self._engine.check_ids("tokens", ids)
+        if self.tokens:
+            self.marks.append(len(self.tokens))
+        self.tokens += ids
+
+    def request(self, **options: Any) -> Request:  # noqa: ANN401
+        """A request to continue this text, options as those of `Request`; for whoever steps the engine."""
+        return Request(tuple(self.tokens), marks=tuple(self.marks), **options)
+
+    def generate(self, **options: Any) -> Completion:  # noqa: ANN401
+        """Continues the text and adds what was generated, a stop string in its tokens included.
+
+        Args:
+            **options: those of `Request` but for `prompt`, `samples` and `echo`. Other requests of the engine run on
+                meanwhile, and their events come with the next step.
+
+        Raises:
+            UserError: a value outside its range.
+        """
+        for option in ("samples", "echo", "prompt", "marks"):
+            if option in options:
+                raise UserError(f"a session's generate has no option {option!r}; fork it, or use request()")
+        completion = self._engine.complete(self.request(**options))[0]
+        self.extend(completion)
+        return completion
+
+    def extend(self, completion: Completion) -> None:
+        """Adds what became of a `request` of this text as it is now."""
+        self.tokens += completion.tokens
+        self.hold()
+
+    def fork(self, name: str | None = None) -> Session:
+        """Another session with the same text; from here on they know nothing of each other."""
+        other = Session(self._engine, self.tokens, name=name)
+        other.marks = [*self.marks]
+        other.hold()
+        return other
+
+    def rewind(self, position: int) -> None:
+        """Takes back all tokens after the first `position`.
+
+        Raises:
+            UserError: a position that is not within the text.
+        """
+        require_whole("position", position, 1)
+        if position > len(self.tokens):
+            raise UserError(f"position {position} is beyond the session's {len(self.tokens)} tokens")
+        del self.tokens[position:]
+        self.marks = [mark for mark in self.marks if mark < position]
+
+    def edit(self, position: int, more: str | Sequence[int]) -> None:
+        """Puts something else in the place of all tokens after the first `position`: a rewind and an append."""
+        self.rewind(position)
+        self.append(more)
+
+    def close(self) -> None:
+        """Lets go of its states; others may still find them until they are dropped."""
+        self._store.hold(self.name, ())
+
+    def hold(self) -> None:
+        """Says to the cache which states along this text are worth keeping."""
+        keys = keys_of(self._engine.fingerprint, self.tokens)
+        places = kept_positions(len(self.tokens), self.marks)
+        self._store.hold(self.name, (keys[place // BLOCK - 1] for place in places))
+
+    # -- as bytes -----------------------------------------------------------------------------------------------
+
+    def export(self) -> bytes:
+        """The session as bytes: a safetensors file with ids and the last kept state, and a header in JSON."""
+        position, state = self._store.longest(keys_of(self._engine.fingerprint, self.tokens))
+        tensors = {"tokens": torch.tensor(self.tokens)} | ({} if state is None else to_tensors(state))
+        header = {
+            "format": FORMAT,
+            "model": self._engine.fingerprint,
+            "tokenizer": self._engine.tokenizer.fingerprint,
+            "name": self.name,
+            "marks": self.marks,
+            "position": position,
+            "sha256": _digest(tensors),
+        }
+        return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
+
+    @classmethod
+    def from_bytes(cls, engine: Engine, content: bytes, *, name: str | None = None) -> Session:
+        """The session that `export` made these bytes of, under a new name if one is given.
+
+        Raises:
+            UserError: bytes that are damaged or no session, or one of another model, tokenizer or format.
+        """
+        header, tensors = _read(content)
+        if header.get("format") != FORMAT:
+            raise UserError(f"the session has format {header.get('format')!r}; this version reads {FORMAT}")
+        for what, own in (("model", engine.fingerprint), ("tokenizer", engine.tokenizer.fingerprint)):
+            if header.get(what) != own:
+                raise UserError(f"the session is of another {what}; open it with the one it was made with")
+        if header.get("sha256") != _digest(tensors):
+            raise UserError("the session is damaged: its content is not what was written")
+        tokens, position, marks = tensors.pop("tokens").tolist(), header["position"], header["marks"]
+        session = cls(engine, tokens, name=name or header["name"])
+        session.marks = [mark for mark in marks if 0 < mark <= len(tokens)]
+        if position:
+            seen = [part for key, part in tensors.items() if key.endswith((".position", ".length"))]
+            if any(int(part.max()) != position for part in seen):
+                raise UserError(f"the session's state is not that after its first {position} tokens")
+            session._store.put(
+                keys_of(engine.fingerprint, tokens)[position // BLOCK - 1],
+                from_tensors(tensors, session._store.template),
+            )
+        session.hold()
+        return session
+
+    def save(self, path: str | Path) -> None:
+        """Writes the session to a file, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            write_bytes(Path(path), self.export())
+        except OSError as error:
+            raise UserError(f"cannot write the session to {path}: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, engine: Engine, path: str | Path, *, name: str | None = None) -> Session:
+        """Reads a session from a file; see `from_bytes`."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the session {path}: {error.strerror}") from None
+        return cls.from_bytes(engine, content, name=name)
+
+    @property
+    def _store(self) -> Any:  # noqa: ANN401
+        return self._engine.store
+
+
+def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors of an exported session."""
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        header = json.loads(metadata["retnet_session"])
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise UserError("this is no session, or part of one: it cannot be read") from None
+    tokens = tensors.get("tokens")
+    if not isinstance(header, dict) or tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 1:
+        raise UserError("this is no session: it has no tokens")
+    position, marks = header.get("position"), header.get("marks")
+    if (
+        not isinstance(position, int)
+        or not 0 <= position <= len(tokens)
+        or position % BLOCK
+        or not isinstance(marks, list)
+        or not all(isinstance(mark, int) for mark in marks)
+    ):
+        raise UserError(
+            f"the session's position {position!r} or marks are not within its {len(tokens)} tokens"
+        )
+    return header, tensors
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        part = tensors[name].contiguous().cpu()
+        found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
+        found.update(part.reshape(-1).view(torch.uint8).numpy().astype(np.uint8, copy=False).tobytes())
+    return found.hexdigest()
