@@ -1,11 +1,10 @@
 import pytest
 import torch
 
-from retnet.measure.contexts import PIECE, Contexts, transformer
-from retnet.mixers import MIXERS, RetentionConfig
+from retnet.measure.contexts import PIECE, Contexts
+from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
-from retnet.settings import UserError
 from retnet.studies.slopes import slope
 
 GROWING = ("softmax", "hyena")
@@ -79,19 +78,3 @@ def test_a_model_of_any_mixer_has_contexts():
         found.read((12,))
         assert found.state_bytes(12, 2) == 2 * cost(config, 12).state_bytes
         assert found.seconds(12, 2, 1e-9) > 0
-
-
-def test_the_transformer_beside_a_model_is_as_large():
-    model = ModelConfig(vocab_size=300, d_model=128, num_layers=3, mixer=RetentionConfig(num_heads=2))
-    peer = transformer(model, 64)
-    assert peer.mixer.num_heads == 2
-    assert cost(peer).total == pytest.approx(cost(model).total, rel=0.02)
-    assert (peer.d_model, peer.num_layers, peer.vocab_size) == (128, 3, 300)
-
-
-@pytest.mark.parametrize(("d_model", "key_dim", "says"), [(130, 65, "head_width 64"), (128, 1, "wider")])
-def test_a_transformer_that_cannot_be(d_model, key_dim, says):
-    mixer = RetentionConfig(num_heads=1, key_dim=key_dim, value_dim=1, rotary="none")
-    model = ModelConfig(vocab_size=8, d_model=d_model, num_layers=1, mixer=mixer, ffn_dim=1)
-    with pytest.raises(UserError, match=says):
-        transformer(model, 64)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from retnet.host import keep_freed_memory
 from retnet.measure import peers
@@ -27,14 +25,13 @@ from retnet.measure.clock import (
     spread,
     times_faster,
 )
+from retnet.measure.learner import Learner
 from retnet.measure.limits import matrix_products
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.ops import log_decays, retention
 from retnet.settings import UserError
-from retnet.train.config import TrainConfig
-from retnet.train.optimizer import adamw
 
 OURS, PEER, BF16, PACKED = "retnet", "llama", "retnet, bf16 autocast", "retnet, one packed row"
 OP = {
@@ -209,54 +206,28 @@ def _steps(bench: TrainingBench) -> tuple[list[Row], list[Contender]]:
     ours = LanguageModel(config)
     size = sum(p.numel() for p in ours.parameters())
     peer = peers.llama(config.vocab_size, config.d_model, config.num_layers, size)
-    learn, peer_learn = _Learner(ours, ours), _Learner(peer, _llama_logits(peer))
+    learner, peer_learner = (
+        Learner(ours),
+        Learner(peer, lambda tokens: peer(input_ids=tokens, use_cache=False).logits),
+    )
     rows, contenders = [], []
 
-    def add(name: str, length: int, flops_per_token: int, step: Callable[[Tensor, Tensor], None]) -> None:
+    def add(name: str, length: int, flops_per_token: int, learner: Learner) -> None:
         batch = bench.tokens // length
         text = torch.randint(ours.config.vocab_size or 1, (batch, length + 1))
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         rows.append(Row(name, length, batch, 3.0 * flops_per_token * bench.tokens))
-        contenders.append(
-            Contender(
-                f"{name}, T {length}", lambda: median_seconds(lambda: step(tokens, targets), 1, warmup=0)
-            )
-        )
+        contenders.append(Contender(f"{name}, T {length}", partial(learner.seconds, tokens, targets)))
 
     for length in bench.used_lengths:
         flops = cost(config, length).flops_per_token
-        add(OURS, length, flops, learn.step)
-        add(PEER, length, peers.llama_flops_per_token(peer, length), peer_learn.step)
+        add(OURS, length, flops, learner)
+        add(PEER, length, peers.llama_flops_per_token(peer, length), peer_learner)
         if bench.extra and length == min(bench.used_lengths, key=lambda n: abs(n - 2048)):
-            add(BF16, length, flops, partial(learn.step, autocast=torch.autocast("cpu", torch.bfloat16)))
-            add(PACKED, length, flops, _Learner(ours, _packed_logits(ours), learn.optimizer).step)
+            add(BF16, length, flops, Learner(ours, optimizer=learner.optimizer, bf16=True))
+            packed = Learner(ours, _packed_logits(ours), optimizer=learner.optimizer)
+            add(PACKED, length, flops, packed)
     return rows, contenders
-
-
-class _Learner:
-    """A model, its optimiser and the steps they make; `logits` maps tokens [B,T] to [B,T,vocab_size] (or packed alike)."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        logits: Callable[[Tensor], Tensor],
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        self.logits = logits
-        self.optimizer = optimizer or adamw(model.train(), TrainConfig())
-
-    def step(
-        self, tokens: Tensor, targets: Tensor, autocast: AbstractContextManager[Any] | None = None
-    ) -> None:
-        with autocast or nullcontext():
-            logits = self.logits(tokens)
-        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def _llama_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
 
 
 def _packed_logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:

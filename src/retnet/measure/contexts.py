@@ -1,9 +1,8 @@
-"""Models and mixers that have read so many tokens, for measuring what the next token costs."""
+"""Decoding from contexts of any length: models and mixers that have read so many tokens, or whose caches are as large."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from retnet.engine import Stepper
 from retnet.measure.clock import median_seconds, wait
-from retnet.mixers import Mixer, SoftmaxConfig
+from retnet.mixers import Mixer
 from retnet.mixers.states import select_rows
-from retnet.model import LanguageModel, ModelConfig
-from retnet.model.cost import cost
-from retnet.settings import UserError
+from retnet.model import LanguageModel
 
 PIECE = 2048  # tokens of one call of `prefill`
 WARMUP = 2  # steps before the timed ones
@@ -105,27 +102,6 @@ class Contexts:
             buffer = torch.empty(count, dtype=part.dtype, device=part.device).uniform_(-1, 1)
             self._buffers[number] = buffer
         return buffer[:count].view(shape)
-
-
-def transformer(model: ModelConfig, head_width: int) -> ModelConfig:
-    """A Transformer of the width and depth of a model, its FFN as wide as makes it equally large, to 2 %.
-
-    Raises:
-        UserError: the width does not divide by that of a head, or no FFN makes it so large.
-    """
-    if model.d_model % head_width:
-        raise UserError(f"d_model {model.d_model} is no multiple of head_width {head_width}; change one")
-    mixer = SoftmaxConfig(num_heads=model.d_model // head_width)
-    sizes = [cost(replace(model, mixer=mixer, ffn_dim=width), 1).total for width in (8, 16)]
-    wanted, each = cost(model, 1).total, sizes[1] - sizes[0]  # each: parameters of 8 more
-    width = 8 + 8 * round((wanted - sizes[0]) / each)
-    got = sizes[0] + (width // 8 - 1) * each
-    if width < 8 or abs(got - wanted) > 0.02 * wanted:
-        raise UserError(
-            f"no Transformer of d_model {model.d_model} and {model.num_layers} layers has about {wanted:,} parameters; "
-            "take a wider model"
-        )
-    return replace(model, mixer=mixer, ffn_dim=width)
 
 
 def _empty(part: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Who we are measured against: a Llama of equal size, attention, and retention as others write it."""
+"""Peers to measure against: a Hugging Face Llama of equal size, SDPA attention, retention as others write it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retnet.measure.sizes import equal_width
 from retnet.ops.reference import decay_mask
 from retnet.settings import UserError
 
@@ -52,12 +53,8 @@ def llama(vocab_size: int, d_model: int, num_layers: int, parameters: int) -> nn
         )
     rest = vocab_size * d_model + num_layers * (4 * d_model**2 + 2 * d_model) + d_model
     per_width = 3 * d_model * num_layers
-    width = max(8, 8 * round((parameters - rest) / per_width / 8))
-    if abs(rest + width * per_width - parameters) > 0.02 * parameters:
-        raise UserError(
-            f"no Llama of d_model {d_model} and {num_layers} layers has about {parameters:,} parameters; the nearest has "
-            f"{rest + width * per_width:,}. Take a wider model"
-        )
+    name = f"Llama of d_model {d_model} and {num_layers} layers"
+    width = equal_width(parameters, lambda width: rest + width * per_width, name)
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=d_model,

@@ -18,8 +18,9 @@ import torch
 
 from retnet.host import choose_device, keep_freed_memory
 from retnet.measure.clock import Contender, interleave
-from retnet.measure.contexts import Contexts, transformer
+from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, Watch, free_memory, in_bytes
+from retnet.measure.sizes import transformer
 from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig

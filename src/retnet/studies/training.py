@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from retnet.host import choose_device, keep_freed_memory
-from retnet.measure.clock import Contender, interleave, median_seconds, wait
-from retnet.measure.contexts import transformer
+from retnet.measure.clock import Contender, interleave
+from retnet.measure.learner import Learner
 from retnet.measure.memory import Watch, free_memory, in_bytes
+from retnet.measure.sizes import transformer
 from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
@@ -29,7 +28,6 @@ from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import plan
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
-from retnet.train.optimizer import adamw
 
 KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables
 SHORT = 64  # tokens whose scores weigh nothing, from which memory that is linear in the length is reckoned
@@ -219,18 +217,18 @@ def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
     cells = [(kind, length) for kind in KINDS for length in steps.lengths]
     reasons = {cell: why_not(steps, size, *cell, device, models=2) for cell in cells}
     able = [cell for cell in cells if not reasons[cell]]
-    learners = {
-        kind: _Learner(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
+    models = {
+        kind: _Contender(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
     }
     contenders = []
     for kind, length in able:
         config = steps.config(size, kind)
-        learner = learners["retnet" if kind == "retnet" else "flash"]
-        contenders.append(Contender(f"{kind}, {length}", partial(learner.seconds, length, config)))
+        model = models["retnet" if kind == "retnet" else "flash"]
+        contenders.append(Contender(f"{kind}, {length}", partial(model.seconds, length, config)))
     samples = interleave(contenders, {}, steps.rounds, lambda _, part=0.0: tell(part))
     return {
         "device": device.type,
-        "parameters": {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in learners.items()},
+        "parameters": {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in models.items()},
         "rows": [
             {
                 "kind": KINDS[kind],
@@ -250,42 +248,32 @@ def memory(steps: TrainingGrid, size: Size, kind: str, length: int, tell: Tell) 
         return {"skipped": reason}
     config = steps.config(size, kind)
     small = replace(config, num_layers=1)
-    _Learner(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
+    _Contender(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
     tell(0.1)
     watch = Watch(device)
-    learner = _Learner(config, steps.tokens, device)
-    learner.seconds(length, config, rows=1)  # the optimiser's moments exist from the first step on
+    model = _Contender(config, steps.tokens, device)
+    model.seconds(length, config, rows=1)  # the optimiser's moments exist from the first step on
     tell(0.4)
-    learner.seconds(length, config)
+    model.seconds(length, config)
     return {"peak_bytes": watch.peak(), "estimated_bytes": sum(need(steps, size, kind, length, device))}
 
 
-class _Learner:
-    """A model, its optimiser and random text."""
+class _Contender:
+    """A model of this library that learns from random text."""
 
     def __init__(self, config: ModelConfig, tokens: int, device: torch.device) -> None:
         with torch.device(device):
-            self.model = LanguageModel(config).train()
+            self.model = LanguageModel(config)
             self.text = torch.randint(config.vocab_size or 1, (2, tokens))
-        self.device = device
-        self.optimizer = adamw(self.model, TrainConfig())
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+        self.learner = Learner(self.model, bf16=device.type != "cpu")
 
     def seconds(self, length: int, config: ModelConfig, rows: int | None = None) -> float:
         """Of one step on sequences of this length, all or so many, computed as the configuration of the mixer says."""
         for module in self.model.modules():
             if isinstance(module, SoftmaxAttention):
                 module.config = config.mixer  # type: ignore[assignment]
-        return median_seconds(lambda: self._step(self.text[:, : rows and rows * length], length), 1, warmup=0)
-
-    def _step(self, text: Tensor, length: int) -> None:
-        tokens, targets = text.unflatten(1, (-1, length))
-        with self.autocast:
-            logits = self.model(tokens)
-        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        wait(self.device)
+        tokens, targets = self.text[:, : rows and rows * length].unflatten(1, (-1, length))
+        return self.learner.seconds(tokens, targets)
 
 
 @lru_cache

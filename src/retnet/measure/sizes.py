@@ -1,0 +1,48 @@
+"""Models of equal size: the feed-forward width that gives a peer as many parameters as a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from retnet.mixers import SoftmaxConfig
+from retnet.model import ModelConfig
+from retnet.model.cost import cost
+from retnet.settings import UserError
+
+TOLERANCE = 0.02  # of the number of parameters
+UNIT = 8  # a width is a multiple of it
+
+
+def equal_width(parameters: int, count: Callable[[int], int], what: str) -> int:
+    """The width, a multiple of 8, whose `count` of parameters comes closest to `parameters`.
+
+    Args:
+        parameters: of the model to be compared with.
+        count: width → parameters, linear.
+        what: is made wider or narrower, for the message.
+
+    Raises:
+        UserError: none comes within 2 %.
+    """
+    first, each = count(UNIT), count(2 * UNIT) - count(UNIT)
+    width = UNIT * max(1, 1 + round((parameters - first) / each))
+    if abs(count(width) - parameters) > TOLERANCE * parameters:
+        raise UserError(
+            f"no {what} has about {parameters:,} parameters; the nearest has {count(width):,}. Take a wider model"
+        )
+    return width
+
+
+def transformer(model: ModelConfig, head_width: int) -> ModelConfig:
+    """A Transformer of the width and depth of a model, its FFN as wide as makes it equally large, to 2 %.
+
+    Raises:
+        UserError: the width does not divide by that of a head, or no FFN makes it so large.
+    """
+    if model.d_model % head_width:
+        raise UserError(f"d_model {model.d_model} is no multiple of head_width {head_width}; change one")
+    peer = replace(model, mixer=SoftmaxConfig(num_heads=model.d_model // head_width))
+    name = f"Transformer of d_model {model.d_model} and {model.num_layers} layers"
+    width = equal_width(cost(model, 1).total, lambda width: cost(replace(peer, ffn_dim=width), 1).total, name)
+    return replace(peer, ffn_dim=width)
