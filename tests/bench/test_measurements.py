@@ -6,10 +6,10 @@ from torch import nn
 
 from retnet.bench import decoding, generation, training
 from retnet.bench.decoding import DecodingBench
-from retnet.bench.report import host_slug
 from retnet.bench.training import TrainingBench
 from retnet.engine import quantise
 from retnet.measure.clock import Sample, Spread
+from retnet.measure.records import machine_slug
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
@@ -178,7 +178,7 @@ def test_a_generation_goes_on_through_its_blocks():
     ],
 )
 def test_names_of_machines(cpu, cores, slug):
-    assert host_slug(cpu, cores) == slug
+    assert machine_slug(cpu, cores) == slug
 
 
 @pytest.mark.parametrize(

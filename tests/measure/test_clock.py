@@ -22,6 +22,16 @@ def test_a_spread_is_median_least_greatest():
     assert spread(x / 2 for x in (2, 4)) == Spread(1.5, 1.0, 2.0)
 
 
+def test_spreads_in_other_units_and_as_text():
+    seen = Spread(0.0012345, 0.001, 1.5).times(1e3)
+    assert seen == Spread(pytest.approx(1.2345), 1.0, 1500.0)
+    assert (seen.written(), seen.written(0), str(seen)) == (
+        "1.23 (1.00..1,500.00)",
+        "1 (1..1,500)",
+        "1.23 (1..1.5e+03)",
+    )
+
+
 def test_ratios_are_formed_inside_rounds():
     """The machine halves its speed in round 2; the ratio does not notice, that of the medians would."""
     ours = [Sample(s, {}) for s in (1.0, 2.0, 2.0)]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from retnet.measure import figures
+from retnet.measure.clock import Spread
 from retnet.measure.figures import Style
-from retnet.measure.summary import Figure, Line, Panel
+from retnet.measure.summary import Bars, Figure, Line, Panel
 from retnet.settings import UserError
 
 NAN = math.nan
@@ -187,6 +188,37 @@ def test_svg_can_stand_in_a_page_beside_others():
     assert "var(--line-0, #0072b2)" in drawn[0]
     assert "var(--ink, #1b1f24)" in drawn[0]
     assert "#0072b2;" not in drawn[0]  # none was forgotten
+
+
+BARS = Bars("op", "ms", ("ours", HOSTILE), (Spread(2, 1, 2.5), Spread(4, 4, 4)), limit=3)
+
+
+def test_bars_stand_in_order_with_their_spread_and_limit():
+    ax = shape(BARS)
+    assert [bar.get_width() for bar in ax.patches] == [2, 4]
+    assert ax.patches[0].get_y() < ax.patches[1].get_y()
+    assert ax.yaxis_inverted()
+    (beside,) = [c for c in ax.collections if len(c.get_segments()) == 2]
+    assert np.allclose([s[:, 0].tolist() for s in beside.get_segments()], [[1, 2.5], [4, 4]])
+    assert [text.get_text() for text in ax.texts] == ["2", "4"]
+    (limit,) = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert limit.get_xdata() == [3, 3]
+    assert [text.get_text() for text in shape(Bars("", "", (), ())).texts] == ["nothing measured yet"]
+
+
+def test_bars_have_a_place_in_pictures_and_pages(tmp_path):
+    figure = Figure("f", (BARS, panel(line("a"))), title=HOSTILE)
+    figures.write_png(figure, tmp_path / "f.png")
+    assert list(figures.styles(figure)) == [("a", False)]
+    root, *_ = parsed(figures.panels_as_svg(figure, "p")[0])
+    assert root.get("aria-label") == f"op. ms. ours: 2; {HOSTILE}: 4"
+
+
+def test_lines_through_medians():
+    made = Line.of("a", [1, 2], [Spread(2, 1, 3), Spread(5, 4, 6)], dashed=True)
+    assert made == Line("a", (1.0, 2.0), (2, 5), (1, 4), (3, 6), True)
+    ax = shape(Panel("t", "x", "y", (made,), from_zero=True))
+    assert ax.get_ylim()[0] == 0
 
 
 def test_svg_says_what_it_shows():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from retnet.bench.report import Record
     from retnet.measure.clock import Say
+    from retnet.measure.records import Record
     from retnet.model import ModelConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -222,18 +222,19 @@ def _run(
 ) -> None:
     """Measures, saying where it is on stderr, writes the record, prints its tables."""
     import dataclasses
-    import sys
 
     from rich.console import Console
 
     from retnet.bench import report
     from retnet.bench.progress import shown
+    from retnet.measure import records
 
-    report.prepare(out)
+    records.prepare(out)
     with shown(Console(stderr=True, highlight=False)) as say:
         measured = measure(say)
     configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
     record = report.complete(f"{name}-quick" if quick else name, configuration, measured)
-    files = report.write(record, out)
-    report.show(record, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+    summary = report.summarise(record)
+    files = records.write(record, out / f"{records.stem(record)}.json", summary.figures)
+    report.show(summary, Console(highlight=False))
     click.echo("wrote " + " and ".join(map(str, files)))

@@ -55,6 +55,15 @@ class Spread:
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.low:.3g}..{self.high:.3g})"
 
+    def times(self, factor: float) -> Spread:
+        """The same in another unit."""
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
+    def written(self, digits: int = 2) -> str:
+        """As text with so many digits after the point."""
+        median, low, high = (f"{x:,.{digits}f}" for x in (self.median, self.low, self.high))
+        return f"{median} ({low}..{high})"
+
 
 @dataclass(frozen=True)
 class Target:

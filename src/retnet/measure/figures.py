@@ -1,4 +1,4 @@
-"""Draws the figures of a summary: as PNG files, and as SVG to stand inside a page in its own light or dark colours."""
+"""Drawing of figures by matplotlib: as PNG files, and as SVG to stand inside an HTML page in its light or dark colours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from retnet.measure.summary import Figure, Line, Panel
+from retnet.measure.summary import Bars, Figure, Line, Panel
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Style:
 
 def styles(figure: Figure) -> dict[Key, Style]:
     """(name, dashed) → style, of every line of a figure, in the order in which they first appear."""
-    keys = dict.fromkeys((line.name, line.dashed) for panel in figure.panels for line in panel.lines)
+    lines = (line for panel in figure.panels if isinstance(panel, Panel) for line in panel.lines)
+    keys = dict.fromkeys((line.name, line.dashed) for line in lines)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in keys))}
     return {(name, dashed): Style(numbers[name], dashed) for name, dashed in keys}
 
@@ -111,6 +112,8 @@ def write_png(figure: Figure, path: Path) -> None:
             ax.set_title(textwrap.fill(panel.title, 56))
         for ax in axes[count:]:
             ax.set_axis_off()
+        if figure.title:
+            image.suptitle(figure.title, fontsize=10)
         if names:
             handles = [_sample(look) for look in looks.values()]
             image.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
@@ -179,7 +182,10 @@ def _drawing() -> Iterator[Any]:
         yield module.Figure
 
 
-def _draw(ax: Axes, panel: Panel, looks: dict[Key, Style]) -> None:
+def _draw(ax: Axes, panel: Panel | Bars, looks: dict[Key, Style]) -> None:
+    if isinstance(panel, Bars):
+        _draw_bars(ax, panel)
+        return
     drawn = [
         points
         for line in panel.lines
@@ -190,13 +196,38 @@ def _draw(ax: Axes, panel: Panel, looks: dict[Key, Style]) -> None:
     for name, log in (("x", panel.log_x), ("y", panel.log_y)):
         ax.set(**{f"{name}scale": "log" if log and drawn else "linear"})
     if not drawn:
-        ax.set(xticks=[], yticks=[])
-        ax.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", transform=ax.transAxes)
+        _say_nothing(ax)
         return
+    if panel.from_zero:
+        ax.set_ylim(bottom=0)
     _ticks(ax.xaxis, panel.log_x, panel.x_label, sorted({x for points in drawn for x in points}))
     _ticks(ax.yaxis, panel.log_y, panel.y_label)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
+
+
+def _draw_bars(ax: Axes, bars: Bars) -> None:
+    ax.set_xlabel(textwrap.fill(bars.x_label, 60))
+    if not bars.names:
+        _say_nothing(ax)
+        return
+    places, medians = range(len(bars.names)), [s.median for s in bars.seen]
+    beside = [[s.median - s.low for s in bars.seen], [s.high - s.median for s in bars.seen]]
+    ax.barh(places, medians, xerr=beside, color=COLORS[0][0], alpha=0.75, capsize=3, ecolor=INK)
+    ax.set_yticks(places, [textwrap.fill(name, 28) for name in bars.names])
+    widest = max(s.high for s in bars.seen)
+    for place, seen in zip(places, bars.seen, strict=True):
+        ax.text(seen.high + 0.02 * widest, place, f"{seen.median:.3g}", va="center")
+    ax.set_xlim(0, 1.15 * max(widest, bars.limit or 0))
+    if bars.limit is not None:
+        ax.axvline(bars.limit, color=INK, linestyle=":")
+    ax.invert_yaxis()
+    ax.set_axisbelow(True)
+
+
+def _say_nothing(ax: Axes) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", transform=ax.transAxes)
 
 
 def _draw_line(ax: Axes, line: Line, look: Style, panel: Panel) -> list[float]:
@@ -255,8 +286,12 @@ def _sample(look: Style) -> Any:  # noqa: ANN401
     return module.Line2D([0, 0.5, 1], [0.5] * 3, markevery=[1], **look.keywords())
 
 
-def _words(panel: Panel) -> str:
+def _words(panel: Panel | Bars) -> str:
     """What a panel shows, for those who do not see it."""
+    if isinstance(panel, Bars):
+        pairs = zip(panel.names, panel.seen, strict=True)
+        shown = "; ".join(f"{name}: {seen.median:.4g}" for name, seen in pairs)
+        return f"{panel.title}. {panel.x_label}. {shown or 'nothing measured yet'}"
     said = []
     for line in panel.lines:
         points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]

@@ -1,9 +1,11 @@
-"""A summary of results as plain data: tables, figures (panels of lines) and findings, for any renderer."""
+"""A summary of results as plain data: tables, figures (panels of lines or bars) and findings, for any renderer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from retnet.measure.clock import Spread
 from retnet.tables import Table
 
 
@@ -18,10 +20,16 @@ class Line:
     high: tuple[float, ...] = ()
     dashed: bool = False  # published, modelled, or otherwise not measured here
 
+    @classmethod
+    def of(cls, name: str, x: Sequence[float], seen: Sequence[Spread], dashed: bool = False) -> Line:
+        """The line through medians, from the least to the greatest."""
+        y, low, high = (tuple(getattr(s, key) for s in seen) for key in ("median", "low", "high"))
+        return cls(name, tuple(map(float, x)), y, low, high, dashed)
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes with lines."""
 
     title: str
     x_label: str
@@ -29,6 +37,26 @@ class Panel:
     lines: tuple[Line, ...]
     log_x: bool = False
     log_y: bool = False
+    from_zero: bool = False  # whether y begins there
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One pair of axes with horizontal bars, from above, each with a name, its number and its spread.
+
+    Attributes:
+        title: of the panel.
+        x_label: what the lengths of the bars are.
+        names: one each.
+        seen: one each.
+        limit: where a dotted line stands; None: nowhere.
+    """
+
+    title: str
+    x_label: str
+    names: tuple[str, ...]
+    seen: tuple[Spread, ...]
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +64,9 @@ class Figure:
     """Panels side by side under one name, which is also the name of the file it is drawn to."""
 
     name: str
-    panels: tuple[Panel, ...]
+    panels: tuple[Panel | Bars, ...]
     notes: tuple[str, ...] = ()
+    title: str = ""  # above all panels of a picture
 
 
 @dataclass(frozen=True)
@@ -46,4 +75,4 @@ class Summary:
 
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
-    findings: tuple[str, ...] = field(default=())
+    findings: tuple[str, ...] = ()

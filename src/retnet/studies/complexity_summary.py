@@ -250,13 +250,7 @@ def _trained(found: dict[str, Result]) -> list[tuple[str, Result]]:
 
 def _line(name: str, lengths: Sequence[int], seconds: Sequence[Sequence[float]], unit: float) -> Line:
     seen = [spread(x * unit for x in rounds) for rounds in seconds]
-    return Line(
-        name,
-        tuple(map(float, lengths)),
-        tuple(s.median for s in seen),
-        tuple(s.low for s in seen),
-        tuple(s.high for s in seen),
-    )
+    return Line.of(name, lengths, seen)
 
 
 def _medians(seconds: Sequence[Sequence[float]]) -> list[float]:

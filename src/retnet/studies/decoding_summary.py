@@ -193,13 +193,7 @@ def _throughput_figure(speeds: Speeds, batch: int, budget_gib: float) -> Figure:
 
 def _line(label: str, speeds: Speeds, name: str, cells: Sequence[tuple[int, int]]) -> Line:
     seen = [speeds.throughput(name, length, batch) for length, batch in cells]
-    return Line(
-        label,
-        tuple(float(length) for length, _ in cells),
-        tuple(s.median for s in seen),
-        tuple(s.low for s in seen),
-        tuple(s.high for s in seen),
-    )
+    return Line.of(label, [length for length, _ in cells], seen)
 
 
 def _latency_figure(speeds: Speeds) -> Figure:
@@ -209,15 +203,7 @@ def _latency_figure(speeds: Speeds) -> Figure:
             batches = speeds.batches(name, length)
             seen = [spread(s * 1e3 for s in speeds.cells[name, length, b]) for b in batches]
             if seen:
-                lines.append(
-                    Line(
-                        f"{name}, {length:,} tokens",
-                        tuple(map(float, batches)),
-                        tuple(s.median for s in seen),
-                        tuple(s.low for s in seen),
-                        tuple(s.high for s in seen),
-                    )
-                )
+                lines.append(Line.of(f"{name}, {length:,} tokens", batches, seen))
     panel = Panel(
         "Latency", "sequences at once", "milliseconds of a step", tuple(lines), log_x=True, log_y=True
     )

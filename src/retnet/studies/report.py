@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import click
 from rich.console import Console
 
-from retnet.io import write_json, write_text
-from retnet.measure import figures
+from retnet.io import write_text
+from retnet.measure import records
 from retnet.measure.summary import Summary
 from retnet.settings import UserError, dump
 from retnet.studies.contract import Result
@@ -98,16 +98,13 @@ def write_report(out: Path) -> list[Path]:
     """
     found = read(out)
     html, record = out / "report.html", out / "summary.json"
-    images = [out / f"{figure.name}.png" for figure in found.summary.figures]
     text = html_page(found)
-    write_json(record, _record(found))
-    for figure, image in zip(found.summary.figures, images, strict=True):
-        figures.write_png(figure, image)
+    files = records.write(_record(found), record, found.summary.figures)
     try:
         write_text(html, text)
     except OSError as error:
         raise UserError(f"cannot write {html}: {error.strerror}") from None
-    return [html, record, *images]
+    return [html, *files]
 
 
 def show(found: StudyState, console: Console) -> None:

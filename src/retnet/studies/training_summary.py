@@ -132,15 +132,7 @@ def _figure(
             for n in lengths
             if (seconds := _seconds(speed, model, n))
         ]
-        throughput.append(
-            Line(
-                model,
-                tuple(float(n) for n, _ in seen),
-                tuple(s.median for _, s in seen),
-                tuple(s.low for _, s in seen),
-                tuple(s.high for _, s in seen),
-            )
-        )
+        throughput.append(Line.of(model, [n for n, _ in seen], [s for _, s in seen]))
     x = "tokens of a sequence"
     return Figure(
         f"training-cost-{size}",

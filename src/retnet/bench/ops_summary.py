@@ -1,0 +1,110 @@
+"""Tables and panels of a record of `retnet bench ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retnet.measure.records import Record, grouped, seen
+from retnet.measure.summary import Bars, Line, Panel
+from retnet.tables import MISSING, Table
+
+SHAPE = ("heads", "key_dim", "value_dim")
+BOTH = "forward + backward"
+
+
+def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
+    """What `measure_ops` found."""
+    panels: list[Panel | Bars] = [*_times(record), _rates(record), _step_bars(record)]
+    return [*_tables(record), _step_table(record)], panels
+
+
+def _tables(record: Record) -> list[Table]:
+    """One for each head shape; a line holds the medians of one contender at one length, forward and with backward."""
+    columns = (
+        "contender",
+        "T",
+        "B",
+        "forward, ms",
+        "÷ ours",
+        "+ backward, ms",
+        "÷ ours",
+        "÷ torch.mm",
+        "÷ fastest",
+    )
+    tables = []
+    for (H, K, V), of_shape in grouped(record["rows"], *SHAPE).items():
+        rows = []
+        for (length, batch, name), line in grouped(of_shape, "length", "batch", "name").items():
+            modes = {row["mode"]: row for row in line}
+            forward, both = _medians(modes.get("forward")), _medians(modes.get(BOTH))
+            rows.append((name, f"{length:,}", str(batch), *forward[:2], *both))
+        title = f"The op, H {H}, K {K}, V {V}, medians; flops of forward + backward ÷ matrix products"
+        tables.append(Table(title, columns, tuple(rows)))
+    return tables
+
+
+def _medians(row: Record | None) -> tuple[str, ...]:
+    """ms of a call, times as long as ours, flops ÷ rate of torch.mm, ÷ that of the fastest library."""
+    scales = {"seconds": 1e3, "times_ours": 1.0, "of_torch_mm": 1.0, "of_limit": 1.0}
+    return tuple(
+        f"{row[key]['median'] * scale:,.2f}" if row and row[key] else MISSING for key, scale in scales.items()
+    )
+
+
+def _step_table(record: Record) -> Table:
+    columns = ("contender", "B", "H", "K", "V", "µs", "÷ ours", "bytes ÷ update bandwidth")
+    rows = tuple(
+        (
+            row["name"],
+            *(str(row[key]) for key in ("batch", *SHAPE)),
+            seen(row, "seconds", 1e6).written(1),
+            seen(row, "times_ours").written(),
+            seen(row, "of_bandwidth").written() if row["cold"] else "in the caches",
+        )
+        for row in record["steps"]
+    )
+    return Table("A step of decoding, median (least..greatest) over rounds", columns, rows)
+
+
+def _times(record: Record) -> list[Panel]:
+    """Forward + backward of every contender by length, for each head shape."""
+    both = [row for row in record["rows"] if row["mode"] == BOTH]
+    panels = []
+    for shape, of_shape in grouped(both, *SHAPE).items():
+        lines = tuple(
+            Line.of(
+                name, [row["length"] for row in rows], [seen(row, "seconds_per_token", 1e6) for row in rows]
+            )
+            for (name,), rows in grouped(of_shape, "name").items()
+        )
+        title = "Forward + backward, H {}, K {}, V {}".format(*shape)
+        panels.append(
+            Panel(title, "tokens of a sequence", "microseconds per token", lines, log_x=True, log_y=True)
+        )
+    return panels
+
+
+def _rates(record: Record) -> Panel:
+    """Ours beside the matrix products, by length."""
+    ours = [row for row in record["rows"] if row["name"] == record["rows"][0]["name"]]
+    lines = tuple(
+        Line.of(_label(key), [row["length"] for row in rows], [seen(row, "of_torch_mm") for row in rows])
+        for key, rows in grouped(ours, *SHAPE, "mode").items()
+    )
+    title, y_label = "Our op beside the machine's matrix products", "flops ÷ products by torch.mm"
+    return Panel(title, "tokens of a sequence", y_label, lines, log_x=True, from_zero=True)
+
+
+def _label(key: tuple[Any, ...]) -> str:
+    return "H {}, K {}, V {}, {}".format(*key)
+
+
+def _step_bars(record: Record) -> Bars:
+    rows = [row for row in record["steps"] if row["cold"]]
+    return Bars(
+        "A step of decoding, H {heads}, K {key_dim}, V {value_dim}".format(**rows[0]),
+        "bytes of the state, in and out ÷ bandwidth of an update",
+        tuple(f"{row['name']}, B {row['batch']}" for row in rows),
+        tuple(seen(row, "of_bandwidth") for row in rows),
+        limit=1.0,
+    )

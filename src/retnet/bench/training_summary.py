@@ -1,0 +1,67 @@
+"""Tables and panels of a record of `retnet bench train`."""
+
+from __future__ import annotations
+
+from retnet.measure.records import Record, grouped, seen
+from retnet.measure.summary import Bars, Line, Panel
+from retnet.tables import Table
+
+
+def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
+    """What `measure_training` found."""
+    length = record["op"]["shape"]["T"]
+    op = record["op"]["rows"]
+    bars = Bars(
+        f"The op alone, T {length:,}",
+        "milliseconds, forward + backward",
+        tuple(row["name"] for row in op),
+        tuple(seen(row, "seconds", 1e3) for row in op),
+    )
+    panels: list[Panel | Bars] = [
+        _by_length(record, "Training steps", "tokens per second", "tokens_per_s"),
+        _by_length(record, "Beside the machine's matrix products", "model flops ÷ fp32 products", "of_limit"),
+        bars,
+    ]
+    return [_op(record), _steps(record)], panels
+
+
+def _steps(record: Record) -> Table:
+    columns = ("contender", "T", "batch", "tokens/s", "model flops ÷ fp32 products", "÷ torch.mm")
+    rows = tuple(
+        (
+            row["name"],
+            f"{row['length']:,}",
+            str(row["batch"]),
+            seen(row, "tokens_per_s").written(0),
+            seen(row, "of_limit").written(),
+            seen(row, "of_torch_mm").written(),
+        )
+        for row in record["rows"]
+    )
+    return Table("Training steps, median (least..greatest) over rounds", columns, rows)
+
+
+def _op(record: Record) -> Table:
+    shape = " ".join(f"{name} {size}" for name, size in record["op"]["shape"].items())
+    columns = ("contender", "ms", "÷ ours", "ms, memory kept", "÷ ours")
+    rows = tuple(
+        (
+            pair[0]["name"],
+            *(
+                cell
+                for row in pair
+                for cell in (seen(row, "seconds", 1e3).written(1), seen(row, "times_ours").written())
+            ),
+        )
+        for pair in zip(record["op"]["rows"], record["op"]["rows_with_kept_memory"], strict=True)
+    )
+    return Table(f"The op alone, forward + backward, {shape}", columns, rows)
+
+
+def _by_length(record: Record, title: str, y_label: str, key: str) -> Panel:
+    lines = tuple(
+        Line.of(name, [row["length"] for row in rows], [seen(row, key) for row in rows])
+        for (name,), rows in grouped(record["rows"], "name").items()
+    )
+    x_label = "tokens of a sequence (equal tokens a step)"
+    return Panel(title, x_label, y_label, lines, log_x=True, from_zero=True)

@@ -1,0 +1,83 @@
+"""Records of benchmarks and studies: JSON with the machine, versions and commit that made it, and a PNG for each figure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from retnet import host
+from retnet.io import write_json
+from retnet.measure.clock import Spread
+from retnet.measure.figures import write_png
+from retnet.measure.peers import need
+from retnet.measure.summary import Figure
+from retnet.settings import UserError
+
+Record = dict[str, Any]
+VERSION = 2  # of the format; 1 had no number
+
+
+def complete(name: str, configuration: Mapping[str, Any], measured: Mapping[str, Any]) -> Record:
+    """Adds to what was measured where, when and with what it was measured."""
+    return {
+        "version": VERSION,
+        "name": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": host.describe(),
+        "configuration": dict(configuration),
+        **measured,
+    }
+
+
+def stem(record: Record) -> str:
+    """The name of a record's files, such as ``"ops.amd-epyc-2c"``."""
+    return f"{record['name']}.{machine_slug(record['host']['cpu'], record['host']['cores'])}"
+
+
+def machine_slug(cpu: str, cores: int | None) -> str:
+    """A short name of a machine for file names: ``"AMD EPYC"`` with 2 cores → ``"amd-epyc-2c"``."""
+    name = re.sub(r"\((?:r|tm)\)|@.*|\bcpu\b|\bprocessor\b|\b\d+-core\b", " ", cpu.lower())
+    words = re.findall(r"[a-z0-9]+", name) or ["unknown"]
+    return "-".join([*words, f"{cores or 0}c"])
+
+
+def prepare(out: Path) -> None:
+    """Checks, before minutes are spent on measuring, that a record can be written.
+
+    Raises:
+        UserError: matplotlib is missing, or the directory cannot be made.
+    """
+    need("matplotlib.figure")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from None
+
+
+def write(record: Mapping[str, Any], path: Path, figures: Iterable[Figure]) -> list[Path]:
+    """Writes a record, and beside it NAME.png for each figure; returns their paths, the record first.
+
+    Raises:
+        UserError: one cannot be written, or matplotlib is missing.
+    """
+    write_json(path, record)
+    pictures = {path.with_name(f"{figure.name}.png"): figure for figure in figures}
+    for picture, figure in pictures.items():
+        write_png(figure, picture)
+    return [path, *pictures]
+
+
+def seen(row: Mapping[str, Any], key: str, factor: float = 1.0) -> Spread:
+    """What a row of a record says, in another unit."""
+    return Spread(**row[key]).times(factor)
+
+
+def grouped(rows: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Rows of a record by what they say under these keys, in the order in which that appears."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
