@@ -20,7 +20,7 @@ MODEL = ModelConfig(257, 64, 2, RetentionConfig(num_heads=2))
 
 def steps(name, length, seconds, **options):
     samples = [Sample(s, {"torch_mm": 50.0, "onednn": 100.0}) for s in seconds]
-    return training.Row(name, length, options.get("batch", 1), options.get("flops", 90.0), samples)
+    return training.TrainingRow(name, length, options.get("batch", 1), options.get("flops", 90.0), samples)
 
 
 def test_rows_of_training():
@@ -84,7 +84,7 @@ def test_a_packed_row_learns_what_separate_rows_learn():
 
 def test_rows_of_decoding():
     limits = {"read": 100.0, "update": 50.0}
-    row = decoding.Row("retnet", 1, 64, 200, 25, [Sample(6.0, limits), Sample(9.0, limits)])
+    row = decoding.DecodingRow("retnet", 1, 64, 200, 25, [Sample(6.0, limits), Sample(9.0, limits)])
     assert row.floor == Spread(3.0, 3.0, 3.0)  # 200 / 100 + 2 · 25 / 50
     assert row.over_floor == Spread(2.5, 2.0, 3.0)
 
@@ -93,7 +93,7 @@ def test_targets_of_decoding():
     limits = {"read": 1.0, "update": 1.0}
 
     def row(name, batch, context, *seconds):
-        return decoding.Row(name, batch, context, 1, 0, [Sample(s, limits) for s in seconds])
+        return decoding.DecodingRow(name, batch, context, 1, 0, [Sample(s, limits) for s in seconds])
 
     rows = [
         row("retnet", 1, 1024, 1.0, 2.0),
@@ -125,8 +125,6 @@ def test_bytes_of_weights(tied):
 
 def test_contexts_are_what_the_model_has_seen():
     model = LanguageModel(MODEL).eval()
-    states = decoding._states(model, (5, 12), lambda _: None)
-    assert [int(states[n][0].position) for n in (5, 12)] == [5, 12]
     rows, contenders = decoding._contenders(
         DecodingBench(MODEL, (5, 12), (6,), batch=2, steps=1), model, lambda _: None
     )

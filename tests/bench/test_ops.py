@@ -4,10 +4,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from retnet.bench import ops, steps, ways
-from retnet.bench.ops import Row
-from retnet.bench.steps import Step, StepRow
-from retnet.bench.ways import BOTH, FORWARD, LARGE, OURS, Algorithm, OpsBench, Shape, Way, ways_on
+from retnet.bench import implementations, op_steps, ops
+from retnet.bench.implementations import (
+    BOTH,
+    FORWARD,
+    LARGE,
+    OURS,
+    Algorithm,
+    Implementation,
+    OpsBench,
+    Shape,
+    implementations_on,
+)
+from retnet.bench.op_steps import Step, StepRow
+from retnet.bench.ops import OpRow
 from retnet.measure import peers
 from retnet.measure.clock import Sample, Spread, stopwatch
 from retnet.measure.limits import recent
@@ -33,20 +43,20 @@ def counted(T, H, K, V, C):
 @pytest.mark.parametrize("T", [1, 64, 100, 640])
 def test_flops_are_those_of_the_products(T):
     forward, both = counted(T, 2, 16, 32, 64)
-    assert ways.LOOPED.flops(T, SMALL, FORWARD) == forward
-    assert ways.LOOPED.flops(T, SMALL, BOTH) == both
+    assert implementations.LOOPED.flops(T, SMALL, FORWARD) == forward
+    assert implementations.LOOPED.flops(T, SMALL, BOTH) == both
 
 
 def test_kernels_get_credit_for_the_triangle_alone():
     pairs = 64 * 65 // 2 + 36 * 37 // 2
-    assert ways.COMPILED.flops(100, SMALL, FORWARD) == 2 * 2 * (pairs * 48 + 100 * 2 * 16 * 32)
-    gap = ways.LOOPED.flops(100, SMALL, BOTH) - ways.COMPILED.flops(100, SMALL, BOTH)
+    assert implementations.COMPILED.flops(100, SMALL, FORWARD) == 2 * 2 * (pairs * 48 + 100 * 2 * 16 * 32)
+    gap = implementations.LOOPED.flops(100, SMALL, BOTH) - implementations.COMPILED.flops(100, SMALL, BOTH)
     assert gap == 2 * 2 * (64**2 + 36**2 - pairs) * (4 * 16 + 3 * 32)
 
 
 def test_flops_of_forms_without_chunks():
-    assert ways.SQUARE.flops(10, Shape(3, 4, 8), BOTH) == 3 * 2 * 3 * 100 * 12
-    attention = ways.ATTENTION.flops(10, Shape(2, 8, 8), BOTH)
+    assert implementations.SQUARE.flops(10, Shape(3, 4, 8), BOTH) == 3 * 2 * 3 * 100 * 12
+    attention = implementations.ATTENTION.flops(10, Shape(2, 8, 8), BOTH)
     assert attention == 2 * 2 * 55 * (2 + 5) * 8
 
 
@@ -55,14 +65,18 @@ def test_every_way_computes_retention(shape):
     H, K, V = shape
     inputs = random_inputs(2, 128, H, K, V, dtype=torch.float32)[:3]
     want = retention(*(x.double() for x in inputs), log_decays("paper", H), backend="reference")[0]
-    found = [way for way in ways_on(CPU, shape) if way.name not in (ways.NARROW, ways.WIDE)]
+    found = [
+        one
+        for one in implementations_on(CPU, shape)
+        if one.name not in (implementations.NARROW, implementations.WIDE)
+    ]
     assert found[0].name == OURS
-    for way in found:
-        assert relative(way.forward(*inputs), want) < 1e-5, way.name
+    for one in found:
+        assert relative(one.forward(*inputs), want) < 1e-5, one.name
 
 
 def test_attention_is_causal_and_of_the_stated_width():
-    narrow, wide = (way for way in ways_on(CPU, Shape(8, 64, 128)) if way.name.startswith("SDPA"))
+    narrow, wide = (one for one in implementations_on(CPU, Shape(8, 64, 128)) if one.name.startswith("SDPA"))
     assert (narrow.inputs, wide.inputs) == (Shape(4, 128, 128), Shape(8, 128, 128))
     assert peers.attention_heads(96) == (3, 32)
     q, k, v = (torch.randn(2, 5, 3, 8, dtype=torch.float64) for _ in range(3))
@@ -87,20 +101,20 @@ def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
 def test_what_is_left_out():
     bench = OpsBench(tokens=1024, peer_work=1e-9 * 1000)
     algorithm = Algorithm(None, False, (1, 0, 0), (0, 0, 0))
-    way = Way("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
+    one = Implementation("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
     assert bench.batch(256) == 4
     assert bench.batch(2000) == 1
-    assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(way, 10, FORWARD)
-    assert not OpsBench(tokens=1, peer_work=1e-9 * 199).includes(way, 10, FORWARD)
-    assert not OpsBench(tokens=20, peer_work=1e-9 * 200).includes(way, 10, FORWARD)
-    assert not OpsBench().includes(way._replace(longest=9), 10, FORWARD)
-    assert not OpsBench().includes(way._replace(multiple=4), 10, FORWARD)
-    assert OpsBench(peer_work=0).includes(way._replace(name=OURS, longest=9), 10, FORWARD)
+    assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
+    assert not OpsBench(tokens=1, peer_work=1e-9 * 199).includes(one, 10, FORWARD)
+    assert not OpsBench(tokens=20, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
+    assert not OpsBench().includes(one._replace(longest=9), 10, FORWARD)
+    assert not OpsBench().includes(one._replace(multiple=4), 10, FORWARD)
+    assert OpsBench(peer_work=0).includes(one._replace(name=OURS, longest=9), 10, FORWARD)
 
 
-def row(name, length, seconds, shape=LARGE, algorithm=ways.COMPILED):
+def row(name, length, seconds, shape=LARGE, algorithm=implementations.COMPILED):
     samples = [Sample(s, {"torch_mm": 50.0, "onednn": 100.0}) for s in seconds]
-    return Row(Way(name, lambda q, k, v: v, shape, algorithm), shape, length, 1, BOTH, samples)
+    return OpRow(Implementation(name, lambda q, k, v: v, shape, algorithm), shape, length, 1, BOTH, samples)
 
 
 def test_rates_of_rows():
@@ -112,16 +126,16 @@ def test_rates_of_rows():
 
 
 def test_targets_of_the_op():
-    flops = ways.COMPILED.flops(2048, LARGE, BOTH) / 2048
+    flops = implementations.COMPILED.flops(2048, LARGE, BOTH) / 2048
     second = flops / 50  # what a token takes at the rate of torch.mm
     rows = [
         row(OURS, 2048, [second, 2 * second]),
         row(OURS, 4096, [second, 2 * second]),
         row(OURS, 65536, [1.2 * second, 2.4 * second]),
-        row(ways.NARROW, 2048, [0.1 * second, 0.1 * second]),
-        row(ways.NARROW, 4096, [3 * second, 6 * second]),
-        row(ways.INDEXED, 2048, [0.5 * second, second]),
-        row(ways.INDEXED, 4096, [2 * second, 4 * second]),
+        row(implementations.NARROW, 2048, [0.1 * second, 0.1 * second]),
+        row(implementations.NARROW, 4096, [3 * second, 6 * second]),
+        row(implementations.INDEXED, 2048, [0.5 * second, second]),
+        row(implementations.INDEXED, 4096, [2 * second, 4 * second]),
     ]
     found = {t.what: (t.seen.median, t.met) for t in ops.op_targets(rows, CPU)}
     assert found == {
@@ -133,11 +147,11 @@ def test_targets_of_the_op():
             pytest.approx(1.2),
             False,
         ),
-        f"op: times faster than {ways.NARROW}, forward + backward, at worst (T 4096, H8 K256 V512)": (
+        f"op: times faster than {implementations.NARROW}, forward + backward, at worst (T 4096, H8 K256 V512)": (
             pytest.approx(3),
             True,
         ),
-        f"op: times faster than {ways.INDEXED}, forward + backward, at worst (T 2048, H8 K256 V512)": (
+        f"op: times faster than {implementations.INDEXED}, forward + backward, at worst (T 2048, H8 K256 V512)": (
             0.5,
             False,
         ),
@@ -157,18 +171,20 @@ def test_targets_of_steps():
     samples = [Sample(s * 2e-6, {"update": 2 * Step(1, LARGE, True).state_bytes / 1e-6}) for s in (1, 2)]
     rows = [
         StepRow(name, step, samples)
-        for name in (OURS, ways.LOOP)
+        for name in (OURS, implementations.LOOP)
         for step in (Step(1, LARGE, True), Step(8, LARGE, True), Step(1, SMALL, False))
     ]
-    found = [(t.wanted, pytest.approx(t.seen.median), t.met) for t in steps.step_targets(rows, CPU)]
+    found = [(t.wanted, pytest.approx(t.seen.median), t.met) for t in op_steps.step_targets(rows, CPU)]
     assert found == [("≥ 0.75", 0.375, False), ("≥ 0.75", 3.0, True), ("≤ 15", 3.0, True)]
-    assert [t.wanted for t in steps.step_targets(rows, torch.device("meta"))] == ["≥ 0.8"]
+    assert [t.wanted for t in op_steps.step_targets(rows, torch.device("meta"))] == ["≥ 0.8"]
 
 
 def test_wrong_results_are_seen(monkeypatch):
     shape = Shape(1, 4, 4)
     monkeypatch.setattr(ops, "CHECKED", 8)
-    right, *_ = found = [way for way in ways_on(CPU, shape) if way.name in (OURS, ways.REFERENCE)]
+    right, *_ = found = [
+        one for one in implementations_on(CPU, shape) if one.name in (OURS, implementations.REFERENCE)
+    ]
     wrong = right._replace(name="wrong", forward=lambda q, k, v: right.forward(q, k, v) * 1.5)
     broken = right._replace(name="broken", forward=lambda q, k, v: right.forward(q, k, v) * math.nan)
     errors = ops._errors({shape: [*found, wrong, broken]}, torch.float32, CPU, lambda _: None)
@@ -220,19 +236,19 @@ def test_mistakes(options, message):
 
 
 def test_options_as_text():
-    assert ways.parse_lengths("2048,512,2048") == (512, 2048)
-    assert ways.parse_shapes("8x256x512,16X64x128") == (LARGE, Shape(16, 64, 128))
+    assert implementations.parse_lengths("2048,512,2048") == (512, 2048)
+    assert implementations.parse_shapes("8x256x512,16X64x128") == (LARGE, Shape(16, 64, 128))
     for text in ("", "512,", "2k"):
         with pytest.raises(UserError, match=f"--lengths is '{text}'; write numbers"):
-            ways.parse_lengths(text)
+            implementations.parse_lengths(text)
     for text in ("", "8x256", "8x256x512x1", "a,b"):
         with pytest.raises(UserError, match=f"--shapes is '{text}'; write heads"):
-            ways.parse_shapes(text)
+            implementations.parse_shapes(text)
 
 
 def test_defaults_of_devices():
-    assert ways.for_device(CPU, rounds=5) == OpsBench(rounds=5)
-    gpu = ways.for_device(torch.device("cuda"), rounds=2)
+    assert implementations.for_device(CPU, rounds=5) == OpsBench(rounds=5)
+    gpu = implementations.for_device(torch.device("cuda"), rounds=2)
     assert (gpu.device, gpu.lengths[-1], gpu.dtype, gpu.rounds) == ("cuda", 131072, torch.bfloat16, 2)
     with pytest.raises(UserError, match="--device is 'meta'; the op is measured on 'cpu' and 'cuda'"):
-        ways.for_device(torch.device("meta"))
+        implementations.for_device(torch.device("meta"))

@@ -29,8 +29,8 @@ from retnet.measure.clock import (
     spread,
     times_faster,
 )
+from retnet.measure.contexts import Contexts
 from retnet.measure.limits import memory_bandwidth
-from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
 from retnet.nn import Int8Linear
 from retnet.settings import UserError
@@ -38,7 +38,6 @@ from retnet.settings import UserError
 OURS, INT8, PEER = "retnet", "retnet int8", "llama"
 WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
 SHORT = 10  # rounds of single sequences of ours for each of the others, with so many times fewer steps, at least 4
-PIECE = 2048  # tokens of one call of `prefill`
 NOTES = (
     "one step: one token a sequence through the whole model, fp32, inference mode; seconds are medians over steps",
     "the speed of a shared memory changes within seconds, so single sequences of ours, whose ratios are judged, take turns "
@@ -81,7 +80,7 @@ class DecodingBench:
 
 
 @dataclass
-class Row:
+class DecodingRow:
     """One line of the result."""
 
     name: str
@@ -184,7 +183,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) + int8 - looked_up
 
 
-def targets(rows: list[Row]) -> list[Target]:
+def targets(rows: list[DecodingRow]) -> list[Target]:
     """What decoding one sequence should reach: flat in the context, near the floor everywhere, faster with int8 weights."""
     ours = [row for row in rows if row.name == OURS and row.batch == 1]
     first = ours[0]
@@ -215,14 +214,17 @@ def _with_vocabulary(config: ModelConfig) -> ModelConfig:
     return config if config.vocab_size else replace(config, vocab_size=cost_vocabulary(config))
 
 
-def _contenders(bench: DecodingBench, ours: LanguageModel, say: Say) -> tuple[list[Row], list[Contender]]:
+def _contenders(
+    bench: DecodingBench, ours: LanguageModel, say: Say
+) -> tuple[list[DecodingRow], list[Contender]]:
     config, size = ours.config, sum(p.numel() for p in ours.parameters())
     assert config.vocab_size is not None
     peer = peers.llama(config.vocab_size, config.d_model, config.num_layers, size).eval()
-    states = _states(ours, bench.contexts, say)
+    contexts = Contexts(ours, config.d_model)
+    contexts.read(bench.contexts, lambda seen: say(f"prefilling: {seen:,} of {max(bench.contexts):,} tokens"))
     rows, contenders = [], []
 
-    def add(row: Row, start: Callable[[], Callable[[], object]]) -> None:
+    def add(row: DecodingRow, start: Callable[[], Callable[[], object]]) -> None:
         steps = min(bench.steps, max(4, bench.steps // SHORT)) if row.short else bench.steps
 
         def measure() -> float:
@@ -233,17 +235,16 @@ def _contenders(bench: DecodingBench, ours: LanguageModel, say: Say) -> tuple[li
         contenders.append(Contender(f"{row.name}, B {row.batch}, context {row.context}", measure))
 
     def add_ours(batch: int, context: int, name: str = OURS, model: LanguageModel = ours) -> None:
-        state = states[context]
-        updated = batch * sum(x.nbytes for layer in state for x in layer)
-        add(
-            Row(name, batch, context, weight_bytes(model), updated),
-            lambda: _stepper(model, select_rows(state, [0] * batch)),
-        )
+        row = DecodingRow(name, batch, context, weight_bytes(model), contexts.state_bytes(context, batch))
+        add(row, lambda: _stepper(model, contexts.state(context, batch)))
 
     def add_peer(batch: int, context: int) -> None:
         layers = peers.random_cache(peer, batch, context)
         cached = sum(x.nbytes for layer in layers for x in layer)
-        add(Row(PEER, batch, context, weight_bytes(peer) + cached, 0), lambda: _llama_stepper(peer, layers))
+        add(
+            DecodingRow(PEER, batch, context, weight_bytes(peer) + cached, 0),
+            lambda: _llama_stepper(peer, layers),
+        )
 
     for context in bench.contexts:
         add_ours(1, context)
@@ -256,21 +257,6 @@ def _contenders(bench: DecodingBench, ours: LanguageModel, say: Say) -> tuple[li
         for context in bench.peer_contexts[:2]:
             add_peer(bench.batch, context)
     return rows, contenders
-
-
-def _states(model: LanguageModel, contexts: tuple[int, ...], say: Say) -> dict[int, ModelState]:
-    """Context → the state after so many random tokens of one text."""
-    states, seen = {}, 0
-    with torch.inference_mode():
-        state = model.init_state(1)
-        for context in sorted(contexts):
-            say(f"prefilling {context:,} tokens")
-            while seen < context:
-                piece = torch.randint(model.config.vocab_size or 1, (1, min(PIECE, context - seen)))
-                _, state = model.prefill(piece, state)
-                seen += piece.shape[1]
-            states[context] = select_rows(state, [0])
-    return states
 
 
 def _stepper(model: LanguageModel, state: ModelState) -> Callable[[], object]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.bench.steps import SHORT, measure_steps, step_targets
-from retnet.bench.ways import (
+from retnet.bench.implementations import (
     BOTH,
     FORWARD,
     LARGE,
@@ -20,11 +19,12 @@ from retnet.bench.ways import (
     PEER_CHUNK,
     REFERENCE,
     WIDE,
+    Implementation,
     OpsBench,
     Shape,
-    Way,
-    ways_on,
+    implementations_on,
 )
+from retnet.bench.op_steps import SHORT, measure_steps, step_targets
 from retnet.host import keep_freed_memory, versions
 from retnet.measure.clock import (
     Budget,
@@ -69,10 +69,10 @@ NOTES = (
 
 
 @dataclass
-class Row:
+class OpRow:
     """One line of the result."""
 
-    way: Way
+    implementation: Implementation
     shape: Shape  # of the op that it stands beside
     length: int  # tokens of a sequence
     batch: int  # sequences of a call
@@ -82,16 +82,16 @@ class Row:
     @property
     def name(self) -> str:
         """Of the contender."""
-        return self.way.name
+        return self.implementation.name
 
     def numbers(self) -> int:
         """In q, k, v and the gradient of the output."""
-        H, K, V = self.way.inputs
+        H, K, V = self.implementation.inputs
         return 2 * self.batch * self.length * H * (K + V)
 
     def rate(self, limit: Callable[[Sample], float]) -> Spread | None:
         """Flops per second ÷ a limit; None where the algorithm is not known."""
-        if (flops := self.way.flops(self.length, self.mode)) is None:
+        if (flops := self.implementation.flops(self.length, self.mode)) is None:
             return None
         return spread(flops / self.length / s.seconds / limit(s) for s in self.samples)
 
@@ -105,7 +105,7 @@ class Row:
         """Flops per second as a fraction of the rate of the fastest library."""
         return self.rate(lambda s: max(s.limits.values()))
 
-    def record(self, ours: Row) -> dict[str, Any]:
+    def record(self, ours: OpRow) -> dict[str, Any]:
         """Plain data for a JSON file; `ours` is our row of the same size and mode."""
         rates = {"of_torch_mm": self.of_torch_mm, "of_limit": self.of_limit}
         return {
@@ -114,7 +114,7 @@ class Row:
             "length": self.length,
             "batch": self.batch,
             "mode": self.mode,
-            "flops_per_sequence": self.way.flops(self.length, self.mode),
+            "flops_per_sequence": self.implementation.flops(self.length, self.mode),
             "seconds_per_token": vars(spread(s.seconds for s in self.samples)),
             "seconds": vars(spread(s.seconds * self.batch * self.length for s in self.samples)),
             **{name: rate and vars(rate) for name, rate in rates.items()},
@@ -133,10 +133,10 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device(bench.device)
-    ways = {shape: ways_on(device, shape) for shape in bench.shapes}
-    rows = _rows(bench, ways)
+    found = {shape: implementations_on(device, shape) for shape in bench.shapes}
+    rows = _rows(bench, found)
     _check_memory(rows, bench, device)
-    errors = _errors(ways, bench.dtype, device, say)
+    errors = _errors(found, bench.dtype, device, say)
     limits = matrix_products(bench.product_size, device, bench.dtype)
     contenders = _contenders(rows, bench.dtype, device)
     samples = interleave(contenders, recent(limits), bench.rounds, say, budget.deadline(0.8))
@@ -178,7 +178,7 @@ def error_targets(errors: dict[str, float], device: torch.device) -> list[Target
     return [Target(f"op: error of output and gradients against fp64 ÷ {allowed:g}", seen, most=1.0)]
 
 
-def op_targets(rows: list[Row], device: torch.device) -> list[Target]:
+def op_targets(rows: list[OpRow], device: torch.device) -> list[Target]:
     """What the op should reach, as far as the rows were measured: near the limit, flat in T, ahead of every peer."""
     at = {(row.shape, row.length): row for row in rows if (row.name, row.mode) == (OURS, BOTH)}
     found = []
@@ -198,32 +198,32 @@ def op_targets(rows: list[Row], device: torch.device) -> list[Target]:
     return found
 
 
-def _judged(rows: list[Row]) -> list[tuple[float, list[Row]]]:
+def _judged(rows: list[OpRow]) -> list[tuple[float, list[OpRow]]]:
     """Rows of one peer, grouped by how many times faster ours should be."""
     if all(row.name in (NARROW, WIDE) for row in rows):
         return [(1.0, [row for row in rows if row.length >= 4096])]  # quadratic: short ones are its own
     if all(
-        row.way.algorithm is None for row in rows
+        row.implementation.algorithm is None for row in rows
     ):  # flash-linear-attention: at the paper's width, and below
         wide = [row for row in rows if row.shape.key_dim >= 256]
         return [(3.0, wide), (1.0, [row for row in rows if row.shape.key_dim < 256])]
     return [(1.0, rows)]
 
 
-def _rows(bench: OpsBench, ways: dict[Shape, list[Way]]) -> list[Row]:
+def _rows(bench: OpsBench, found: dict[Shape, list[Implementation]]) -> list[OpRow]:
     return [
-        Row(way, shape, length, bench.batch(length), mode)
+        OpRow(one, shape, length, bench.batch(length), mode)
         for shape in bench.shapes
         for length in bench.lengths
-        for way in ways[shape]
+        for one in found[shape]
         for mode in (FORWARD, BOTH)
-        if bench.includes(way, length, mode)
+        if bench.includes(one, length, mode)
     ]
 
 
-def _check_memory(rows: list[Row], bench: OpsBench, device: torch.device) -> None:
+def _check_memory(rows: list[OpRow], bench: OpsBench, device: torch.device) -> None:
     """Inputs of the largest call, and twice as much for its results and what it works with."""
-    largest = max(rows, key=Row.numbers)
+    largest = max(rows, key=OpRow.numbers)
     needed, free = 3 * bench.dtype.itemsize * largest.numbers(), free_memory(device)
     if needed > free:
         raise UserError(
@@ -233,40 +233,40 @@ def _check_memory(rows: list[Row], bench: OpsBench, device: torch.device) -> Non
 
 
 def _errors(
-    ways: dict[Shape, list[Way]], dtype: torch.dtype, device: torch.device, say: Say
+    all_found: dict[Shape, list[Implementation]], dtype: torch.dtype, device: torch.device, say: Say
 ) -> dict[str, float]:
     """Name → relative error of output and gradients against the reference in fp64, the worst of all shapes.
 
     Attention is left out, being another function. Everything is compiled here, before it is timed.
     """
     worst: dict[str, float] = {}
-    for shape, found in ways.items():
+    for shape, found in all_found.items():
         H, K, V = shape
         inputs = [torch.randn(1, CHECKED, H, W, device=device).to(dtype) for W in (K, K, V, V)]
-        *_, exact = (way for way in found if way.name == REFERENCE)
+        *_, exact = (one for one in found if one.name == REFERENCE)
         want = _results(exact, [x.double() for x in inputs])
-        for way in found:
-            if way.name in (NARROW, WIDE):
+        for one in found:
+            if one.name in (NARROW, WIDE):
                 continue
-            say(f"checking {way.name}, {shape}")
+            say(f"checking {one.name}, {shape}")
             try:
-                got = _results(way, inputs)
+                got = _results(one, inputs)
             except ValueError as error:
-                raise UserError(f"{way.name} cannot run {shape} on {device}: {error}") from None
+                raise UserError(f"{one.name} cannot run {shape} on {device}: {error}") from None
             errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, want, strict=True)])
-            worst[way.name] = max(worst.get(way.name, 0.0), float(errors.nan_to_num(nan=float("inf")).max()))
+            worst[one.name] = max(worst.get(one.name, 0.0), float(errors.nan_to_num(nan=float("inf")).max()))
     return worst
 
 
-def _results(way: Way, inputs: list[Tensor]) -> list[Tensor]:
+def _results(one: Implementation, inputs: list[Tensor]) -> list[Tensor]:
     """Output and gradients of q, k and v."""
     *leaves, d_out = inputs
     q, k, v = (x.detach().requires_grad_() for x in leaves)
-    out = way.forward(q, k, v)
+    out = one.forward(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
 
-def _contenders(rows: list[Row], dtype: torch.dtype, device: torch.device) -> list[Contender]:
+def _contenders(rows: list[OpRow], dtype: torch.dtype, device: torch.device) -> list[Contender]:
     """All inputs lie in the same memory: there is only as much as the largest call takes."""
     noise = torch.randn(1 << 20, dtype=dtype, device=device)
     size = max(row.numbers() for row in rows)
@@ -274,8 +274,8 @@ def _contenders(rows: list[Row], dtype: torch.dtype, device: torch.device) -> li
     return [_contender(row, memory, device) for row in rows]
 
 
-def _contender(row: Row, memory: Tensor, device: torch.device) -> Contender:
-    H, K, V = row.way.inputs
+def _contender(row: OpRow, memory: Tensor, device: torch.device) -> Contender:
+    H, K, V = row.implementation.inputs
     tokens = row.batch * row.length
     parts = memory[: row.numbers()].split([tokens * H * width for width in (K, K, V, V)])
     q, k, v, d_out = (x.view(row.batch, row.length, H, -1) for x in parts)
@@ -283,10 +283,10 @@ def _contender(row: Row, memory: Tensor, device: torch.device) -> Contender:
 
     def forward() -> None:
         with torch.no_grad():
-            row.way.forward(*leaves)
+            row.implementation.forward(*leaves)
 
     def both() -> None:
-        torch.autograd.grad(row.way.forward(*leaves), leaves, d_out)
+        torch.autograd.grad(row.implementation.forward(*leaves), leaves, d_out)
 
     timed = stopwatch(forward if row.mode == FORWARD else both, device, units=tokens)
     return Contender(f"{row.name}, {row.shape}, T {row.length}, {row.mode}", timed)

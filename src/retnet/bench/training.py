@@ -85,7 +85,7 @@ class TrainingBench:
 
 
 @dataclass
-class Row:
+class TrainingRow:
     """One line of the result."""
 
     name: str
@@ -177,7 +177,7 @@ def cost_vocabulary(config: ModelConfig) -> int:
     return cost(config).parameters["embedding"] // config.d_model
 
 
-def step_targets(rows: list[Row]) -> list[Target]:
+def step_targets(rows: list[TrainingRow]) -> list[Target]:
     """What whole steps should reach, as far as the rows were measured."""
     at = {(row.name, row.length): row for row in rows}
     targets = []
@@ -200,7 +200,7 @@ def op_target(samples: Mapping[str, list[Sample]], length: int) -> Target:
     return Target(f"op, forward + backward: times faster than autograd, T {length}", best, least=1.5)
 
 
-def _steps(bench: TrainingBench) -> tuple[list[Row], list[Contender]]:
+def _steps(bench: TrainingBench) -> tuple[list[TrainingRow], list[Contender]]:
     config = bench.model
     assert config.vocab_size is not None
     ours = LanguageModel(config)
@@ -216,7 +216,7 @@ def _steps(bench: TrainingBench) -> tuple[list[Row], list[Contender]]:
         batch = bench.tokens // length
         text = torch.randint(ours.config.vocab_size or 1, (batch, length + 1))
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        rows.append(Row(name, length, batch, 3.0 * flops_per_token * bench.tokens))
+        rows.append(TrainingRow(name, length, batch, 3.0 * flops_per_token * bench.tokens))
         contenders.append(Contender(f"{name}, T {length}", partial(learner.seconds, tokens, targets)))
 
     for length in bench.used_lengths:

@@ -189,8 +189,8 @@ def ops(
     Forward, and forward + backward, over lengths and head shapes: this library's backends, chunkwise and parallel retention
     under autograd, SDPA of equal width, and on a GPU flash-linear-attention where it is installed.
     """
+    from retnet.bench.implementations import Shape, for_device, parse_lengths, parse_shapes
     from retnet.bench.ops import measure_ops
-    from retnet.bench.ways import Shape, for_device, parse_lengths, parse_shapes
     from retnet.host import choose_device
 
     options: dict[str, Any] = {"minutes": minutes}

@@ -1,4 +1,4 @@
-"""What `retnet bench ops` compares: its settings, the ways to compute retention, and what each one multiplies."""
+"""Implementations of retention and attention that `retnet bench ops` compares, their flops, and its settings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SQUARE = Algorithm(None, False, (1, 1, 0), (2, 2, 0))
 ATTENTION = Algorithm(None, True, (1, 1, 0), (3, 2, 0))  # its backward makes the scores anew
 
 
-class Way(NamedTuple):
+class Implementation(NamedTuple):
     """One contender; it maps q [B,T,H,K], k [B,T,H,K], v [B,T,H,V] to [B,T,H,V]."""
 
     name: str
@@ -114,13 +114,13 @@ class OpsBench:
         """Sequences of a call."""
         return max(1, self.tokens // length)
 
-    def includes(self, way: Way, length: int, mode: str) -> bool:
+    def includes(self, one: Implementation, length: int, mode: str) -> bool:
         """Whether a contender is measured with sequences of this length."""
-        if way.name == OURS:
+        if one.name == OURS:
             return True
-        short = way.longest is None or length <= way.longest
-        work = (way.flops(length, mode) or 0.0) * self.batch(length)
-        return short and length % way.multiple == 0 and work <= 1e9 * self.peer_work
+        short = one.longest is None or length <= one.longest
+        work = (one.flops(length, mode) or 0.0) * self.batch(length)
+        return short and length % one.multiple == 0 and work <= 1e9 * self.peer_work
 
 
 def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN401
@@ -171,7 +171,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         ) from None
 
 
-def ways_on(device: torch.device, shape: Shape) -> list[Way]:
+def implementations_on(device: torch.device, shape: Shape) -> list[Implementation]:
     """Everything that can run on a device, ours first."""
     H, K, V = shape
     log_decay, scale = log_decays("paper", H).to(device), K**-0.5
@@ -181,20 +181,24 @@ def ways_on(device: torch.device, shape: Shape) -> list[Way]:
         return lambda q, k, v: retention(q, k, v, log_decay, backend=backend)[0]
 
     compiled = cpu and jit.compiler() is not None
-    found = [Way(OURS, ours("auto" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
+    found = [Implementation(OURS, ours("auto" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
     if compiled:
-        found.append(Way(LOOP, ours("torch"), shape, LOOPED))
-    found.append(Way(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512))
+        found.append(Implementation(LOOP, ours("torch"), shape, LOOPED))
+    found.append(
+        Implementation(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512)
+    )
     for name, form in ((INDEXED, peers.indexed_states), (SPLIT, peers.chunk_loop)):
         chunked = partial(form, log_decay=log_decay, scale=scale, chunk=PEER_CHUNK)
-        found.append(Way(name, chunked, shape, CHUNKWISE, longest=4096, multiple=PEER_CHUNK))
+        found.append(Implementation(name, chunked, shape, CHUNKWISE, longest=4096, multiple=PEER_CHUNK))
     parallel = partial(peers.parallel_form, log_decay=log_decay, scale=scale)
-    found.append(Way(PARALLEL, parallel, shape, SQUARE, longest=4096))
+    found.append(Implementation(PARALLEL, parallel, shape, SQUARE, longest=4096))
     for name, width in ((NARROW, H * K), (WIDE, H * V)):
         heads, one = peers.attention_heads(width)
-        found.append(Way(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
+        found.append(Implementation(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
     if not cpu:
-        found += [Way(name, form, shape, None) for name, form in peers.flash_linear_attention().items()]
+        found += [
+            Implementation(name, form, shape, None) for name, form in peers.flash_linear_attention().items()
+        ]
     return found
 
 

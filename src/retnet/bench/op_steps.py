@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retnet.bench.ways import LARGE, LOOP, OURS, Shape
+from retnet.bench.implementations import LARGE, LOOP, OURS, Shape
 from retnet.measure.clock import (
     Contender,
     Sample,
