@@ -1,7 +1,7 @@
 """Checkpoints of other libraries, read and written: torchscale, flash-linear-attention, Hugging Face folders, runs."""
 
 from retnet.convert.clamp import clamp_effect, random_tokens, with_clamp
-from retnet.convert.kinds import READERS, WRITERS, convert, read, recognise, write
+from retnet.convert.formats import READERS, WRITERS, convert, read, recognise, write
 from retnet.convert.weights import DTYPES, Found
 
 __all__ = [

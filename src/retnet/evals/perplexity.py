@@ -17,8 +17,8 @@ import numpy as np
 from retnet.data import Problem, Tokenizer
 from retnet.evals.corpus import Corpus, Text, TextHash
 from retnet.evals.readers import Reader
-from retnet.evals.scan import Scan, Track
 from retnet.evals.statistics import Bucket, Estimate
+from retnet.evals.windows import DocumentScorer, Track
 from retnet.settings import UserError, nearest
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -110,7 +110,7 @@ def measure(
         UserError: no text, an unknown mode, a length below 1, or a loss that is not finite.
     """
     tracks = _tracks(lengths, modes)
-    scan, text_hash = Scan(reader, tracks), TextHash()
+    scorer, text_hash = DocumentScorer(reader, tracks), TextHash()
     problems: dict[str, int] = {}
 
     def report(problem: Problem) -> None:
@@ -122,16 +122,16 @@ def measure(
         for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
             text_hash.add(piece)
             if piece.first:
-                scan.start(tokenizer.bos_id)
-            scan.feed(ids.astype(np.int64, copy=False), len(piece.text.encode()))
+                scorer.start(tokenizer.bos_id)
+            scorer.feed(ids.astype(np.int64, copy=False), len(piece.text.encode()))
             if on_progress:
-                on_progress(Progress(piece.done, scan.documents, scan.tokens))
-    scan.finish()
-    if not scan.tokens:
+                on_progress(Progress(piece.done, scorer.documents, scorer.tokens))
+    scorer.finish()
+    if not scorer.tokens:
         found = ", ".join(f"{count} × {kind}" for kind, count in problems.items())
         raise UserError(f"no text to score in {', '.join(corpus.specs)}{f' ({found})' if found else ''}")
     results = [_result(track) for track in tracks]
-    return Measured(results, scan.documents, scan.tokens, scan.bytes, text_hash.hexdigest(), problems)
+    return Measured(results, scorer.documents, scorer.tokens, scorer.bytes, text_hash.hexdigest(), problems)
 
 
 def _tracks(lengths: Sequence[int], modes: Sequence[str]) -> list[Track]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from retnet.convert import read
-from retnet.convert.own import TOKENIZER
+from retnet.convert.native import TOKENIZER
 from retnet.data.config import DataConfig
 from retnet.io import write_text
 from retnet.model import LanguageModel, ModelConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retnet.convert import READERS, WRITERS, Found, convert, kinds, own, read, recognise, write
+from retnet.convert import READERS, WRITERS, Found, convert, formats, native, read, recognise, write
 from retnet.data import Tokenizer
 from retnet.engine import open_run
 from retnet.io import sha256
@@ -165,7 +165,7 @@ def test_half_written_output_never_looks_complete(to, tmp_path, monkeypatch):
     def full(data, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kinds, "_put", full)
+    monkeypatch.setattr(formats, "_put", full)
     with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
         convert(GOLDEN / "fla", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
@@ -262,7 +262,7 @@ def test_a_model_in_memory_is_written_too(tmp_path):
 
 
 def test_without_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "find_spec", lambda name: None)
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"need transformers: pip install 'retnet\[hf\]'"):
         convert(GOLDEN / "fla", tmp_path / "a")
     convert(GOLDEN / "fla", tmp_path / "a", to="run")

@@ -1,4 +1,4 @@
-"""This library's own runs and Hugging Face folders, read and written."""
+"""Native formats: this library's runs and its Hugging Face folders, read and written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint something is, and converting one kind into another."""
+"""Formats of checkpoints: recognising which one something is in, reading, writing, converting one into another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet import __version__
-from retnet.convert import fla, own, torchscale
+from retnet.convert import fla, native, torchscale
 from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
@@ -102,7 +102,7 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
         return torchscale.read(path, None if config is None else Path(config))
     if path.is_file():
         raise UserError(f"{source} is a file, but kind {kind!r} is {READERS[kind]}")
-    return {"fla": fla.read, "hf": own.read_hf, "run": own.read_run}[kind](path)
+    return {"fla": fla.read, "hf": native.read_hf, "run": native.read_run}[kind](path)
 
 
 def write(
@@ -146,11 +146,11 @@ def write(
         found = replace(found, tokens={key: tokenizer.bos_id if x is None else x for key, x in given.items()})
     try:
         if to == "run":
-            write_checkpoint(path, {**own.run_files(found, tokenizer), **extra})
+            write_checkpoint(path, {**native.run_files(found, tokenizer), **extra})
             return path
         extra |= {name: partial(_put, data) for name, data in _tokenizer_files(found, tokenizer).items()}
         if to == "hf":
-            own.write_hf(found, path, extra)
+            native.write_hf(found, path, extra)
         else:
             write_checkpoint(path, {**fla.files(found), **extra})
     except OSError as error:
@@ -161,11 +161,11 @@ def write(
 def _tokenizer_files(found: Found, tokenizer: SavedTokenizer | None) -> Mapping[str, bytes]:
     """What Hugging Face's tokenizers are kept in: ours in their form, those of the source's folder as they are."""
     if tokenizer is None and found.kind == "run" and found.tokenizer:
-        tokenizer = own.RunTokenizer(found.tokenizer[own.TOKENIZER])
+        tokenizer = native.RunTokenizer(found.tokenizer[native.TOKENIZER])
     if tokenizer is None:
         return found.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        return own.hf_tokenizer_files(tokenizer, Path(scratch))
+        return native.hf_tokenizer_files(tokenizer, Path(scratch))
 
 
 def convert(

@@ -1,4 +1,4 @@
-"""Documents of any length, cut into what a model reads at once, and the losses summed up; memory stays flat."""
+"""Losses of documents of any length: cut into windows or read with a carried state, and summed up; memory stays flat."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _Waiting(NamedTuple):
     document: _Document
 
 
-class Scan:
+class DocumentScorer:
     """Reads a stream of documents with one model, in several tracks at once.
 
     Whole windows that fit a batch wait until they fill one; longer ones are read piece by piece, carrying the state. A
