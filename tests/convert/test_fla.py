@@ -81,7 +81,7 @@ def test_every_option_it_can_express(options, tmp_path):
 
 def test_defaults_are_those_of_flash_linear_attention(tmp_path):
     """A configuration that says nothing else is of its smallest published size in shapes alone."""
-    config = fla.model_config(fla.Arguments(), "nowhere")
+    config = fla.model_config(fla.FlaArguments(), "nowhere")
     assert (config.d_model, config.num_layers, config.vocab_size, config.ffn_dim) == (2048, 24, 32000, 2816)
     assert (config.mixer.num_heads, config.mixer.key_dim, config.mixer.value_dim) == (8, 256, 512)
 

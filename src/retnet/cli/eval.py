@@ -18,7 +18,7 @@ from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from retnet.evals.corpus import Corpus
-    from retnet.evals.perplexity import Measured, Progress
+    from retnet.evals.perplexity import Measured, ReadingProgress
 
 LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 TASKS = "hellaswag,boolq,copa,piqa,wsc273,winogrande,storycloze_2016"
@@ -235,7 +235,7 @@ def _require(*modules: str) -> None:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[Progress], None]]:
+def _progress(name: str) -> Iterator[Callable[[ReadingProgress], None]]:
     """A bar on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _lines(name)
@@ -253,17 +253,17 @@ def _progress(name: str) -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, seen="")
 
-        def show(progress: Progress) -> None:
+        def show(progress: ReadingProgress) -> None:
             seen = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
             bar.update(task, completed=progress.done, total=1.0 if progress.done else None, seen=seen)
 
         yield show
 
 
-def _lines(name: str) -> Callable[[Progress], None]:
+def _lines(name: str) -> Callable[[ReadingProgress], None]:
     last = time.monotonic()
 
-    def show(progress: Progress) -> None:
+    def show(progress: ReadingProgress) -> None:
         nonlocal last
         if time.monotonic() - last >= _LINE_EVERY:
             last = time.monotonic()

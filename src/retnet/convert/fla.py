@@ -56,7 +56,7 @@ _CANNOT = {
 
 
 @dataclass(frozen=True)
-class Arguments:
+class FlaArguments:
     """FLA's RetNetConfig, as far as it changes the function or the names of the weights."""
 
     hidden_size: int = 2048
@@ -98,10 +98,10 @@ def read(path: Path) -> Found:
     """
     folder = Folder(path)
     given = folder.json("config.json")
-    known = {field.name for field in fields(Arguments)}
+    known = {field.name for field in fields(FlaArguments)}
     unknown = sorted(key for key in given.keys() - known - _WITHOUT_EFFECT if given[key])
     try:
-        args = build(Arguments, {key: value for key, value in given.items() if key in known})
+        args = build(FlaArguments, {key: value for key, value in given.items() if key in known})
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
     config = model_config(args, str(path))
@@ -122,7 +122,7 @@ def read(path: Path) -> Found:
     )
 
 
-def model_config(args: Arguments, where: str) -> ModelConfig:
+def model_config(args: FlaArguments, where: str) -> ModelConfig:
     """The model that a configuration describes.
 
     Raises:
@@ -174,13 +174,13 @@ def _whole(width: float, heads: int, where: str) -> int:
     return round(width)
 
 
-def _ffn_dim(args: Arguments) -> int:
+def _ffn_dim(args: FlaArguments) -> int:
     """⅔ · hidden_ratio · hidden_size, rounded up to a multiple of 256."""
     ratio = 4 if args.hidden_ratio is None else args.hidden_ratio
     return 256 * math.ceil(int(args.hidden_size * ratio * 2 / 3) / 256)
 
 
-def _wanted(config: ModelConfig, args: Arguments) -> dict[str, Wanted]:
+def _wanted(config: ModelConfig, args: FlaArguments) -> dict[str, Wanted]:
     """Their tensors. Heads share a norm's weight there, and groups of heads share keys and values."""
     heads = args.num_heads
     groups = heads // (args.num_kv_heads or heads)

@@ -55,7 +55,7 @@ _HEADS = {"base": 2, "medium": 4, "xl": 8, "3b": 10, "7b": 16, "13b": 20, "65b":
 
 
 @dataclass(frozen=True)
-class Arguments:
+class TorchscaleArguments:
     """torchscale's RetNetConfig: what changes the function, then what does not. None: to be seen in the weights."""
 
     decoder_embed_dim: int | None = None
@@ -142,7 +142,7 @@ def read(path: Path, config: Path | None = None) -> Found:
     return Found("torchscale", model, fit(tensors, wanted, str(file)), hashes, notes=tuple(notes))
 
 
-def _arguments(args: Mapping[str, Any], file: Path) -> tuple[Arguments, list[str]]:
+def _arguments(args: Mapping[str, Any], file: Path) -> tuple[TorchscaleArguments, list[str]]:
     """The arguments that matter, and a note on those of a plain config that are not known here.
 
     Raises:
@@ -157,18 +157,18 @@ def _arguments(args: Mapping[str, Any], file: Path) -> tuple[Arguments, list[str
         given = {"activation_fn": "swish", "no_scale_embedding": False}
         if (heads := _HEADS.get(arch.removeprefix("retnet_"))) is not None:
             given["decoder_retention_heads"] = heads
-    known = {field.name for field in fields(Arguments)}
+    known = {field.name for field in fields(TorchscaleArguments)}
     given |= {key: value for key, value in args.items() if key in known and value is not None}
     unknown = [] if arch else sorted(str(key) for key in args.keys() - known)
     notes = [f"not known here, so without effect: {', '.join(unknown)}"] if unknown else []
     try:
-        return build(Arguments, given), notes
+        return build(TorchscaleArguments, given), notes
     except UserError as error:
         raise UserError(f"the arguments of {file}: {error}") from None
 
 
 def model_config(
-    args: Arguments, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor], file: Path
+    args: TorchscaleArguments, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor], file: Path
 ) -> ModelConfig:
     """What arguments and weights describe; a size that no argument gives is taken from the weights.
 

@@ -41,7 +41,7 @@ class Scores(NamedTuple):
     samples: dict[str, int]
 
 
-class Outcome(NamedTuple):
+class TaskResults(NamedTuple):
     """Results in the order asked for, the harness's versions of the tasks, and SHA-256 of local files."""
 
     scores: list[Scores]
@@ -57,7 +57,7 @@ def evaluate(
     batch_size: int | str = "auto",
     limit: int | None = None,
     local: str | Path | None = None,
-) -> Outcome:
+) -> TaskResults:
     """Runs tasks on a model.
 
     Args:
@@ -89,7 +89,7 @@ def evaluate(
         Scores(shots, _metrics(results["results"]), _samples(results["n-samples"]))
         for shots, results in zip(num_fewshot, found, strict=True)
     ]
-    return Outcome(scores, dict(found[0]["versions"]), {str(path): sha256(path) for path in files})
+    return TaskResults(scores, dict(found[0]["versions"]), {str(path): sha256(path) for path in files})
 
 
 def language_model(candidate: Candidate, batch_size: int | str = "auto") -> HFLM:

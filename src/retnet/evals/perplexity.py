@@ -27,7 +27,7 @@ _CHARACTERS = 1 << 20  # encoded at once
 _PIECES = 1024  # of documents, likewise
 
 
-class Progress(NamedTuple):
+class ReadingProgress(NamedTuple):
     """How far one model has come: part of the corpus, 0 to 1 (0: unknown), documents and tokens of text."""
 
     done: float
@@ -91,7 +91,7 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     modes: Sequence[str] = MODES,
     max_documents: int | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[ReadingProgress], None] | None = None,
     on_problem: Callable[[Problem], None] | None = None,
 ) -> Measured:
     """Reads a corpus once with one model, in all modes and lengths together. Memory does not grow with the documents.
@@ -125,7 +125,7 @@ def measure(
                 scorer.start(tokenizer.bos_id)
             scorer.feed(ids.astype(np.int64, copy=False), len(piece.text.encode()))
             if on_progress:
-                on_progress(Progress(piece.done, scorer.documents, scorer.tokens))
+                on_progress(ReadingProgress(piece.done, scorer.documents, scorer.tokens))
     scorer.finish()
     if not scorer.tokens:
         found = ", ".join(f"{count} × {kind}" for kind, count in problems.items())

@@ -19,7 +19,7 @@ from retnet.settings import UserError
 from retnet.tables import Table, print_table
 
 if TYPE_CHECKING:
-    from retnet.evals.harness import Outcome
+    from retnet.evals.harness import TaskResults
 
 _PACKAGES = ("retnet", "torch", "numpy", "scipy", "tokenizers", "transformers", "datasets", "lm_eval")
 _METHOD = (
@@ -106,7 +106,7 @@ def show_perplexity(record: dict[str, Any], console: Console) -> None:
         print_table(Table("Nats per token by tokens of context", ("context", *columns), rows), console)
 
 
-def tasks_record(settings: dict[str, Any], candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
+def tasks_record(settings: dict[str, Any], candidate: Candidate, outcome: TaskResults) -> dict[str, Any]:
     """Everything about a model on tasks; accuracies are 0 to 1, the paper's in per cent."""
     return {
         "evaluation": "tasks",
