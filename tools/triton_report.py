@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from rich.console import Console
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
 from retnet.ops.triton import kernels, launch, row_kernels, row_launch, tile_table
 from retnet.ops.triton.step import step_kernel
+from retnet.tables import MISSING, Table, print_table
 
 SHAPES = ((64, 128), (128, 256), (256, 512))
 SPILL_LIMIT = 64  # bytes a thread; a spill of a few registers outside the inner loop costs nothing
@@ -44,7 +47,7 @@ TARGETS = {
 }
 
 
-class Row(NamedTuple):
+class KernelNeeds(NamedTuple):
     """What one compiled kernel needs."""
 
     architecture: str
@@ -183,7 +186,7 @@ def transposes_a_product(compiled: CompiledKernel) -> bool:
 
 def examine(
     architecture: str, K: int, V: int, dtype: torch.dtype = torch.bfloat16, *, packed: bool = False
-) -> list[Row]:
+) -> list[KernelNeeds]:
     """Compiles all kernels of a head [K,V] for an architecture; each row lists what is wrong with it."""
     target, rows = TARGETS[architecture], []
     for name, kernel, constants, options, tiles in kernels_of(architecture, K, V, dtype, packed):
@@ -202,7 +205,7 @@ def examine(
         if miscompiled:
             faults.append("a product of the transposed result of a product")
         rows.append(
-            Row(
+            KernelNeeds(
                 architecture,
                 K,
                 V,
@@ -222,19 +225,37 @@ def examine(
 def print_report(architectures: Sequence[str]) -> int:
     """Prints a row for every kernel of every head shape; returns how many kernels break a limit."""
     print(f"Triton {triton.__version__}, bf16, chunks of {tile_table.CHUNK} tokens")
-    print(
-        f"{'GPU':7} {'K/V':8} {'kernel':9} {'tiles':24} {'registers':>9} {'spilled':>8} {'shared':>8}  matrix units"
-    )
-    faults = 0
+    found: list[KernelNeeds] = []
     for architecture in architectures:
         for K, V in SHAPES:
-            for row in examine(architecture, K, V):
-                sign = TARGETS[architecture].instruction if row.matrix else "—"
-                print(
-                    f"{architecture:7} {f'{K}/{V}':8} {row.kernel:9} {row.tiles:24} {row.registers:9} "
-                    f"{row.spilled:6} B {row.shared / 1024:5.0f} KB  {sign:12} {'; '.join(row.faults)}".rstrip(),
-                    flush=True,
-                )
-                faults += bool(row.faults)
+            print(f"compiling for {architecture}, K {K}, V {V}", file=sys.stderr)
+            found += examine(architecture, K, V)
+    columns = (
+        "GPU",
+        "K/V",
+        "kernel",
+        "tiles",
+        "registers",
+        "spilled, B",
+        "shared, KB",
+        "matrix units",
+        "faults",
+    )
+    rows = tuple(
+        (
+            row.architecture,
+            f"{row.key_dim}/{row.value_dim}",
+            row.kernel,
+            row.tiles,
+            str(row.registers),
+            str(row.spilled),
+            f"{row.shared / 1024:.0f}",
+            TARGETS[row.architecture].instruction if row.matrix else MISSING,
+            "; ".join(row.faults),
+        )
+        for row in found
+    )
+    print_table(Table("What each kernel needs", columns, rows), Console(highlight=False))
+    faults = sum(bool(row.faults) for row in found)
     print(f"{faults} kernels break a limit." if faults else "All within limits.")
     return faults
