@@ -11,9 +11,9 @@ from retnet.bench.implementations import (
     LARGE,
     OURS,
     Algorithm,
-    Implementation,
     OpsBench,
     Shape,
+    TimedImplementation,
     implementations_on,
 )
 from retnet.bench.op_steps import Step, StepRow
@@ -101,7 +101,7 @@ def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
 def test_what_is_left_out():
     bench = OpsBench(tokens=1024, peer_work=1e-9 * 1000)
     algorithm = Algorithm(None, False, (1, 0, 0), (0, 0, 0))
-    one = Implementation("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
+    one = TimedImplementation("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
     assert bench.batch(256) == 4
     assert bench.batch(2000) == 1
     assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
@@ -114,7 +114,9 @@ def test_what_is_left_out():
 
 def row(name, length, seconds, shape=LARGE, algorithm=implementations.COMPILED):
     samples = [Sample(s, {"torch_mm": 50.0, "onednn": 100.0}) for s in seconds]
-    return OpRow(Implementation(name, lambda q, k, v: v, shape, algorithm), shape, length, 1, BOTH, samples)
+    return OpRow(
+        TimedImplementation(name, lambda q, k, v: v, shape, algorithm), shape, length, 1, BOTH, samples
+    )
 
 
 def test_rates_of_rows():

@@ -65,7 +65,7 @@ SQUARE = Algorithm(None, False, (1, 1, 0), (2, 2, 0))
 ATTENTION = Algorithm(None, True, (1, 1, 0), (3, 2, 0))  # its backward makes the scores anew
 
 
-class Implementation(NamedTuple):
+class TimedImplementation(NamedTuple):
     """One contender; it maps q [B,T,H,K], k [B,T,H,K], v [B,T,H,V] to [B,T,H,V]."""
 
     name: str
@@ -114,7 +114,7 @@ class OpsBench:
         """Sequences of a call."""
         return max(1, self.tokens // length)
 
-    def includes(self, one: Implementation, length: int, mode: str) -> bool:
+    def includes(self, one: TimedImplementation, length: int, mode: str) -> bool:
         """Whether a contender is measured with sequences of this length."""
         if one.name == OURS:
             return True
@@ -171,7 +171,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         ) from None
 
 
-def implementations_on(device: torch.device, shape: Shape) -> list[Implementation]:
+def implementations_on(device: torch.device, shape: Shape) -> list[TimedImplementation]:
     """Everything that can run on a device, ours first."""
     H, K, V = shape
     log_decay, scale = log_decays("paper", H).to(device), K**-0.5
@@ -181,23 +181,24 @@ def implementations_on(device: torch.device, shape: Shape) -> list[Implementatio
         return lambda q, k, v: retention(q, k, v, log_decay, backend=backend)[0]
 
     compiled = cpu and jit.compiler() is not None
-    found = [Implementation(OURS, ours("auto" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
+    found = [TimedImplementation(OURS, ours("auto" if cpu else "triton"), shape, _algorithm(cpu, compiled))]
     if compiled:
-        found.append(Implementation(LOOP, ours("torch"), shape, LOOPED))
+        found.append(TimedImplementation(LOOP, ours("torch"), shape, LOOPED))
     found.append(
-        Implementation(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512)
+        TimedImplementation(REFERENCE, ours("reference"), shape, CHUNKWISE._replace(chunk=CHUNK), longest=512)
     )
     for name, form in ((INDEXED, peers.indexed_states), (SPLIT, peers.chunk_loop)):
         chunked = partial(form, log_decay=log_decay, scale=scale, chunk=PEER_CHUNK)
-        found.append(Implementation(name, chunked, shape, CHUNKWISE, longest=4096, multiple=PEER_CHUNK))
+        found.append(TimedImplementation(name, chunked, shape, CHUNKWISE, longest=4096, multiple=PEER_CHUNK))
     parallel = partial(peers.parallel_form, log_decay=log_decay, scale=scale)
-    found.append(Implementation(PARALLEL, parallel, shape, SQUARE, longest=4096))
+    found.append(TimedImplementation(PARALLEL, parallel, shape, SQUARE, longest=4096))
     for name, width in ((NARROW, H * K), (WIDE, H * V)):
         heads, one = peers.attention_heads(width)
-        found.append(Implementation(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
+        found.append(TimedImplementation(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
     if not cpu:
         found += [
-            Implementation(name, form, shape, None) for name, form in peers.flash_linear_attention().items()
+            TimedImplementation(name, form, shape, None)
+            for name, form in peers.flash_linear_attention().items()
         ]
     return found
 

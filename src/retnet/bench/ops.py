@@ -19,9 +19,9 @@ from retnet.bench.implementations import (
     PEER_CHUNK,
     REFERENCE,
     WIDE,
-    Implementation,
     OpsBench,
     Shape,
+    TimedImplementation,
     implementations_on,
 )
 from retnet.bench.op_steps import SHORT, measure_steps, step_targets
@@ -72,7 +72,7 @@ NOTES = (
 class OpRow:
     """One line of the result."""
 
-    implementation: Implementation
+    implementation: TimedImplementation
     shape: Shape  # of the op that it stands beside
     length: int  # tokens of a sequence
     batch: int  # sequences of a call
@@ -210,7 +210,7 @@ def _judged(rows: list[OpRow]) -> list[tuple[float, list[OpRow]]]:
     return [(1.0, rows)]
 
 
-def _rows(bench: OpsBench, found: dict[Shape, list[Implementation]]) -> list[OpRow]:
+def _rows(bench: OpsBench, found: dict[Shape, list[TimedImplementation]]) -> list[OpRow]:
     return [
         OpRow(one, shape, length, bench.batch(length), mode)
         for shape in bench.shapes
@@ -233,7 +233,7 @@ def _check_memory(rows: list[OpRow], bench: OpsBench, device: torch.device) -> N
 
 
 def _errors(
-    all_found: dict[Shape, list[Implementation]], dtype: torch.dtype, device: torch.device, say: Say
+    all_found: dict[Shape, list[TimedImplementation]], dtype: torch.dtype, device: torch.device, say: Say
 ) -> dict[str, float]:
     """Name → relative error of output and gradients against the reference in fp64, the worst of all shapes.
 
@@ -258,7 +258,7 @@ def _errors(
     return worst
 
 
-def _results(one: Implementation, inputs: list[Tensor]) -> list[Tensor]:
+def _results(one: TimedImplementation, inputs: list[Tensor]) -> list[Tensor]:
     """Output and gradients of q, k and v."""
     *leaves, d_out = inputs
     q, k, v = (x.detach().requires_grad_() for x in leaves)
