@@ -20,7 +20,6 @@ from retnet.measure.clock import (
     Budget,
     Contender,
     Sample,
-    Say,
     Spread,
     Target,
     interleave,
@@ -33,6 +32,7 @@ from retnet.measure.contexts import Contexts
 from retnet.measure.limits import memory_bandwidth
 from retnet.model import LanguageModel, ModelConfig, ModelState
 from retnet.nn import Int8Linear
+from retnet.progress import Say
 from retnet.settings import UserError
 
 OURS, INT8, PEER = "retnet", "retnet int8", "llama"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from retnet.engine import Stepper
-from retnet.measure.clock import Say, Spread, Target, median_seconds, spread
+from retnet.measure.clock import Spread, Target, median_seconds, spread
 from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
+from retnet.progress import Say
 
 FIRST = 100  # tokens into a generation that all later ones are compared with
 BLOCKS, BLOCK = 5, 20  # at each mark: so many blocks of so many steps, alternating with steps at token 100

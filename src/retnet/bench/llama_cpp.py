@@ -27,8 +27,8 @@ import torch
 
 from retnet.bench.gguf_models import FAMILIES, FORMATS, Family, PeerSize, equal_size, parameters, write
 from retnet.host import versions
-from retnet.measure.clock import Say
 from retnet.model import ModelConfig
+from retnet.progress import Say
 from retnet.settings import UserError
 
 SERVER = Path(__file__).with_name("llama_cpp_server.py")

@@ -13,7 +13,6 @@ from retnet.bench.implementations import LARGE, LOOP, OURS, Shape
 from retnet.measure.clock import (
     Contender,
     Sample,
-    Say,
     Spread,
     Target,
     interleave,
@@ -24,6 +23,7 @@ from retnet.measure.clock import (
 from retnet.measure.limits import memory_bandwidth
 from retnet.ops import log_decays, retention_step
 from retnet.ops.cpu import jit
+from retnet.progress import Say
 
 LAYERS = 12  # states that a small model steps through
 SHORT = 12  # rounds of steps for each round of the op: the speed of a shared memory changes within seconds

@@ -30,7 +30,6 @@ from retnet.measure.clock import (
     Budget,
     Contender,
     Sample,
-    Say,
     Spread,
     Target,
     interleave,
@@ -43,6 +42,7 @@ from retnet.measure.limits import matrix_products, recent
 from retnet.measure.memory import free_memory
 from retnet.ops import CHUNK
 from retnet.ops.triton import tile_table
+from retnet.progress import Say
 from retnet.settings import UserError
 
 OWN = (OURS, LOOP, REFERENCE)

@@ -14,9 +14,10 @@ import torch
 from retnet.bench import llama_cpp
 from retnet.bench.gguf_models import FORMATS
 from retnet.engine import Stepper, quantise
-from retnet.measure.clock import Budget, Contender, Sample, Say, Target, interleave, spread, times_faster
+from retnet.measure.clock import Budget, Contender, Sample, Target, interleave, spread, times_faster
 from retnet.measure.contexts import Contexts
 from retnet.model import LanguageModel
+from retnet.progress import Say
 
 OURS = "retnet"
 WRITE, READ = "write", "read"

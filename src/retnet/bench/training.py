@@ -16,7 +16,6 @@ from retnet.measure.clock import (
     Budget,
     Contender,
     Sample,
-    Say,
     Spread,
     Target,
     interleave,
@@ -31,6 +30,7 @@ from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.ops import log_decays, retention
+from retnet.progress import Say
 from retnet.settings import UserError
 
 OURS, PEER, BF16, PACKED = "retnet", "llama", "retnet, bf16 autocast", "retnet, one packed row"

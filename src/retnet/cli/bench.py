@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from retnet.measure.clock import Say
     from retnet.measure.records import Record
     from retnet.model import ModelConfig
+    from retnet.progress import Say
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -226,8 +226,8 @@ def _run(
     from rich.console import Console
 
     from retnet.bench import report
-    from retnet.bench.progress import shown
     from retnet.measure import records
+    from retnet.progress import shown
 
     records.prepare(out)
     with shown(Console(stderr=True, highlight=False)) as say:

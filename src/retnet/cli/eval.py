@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 TASKS = "hellaswag,boolq,copa,piqa,wsc273,winogrande,storycloze_2016"
-_LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 _dtype = click.option("--dtype", help="float32, bfloat16 or float16. [default: as stored]")
@@ -128,17 +124,24 @@ def _measure(
     tell: bool,
 ) -> tuple[dict[str, Any], Measured]:
     """What there is to say about a model, and its numbers; one model is in memory at a time."""
+    from rich.console import Console
+
     from retnet.evals.models import open_model
     from retnet.evals.perplexity import measure
+    from retnet.progress import shown
 
     candidate = open_model(name, **opening)
-    with _progress(name) as show:
+    with shown(Console(stderr=True, highlight=False)) as say:
+
+        def tell_progress(seen: ReadingProgress) -> None:
+            say(f"{name}: {seen.documents:,} documents, {seen.tokens:,} tokens", seen.done or 0.0)
+
         measured = measure(
             candidate.reader(batch_tokens),
             candidate.tokenizer,
             corpus,
             **reading,
-            on_progress=show,
+            on_progress=tell_progress,
             on_problem=Problems().add if tell else None,
         )
     return candidate.about, measured
@@ -232,44 +235,3 @@ def _require(*modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise UserError(f"retnet eval needs {module}, which is missing; pip install 'retnet[eval]'")
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[ReadingProgress], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _lines(name)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn(name, markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[seen]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, seen="")
-
-        def show(progress: ReadingProgress) -> None:
-            seen = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
-            bar.update(task, completed=progress.done, total=1.0 if progress.done else None, seen=seen)
-
-        yield show
-
-
-def _lines(name: str) -> Callable[[ReadingProgress], None]:
-    last = time.monotonic()
-
-    def show(progress: ReadingProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY:
-            last = time.monotonic()
-            part = f"{progress.done:.0%}, " if progress.done else ""
-            click.echo(
-                f"{name}: {part}{progress.documents:,} documents, {progress.tokens:,} tokens", err=True
-            )
-
-    return show

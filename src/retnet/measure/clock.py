@@ -12,20 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+
+from retnet.progress import Say
 
 CPU = torch.device("cpu")
 Limits = Mapping[str, Callable[[], float]]  # name → measures a rate, per second
 ENOUGH = 3  # rounds that a median can be taken of, whatever time they take
-
-
-class Say(Protocol):
-    """Where progress goes."""
-
-    def __call__(self, text: str, part: float = 0.0, /) -> None:
-        """Tells what begins now, and which part of what belongs together with it is done, from 0 to 1."""
 
 
 class Contender(NamedTuple):

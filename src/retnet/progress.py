@@ -1,4 +1,4 @@
-"""Where a benchmark is: one live line on a terminal, plain lines elsewhere, so that neither is silent for long."""
+"""Progress of long work: one live line on a terminal, plain lines elsewhere, so that neither is silent for long."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Live
-
-from retnet.measure.clock import Say
 
 SECONDS_BETWEEN_LINES = 10.0
 REFRESHES = 2.0  # of the live line in a second: few, since the machine is being measured
+
+
+class Say(Protocol):
+    """Where progress goes."""
+
+    def __call__(self, text: str, part: float = 0.0, /) -> None:
+        """Tells what begins now, and which part of what belongs together with it is done, from 0 to 1."""
 
 
 @contextmanager
 def shown(console: Console) -> Iterator[Say]:
     """Shows on this console what is said inside the block."""
     if console.is_terminal:
-        columns = SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TextColumn("{task.description}")
+        text = TextColumn("{task.description}", markup=False)
+        columns = SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TimeRemainingColumn(), text
         with Live(*columns, console=console, refresh_per_second=REFRESHES) as live:
             task = live.add_task("starting", total=1.0)
             yield lambda text, part=0.0: live.update(task, description=text, completed=part)

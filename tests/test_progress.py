@@ -3,7 +3,7 @@ import time
 
 from rich.console import Console
 
-from retnet.bench import progress
+from retnet import progress
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch):
