@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from retnet.data import content
+from retnet.data import DataConfig, content, prepare
 from retnet.data.content import Contents
 from retnet.data.sources import find
 from retnet.io import cache_folder
@@ -68,6 +68,35 @@ def test_a_change_that_keeps_size_and_time_is_noticed(file):
     read, new = bytes_read(file)
     assert read == 9
     assert new.digest != held.digest
+
+
+def test_prepared_data_follows_the_content_alone(tmp_path):
+    """Unread and untouched: the same folder. Changed behind a time put back: another. Changed back: the first again."""
+    file = tmp_path / "a.txt"
+    file.write_text("line of text\n" * 500)
+    config = DataConfig(corpus=str(file), cache=str(tmp_path / "cache"))
+    first, before = prepare(config).directory, file.stat()
+    for text, same in (("Line of text\n", False), ("line of text\n", True)):
+        time.sleep(0.02)
+        file.write_text(text * 500)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (prepare(config).directory == first) is same
+        assert (prepare(config, verify=True).directory == first) is same
+
+
+def test_verifying_reads_what_is_trusted(tmp_path, monkeypatch):
+    """A file system that lies about times is found out."""
+    file = tmp_path / "a.txt"
+    file.write_text("line of text\n" * 500)
+    config = DataConfig(corpus=str(file), cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "retnet.data.sources.stamp_of", lambda status: f"always the same {status.st_size} 0 0"
+    )
+    monkeypatch.setattr(content, "stamp_of", lambda status: f"always the same {status.st_size} 0 0")
+    first = prepare(config).directory
+    file.write_text("Line of text\n" * 500)
+    assert prepare(config).directory == first
+    assert prepare(config, verify=True).directory != first
 
 
 def test_another_file_in_its_place_is_noticed(file):

@@ -190,6 +190,11 @@ def test_unfinished_and_future_folders_are_refused(config, corpus, jsonl, tmp_pa
     (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     with pytest.raises(UserError, match="version 99; this library reads retnet-tokens version 2"):
         load(directory)
+    old = [{k: v for k, v in corpus.items() if k != "left_out"} for corpus in manifest["corpora"]]
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 1, "corpora": old}))
+    for use in (load, lambda d: prepare(DataConfig(corpus=str(d)))):
+        with pytest.raises(UserError, match=r"version 1; this library .* prepare it again from the text"):
+            use(directory)
     (directory / "manifest.json").unlink()
     with pytest.raises(UserError, match="not a finished folder"):
         load(directory)

@@ -131,7 +131,7 @@ class Contents:
             folder = cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
             self._memory = sqlite3.connect(folder / "files.sqlite", timeout=5, check_same_thread=False)
-            self._memory.execute(
+            self._memory.execute(  # another number when what is refused changes
                 "CREATE TABLE IF NOT EXISTS contents_1 (stamp TEXT PRIMARY KEY, digest TEXT, size INT, refused TEXT)"
             )
 
