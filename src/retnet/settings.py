@@ -29,12 +29,14 @@ T = TypeVar("T")
 
 
 class Choice:
-    """Base of configurations of which one is chosen by its ``name`` key."""
+    """Base of configurations of which one is chosen by its ``name`` key: a subclass is an option once it is imported."""
 
     @classmethod
     def options(cls) -> Mapping[str, type]:
-        """Name → dataclass of everything that may stand here."""
-        raise TypeError(f"{cls.__name__} does not list its options")
+        """Name → dataclass of everything that may stand here: the direct subclasses, by their ``name: Literal["…"]``."""
+        return {
+            typing.get_args(typing.get_type_hints(kind)["name"])[0]: kind for kind in cls.__subclasses__()
+        }
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +18,6 @@ class MixerConfig(Choice):
     """Base of the mixers' configurations; which one a table describes is said by its key ``name``."""
 
     name: str
-
-    @classmethod
-    def options(cls) -> Mapping[str, type]:
-        """Name → configuration of every row of `MIXERS`."""
-        from retnet.mixers import MIXERS  # the table lists classes that are built on this one
-
-        return {name: mixer.Config for name, mixer in MIXERS.items()}
 
 
 def head_width(d_model: int, num_heads: int) -> int:

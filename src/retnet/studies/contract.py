@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from retnet.measure.summary import Summary
 from retnet.settings import Choice
@@ -20,16 +20,7 @@ Results = Mapping[str, Result]  # name of a finished job → its result
 Tell = Callable[[float], None]  # a job's way to say how far it is, 0 to 1
 
 
-class _Named(Choice):
-    """Base whose options are its subclasses, by their literal ``name``, as far as their modules are imported."""
-
-    @classmethod
-    def options(cls) -> Mapping[str, type]:
-        """Name → subclass."""
-        return {get_args(get_type_hints(kind)["name"])[0]: kind for kind in cls.__subclasses__()}
-
-
-class Job(_Named):
+class Job(Choice):
     """One piece of work; a frozen dataclass with a literal ``name`` field."""
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
@@ -45,7 +36,7 @@ class Job(_Named):
         raise NotImplementedError
 
 
-class Measure(_Named):
+class Measure(Choice):
     """What a study does; a frozen dataclass with a literal ``name`` field."""
 
     def check(self) -> None:
