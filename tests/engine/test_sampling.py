@@ -132,6 +132,19 @@ def test_top_p_keeps_the_likeliest_even_where_probabilities_round_to_a_tie():
     assert probabilities(logits, Sampling(top_p=0.25)).tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.9, 0.999999])
+def test_a_nucleus_of_any_size_is_that_of_the_whole_sorted_row(mass):
+    generator = torch.Generator().manual_seed(2)
+    spread = torch.tensor([[0.0], [0.01], [1.0], [4.0], [20.0]], dtype=torch.float64)
+    logits = spread * torch.randn(5, 2000, generator=generator, dtype=torch.float64).round(decimals=2)
+    together = probabilities(logits, Sampling(top_p=mass))
+    for row in range(5):
+        chances, order = logits[row].softmax(-1).sort(descending=True, stable=True)
+        count = int((chances.cumsum(-1)[:-1] < mass).sum()) + 1
+        assert together[row].nonzero()[:, 0].tolist() == sorted(order[:count].tolist())
+        assert torch.equal(probabilities(logits[row : row + 1], Sampling(top_p=mass))[0], together[row])
+
+
 def test_low_precision_logits_are_computed_in_double():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = probabilities(logits, Sampling(temperature=0.5))

@@ -18,6 +18,7 @@ from retnet.settings import UserError
 Bias = tuple[tuple[int, float], ...]
 
 NOT_FINITE = "the model's logits are not finite numbers: its weights have diverged or are damaged"
+NUCLEUS = 256  # tokens
 _ALL = slice(None)
 
 
@@ -252,14 +253,39 @@ def _batch(logits: Tensor, sampling: Sampling) -> SamplingBatch:
 
 def _likeliest(scores: Tensor, count: Tensor) -> Tensor:
     """Which tokens are the `count` [B,1] likeliest, of equal ones those with the smaller ids: [B,V] bool."""
-    last = scores.topk(int(count.max())).values.gather(1, count - 1)
+    return _down_to(scores, scores.topk(int(count.max())).values.gather(1, count - 1), count)
+
+
+def _down_to(scores: Tensor, last: Tensor, count: Tensor) -> Tensor:
+    """As `_likeliest`, where the score `last` [B,1] of the least likely of them is known."""
+    kept = scores >= last
+    if bool((kept.sum(-1, keepdim=True) == count).all()):
+        return kept  # nearly always: nothing is equal to the last one
     above, equal = scores > last, scores == last
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def _nucleus(scores: Tensor, mass: Tensor) -> Tensor:
-    """Which tokens are the fewest likeliest whose probability reaches `mass` [B,1]: [B,V] bool."""
-    ranked, order = torch.sort(scores, dim=-1, descending=True, stable=True)  # probabilities have more ties
-    chances = ranked.softmax(-1)
-    likelier = chances.cumsum(-1) - chances  # probability of everything of a better rank; 0 for the first
-    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, likelier < mass)
+    """Which tokens are the fewest likeliest whose probability reaches `mass` [B,1]: [B,V] bool.
+
+    A row is sorted whole only where its likeliest `NUCLEUS` do not suffice: sorting costs as much as a small model's step.
+    """
+    total = scores.logsumexp(-1, keepdim=True)
+    size = min(NUCLEUS, scores.shape[-1])
+    ranked = scores.topk(size).values
+    cumulative = (ranked - total).exp().cumsum(-1)
+    if size < scores.shape[-1] and bool((cumulative[:, -1:] < mass).any()):
+        short = (cumulative[:, -1:] < mass)[:, 0]
+        kept = torch.empty_like(scores, dtype=torch.bool)
+        kept[~short] = _down_to(scores[~short], *_cut(ranked[~short], cumulative[~short], mass[~short]))
+        whole = scores[short].sort(-1, descending=True).values
+        cut = _cut(whole, (whole - total[short]).exp().cumsum(-1), mass[short])
+        kept[short] = _down_to(scores[short], *cut)
+        return kept
+    return _down_to(scores, *_cut(ranked, cumulative, mass))
+
+
+def _cut(ranked: Tensor, cumulative: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The last score that belongs to `mass`, and how many do; from the best scores and their cumulative probabilities."""
+    count = (cumulative[:, :-1] < mass).sum(-1, keepdim=True) + 1
+    return ranked.gather(1, count - 1), count
