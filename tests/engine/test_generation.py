@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from retnet.engine import Completion, Engine, Request, Sampling, generate, probabilities
+from retnet.engine.sampling import NOT_FINITE
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
 
@@ -285,7 +286,7 @@ def test_logits_without_meaning_fail_their_own_request_alone(script, decoder_of,
         engine.submit(Request(prompt, max_tokens=9))
     events = [event for _ in range(9) for event in engine.step()]
     assert finished(events) == [
-        [Completion("xy", tuple(b"xy"), "failed", 2)],
+        [Completion("xy", tuple(b"xy"), "failed", 2, error=NOT_FINITE)],
         [Completion("s", tuple(b"s"), "end", 2)],
     ]
     with pytest.raises(UserError, match="not finite"):

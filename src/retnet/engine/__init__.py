@@ -4,6 +4,7 @@ from retnet.engine.cpu_decoder import Stepper
 from retnet.engine.decoder import ComposedDecoder, Decoder, choose_decoder
 from retnet.engine.engine import SLOTS, Engine
 from retnet.engine.generation import generate
+from retnet.engine.grammar import Grammar
 from retnet.engine.load import Run, open_run
 from retnet.engine.quantise import quantise
 from retnet.engine.requests import Completion, Event, Request, Stats, TokenLogprobs
@@ -18,6 +19,7 @@ __all__ = [
     "Decoder",
     "Engine",
     "Event",
+    "Grammar",
     "Request",
     "Run",
     "Sampling",

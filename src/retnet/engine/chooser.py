@@ -10,8 +10,9 @@ from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.requests import TokenLogprobs
-from retnet.engine.sampling import Sampling, SamplingBatch, finite
+from retnet.engine.sampling import NOT_FINITE, Sampling, SamplingBatch, finite
 from retnet.engine.streams import Stream
+from retnet.settings import UserError
 
 
 class Chooser:
@@ -32,23 +33,24 @@ class Chooser:
         """A text with this prompt begins in a slot."""
         self._tallies.start(slot, prompt, sampling)
 
-    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> tuple[Tensor, list[bool]]:
-        """The next token of each stream, int64 [B], from logits [B,…]; and of which the logits are finite.
-
-        Those that are not give any token.
-        """
+    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> tuple[Tensor, dict[int, UserError]]:
+        """The next token of each stream, int64 [B], from logits [B,…]; and by row why there is none, whose token is any."""
         logits = logits[:, : self._vocab_size]
-        sound = finite(logits).tolist()
+        sound = finite(logits)
+        faults = {}
+        if not bool(sound.all()):
+            faults = dict.fromkeys((~sound).nonzero()[:, 0].tolist(), UserError(NOT_FINITE))
+        allowed = self._allowed(logits, streams, faults)
         batch = self._batch(streams)
         draws = torch.tensor([stream.chance.random() for stream in streams], dtype=torch.float64)
         if batch.penalised is None:
-            tokens = batch.sample(self._allowed(logits, streams), draws)
+            tokens = batch.sample(allowed, draws)
         else:
             slots = torch.tensor([stream.slot for stream in streams])
             seen, counts = self._tallies.rows(slots, batch.penalised)
-            tokens = batch.sample(self._allowed(logits, streams), draws, seen, counts)
+            tokens = batch.sample(allowed, draws, seen, counts)
             self._tallies.add(slots, tokens)
-        return tokens, sound
+        return tokens, faults
 
     def logprobs(self, logits: Tensor, token: int, count: int) -> TokenLogprobs:
         """Log-probabilities of the chosen token and of the `count` likeliest, from logits [V]."""
@@ -64,13 +66,21 @@ class Chooser:
             self._rows = rows, SamplingBatch(rows, self._vocab_size, self._device)
         return self._rows[1]
 
-    def _allowed(self, logits: Tensor, streams: Sequence[Stream]) -> Tensor:
-        """The logits, those that would end a text before `min_tokens` at −∞."""
-        bound = [(row, stream) for row, stream in enumerate(streams) if stream.must_go_on]
-        if bound:
-            logits = logits.clone()
-            for row, stream in bound:
-                logits[row, [token for token in stream.ends if token < self._vocab_size]] = -torch.inf
+    def _allowed(self, logits: Tensor, streams: Sequence[Stream], faults: dict[int, UserError]) -> Tensor:
+        """The logits, −∞ where a token would end a text before `min_tokens` or break its grammar."""
+        bound = [row for row, stream in enumerate(streams) if stream.must_go_on or stream.constraint]
+        if not bound:
+            return logits
+        logits = logits.clone()
+        for row in bound:
+            if streams[row].must_go_on:
+                logits[row, [token for token in streams[row].ends if token < self._vocab_size]] = -torch.inf
+            if (constraint := streams[row].constraint) is not None:
+                try:
+                    forbidden = constraint.forbidden(self._vocab_size)
+                    logits[row].masked_fill_(forbidden.to(logits.device), -torch.inf)
+                except UserError as error:
+                    faults[row] = error
         return logits
 
 

@@ -17,7 +17,6 @@ from retnet.engine.chooser import Chooser
 from retnet.engine.decoder import Decoder, choose_decoder
 from retnet.engine.prompts import Prompt, Snapshot, share
 from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
-from retnet.engine.sampling import NOT_FINITE
 from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
 from retnet.engine.streams import Stream
 from retnet.settings import UserError
@@ -124,7 +123,8 @@ class Engine:
         """Queues a request and returns its id; ids rise by one from 0.
 
         Raises:
-            UserError: token ids outside the vocabulary, or a state larger than all that may be used.
+            UserError: token ids outside the vocabulary, a grammar that means nothing, or a state larger than all that may be
+                used.
         """
         prompt = self._prompt(self._submitted, request)
         self._submitted += 1
@@ -161,7 +161,7 @@ class Engine:
         """Steps until nothing is left to do; whoever leaves the loop early finds the rest with the next step.
 
         Raises:
-            UserError: a stream failed, since the model gave no finite logits.
+            UserError: a stream failed, for the reason that its completion names.
         """
         while self.busy:
             if not self._outbox:
@@ -169,14 +169,14 @@ class Engine:
             while self._outbox:
                 event = self._outbox.popleft()
                 if event.completion is not None and event.completion.finish == "failed":
-                    raise UserError(NOT_FINITE)
+                    raise UserError(event.completion.error)
                 yield event
 
     def complete(self, request: Request) -> list[Completion]:
         """Steps until this request has ended: its completions, by sample. Events of others come with the next step.
 
         Raises:
-            UserError: as `submit`; a stream failed, since the model gave no finite logits.
+            UserError: as `submit`; a stream failed, for the reason that its completion names.
         """
         number = self.submit(request)
         done: dict[int, Completion] = {}
@@ -193,8 +193,9 @@ class Engine:
                     done[event.sample] = event.completion
         finally:
             self._outbox.extendleft(reversed(others))
-        if any(completion.finish == "failed" for completion in done.values()):
-            raise UserError(NOT_FINITE)
+        for completion in done.values():
+            if completion.finish == "failed":
+                raise UserError(completion.error)
         return [done[sample] for sample in range(request.samples)]
 
     def _run(self) -> None:
@@ -202,7 +203,8 @@ class Engine:
             try:
                 self._advance()
             except BaseException as error:
-                self._abandon("failed" if isinstance(error, Exception) else "interrupted")
+                failed = isinstance(error, Exception)
+                self._abandon("failed" if failed else "interrupted", f"the engine failed: {error}" * failed)
                 raise
 
     # -- a step -------------------------------------------------------------------------------------------------
@@ -329,15 +331,17 @@ class Engine:
     def _choose(self) -> None:
         """A token for every live stream."""
         logits = torch.cat(self._logits) if len(self._logits) > 1 else self._logits[0]
-        self._tokens, sound = self._chooser.choose(logits, self._live)
+        self._tokens, faults = self._chooser.choose(logits, self._live)
         tokens = self._tokens.tolist()
         for row, (stream, token) in enumerate(zip(self._live, tokens, strict=True)):
-            if sound[row]:
-                count = stream.asked.logprobs
+            count = stream.asked.logprobs
+            try:
+                if row in faults:
+                    raise faults[row]
                 logprobs = None if count is None else self._chooser.logprobs(logits[row], token, count)
                 self._outbox.append(stream.push(token, logprobs))
-            else:
-                self._outbox.append(stream.end("failed"))
+            except UserError as error:
+                self._outbox.append(stream.end("failed", str(error)))
 
     # -- coming and going ---------------------------------------------------------------------------------------
 
@@ -357,7 +361,11 @@ class Engine:
                     f"a state of {need:,} bytes for {len(ids)} + {request.max_tokens} tokens is more than the "
                     f"{self._max_bytes:,} bytes of max_state_bytes; ask for fewer tokens, or allow more"
                 )
-        streams = [Stream(number, request, sample, self.tokenizer) for sample in range(request.samples)]
+        rule = None if request.grammar is None else request.grammar.compile(self.tokenizer)
+        streams = [
+            Stream(number, request, sample, self.tokenizer, rule and rule.copy())
+            for sample in range(request.samples)
+        ]
         return Prompt(number, ids, streams, need)
 
     def check_ids(self, name: str, tokens: Sequence[int]) -> None:
@@ -379,7 +387,7 @@ class Engine:
         self._bytes -= size
         heapq.heappush(self._free, slot)
 
-    def _remove(self, prompt: Prompt, finish: Finish) -> None:
+    def _remove(self, prompt: Prompt, finish: Finish, error: str = "") -> None:
         """Ends the samples of a prompt that have not started."""
         if prompt in self._queue:
             self._queue.remove(prompt)
@@ -388,7 +396,7 @@ class Engine:
             self._give_back(prompt.slot, prompt.bytes)
         for stream in prompt.streams:
             stream.prompt = prompt.ids
-            self._outbox.append(stream.end(finish))
+            self._outbox.append(stream.end(finish, error))
 
     def _sweep(self) -> None:
         """Takes the streams that have ended out of the batch."""
@@ -401,11 +409,11 @@ class Engine:
         self._live = [self._live[row] for row in keep]
         self._tokens, self._slots = self._tokens[keep], self._slots[keep]
 
-    def _abandon(self, finish: Finish) -> None:
+    def _abandon(self, finish: Finish, error: str) -> None:
         """Ends everything that had a slot, whose states nobody knows any more."""
         for prompt in [*self._reading]:
-            self._remove(prompt, finish)
-        self._outbox += [stream.end(finish) for stream in self._live if stream.finish is None]
+            self._remove(prompt, finish, error)
+        self._outbox += [stream.end(finish, error) for stream in self._live if stream.finish is None]
         self._live, self._slots = [], _index()
         self._free, self._bytes = list(range(self.slots)), 0
 

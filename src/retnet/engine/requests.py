@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from retnet.engine.grammar import Grammar
 from retnet.engine.sampling import Sampling
 from retnet.engine.stops import StopScanner
 from retnet.settings import UserError
@@ -35,6 +36,7 @@ class Request:
         echo: whether the text given back begins with the prompt's.
         cache: whether states along it may be kept for later requests, and kept ones used for it, where the engine has a
             cache.
+        grammar: what the generated text must be; it ends where nothing may follow. Not together with `min_tokens`.
         marks: positions in the prompt, in tokens, where others may go on differently, such as ends of messages: the cache
             keeps states there.
 
@@ -54,6 +56,7 @@ class Request:
     echo: bool = False
     cache: bool = True
     marks: Sequence[int] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("min_tokens", 0), ("seed", 0), ("samples", 1)):
@@ -62,6 +65,8 @@ class Request:
             require_whole("logprobs", self.logprobs, 0)
         if self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.min_tokens and self.grammar is not None:
+            raise UserError("min_tokens and grammar may ask for opposite things; give one of them")
         if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
             raise UserError(f"stop must be a list of strings, got {self.stop!r}")
         StopScanner(self.stop)  # refuses empty ones
@@ -97,10 +102,11 @@ class Completion(NamedTuple):
         text: the continuation, without a stop string, and without the prompt unless `Request.echo` asks for it.
         tokens: the ids generated, without the one that ended it. With a stop string they reach to its end or beyond.
         finish: why it ended: "stop" (a stop string or token), "end" (the model's end of text), "length" (`max_tokens`),
-            "interrupted" (cancelled), "failed" (the model gave no finite logits).
+            "interrupted" (cancelled), "failed" (see `error`).
         prompt_tokens: tokens of the prompt, the leading BOS among them.
         cached_tokens: how many of these did not have to be read, since a kept state had seen them.
         logprobs: one for each of `tokens`, where `Request.logprobs` asks for them.
+        error: why it failed.
     """
 
     text: str
@@ -109,6 +115,7 @@ class Completion(NamedTuple):
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str = ""
 
 
 class Event(NamedTuple):

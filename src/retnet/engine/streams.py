@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retnet.engine.grammar import Constraint
 from retnet.engine.requests import Completion, Event, Finish, Request, TokenLogprobs
 from retnet.engine.stops import StopScanner
 
@@ -21,9 +22,11 @@ class Stream:
         asked: what it is.
         sample: which sample, from 0.
         tokenizer: makes text of ids.
+        constraint: of the request's grammar, its own.
 
     Attributes:
         finish: why it ended; None while it is under way.
+        error: why it failed.
         tokens: the ids generated so far.
         chance: numbers for its draws, its own.
         prompt: its ids; set, as what follows is, by whoever lets it run.
@@ -32,9 +35,18 @@ class Stream:
         bytes: what that may come to.
     """
 
-    def __init__(self, request: int, asked: Request, sample: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        request: int,
+        asked: Request,
+        sample: int,
+        tokenizer: Tokenizer,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.request, self.asked, self.sample = request, asked, sample
         self.finish: Finish | None = None
+        self.error = ""
+        self.constraint = constraint
         self.tokens: list[int] = []
         self.prompt: tuple[int, ...] = ()
         self.cached_tokens = self.bytes = 0
@@ -54,11 +66,17 @@ class Stream:
         return len(self.tokens) < self.asked.min_tokens
 
     def push(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
-        """Takes the next token; sets `finish` when it is the last."""
+        """Takes the next token; sets `finish` when it is the last.
+
+        Raises:
+            UserError: the grammar cannot be followed any further; nothing has changed.
+        """
         text, ends = "", token in self.ends
         if ends:
             self.finish = self.ends[token]
         else:
+            if self.constraint is not None:
+                self.constraint.push(token)
             free = not self.must_go_on
             self.tokens.append(token)
             text = self._text.push(token)
@@ -66,7 +84,9 @@ class Stream:
                 text = self._scanner.push(text)
             if logprobs is not None:
                 self._logprobs.append(logprobs)
-            if len(self.tokens) == self.asked.max_tokens:
+            if self.constraint is not None and self.constraint.complete:
+                self.finish = "end"
+            elif len(self.tokens) == self.asked.max_tokens:
                 self.finish = "length"
         if self.finish is not None:  # what the text and the scanner waited with comes out
             text += self._scanner.push(self._text.finish())
@@ -75,9 +95,9 @@ class Stream:
             self.finish = "stop"
         return self._event(text, None if ends else token, None if ends else logprobs)
 
-    def end(self, finish: Finish) -> Event:
+    def end(self, finish: Finish, error: str = "") -> Event:
         """Ends it from outside; what waited to become a stop string is part of the text."""
-        self.finish = finish
+        self.finish, self.error = finish, error
         return self._event(self._scanner.finish(), None, None)
 
     def _event(self, text: str, token: int | None, logprobs: TokenLogprobs | None) -> Event:
@@ -95,4 +115,5 @@ class Stream:
             len(self.prompt),
             self.cached_tokens,
             tuple(self._logprobs),
+            self.error,
         )
