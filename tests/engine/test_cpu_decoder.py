@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from retnet.engine import Stepper, quantise
-from retnet.engine.cpu_decoder.stepper import bind
+from retnet.engine import ComposedDecoder, choose_decoder, decode_from, quantise
+from retnet.engine.cpu_decoder import CpuDecoder, NotCompiledError
 from retnet.mixers import RetentionConfig
 from retnet.mixers.states import join_rows, select_rows
 from retnet.model import LanguageModel, ModelConfig
@@ -42,37 +43,34 @@ def model(**options):
     return made
 
 
-def step(model, tokens, state):
-    """The compiled step, or None."""
-    steps = bind(model, state)
-    return None if steps is None else steps(tokens)
+def compiled(model, slots):
+    """A decoder whose sequences are at their beginning."""
+    decoder = CpuDecoder(model, slots)
+    decoder.reset(torch.arange(slots))
+    return decoder
 
 
 @pytest.mark.parametrize(("options", "ffn"), [(o, FFN[i % 3]) for i, o in enumerate(OPTIONS)], ids=str)
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_every_option_of_a_block(options, ffn, norm):
     module = model(num_layers=1, d_model=256, ffn=ffn, ffn_dim=300, norm=norm, mixer=options)
-    tokens = torch.randint(257, (5, 40))
+    tokens, slots = torch.randint(257, (5, 40)), torch.arange(5)
+    decoder, law = compiled(module, 5), module.init_state(5)
     with torch.no_grad():
-        ours, law = module.init_state(5), module.init_state(5)
-        for state in (*ours, *law):
+        for state in (decoder.pools[0].state, law[0]):
             state.position.add_(10**6)  # far into a text, where angles are large
         for t in range(40):
             want, law = module.step(tokens[:, t], law)
-            assert relative(step(module, tokens[:, t], ours), want) < 1e-4
-    assert relative(ours[0].kv, law[0].kv) < 1e-5
-    assert torch.equal(ours[0].position, law[0].position)
+            assert relative(decoder.step(tokens[:, t], slots), want) < 1e-4
+    (ours,) = decoder.read(slots)
+    assert relative(ours.kv, law[0].kv) < 1e-5
+    assert torch.equal(ours.position, law[0].position)
 
 
-@pytest.mark.parametrize(
-    "options", [{"head_norm_affine": True}, {"score_norm": "paper"}, {"score_norm": "torchscale"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"head_norm_affine": True}, {"score_norm": "paper"}], ids=str)
 def test_options_that_are_not_compiled(options):
-    module = model(mixer=options)
-    state = model().init_state(1)
-    with torch.no_grad():
-        assert step(module, torch.tensor([1]), state) is None
-    assert not state[0].kv.any()
+    with pytest.raises(NotCompiledError, match="an option"):
+        CpuDecoder(model(mixer=options), 1)
 
 
 MODELS = [
@@ -84,17 +82,17 @@ MODELS = [
 
 
 @pytest.mark.parametrize("options", MODELS, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 5, 17])
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_a_model_against_fp64(options, rows, kind):
     module = quantise(model(**options)) if kind == "int8" else model(**options)
     exact, tokens = copy.deepcopy(module).double(), torch.randint(257, (rows, 25))
     with torch.no_grad():
         want, read = exact.prefill(tokens, exact.init_state(rows, dtype=torch.float64))
-        state = module.init_state(rows)
+        decoder, slots = compiled(module, rows), torch.arange(rows)
         for t in range(25):
-            assert relative(step(module, tokens[:, t], state), want[:, t]) < 1e-4
-        for ours, theirs in zip(state, read, strict=True):
+            assert relative(decoder.step(tokens[:, t], slots), want[:, t]) < 1e-4
+        for ours, theirs in zip(decoder.read(slots), read, strict=True):
             assert relative(ours.kv, theirs.kv) < 1e-5
             assert torch.equal(ours.position, theirs.position)
 
@@ -110,7 +108,8 @@ def test_rows_of_a_batch_are_at_their_own_places():
         texts = [torch.cat([tokens[i, :n], tokens[i, :1]])[None] for i, n in enumerate((9, 1, 4))]
         want = torch.cat([layer_by_layer(exact, text)[0][:, -1] for text in texts])
         states = [layer_by_layer(module, text[:, :-1])[1] for text in texts]
-        got = step(module, tokens[:, 0], join_rows(states))
+        decoder, slots = decode_from(module, join_rows(states))
+        got = decoder.step(tokens[:, 0], slots)
     assert relative(got, want) < 1e-4
 
 
@@ -140,7 +139,6 @@ CHANGES = {
     "rows": lambda m, w: setattr(m.head, "forward", lambda x: x[:, :5]),
     "a part in training": lambda m, w: m.blocks[1].train(),
     "double": lambda m, w: m.double(),
-    "training": lambda m, w: m.train(),
     "strided": lambda m, w: setattr(m.blocks[0].ffn.fc2, "weight", nn.Parameter(torch.randn(256, 128).t())),
 }
 
@@ -149,11 +147,11 @@ CHANGES = {
 def test_a_changed_model_is_stepped_as_it_is(change):
     module, tokens = model(), torch.tensor([5, 6])
     with torch.no_grad():
-        Stepper(module, module.init_state(2)).step(tokens)
+        compiled(module, 2).step(tokens, torch.arange(2))
         CHANGES[change](module, torch.randn(128, 128))
-        got = Stepper(module, module.init_state(2)).step(tokens)
+        decoder, slots = decode_from(module, module.init_state(2))
         want, _ = module.step(tokens, module.init_state(2))
-    assert relative(got, want) < 1e-5
+        assert relative(decoder.step(tokens, slots), want) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -165,14 +163,12 @@ def test_a_changed_model_is_stepped_as_it_is(change):
         "a layer in fp32",
         "a short weight",
         "a short norm",
-        "a position",
         "a missing weight",
     ],
 )
 def test_int8_weights_are_read_only_if_all_of_them_fit(change):
     module = quantise(model(num_layers=1, d_model=256, ffn="swiglu"))
     mixer, ffn = module.blocks[0].mixer, module.blocks[0].ffn
-    state = module.init_state(1)
     if change == "no scales":
         mixer.k_proj.scale = None
     if change == "a short scale":
@@ -185,118 +181,114 @@ def test_int8_weights_are_read_only_if_all_of_them_fit(change):
         module.blocks[0].ffn_norm.weight = nn.Parameter(torch.ones(255))
     if change == "a missing weight":
         mixer.v_proj = None
-    if change == "a position":
-        state = (state[0]._replace(position=torch.zeros(1, dtype=torch.int32)),)
     assert isinstance(mixer.q_proj, Int8Linear)
+    if change is None:
+        assert isinstance(choose_decoder(module, 1), CpuDecoder)
+    else:
+        with pytest.raises(NotCompiledError):
+            CpuDecoder(module, 1)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("width", [128, 136])  # a whole number of panels, and not
+def test_a_row_is_the_same_bits_in_any_company_and_any_place(kind, width):
+    module = model(d_model=width, ffn="swiglu", ffn_dim=3 * width, tie_embeddings=False)
+    module = quantise(module) if kind == "int8" else module
+    tokens, states = torch.randint(257, (70,)), module.init_state(70)
+    torch.manual_seed(1)
+    for state in states:
+        state.kv.normal_()
+        state.position.random_(10000)
+
+    decoder = CpuDecoder(module, 80)
+
+    def step(rows, slots):
+        """Logits and states of some of the 70 rows, in these slots."""
+        for pool in decoder.pools:
+            pool.state.kv.fill_(torch.nan)  # of those who are not there
+        decoder.write(slots, tuple(select_rows(state, rows) for state in states))
+        return decoder.step(tokens[rows], slots), decoder.read(slots)
+
+    watched = 3  # rows 0, 1 and 2
+    alone = [step(torch.tensor([row]), torch.tensor([5])) for row in range(watched)]
+    for count in (2, 3, 4, 5, 7, 8, 9, 13, 17, 31, 64, 65, 70):
+        rows = torch.cat([torch.arange(watched), torch.randperm(70 - watched) + watched])[:count]
+        rows = rows[torch.randperm(count)]
+        logits, after = step(rows, torch.randperm(80)[:count])
+        for place, row in enumerate(rows.tolist()):
+            if row < watched:
+                want, want_after = alone[row]
+                assert torch.equal(logits[place], want[0]), f"row {place} of {count}"
+                for ours, theirs in zip(after, want_after, strict=True):
+                    assert torch.equal(ours.kv[place], theirs.kv[0])
+                    assert torch.equal(ours.position[place], theirs.position[0])
+
+
+def test_weights_may_change_in_place():
+    module, token, slot = model(), torch.tensor([3]), torch.tensor([0])
     with torch.no_grad():
-        assert (step(module, torch.tensor([1]), state) is None) == (change is not None)
-    assert state[0].kv.any() == (change is None)
-
-
-@pytest.mark.parametrize(
-    "change", ["batch", "gradient", "training", "types", "state", "strided", "length", "int32"]
-)
-def test_nothing_happens_to_the_states_of_a_step_that_is_refused(change):
-    module, rows = model(), 9 if change == "batch" else 2
-    state = module.init_state(rows)
-    tokens = torch.zeros(rows, dtype=torch.int32 if change == "int32" else torch.int64)
-    if change == "training":
-        module.train()
-    if change == "types":
-        state = module.init_state(rows, dtype=torch.float64)
-    if change == "state":
-        state = module.init_state(rows + 1)
-    if change == "strided":
-        state = tuple(s._replace(kv=s.kv.mT.contiguous().mT) for s in state)
-    if change == "length":
-        state = state[:2]
-    with torch.set_grad_enabled(change == "gradient"):
-        assert step(module, tokens, state) is None
-    assert not any(s.kv.any() or s.position.any() for s in state)
-
-
-@pytest.mark.parametrize("options", [{}, {"mixer": {"head_norm_affine": True}}], ids=["compiled", "composed"])
-def test_a_stepper_is_the_steps_of_its_model(options):
-    module, tokens = model(**options), torch.randint(257, (2, 12))
-    with torch.no_grad():
-        state = module.init_state(2)
-        stepper = Stepper(module, module.init_state(2))
-        for token in tokens.t():
-            want, state = module.step(token, state)
-            assert relative(stepper.step(token), want) < 1e-4
-        for ours, theirs in zip(stepper.state, state, strict=True):
-            assert relative(ours.kv, theirs.kv) < 1e-5
-            assert torch.equal(ours.position, theirs.position)
-
-
-def test_a_stepper_sees_weights_that_change_in_place():
-    module, token = model(), torch.tensor([3])
-    with torch.no_grad():
-        stepper = Stepper(module, module.init_state(1))
-        stepper.step(token)
+        decoder = compiled(module, 1)
+        decoder.step(token, slot)
         module.head.weight.mul_(2)
-        state = select_rows(stepper.state, [0])
-        assert relative(stepper.step(token), module.step(token, state)[0]) < 1e-5
+        want, _ = module.step(token, decoder.read(slot))
+        assert relative(decoder.step(token, slot), want) < 1e-5
 
 
-def test_a_stepper_keeps_the_memory_it_reads():
+def test_it_keeps_the_memory_it_reads():
     """Weights that were replaced are not seen, but reading freed memory would be worse than reading old numbers."""
-    module, token = model(), torch.tensor([3])
+    module, token, slot = model(), torch.tensor([3]), torch.tensor([0])
     twin = copy.deepcopy(module)
-    with torch.no_grad():
-        stepper, other = (Stepper(m, m.init_state(1)) for m in (module, twin))
-        stepper.step(token)
-        other.step(token)
-        module.load_state_dict(
-            {k: torch.full_like(v, 7.0) for k, v in module.state_dict().items()}, assign=True
-        )
-        junk = [torch.full((128, 128), 9.0) for _ in range(50)]  # where the old weights were, were they freed
-        assert torch.equal(stepper.step(token), other.step(token))
+    one, other = compiled(module, 1), compiled(twin, 1)
+    one.step(token, slot)
+    other.step(token, slot)
+    module.load_state_dict({k: torch.full_like(v, 7.0) for k, v in module.state_dict().items()}, assign=True)
+    junk = [torch.full((128, 128), 9.0) for _ in range(50)]  # where the old weights were, were they freed
+    assert torch.equal(one.step(token, slot), other.step(token, slot))
     assert len(junk) == 50
 
 
-def test_a_stepper_composes_a_step_that_the_kernel_refuses():
-    module, token = model(), torch.tensor([3])
-    with torch.no_grad():
-        stepper, state = Stepper(module, module.init_state(1)), module.init_state(1)
-        for _ in range(2):
-            _, state = module.step(token, state)
-            stepper.step(token)
-    logits = stepper.step(token)  # with a gradient
-    assert logits.requires_grad
-    want, _ = module.step(token, state)
-    assert relative(logits, want) < 1e-5
-    with torch.no_grad():
-        assert stepper.step(token).shape == (1, 257)
-        with pytest.raises(IndexError):
-            stepper.step(torch.tensor([257]))
+def test_a_step_that_is_watched_is_composed():
+    """Modes of torch see operators, and the kernel is none."""
+    module, token, slot = model(), torch.tensor([3]), torch.tensor([0])
+    decoder, seen = compiled(module, 1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        got = decoder.step(token, slot)
+    assert len(seen) > 50
+    want = compiled(module, 1).step(token, slot)
+    assert relative(got, want) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(decoder.step(token, slot).float(), want) > 0
 
 
 @pytest.mark.parametrize("token", [-1, 257])
 def test_a_token_that_is_not_in_the_vocabulary_is_an_error(token):
-    module = model()
-    stepper = Stepper(module, module.init_state(1))
-    with torch.no_grad(), pytest.raises(IndexError):
-        stepper.step(torch.tensor([token]))
-    assert not stepper.state[0].kv.any()
+    decoder = compiled(model(), 1)
+    with pytest.raises(ValueError, match="is not in the vocabulary"):
+        decoder.step(torch.tensor([token]), torch.tensor([0]))
+    assert not decoder.pools[0].state.kv.any()
 
 
-def test_threads_and_copies_have_steps_of_their_own():
-    module = model(tie_embeddings=False)
+def test_threads_and_copies_have_decoders_of_their_own():
+    module, slot = model(tie_embeddings=False), torch.tensor([0])
+    twin = copy.deepcopy(module)
+    texts = torch.randint(257, (6, 30))
+
+    def read(text):
+        decoder = compiled(module, 1)
+        return torch.cat([decoder.step(token[None], slot) for token in text])
+
     with torch.no_grad():
-        twin = copy.deepcopy(module)
         twin.head.weight.mul_(2)
-        texts = torch.randint(257, (6, 30))
-
-        def read(text):
-            with torch.no_grad():
-                stepper = Stepper(module, module.init_state(1))
-                return torch.cat([stepper.step(token[None]) for token in text])
-
-        want = [read(text) for text in texts]
-        with ThreadPoolExecutor(3) as pool:
-            got = list(pool.map(read, texts))
-        logits = [Stepper(m, m.init_state(1)).step(torch.tensor([1])) for m in (module, twin)]
+    want = [read(text) for text in texts]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(read, texts))
+    logits = [compiled(m, 1).step(torch.tensor([1]), slot) for m in (module, twin)]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert relative(logits[1], 2 * logits[0]) < 1e-6
 
@@ -309,5 +301,15 @@ def test_derived_models_are_composed():
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=257, d_model=128, num_layers=1, mixer=RetentionConfig(num_heads=4))
     module = Louder(config).eval()
-    with torch.no_grad():
-        assert step(module, torch.tensor([1]), module.init_state(1)) is None
+    with pytest.raises(NotCompiledError, match="it is a Louder"):
+        CpuDecoder(module, 1)
+    assert type(choose_decoder(module, 1)) is ComposedDecoder
+
+
+def test_the_choice_is_logged_with_its_reason(caplog):
+    with caplog.at_level("INFO", logger="retnet.engine"):
+        choose_decoder(model(), 1)
+        choose_decoder(model(mixer={"score_norm": "paper"}), 1)
+    first, second = (record.message for record in caplog.records)
+    assert "compiled" in first
+    assert "composed of the model's parts: it has a layer, an option" in second

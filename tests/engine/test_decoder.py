@@ -113,6 +113,14 @@ def test_rows_come_and_go_in_every_mixer(name):
     play(ComposedDecoder(module, 5), module, 1e-9)
 
 
+def test_rows_come_and_go_in_the_compiled_decoder():
+    pytest.importorskip("numba")
+    module = model("retention", torch.float32, d_model=96)
+    decoder = choose_decoder(module, 5)
+    assert type(decoder).__name__ == "CpuDecoder"
+    play(decoder, module, 1e-4)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_step_is_the_step_of_the_model(name):
     module = model(name, torch.float32)

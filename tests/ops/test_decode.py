@@ -17,7 +17,7 @@ def parts_alone(monkeypatch):
     monkeypatch.setattr(decode, "_kernels", lambda _: None)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("rows", [1, 3, 9, 64, 65])
 def test_product(rows):
     x, weight = torch.randn(rows, 130), torch.randn(513, 130)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def int8(weight):
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize("rows", [1, 4, 9, 64, 65])
 def test_product_with_int8_weights(rows, monkeypatch):
     x = torch.randn(rows, 131)
     codes, scale = int8(torch.randn(513, 131) * torch.logspace(-3, 3, 513)[:, None])
@@ -48,6 +48,26 @@ def test_product_with_int8_weights(rows, monkeypatch):
             strided = product(torch.stack((x, x), -1)[..., 0], codes.t().contiguous().t(), scale)
             assert relative(strided, want) < 1e-5
             parts_alone(monkeypatch)
+
+
+SIZES = [
+    (513, 130),
+    (200, 131),
+    (130, 400),
+]  # rows and columns that fill no tile and no panel, and some that do
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_a_row_of_a_product_is_the_same_bits_in_any_company(size, kind):
+    weight = torch.randn(size)
+    weights = (weight,) if kind == "fp32" else int8(weight)
+    x = torch.randn(64, size[1])
+    with torch.no_grad():
+        alone = torch.cat([decode.few_rows(row[None], *weights) for row in x])
+        for rows in range(2, 65):
+            order = torch.randperm(64)[:rows]
+            assert torch.equal(decode.few_rows(x[order], *weights), alone[order]), f"{rows} rows"
 
 
 WRONG = {

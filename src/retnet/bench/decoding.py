@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retnet.bench.generation import FIRST, generate_long, long_targets
 from retnet.bench.throughput import ThroughputBench, measure_throughput
 from retnet.bench.training import cost_vocabulary
-from retnet.engine import Stepper, quantise
+from retnet.engine import decode_from, quantise
 from retnet.host import keep_freed_memory
 from retnet.measure import peers
 from retnet.measure.clock import (
@@ -261,8 +261,8 @@ def _contenders(
 
 def _stepper(model: LanguageModel, state: ModelState) -> Callable[[], object]:
     """As `retnet generate` steps."""
-    tokens = torch.zeros(len(state[0][0]), dtype=torch.long)
-    return partial(Stepper(model, state).step, tokens)
+    decoder, slots = decode_from(model, state)
+    return partial(decoder.step, torch.zeros_like(slots), slots)
 
 
 def _llama_stepper(model: nn.Module, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:

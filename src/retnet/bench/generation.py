@@ -9,9 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from retnet.engine import Stepper
+from retnet.engine import decode_from
 from retnet.measure.clock import Spread, Target, median_seconds, spread
-from retnet.mixers.states import select_rows
 from retnet.model import LanguageModel, ModelConfig, ModelState
 from retnet.progress import Say
 
@@ -68,10 +67,11 @@ class _Generation:
     """A text in the making."""
 
     def __init__(self, model: LanguageModel, state: ModelState, token: Tensor, made: int = 0) -> None:
-        self.model, self.stepper, self.token, self.made = model, Stepper(model, state), token, made
+        self.model, self.token, self.made = model, token, made
+        self.decoder, self.slots = decode_from(model, state)
 
     def step(self) -> None:
-        self.token = self.stepper.step(self.token).argmax(-1)
+        self.token = self.decoder.step(self.token, self.slots).argmax(-1)
         self.made += 1
 
     def block(self) -> list[float]:
@@ -79,4 +79,4 @@ class _Generation:
         return [median_seconds(self.step, 1, warmup=0) for _ in range(BLOCK)]
 
     def copy(self) -> _Generation:
-        return _Generation(self.model, select_rows(self.stepper.state, [0]), self.token, self.made)
+        return _Generation(self.model, self.decoder.read(self.slots), self.token, self.made)

@@ -13,7 +13,7 @@ import torch
 
 from retnet.bench import llama_cpp
 from retnet.bench.gguf_models import FORMATS
-from retnet.engine import Stepper, quantise
+from retnet.engine import choose_decoder, decode_from, quantise
 from retnet.measure.clock import Budget, Contender, Sample, Target, interleave, spread, times_faster
 from retnet.measure.contexts import Contexts
 from retnet.model import LanguageModel
@@ -169,18 +169,20 @@ def _adapted(write: Callable[[int], float]) -> Callable[[], float]:
 def _write(model: LanguageModel, contexts: Contexts, context: int, tokens: int) -> float:
     """Seconds per token, greedy, after a context; one step before them does not count."""
     with torch.inference_mode():
-        step = Stepper(model, contexts.state(context, 1)).step
-        token = step(contexts.token(1)).argmax(-1)
+        decoder, slots = decode_from(model, contexts.state(context, 1))
+        token = decoder.step(contexts.token(1), slots).argmax(-1)
         begin = time.perf_counter()
         for _ in range(tokens):
-            token = step(token).argmax(-1)
+            token = decoder.step(token, slots).argmax(-1)
         return (time.perf_counter() - begin) / tokens
 
 
 def _read(model: LanguageModel, tokens: int) -> float:
     """Seconds per token of a prompt."""
-    prompt, state = torch.randint(model.config.vocab_size or 1, (1, tokens)), model.init_state(1)
+    decoder, slots = choose_decoder(model, 1), torch.zeros(1, dtype=torch.long)
+    prompt, bounds = torch.randint(decoder.vocab_size, (tokens,)), torch.tensor([0, tokens])
+    decoder.reset(slots)
     with torch.inference_mode():
         begin = time.perf_counter()
-        model.prefill(prompt, state)
+        decoder.prefill(prompt, bounds, slots)
         return (time.perf_counter() - begin) / tokens

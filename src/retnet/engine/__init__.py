@@ -1,7 +1,6 @@
 """Inference: opening a run, continuous batching, sampling, streaming text. A token costs the same at any length."""
 
-from retnet.engine.cpu_decoder import Stepper
-from retnet.engine.decoder import ComposedDecoder, Decoder, choose_decoder
+from retnet.engine.decoder import ComposedDecoder, Decoder, choose_decoder, decode_from
 from retnet.engine.engine import SLOTS, Engine
 from retnet.engine.generation import generate
 from retnet.engine.grammar import Grammar
@@ -25,9 +24,9 @@ __all__ = [
     "Sampling",
     "Session",
     "Stats",
-    "Stepper",
     "TokenLogprobs",
     "choose_decoder",
+    "decode_from",
     "find_checkpoint",
     "generate",
     "open_run",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from retnet.engine.slots import Rows, SlotPool, rows_of
+from retnet.engine.slots import SlotPool, rows_of
 from retnet.model import Block, LanguageModel, ModelState
 from retnet.settings import dump
+
+_log = logging.getLogger("retnet.engine")
 
 
 class Decoder(ABC):
@@ -118,10 +121,9 @@ class ComposedDecoder(Decoder):
         weight = model.embedding.weight
         self.vocab_size, self.slots, self.device = model.embedding.num_embeddings, slots, weight.device
         self._model = model
-        caches = [cast("Block", block).mixer.caches for block in model.blocks]
+        mixers = [cast("Block", block).mixer for block in model.blocks]
         with torch.inference_mode(False):  # else nobody outside of it could change them
-            initial = model.init_state(1, device=weight.device, dtype=weight.dtype)
-            self.pools = [SlotPool(state, c, slots) for state, c in zip(initial, caches, strict=True)]
+            self.pools = [SlotPool(mixer, slots, weight) for mixer in mixers]
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, slots: Tensor) -> Tensor:
@@ -147,15 +149,17 @@ class ComposedDecoder(Decoder):
         """See `Decoder.step`."""
         live = self._check_step(tokens, slots)
         if live and len(live) == len(slots):
-            return self._step(tokens, rows_of(slots, self.device))
+            return self._step(tokens, slots)
         logits = torch.zeros(
             len(slots), self.vocab_size, dtype=self._model.embedding.weight.dtype, device=self.device
         )
         if live:
-            logits[live] = self._step(tokens[live], rows_of(slots[live], self.device))
+            logits[live] = self._step(tokens[live], slots[live])
         return logits
 
-    def _step(self, tokens: Tensor, rows: Rows) -> Tensor:
+    def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Rows without padding, checked."""
+        rows = rows_of(slots, self.device)
         before = tuple(pool.take(rows, 1) for pool in self.pools)
         logits, after = self._model.step(tokens, before)
         for pool, old, new in zip(self.pools, before, after, strict=True):
@@ -270,9 +274,25 @@ class ComposedDecoder(Decoder):
 
 
 def choose_decoder(model: LanguageModel, slots: int) -> Decoder:
-    """The fastest decoder that can run this model here; the log says which one and why.
+    """The fastest decoder that can run this model here, for any number of rows; the log says which one and why.
 
     Raises:
         ValueError: a model in training mode, or no slots.
     """
-    return ComposedDecoder(model, slots)
+    from retnet.engine.cpu_decoder import CpuDecoder, NotCompiledError  # built on the composed one
+
+    try:
+        decoder = CpuDecoder(model, slots)
+    except NotCompiledError as reason:
+        _log.info("decoding is composed of the model's parts: %s", reason)
+        return ComposedDecoder(model, slots)
+    _log.info("decoding is compiled: every token is one call for all RetNet layers, in CPU memory")
+    return decoder
+
+
+def decode_from(model: LanguageModel, state: ModelState) -> tuple[Decoder, Tensor]:
+    """A decoder with a slot for each row of a state, which holds a copy of it; and those slots, int64 [B]."""
+    slots = torch.arange(len(state[0][0]))
+    decoder = choose_decoder(model, len(slots))
+    decoder.write(slots, state)
+    return decoder, slots

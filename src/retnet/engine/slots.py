@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.mixers import Mixer
+
 Rows = slice | Tensor  # of a pool: int64 [B] on the device of its states
 
 
@@ -26,17 +28,19 @@ class SlotPool:
     so that each place is copied a constant number of times; nothing else is ever copied for other rows.
 
     Args:
-        initial: the mixer's state before the first token, of one row.
-        caches: which of its tensors are caches, by name; its `length` [B] counts their places.
+        mixer: of the layer.
         slots: how many sequences.
+        like: a tensor of the device and type of the computation.
 
     Attributes:
         state: the tensors, in a NamedTuple as the mixer's own. Rows that nobody uses may hold anything.
     """
 
-    def __init__(self, initial: Any, caches: tuple[str, ...], slots: int) -> None:  # noqa: ANN401
-        self._initial, self._cached = initial, [name in caches for name in initial._fields]
-        self.state = self._like(part.repeat(slots, *[1] * (part.dim() - 1)) for part in initial)
+    def __init__(self, mixer: Mixer, slots: int, like: Tensor) -> None:
+        self.state, self._initial = (
+            mixer.init_state(rows, device=like.device, dtype=like.dtype) for rows in (slots, 1)
+        )
+        self._cached = [name in mixer.caches for name in self._initial._fields]
 
     def take(self, rows: Rows, new: int) -> Any:  # noqa: ANN401
         """The state of some rows, with room for `new` more tokens in each.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet.engine import Stepper
+from retnet.engine import decode_from
 from retnet.measure.clock import median_seconds, wait
 from retnet.mixers import Mixer
 from retnet.mixers.states import select_rows
@@ -71,14 +71,16 @@ class Contexts:
     def seconds(self, length: int, batch: int, budget: float) -> float:
         """Median seconds of a step from there, of as many as the budget in seconds holds, at least 3."""
         state, token = self.state(length, batch), self.token(batch)
-        subject, stepper = self.subject, None
-        if isinstance(subject, LanguageModel):
-            stepper = Stepper(subject, state)
+        subject, decoder = self.subject, None
+        if isinstance(subject, LanguageModel) and not self.grows:
+            decoder, slots = decode_from(subject, state)
 
         def step() -> None:
             nonlocal state
-            if stepper is not None:  # as `retnet generate` steps
-                stepper.step(token)
+            if (
+                decoder is not None
+            ):  # as `retnet generate` steps; caches, which it would copy, lie where they are
+                decoder.step(token, slots)
             else:
                 _, state = subject.step(token, state)
             wait(token.device)

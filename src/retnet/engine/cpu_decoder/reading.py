@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retnet.engine.cpu_decoder.table import Core, Ends, Plan, Shell, make_plan
+from retnet.engine.cpu_decoder.table import (
+    BlockWeights,
+    EndWeights,
+    MixerWeights,
+    NotCompiledError,
+    WeightTable,
+    make_table,
+)
 from retnet.mixers import MultiScaleRetention
 from retnet.model import Block, LanguageModel
 from retnet.nn import FeedForward, Int8Linear, Linear, Norm
@@ -15,14 +22,19 @@ from retnet.nn import FeedForward, Int8Linear, Linear, Norm
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def read_model(model: nn.Module) -> Plan | None:
-    """The table of a model as it is now; None where its layers have to be called.
+def read_model(model: nn.Module) -> WeightTable:
+    """The table of a model as it is now.
 
-    That is so for other mixers, in training, and where a layer has a hook or a `forward` of its own, as offloading gives it
-    one; and for derived classes, whose `forward` may be another.
+    Raises:
+        NotCompiledError: its layers have to be called. That is so for other mixers, in training, where a layer has a hook
+            or a `forward` of its own, as offloading gives it one, and for derived classes, whose `forward` may be another.
     """
-    if type(model) is not LanguageModel or any(map(_called, model.modules())):
-        return None
+    if type(model) is not LanguageModel:
+        raise NotCompiledError(
+            f"it is a {type(model).__name__}, whose forward may be another than LanguageModel's"
+        )
+    if any(map(_called, model.modules())):
+        raise NotCompiledError("a layer trains, has a hook, or a forward of its own")
     norm, first, head = model.norm, model.embedding_norm, stored(model.head)
     exact = (
         type(model.embedding) is nn.Embedding
@@ -31,10 +43,11 @@ def read_model(model: nn.Module) -> Plan | None:
         and _alike(norm, *([] if first is None else [first]))
     )
     blocks = [_read_block(block) for block in model.blocks]
-    if not exact or head is None:
-        return None
+    known = [block for block in blocks if block is not None]
+    if not exact or head is None or len(known) < len(blocks):
+        raise NotCompiledError("it has a layer, an option or a kind of weight that is not covered")
     (weight,), (scale,) = head
-    ends = Ends(
+    ends = EndWeights(
         model.embedding.weight,
         model.embedding_scale or 1.0,
         None if first is None else first.weight,
@@ -45,8 +58,7 @@ def read_model(model: nn.Module) -> Plan | None:
         scale,
         norm.eps,
     )
-    known = [block for block in blocks if block is not None]
-    return make_plan(known, ends) if len(known) == len(blocks) else None
+    return make_table(known, ends)
 
 
 def stored(*layers: nn.Module | None) -> tuple[list[Any], list[Tensor | None]] | None:
@@ -70,7 +82,7 @@ def stored(*layers: nn.Module | None) -> tuple[list[Any], list[Tensor | None]] |
     return weights, scales
 
 
-def _read_block(block: nn.Module) -> tuple[Core, Shell] | None:
+def _read_block(block: nn.Module) -> tuple[MixerWeights, BlockWeights] | None:
     if type(block) is not Block or type(block.mixer) is not MultiScaleRetention:
         return None
     ffn, first, second = block.ffn, block.mixer_norm, block.ffn_norm
@@ -80,10 +92,10 @@ def _read_block(block: nn.Module) -> tuple[Core, Shell] | None:
     if core is None or weights is None:
         return None
     norms = (first.weight, first.bias, second.weight, second.bias)
-    return core, Shell(*norms, *weights, first.eps, ffn.act.__name__)
+    return core, BlockWeights(*norms, *weights, first.eps, ffn.act.__name__)
 
 
-def _read_retention(mixer: MultiScaleRetention) -> Core | None:
+def _read_retention(mixer: MultiScaleRetention) -> MixerWeights | None:
     c = mixer.config
     if mixer.head_norm_weight is not None or c.score_norm in ("paper", "torchscale"):
         return None
@@ -92,7 +104,9 @@ def _read_retention(mixer: MultiScaleRetention) -> Core | None:
         return None
     weights, scales = read
     bridge = c.score_norm == "decay"
-    return Core(weights, scales, mixer.log_decay, mixer.theta, c.rotary, bridge, c.head_norm, c.head_norm_eps)
+    return MixerWeights(
+        weights, scales, mixer.log_decay, mixer.theta, c.rotary, bridge, c.head_norm, c.head_norm_eps
+    )
 
 
 def _called(module: nn.Module) -> bool:

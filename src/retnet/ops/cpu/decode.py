@@ -1,4 +1,4 @@
-"""Compiled products with a few rows (GEMV) and the compiled state update: what a step of decoding on a CPU is made of.
+"""Compiled products with few rows (GEMV, skinny GEMM) and the compiled state update: what decoding on a CPU is made of.
 
 torch's matrix product with a few rows runs on one thread at a third of that thread's bandwidth, and updates a state in three
 passes. The kernels here, compiled by numba where it is installed, read every weight and every state once, at the speed of
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from retnet.ops import chunkwise
-from retnet.ops.cpu.gemv import compile_matvec, compile_product
 from retnet.ops.cpu.jit import Compiler, hindrance, optional
 from retnet.ops.cpu.openmp import bits, readable, run
-from retnet.ops.cpu.state_update import compile_advance, compile_step
+from retnet.ops.cpu.skinny_gemm import MAX_ROWS, compile_product, compile_skinny_gemm
+from retnet.ops.cpu.state_update import compile_step, compile_update
+from retnet.ops.cpu.tile import LANES
 from retnet.ops.torch_private import constant_in_traces, plain
 
 MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
-MAX_ROWS = 8  # beyond, torch's matrix product is the faster one
 
 
 class _Kernels(NamedTuple):
@@ -32,7 +32,8 @@ class _Kernels(NamedTuple):
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
     """x Wᵀ: fp32 x [B,K] and weight [N,K] → [B,N]; None where the kernel cannot run.
 
-    W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N].
+    W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N]. A row's results are the same bits
+    whatever other rows are there.
     """
     number = torch.float32 if scale is None else torch.int8
     if (
@@ -45,9 +46,11 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor |
     ):
         return None
     x, (N, K) = x.contiguous(), weight.shape
-    out = torch.empty(x.shape[0], N)
+    out, threads = torch.empty(x.shape[0], N), torch.get_num_threads()
+    packed = torch.empty(threads * x.shape[0] * (K + LANES))
     scales = 0 if scale is None else scale.data_ptr()
-    run(kernels.product, (x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), x.shape[0], K, N))
+    pointers = (x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), packed.data_ptr())
+    run(kernels.product, (*pointers, x.shape[0], K, N), threads)
     return out
 
 
@@ -138,8 +141,5 @@ _NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
 @optional
 def _kernels(made: Compiler, number: torch.dtype) -> _Kernels:
     """For weights of this type. Compiled on first use, a few seconds, and kept on disk beside this file."""
-    matvec, advance = compile_matvec(made, _NUMBERS[number]), compile_advance(made)
-    return _Kernels(
-        compile_product(made, matvec),
-        compile_step(made, advance),
-    )
+    gemm = compile_skinny_gemm(made, _NUMBERS[number])
+    return _Kernels(compile_product(made, gemm), compile_step(made, compile_update(made)))

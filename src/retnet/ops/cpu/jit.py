@@ -13,10 +13,13 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from enum import EnumType
 from functools import cache, wraps
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from retnet.ops.cpu import numba_private
 from retnet.ops.cpu.openmp import parallel
@@ -34,8 +37,10 @@ class Compiler(NamedTuple):
     """What kernels are written with; see `compiler`."""
 
     function: Callable[..., Any]  # decorator: a compiled function
+    shared: Callable[..., Any]  # shared(function, n): a function of n int64, compiled once for all kernels
     kernel: Callable[..., Any]  # decorator: a kernel, void(table), whose `.address` goes to `run`
     array: Callable[..., Any]  # array(address, shape, dtype): contiguous memory as an array
+    numbers: Callable[..., Any]  # numbers(table, n): the first n numbers of a table, as an array
     real: Callable[..., Any]  # real(number): what `bits` made a number of
     prefetch: Callable[..., None]  # prefetch(address): begins to read the line there into the second cache
     thread: Callable[[], int]  # which thread of the team this is
@@ -82,10 +87,16 @@ def _make_compiler() -> Compiler:
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
         return numba.carray(pointer(address), shape, dtype)
 
+    @function
+    def numbers(table: Any, n: int) -> Any:  # noqa: ANN401
+        return numba.carray(table, (n,))
+
     return Compiler(
         function,
+        _shared,
         _kernel,
         array,
+        numbers,
         real,
         prefetch,
         numba_private.external("omp_get_thread_num", "int32"),
@@ -162,19 +173,30 @@ def _intrinsics() -> tuple[Any, Any, Any]:
 
 
 def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
-    """Compiles void(table), or finds it on disk, beside its file or where NUMBA_CACHE_DIR says.
+    """Compiles void(table)."""
+    return _compiled(function, None)
+
+
+def _shared(function: Callable[..., None], arguments: int) -> Any:  # noqa: ANN401
+    """Compiles void(int64, …) under a name that kernels are linked to: copies would take as long to compile again."""
+    name = f"retnet_{hashlib.sha256(repr(_constants(function)).encode()).hexdigest()[:16]}"
+    return numba_private.named(name, _compiled(function, arguments), arguments)
+
+
+def _compiled(function: Callable[..., None], integers: int | None) -> Any:  # noqa: ANN401
+    """Compiles a function of a table or of so many int64, or finds it on disk: beside its file or in NUMBA_CACHE_DIR.
 
     The key for what is on disk is the texts of the files it was made from, and the constants that it was made with.
     Without a place on disk, or with a spoiled one, it is compiled for this process alone.
     """
     try:
-        compiled = numba_private.c_function(function)
+        compiled = numba_private.c_function(function, integers)
         numba_private.keep_on_disk(compiled, _constants(function))
         with _uninterrupted():
             compiled.compile()
     except Exception as error:
         why = _short(error)
-        compiled = numba_private.c_function(function)
+        compiled = numba_private.c_function(function, integers)
         with _uninterrupted():
             compiled.compile()
         _say_once_not_kept(why)
@@ -210,12 +232,20 @@ def _uninterrupted() -> Iterator[None]:
 def _constants(function: Callable[..., None]) -> list[str]:
     """What a function and all compiled functions that it calls were made of and with."""
     found = [function.__module__, function.__qualname__, _text_of(function.__code__.co_filename)]
+    for name in function.__code__.co_names:  # constants of other files
+        x = function.__globals__.get(name)
+        if isinstance(x, EnumType):
+            found.append(repr(list(x)))
+        elif isinstance(x, (int, float, str, tuple, np.generic)):
+            found.append(repr(x))
     for cell in function.__closure__ or ():
         x = cell.cell_contents
-        if isinstance(x, (int, float, str, type)):
+        if isinstance(x, (int, float, str, type, tuple, np.generic, list)):
             found.append(repr(x))
-        elif isinstance(called := getattr(x, "py_func", None), FunctionType):
-            found += _constants(called)
+        elif isinstance(called := getattr(x, "py_func", getattr(x, "_defn", x)), FunctionType):
+            found += _constants(called)  # of a compiled function, of an intrinsic, or what writes one
+        elif hasattr(x, "symbol"):  # a shared function, whose name says what it was made of
+            found.append(x.symbol)
     return found
 
 

@@ -17,13 +17,33 @@ def external(name: str, result: str) -> Any:  # noqa: ANN401
     return types.ExternalFunction(name, getattr(types, result)())
 
 
-def c_function(function: Callable[..., None]) -> Any:  # noqa: ANN401
-    """void(table) with C's calling convention, not compiled yet: `compile()`, then `address` is where it lies."""
+def c_function(function: Callable[..., None], integers: int | None = None) -> Any:  # noqa: ANN401
+    """void(table), or void of so many int64, with C's calling convention.
+
+    It is not compiled yet: `compile()`, then `address` is where it lies.
+    """
     from numba import types
     from numba.core.ccallback import CFunc
 
-    signature = types.void(types.CPointer(types.int64))
-    return CFunc(function, (signature.args, signature.return_type), {}, {})
+    arguments = [types.CPointer(types.int64)] if integers is None else [types.int64] * integers
+    return CFunc(function, (tuple(arguments), types.void), {}, {})
+
+
+def named(name: str, compiled: Any, integers: int) -> Any:  # noqa: ANN401
+    """A compiled `c_function` of int64 as what other functions call by this name, so that they can be kept on disk."""
+    from llvmlite import binding
+    from numba import types
+
+    binding.add_symbol(name, compiled.address)
+    return types.ExternalFunction(name, types.void(*[types.int64] * integers))
+
+
+def has_feature(name: str) -> bool:
+    """Whether numba compiles for a CPU with this feature, by LLVM's name; NUMBA_CPU_FEATURES can say it has not."""
+    from numba.core.registry import cpu_target
+
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    return f"+{name}" in features.split(",")
 
 
 def keep_on_disk(compiled: Any, key: Sequence[str]) -> None:  # noqa: ANN401

@@ -1,21 +1,40 @@
-"""The compiled step of states alone: S ← γ S + kᵀ v, o = q S, in one pass over S."""
+"""The recurrent step of retention on states in slots: S ← γ S + kᵀ v, o = q S, in one pass over S."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from retnet.ops.cpu import jit
+from retnet.ops.cpu.jit import Compiler
 
 
-def compile_advance(compiler: jit.Compiler) -> Callable[..., None]:
-    """advance(S, keep, key, value, query, out): S = keep · S + keyᵀ value, out = query S."""
+class StepTable(IntEnum):
+    """The table of `compile_step`'s kernel: addresses, then sizes."""
+
+    Q = 0  # [B,H,K]
+    K = 1
+    V = 2  # [B,H,V]
+    LOG_DECAY = 3  # [H]
+    STATE = 4  # [N,H,K,V]
+    SLOTS = 5  # int64 [B], −1 is padding; 0: row b has slot b
+    OUT = 6  # [B,H,V]
+    ROWS = 7
+    HEADS = 8
+    KEY_DIM = 9
+    VALUE_DIM = 10
+    STATES = 11
+    SCALE = 12  # the bits of an fp64 number
+
+
+def compile_update(compiler: Compiler) -> Callable[..., None]:
+    """update(S, keep, key, value, query, out): S = keep · S + keyᵀ value, out = query S."""
 
     @compiler.function
-    def advance(S: Any, keep: float, key: Any, value: Any, query: Any, out: Any) -> None:  # noqa: ANN401
+    def update(S: Any, keep: float, key: Any, value: Any, query: Any, out: Any) -> None:  # noqa: ANN401
         out[:] = 0
         # Four rows at a time, far apart: as many streams for the memory, and `out` is touched less.
         n = len(key) // 4
@@ -36,28 +55,44 @@ def compile_advance(compiler: jit.Compiler) -> Callable[..., None]:
                 row[j] = s
                 out[j] += qi * s
 
-    return advance
+    return update
 
 
-def compile_step(compiler: jit.Compiler, advance: Callable[..., None]) -> Any:  # noqa: ANN401
-    """A step of B rows; its table: q, k, v, log_decay, state, slots (0: row b has slot b), out, B, H, K, V, N, scale."""
-    array, real, thread, threads = compiler.array, compiler.real, compiler.thread, compiler.threads
+def compile_step(compiler: Compiler, update: Callable[..., None]) -> Any:  # noqa: ANN401
+    """The kernel of a step of some rows, whose states lie in slots; its table: see `StepTable`."""
+    array, numbers, real = compiler.array, compiler.numbers, compiler.real
+    thread, threads, count = compiler.thread, compiler.threads, len(StepTable)
 
     @compiler.kernel
-    def kernel(table: Any) -> None:  # noqa: ANN401
-        B, H, K, V, N = table[7], table[8], table[9], table[10], table[11]
-        scale = np.float32(real(table[12]))
-        q, k = array(table[0], (B, H, K), np.float32), array(table[1], (B, H, K), np.float32)
-        v, log_decay = array(table[2], (B, H, V), np.float32), array(table[3], (H,), np.float32)
-        state, slots = array(table[4], (N, H, K, V), np.float32), array(table[5], (B,), np.int64)
-        out = array(table[6], (B, H, V), np.float32)
+    def kernel(pointer: Any) -> None:  # noqa: ANN401
+        table = numbers(pointer, count)
+        B, H, K, V = (
+            table[StepTable.ROWS],
+            table[StepTable.HEADS],
+            table[StepTable.KEY_DIM],
+            table[StepTable.VALUE_DIM],
+        )
+        N, scale = table[StepTable.STATES], np.float32(real(table[StepTable.SCALE]))
+        q, k = (
+            array(table[StepTable.Q], (B, H, K), np.float32),
+            array(table[StepTable.K], (B, H, K), np.float32),
+        )
+        v, log_decay = (
+            array(table[StepTable.V], (B, H, V), np.float32),
+            array(table[StepTable.LOG_DECAY], (H,), np.float32),
+        )
+        state, slots = (
+            array(table[StepTable.STATE], (N, H, K, V), np.float32),
+            array(table[StepTable.SLOTS], (B,), np.int64),
+        )
+        out = array(table[StepTable.OUT], (B, H, V), np.float32)
         for task in range(thread(), B * H, threads()):
             b, h = task // H, task % H
-            slot = slots[b] if table[5] else b
+            slot = slots[b] if table[StepTable.SLOTS] else b
             if slot < 0:
                 out[b, h, :] = 0
                 continue
             keep = np.float32(math.exp(log_decay[h]))
-            advance(state[slot, h], keep, k[b, h], v[b, h], q[b, h] * scale, out[b, h])
+            update(state[slot, h], keep, k[b, h], v[b, h], q[b, h] * scale, out[b, h])
 
     return kernel
