@@ -71,7 +71,18 @@ def test_decode(tmp_path, monkeypatch):
     }
     assert [mark["token"] for mark in record["long"]["marks"]] == [100, 200]
     assert "One generation of 200 tokens" in shown
-    assert record["rounds"] == {"one sequence of ours": 20, "the rest": 2, "beside llama.cpp": 2}
+    assert record["rounds"] == {
+        "one sequence of ours": 20,
+        "the rest": 2,
+        "many rows": 2,
+        "beside llama.cpp": 2,
+    }
+    batches = record["batches"]["rows"]
+    assert [(row["weights"], row["batch"]) for row in batches] == [
+        (weights, batch) for weights in ("fp32", "int8") for batch in (1, 2, 4)
+    ]
+    assert all(row["products_of_torch_mm"]["median"] > 0 for row in batches)
+    assert "Steps of many rows" in shown
     throughput = record["throughput"]
     ours = [row for row in throughput["rows"] if row["name"] == "retnet"]
     tasks = (("write", 16), ("write", 64), ("read", 100))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retnet.bench.batches import BatchBench, measure_batches
 from retnet.bench.generation import FIRST, generate_long, long_targets
 from retnet.bench.throughput import ThroughputBench, measure_throughput
 from retnet.bench.training import cost_vocabulary
@@ -68,6 +69,9 @@ class DecodingBench:
     long: int = 0  # tokens of one continuous generation; 0: none
     long_model: ModelConfig | None = None  # that generates them
     minutes: float | None = None  # fewer rounds beyond
+    batches: BatchBench | None = (
+        None  # many numbers of rows; None: the model and one of 100 M parameters like it
+    )
     throughput: ThroughputBench = field(default_factory=ThroughputBench)
     buffer_megabytes: int = 256  # that bandwidth is measured with
 
@@ -154,21 +158,28 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
         row.samples = samples[contender.name]
     every = [s for part in samples.values() for s in part]
     del contenders, short, slow  # and the memory of their caches
+    large = replace(config, d_model=1024, num_layers=8)  # 100 M parameters
+    many = bench.batches or BatchBench((config, large))
+    many = replace(many, models=tuple(map(_with_vocabulary, many.models)))
+    batches = measure_batches(many, say, budget)
     throughput = measure_throughput(model, weight_bytes(model) // 4, bench.throughput, say, budget)
     return {
         "notes": NOTES,
         "rounds": {
             **rounds_made({"one sequence of ours": ours, "the rest": others}),
+            "many rows": batches["rounds"],
             "beside llama.cpp": throughput["rounds"],
         },
         "limits": {
             f"{name}_bytes_per_s": vars(spread(s.limits[name] for s in every)) for name in ("read", "update")
         },
         "rows": [row.record() for row in rows],
+        "batches": batches,
         "throughput": throughput,
         "long": long,
         "targets": [
             *(target.record() for target in [*targets(rows), *long_targets(long)]),
+            *batches["targets"],
             *throughput["targets"],
         ],
     }

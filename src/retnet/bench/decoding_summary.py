@@ -11,6 +11,9 @@ def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
     """What `measure_decoding` found; throughput and one long generation as far as they were measured."""
     tables: list[Table] = [_steps(record)]
     panels: list[Panel | Bars] = [_step_times(record)]
+    if batches := record.get("batches"):
+        tables.append(_batches(batches))
+        panels.append(_rates(batches))
     if throughput := record.get("throughput"):
         tables.append(_throughput(throughput))
         panels.append(_written(throughput))
@@ -34,6 +37,43 @@ def _steps(record: Record) -> Table:
         for row in record["rows"]
     )
     return Table("One token a sequence, median (least..greatest) over rounds", columns, rows)
+
+
+def _batches(batches: Record) -> Table:
+    columns = (
+        "parameters",
+        "weights",
+        "rows",
+        "ms per step",
+        "tokens/s",
+        "time ÷ floor",
+        "products ÷ torch.mm",
+    )
+    rows = tuple(
+        (
+            f"{row['parameters'] / 1e6:.0f} M",
+            row["weights"],
+            str(row["batch"]),
+            seen(row, "seconds_per_step", 1e3).written(),
+            seen(row, "tokens_per_s").written(0),
+            seen(row, "over_floor").written(),
+            seen(row, "products_of_torch_mm").written(),
+        )
+        for row in batches["rows"]
+    )
+    return Table("Steps of many rows, and the rate of their products ÷ that of torch.mm", columns, rows)
+
+
+def _rates(batches: Record) -> Panel:
+    lines = tuple(
+        Line.of(
+            f"{parameters / 1e6:.0f} M, {weights}",
+            [row["batch"] for row in rows],
+            [seen(row, "tokens_per_s") for row in rows],
+        )
+        for (parameters, weights), rows in grouped(batches["rows"], "parameters", "weights").items()
+    )
+    return Panel("Decoding many sequences", "rows", "tokens per second", lines, log_x=True, log_y=True)
 
 
 def _throughput(throughput: Record) -> Table:

@@ -130,6 +130,7 @@ def decode(
     """
     # the peers of llama.cpp have no size near that of the smallest quick model
     model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
+    from retnet.bench.batches import BatchBench
     from retnet.bench.decoding import DecodingBench, measure_decoding
     from retnet.bench.throughput import ThroughputBench
 
@@ -148,6 +149,7 @@ def decode(
             long=long,
             long_model=long_model,
             minutes=minutes,
+            batches=BatchBench((model,), rows=(1, 2, 4), rounds=2, buffer_megabytes=1),
             throughput=ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
             buffer_megabytes=1,
         )
