@@ -40,7 +40,9 @@ def test_opcheck_step(slots, backend):
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_opcheck_rotate(interleaved):
     cos, sin = rotation(torch.arange(6)[None], torch.rand(4, dtype=torch.float64))
-    opcheck(torch.ops.retnet.rotate, (torch.randn(2, 6, 3, 8, requires_grad=True), cos, sin, interleaved))
+    opcheck(
+        torch.ops.retnet.rotary_torch, (torch.randn(2, 6, 3, 8, requires_grad=True), cos, sin, interleaved)
+    )
 
 
 class Layer(torch.nn.Module):

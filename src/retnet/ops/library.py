@@ -24,7 +24,7 @@ class Derivatives(NamedTuple):
 
     Attributes:
         save: save(ctx, inputs, output), which keeps what the others need, tensors by `keep`.
-        backward: backward(ctx, *d_outputs): the gradient of every input; a d_output may be None where nothing depends on it.
+        backward: backward(ctx, *d_outputs): the gradient of every input; a d_output is None where nothing depends on it.
         jvp: jvp(ctx, *tangents): the tangent of every output, from those of the inputs, None where they have none.
         vmap: vmap(info, in_dims, *inputs): outputs and their batch dimensions, as `torch.library.register_vmap` has it.
     """
@@ -73,6 +73,9 @@ def define(
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:  # noqa: ANN401
     """Saves tensors for the backward rule, and for the forward-mode rule while somebody differentiates so."""
+    ctx.set_materialize_grads(
+        False
+    )  # what is not there is None, in both directions, and not a tensor of zeros
     ctx.save_for_backward(*tensors)
     if torch_private.differentiating_forwards():
         ctx.save_for_forward(*tensors)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops.dispatch import Implementation, Op
+from retnet.ops.torch_private import differentiating_forwards, transforming
 from retnet.ops.triton import capability, row_operators
 
 NORMS = ("group", "rms", "none")
@@ -61,7 +62,10 @@ def _by_triton(
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    y: Tensor = row_operators.head_norm(o, gate, weight, bias, sums, norm, eps)[0]
+    # transforms of torch.func and forward-mode differentiation see the formula
+    opaque = not transforming() and not differentiating_forwards()
+    compute = row_operators.head_norm if opaque else row_operators.norm_by_torch
+    y: Tensor = compute(o, gate, weight, bias, sums, norm, eps)[0]
     return y if gate is not None or dtype is None else y.to(dtype)
 
 

@@ -137,7 +137,6 @@ def _define(
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
         *tensors, ctx.scale, ctx.chunk, keep_states = inputs
         ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
         library.keep(ctx, *tensors, output[2] if keep_states else None)
 
     def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:  # noqa: ANN401
@@ -161,7 +160,6 @@ def _define(
         *tensors, _, ctx.scale, ctx.chunk = (
             inputs  # but for the snapshots, which k, v and the state determine
         )
-        ctx.set_materialize_grads(False)
         library.keep(ctx, *tensors)
 
     def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.ops import library
 from retnet.ops.dispatch import Implementation, Op
-from retnet.ops.torch_private import is_differentiated
+from retnet.ops.torch_private import is_differentiated, plain
 from retnet.ops.triton import capability, row_operators
 
 LAYOUTS = ("interleaved", "halves")
@@ -91,11 +92,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
         ValueError: an unknown layout.
     """
     _check_layout(layout)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        return torch.ops.retnet.rotate(x, cos, sin, layout == "interleaved")
-    return _rotate(
-        x, cos, sin, layout == "interleaved"
-    )  # decoding: the operator's dispatch would cost more than its work
+    interleaved = layout == "interleaved"
+    if is_differentiated(cos) or is_differentiated(sin):
+        return _rotate_by_autograd(x, cos, sin, interleaved)
+    if plain() and not (torch.is_grad_enabled() and x.requires_grad):
+        return _rotate(
+            x, cos, sin, interleaved
+        )  # decoding: the operator's dispatch would cost more than its work
+    turned: Tensor = _OPERATOR(x, cos, sin, interleaved)
+    return turned
 
 
 def apply_rotary(
@@ -219,21 +224,61 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out.to(x.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[object, ...], output: object) -> None:  # noqa: ANN401
-    _, cos, sin, interleaved = inputs
-    ctx.save_for_backward(cos, sin)
-    ctx.interleaved = interleaved
+def _rotate_by_autograd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The same in operators that autograd knows, for angles that are learned."""
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    pairs = x.to(wide).unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    cos, sin = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2)
+    return turned.flatten(-2).to(x.dtype)
 
 
-def _turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """The transpose of a rotation is the rotation by the opposite angle. The angles themselves have no gradient."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
+    _, cos, sin, ctx.interleaved = inputs
+    library.keep(ctx, cos, sin)
+
+
+def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    """The transpose of a rotation is the rotation by the opposite angle."""
     cos, sin = ctx.saved_tensors
-    return torch.ops.retnet.rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+    _refuse_angles(any(ctx.needs_input_grad[1:3]))
+    if grad is None:
+        return None, None, None, None
+    return _OPERATOR(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-torch.library.define("retnet::rotate", "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
-torch.library.impl("retnet::rotate", "CompositeExplicitAutograd", _rotate)
-torch.library.register_fake(
-    "retnet::rotate", lambda x, cos, sin, interleaved: torch.empty_like(x).contiguous()
+def _turn_along(ctx: Any, x: Tensor | None, *angles: Tensor | None) -> Tensor:  # noqa: ANN401
+    _refuse_angles(x is None or angles[0] is not None or angles[1] is not None)
+    turned: Tensor = _OPERATOR(x, *ctx.saved_tensors, ctx.interleaved)
+    return turned
+
+
+def _refuse_angles(wanted: bool) -> None:
+    if wanted:
+        raise NotImplementedError(
+            "a derivative of cos and sin is wanted from an operator without one; use `rotate`"
+        )
+
+
+def _rotate_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:  # noqa: ANN401
+    """The rule of `torch.vmap`: one more dimension in front of all."""
+    x, cos, sin, interleaved = inputs
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    for_each = []
+    for angle, dim in zip((cos, sin), in_dims[1:3], strict=True):
+        if dim is None:
+            for_each.append(angle)  # it is broadcast
+            continue
+        angle = angle.movedim(dim, 0)
+        for_each.append(angle.view(angle.shape[0], *[1] * (x.dim() - 1 - angle.dim()), *angle.shape[1:]))
+    return _OPERATOR(x, *for_each, interleaved), 0
+
+
+_OPERATOR = library.define(
+    "rotary_torch",
+    "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    {"CompositeExplicitAutograd": _rotate},
+    lambda x, cos, sin, interleaved: torch.empty_like(x).contiguous(),
+    library.Derivatives(_save, _turn_back, _turn_along, _rotate_many),
 )
-torch.library.register_autograd("retnet::rotate", _turn_back, setup_context=_save)

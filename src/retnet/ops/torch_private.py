@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,9 +19,22 @@ SingleLevelFunction: Any = _SingleLevelFunction
 allow_single_level: Any = autograd_function.enable_single_level_autograd_function  # type: ignore[attr-defined]
 
 
-def below_autograd() -> AbstractContextManager[Any]:
-    """In which operators are called past their autograd keys."""
-    return torch._C._AutoDispatchBelowAutograd()
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """In which operators are called past their autograd keys, from the forward of a `SingleLevelFunction`.
+
+    That turns derivatives off. Under `torch.func` what is called is the level below, which may want some of its own.
+    """
+    with torch._C._AutoDispatchBelowAutograd(), ExitStack() as stack:
+        if transforming():
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+        yield
+
+
+def transforming() -> bool:
+    """Whether this runs inside a transform of `torch.func`; not asked while tracing, which has its own ways with them."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -40,7 +53,7 @@ def plain() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transforming()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
@@ -53,7 +66,7 @@ def differentiating_forwards() -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether x stands for many tensors at once, under `torch.vmap`: its values cannot be looked at."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not transforming():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
@@ -66,7 +79,7 @@ def is_differentiated(x: Tensor) -> bool:
     """Whether somebody wants a derivative with respect to x: backwards, forwards, or at any level of `torch.func`."""
     if x.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None):
         return True
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if not transforming():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped and is_differentiated(torch._C._functorch.get_unwrapped(x))

@@ -134,6 +134,11 @@ def check_pool(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None) -> Non
     if state.dim() != 4:
         raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
     check_state(state, q, v, state.shape[0])
+    if torch.is_grad_enabled() and state.requires_grad:
+        raise ValueError(
+            "state requires a gradient, and a step updates it in place without one; pass state.detach(), "
+            "or train with `retention`"
+        )
     if not state.is_contiguous():
         raise ValueError(
             "state is not contiguous, and it is updated in place; pass state.contiguous() and keep that"

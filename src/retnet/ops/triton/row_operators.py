@@ -6,9 +6,11 @@ of them first runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops import library
@@ -98,23 +100,27 @@ def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # 
     library.keep(ctx, position, theta)
 
 
-def _turn_back(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _turn_back(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The transpose of a rotation is the rotation by the opposite angle."""
     position, theta = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
         _refuse("theta")
-    return *rotary(d_q, d_k, position, theta, ctx.interleaved, not ctx.backwards), *[None] * 4
+    return *_turn_some(d_q, d_k, position, theta, ctx.interleaved, not ctx.backwards), *[None] * 4
 
 
-def _turn_along(ctx: Any, t_q: Tensor | None, t_k: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _turn_along(ctx: Any, t_q: Tensor | None, t_k: Tensor | None, *rest: Any) -> Any:  # noqa: ANN401
     position, theta = ctx.saved_tensors
     if rest[1] is not None:
         _refuse("theta")
-    given = t_q if t_q is not None else t_k
-    assert given is not None
-    t_q, t_k = (torch.zeros_like(given) if x is None else x for x in (t_q, t_k))
-    turned: tuple[Tensor, Tensor] = rotary(t_q, t_k, position, theta, ctx.interleaved, ctx.backwards)
-    return turned
+    return _turn_some(t_q, t_k, position, theta, ctx.interleaved, ctx.backwards)
+
+
+def _turn_some(q: Tensor | None, k: Tensor | None, *rest: Any) -> Any:  # noqa: ANN401
+    """Both turned, where one is None as zeros."""
+    given = q if q is not None else k
+    if given is None:
+        return None, None
+    return rotary(*(torch.zeros_like(given) if x is None else x for x in (q, k)), *rest)
 
 
 def _refuse(name: str) -> None:
@@ -140,18 +146,66 @@ def _first(x: Tensor, dim: int | None, n: int) -> Tensor:
     return x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
+def norm_by_torch(
+    o: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel computes, in torch's operators: for second derivatives, and for those of `torch.func`."""
+    y = o.float()
+    spread = torch.ones_like(y[..., 0]) if sums is None else sums.float().expand(o.shape[:-1])
+    mean = y.mean(-1) if kind == "group" else y.new_empty(0)
+    if kind == "group":
+        y = y - mean[..., None]
+    rstd = (spread if kind == "none" else y.square().mean(-1) + eps * spread).rsqrt()
+    y = (y * rstd[..., None]).flatten(-2)
+    y = y if weight is None else y * weight.float()
+    y = y if bias is None else y + bias.float()
+    y = y if gate is None else y * F.silu(gate.float())
+    return y.to((o if gate is None else gate).dtype), mean, rstd
+
+
+def _norm_of(
+    ctx: Any,  # noqa: ANN401
+    given: list[Tensor | None],
+) -> tuple[Callable[..., Tensor], list[int]]:
+    """The normalised heads as a function of those inputs that are there, and which these are."""
+    there = [i for i, x in enumerate(given) if x is not None]
+
+    def function(*some: Tensor) -> Tensor:
+        full = [None] * 5
+        for i, x in zip(there, some, strict=True):
+            full[i] = x  # type: ignore[call-overload]
+        return norm_by_torch(*full, ctx.kind, ctx.eps)[0]  # type: ignore[arg-type]
+
+    return function, there
+
+
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
-    o, gate, weight, bias, _, ctx.kind, _ = inputs
+    *tensors, ctx.kind, ctx.eps = inputs
     ctx.mark_non_differentiable(*output[1:])
-    library.keep(ctx, o, gate, weight, bias, *output[1:])
+    library.keep(ctx, *tensors, *output[1:])
 
 
-def _norm_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    inputs = ctx.saved_tensors
+def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    *inputs, mean, rstd = ctx.saved_tensors
+    found: list[Tensor | None] = [None] * 7
+    if d_out is None:
+        return tuple(found)
+    if torch.is_grad_enabled():  # a derivative of this one is wanted
+        function, there = _norm_of(ctx, inputs)
+        for i, d in zip(there, torch.func.vjp(function, *(inputs[i] for i in there))[1](d_out), strict=True):
+            found[i] = d
+        return tuple(found)
     if ctx.needs_input_grad[4]:
         _refuse("sums")
-    found = head_norm_backward(d_out, *inputs, ctx.kind)
-    return *(None if x is None else d for x, d in zip(inputs[:4], found, strict=True)), None, None, None
+    o, gate, weight, bias, _ = inputs
+    gradients = head_norm_backward(d_out, o, gate, weight, bias, mean, rstd, ctx.kind)
+    return *(None if x is None else d for x, d in zip(inputs, gradients, strict=False)), None, None, None
 
 
 rotary = library.define(
