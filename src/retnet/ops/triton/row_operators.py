@@ -177,10 +177,9 @@ def _norm_of(
     there = [i for i, x in enumerate(given) if x is not None]
 
     def function(*some: Tensor) -> Tensor:
-        full = [None] * 5
-        for i, x in zip(there, some, strict=True):
-            full[i] = x  # type: ignore[call-overload]
-        return norm_by_torch(*full, ctx.kind, ctx.eps)[0]  # type: ignore[arg-type]
+        o, gate, weight, bias, sums = (dict(zip(there, some, strict=True)).get(i) for i in range(5))
+        assert o is not None
+        return norm_by_torch(o, gate, weight, bias, sums, ctx.kind, ctx.eps)[0]
 
     return function, there
 
