@@ -40,6 +40,7 @@ def sole_owner(directory: Path) -> Iterator[None]:
         UserError: another process holds it, here or on another machine; or the directory cannot be written.
     """
     path = directory / LOCK
+    made = [directory, *(parent for parent in directory.parents if not parent.exists())]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = _locked(path)
@@ -53,8 +54,10 @@ def sole_owner(directory: Path) -> Iterator[None]:
         _held.pop(where, None)
         path.unlink(missing_ok=True)
         file.close()
-        if not any(directory.iterdir()):  # nothing was begun
-            directory.rmdir()
+        for folder in made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()  # nothing was begun
 
 
 def _locked(path: Path) -> IO[str]:
