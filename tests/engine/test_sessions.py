@@ -250,6 +250,7 @@ def test_a_cache_that_holds_next_to_nothing_loses_no_session(model, tokenizer, t
         session.close()
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_file_in_another_process(model, tokenizer, tmp_path):
     from retnet.model.checkpoint import model_files, write_checkpoint
 
@@ -277,6 +278,20 @@ print(json.dumps([session.name, got.cached_tokens, got.tokens, [found.logprob fo
         list(here.tokens),
         [found.logprob for found in here.logprobs],
     ]
+
+
+@pytest.mark.parametrize(("back", "reused"), [(2001, 1920), (1990, 1920), (1000, 896), (10, 0)])
+def test_a_saved_session_is_rewound_as_fast_after_a_restart(model, tokenizer, tmp_path, back, reused):
+    session = Session(engine(model, tokenizer))
+    session.append(words(2000))
+    session.generate(max_tokens=1)
+    session.save(tmp_path / "session")
+    other = Session.load(engine(model, tokenizer), tmp_path / "session")
+    for one in (session, other):
+        one.edit(back, "x")
+    here, there = session.generate(**TURN), other.generate(**TURN)
+    assert bits(here) == bits(there)
+    assert here.cached_tokens == there.cached_tokens == reused
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -348,15 +363,21 @@ def test_a_session_of_another_model_or_tokenizer_is_refused(tokenizer, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: t["0.kv"].fill_(float("nan")), "not finite"),
-        (lambda h, t: t.update({"0.kv": t["0.kv"][..., :-1].contiguous()}), "of another model"),
-        (lambda h, t: t.update({"0.kv": t["0.kv"].double()}), "of another model"),
-        (lambda h, t: t.pop("1.kv"), "other layers"),
-        (lambda h, t: t["0.position"].fill_(5), "not that after its first 256 tokens"),
+        (lambda h, t: t["256.0.kv"].fill_(float("nan")), "not finite"),
+        (lambda h, t: t.update({"256.0.kv": t["256.0.kv"][..., :-1].contiguous()}), "of another model"),
+        (lambda h, t: t.update({"256.0.kv": t["256.0.kv"].double()}), "of another model"),
+        (lambda h, t: t.pop("256.1.kv"), "other layers"),
+        (lambda h, t: t["256.0.position"].fill_(5), "not that after its first 256 tokens"),
+        (
+            lambda h, t: t.update({"512.0.kv": t["256.0.kv"].clone()}),
+            "state '512.0.kv', which is at no place of its 331",
+        ),
+        (lambda h, t: t.update({"3.0.kv": t["256.0.kv"].clone()}), "at no place"),
+        (lambda h, t: t.update({"../x": t["256.0.kv"].clone()}), "at no place"),
         (lambda h, t: t["tokens"].fill_(257), "token id 257"),
         (lambda h, t: t["tokens"].fill_(-1), "token id -1"),
-        (lambda h, t: h.update(position=1 << 40), "position"),
-        (lambda h, t: h.update(position=3), "position"),
+        (lambda h, t: h.update(marks="all"), "its name and marks"),
+        (lambda h, t: h.update(name=3), "its name and marks"),
         (lambda h, t: h.update(format=99), "format 99; this version reads 1"),
         (lambda h, t: h.update(tokenizer="x"), "another tokenizer"),
     ],
@@ -385,6 +406,76 @@ def test_mistakes_are_named(model, tokenizer, tmp_path):
 
 
 # -- everything at random -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_thousand_random_submissions_cancellations_and_verbs(model, tokenizer, tmp_path):
+    """One engine, free slots full of NaN, a cache of a few states: every text is what it is alone, and nothing is left."""
+    rng = np.random.default_rng(2026)
+    decoder = ComposedDecoder(model, 6)
+    budget = state_size(decoder.read(torch.tensor([0]))) * 8
+    running = engine(decoder, tokenizer, slots=6, cache_bytes=budget, state_directory=tmp_path)
+    sessions, asked, events, cancelled = [Session(running)], {}, [], set()
+    for operation in range(1000):
+        session = sessions[rng.integers(len(sessions))]
+        match rng.integers(12):
+            case 0 | 1 | 2 | 3 | 4:
+                request = Request(
+                    words(600, int(rng.integers(4)))[: int(rng.integers(0, 600))],
+                    max_tokens=int(rng.integers(1, 9)),
+                    seed=int(rng.integers(99)),
+                    sampling=Sampling(temperature=float(rng.uniform(0, 2)), top_p=float(rng.uniform(0.1, 1))),
+                    samples=int(rng.integers(1, 4)),
+                    logprobs=1,
+                    cache=bool(rng.integers(4)),
+                )
+                asked[running.submit(request)] = request
+            case 5 if asked:
+                number = int(rng.integers(max(0, max(asked) - 8), max(asked) + 1))
+                if running.cancel(number):
+                    cancelled.add(number)
+            case 6:
+                session.append(words(int(rng.integers(1, 200)), operation))
+            case 7:
+                tokens, ask = [*session.tokens], TURN | {"seed": operation, "max_tokens": 6}
+                assert bits(session.generate(**ask)) == fresh(model, tokenizer, tokens, **ask)
+            case 8 if len(sessions) < 12:
+                sessions.append(session.fork())
+            case 9:
+                session.rewind(int(rng.integers(1, len(session.tokens) + 1)))
+            case 10 if len(sessions) > 1:
+                content = session.export()
+                session.close()
+                sessions.remove(session)
+                sessions.append(Session.from_bytes(running, content))
+            case _:
+                events += running.step()
+        poison(decoder, running._free)
+        assert running.store.bytes <= budget
+    events += running.events()
+    done = {(event.request, event.sample): event.completion for event in events if event.completion}
+    assert len(done) == sum(request.samples for request in asked.values()) > 500
+    single = engine(model, tokenizer, cache_bytes=0)
+    for number, request in asked.items():
+        for sample, alone in enumerate(single.complete(request)):
+            got = done[number, sample]
+            if got.finish == "interrupted":
+                assert number in cancelled
+                assert got.tokens == alone.tokens[: len(got.tokens)]
+            else:
+                assert bits(got) == bits(alone)
+    for session in sessions:
+        session.close()
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(running._free) == list(range(6))
+    assert not running.busy
+
+
+def poison(decoder, slots):
+    """Fills slots with NaN."""
+    for pool in decoder.pools:
+        for part in pool.state:
+            part[slots] = float("nan") if part.is_floating_point() else 12345
 
 
 @settings(deadline=None, max_examples=8)

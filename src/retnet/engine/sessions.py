@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,23 +134,28 @@ class Session:
 
     def hold(self) -> None:
         """Says to the cache which states along this text are worth keeping."""
-        keys = keys_of(self._engine.fingerprint, self.tokens)
-        places = kept_positions(len(self.tokens), self.marks)
+        keys, places = self._keys(), kept_positions(len(self.tokens), self.marks)
         self._store.hold(self.name, (keys[place // BLOCK - 1] for place in places))
 
     # -- as bytes -----------------------------------------------------------------------------------------------
 
-    def export(self) -> bytes:
-        """The session as bytes: a safetensors file with ids and the last kept state, and a header in JSON."""
-        position, state = self._store.longest(keys_of(self._engine.fingerprint, self.tokens))
-        tensors = {"tokens": torch.tensor(self.tokens)} | ({} if state is None else to_tensors(state))
+    def export(self, *, every: bool = False) -> bytes:
+        """The session as bytes: a safetensors file with ids and states, and a header in JSON.
+
+        Args:
+            every: all states that are kept along the text, for rewinding as fast as here; else the last one.
+        """
+        kept = self._kept()
+        tensors = {"tokens": torch.tensor(self.tokens)}
+        for position in kept if every else kept[-1:]:
+            state = self._store.get(self._keys()[position // BLOCK - 1])
+            tensors |= {f"{position}.{name}": part for name, part in to_tensors(state).items()}
         header = {
             "format": FORMAT,
             "model": self._engine.fingerprint,
             "tokenizer": self._engine.tokenizer.fingerprint,
             "name": self.name,
             "marks": self.marks,
-            "position": position,
             "sha256": _digest(tensors),
         }
         return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
@@ -169,28 +175,25 @@ class Session:
                 raise UserError(f"the session is of another {what}; open it with the one it was made with")
         if header.get("sha256") != _digest(tensors):
             raise UserError("the session is damaged: its content is not what was written")
-        tokens, position, marks = tensors.pop("tokens").tolist(), header["position"], header["marks"]
-        session = cls(engine, tokens, name=name or header["name"])
-        session.marks = [mark for mark in marks if 0 < mark <= len(tokens)]
-        if position:
-            seen = [part for key, part in tensors.items() if key.endswith((".position", ".length"))]
-            if any(int(part.max()) != position for part in seen):
-                raise UserError(f"the session's state is not that after its first {position} tokens")
-            session._store.put(
-                keys_of(engine.fingerprint, tokens)[position // BLOCK - 1],
-                from_tensors(tensors, session._store.template),
-            )
+        session = cls(engine, tensors.pop("tokens").tolist(), name=name or header["name"])
+        session.marks = [mark for mark in header["marks"] if 0 < mark <= len(session.tokens)]
+        states = {
+            position: _state(position, parts, session._store.template)
+            for position, parts in sorted(_by_position(tensors, len(session.tokens)).items())
+        }
+        for position, state in states.items():  # the last one is what is wanted next
+            session._store.put(session._keys()[position // BLOCK - 1], state)
         session.hold()
         return session
 
     def save(self, path: str | Path) -> None:
-        """Writes the session to a file, whole or not at all.
+        """Writes the session and every state that is kept along it to a file, whole or not at all.
 
         Raises:
             UserError: it cannot be written.
         """
         try:
-            write_bytes(Path(path), self.export())
+            write_bytes(Path(path), self.export(every=True))
         except OSError as error:
             raise UserError(f"cannot write the session to {path}: {error.strerror}") from None
 
@@ -207,6 +210,20 @@ class Session:
     def _store(self) -> Any:  # noqa: ANN401
         return self._engine.store
 
+    def _keys(self) -> list[str]:
+        return keys_of(self._engine.fingerprint, self.tokens)
+
+    def _kept(self) -> list[int]:
+        """After how many tokens of the text states are kept that are worth it; at least the last one that is there."""
+        keys = self._keys()
+        places = {
+            place
+            for place in kept_positions(len(self.tokens), self.marks)
+            if self._store.get(keys[place // BLOCK - 1]) is not None
+        }
+        last, _ = self._store.longest(keys)
+        return sorted(places | ({last} if last else set()))
+
 
 def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Header and tensors of an exported session."""
@@ -220,18 +237,33 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     tokens = tensors.get("tokens")
     if not isinstance(header, dict) or tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 1:
         raise UserError("this is no session: it has no tokens")
-    position, marks = header.get("position"), header.get("marks")
-    if (
-        not isinstance(position, int)
-        or not 0 <= position <= len(tokens)
-        or position % BLOCK
-        or not isinstance(marks, list)
-        or not all(isinstance(mark, int) for mark in marks)
-    ):
-        raise UserError(
-            f"the session's position {position!r} or marks are not within its {len(tokens)} tokens"
-        )
+    marks, name = header.get("marks"), header.get("name")
+    named = isinstance(name, str) and isinstance(marks, list)
+    if not named or not all(isinstance(mark, int) for mark in marks):
+        raise UserError("this is no session: its header does not say its name and marks")
     return header, tensors
+
+
+def _by_position(tensors: dict[str, torch.Tensor], length: int) -> defaultdict[int, dict[str, torch.Tensor]]:
+    """The tensors of each state by its position, from names such as "256.0.kv"."""
+    states: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, part in tensors.items():
+        place, _, name = key.partition(".")
+        position = int(place) if place.isdecimal() and len(place) < 20 else 0
+        if not 0 < position <= length or position % BLOCK:
+            raise UserError(
+                f"the session has a state {key[:40]!r}, which is at no place of its {length} tokens"
+            )
+        states[position][name] = part
+    return states
+
+
+def _state(position: int, parts: dict[str, torch.Tensor], template: Any) -> Any:  # noqa: ANN401
+    state = from_tensors(parts, template)
+    seen = [part for name, part in parts.items() if name.endswith((".position", ".length"))]
+    if any(int(part.max()) != position for part in seen):
+        raise UserError(f"the session's state is not that after its first {position} tokens")
+    return state
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
