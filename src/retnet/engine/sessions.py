@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from retnet.engine.requests import Completion, Request, require_whole
-from retnet.engine.store import BLOCK, from_tensors, kept_positions, keys_of, to_tensors
+from retnet.engine.store import BLOCK, StateStore, from_tensors, kept_positions, keys_of, to_tensors
 from retnet.io import write_bytes
 from retnet.settings import UserError
 
@@ -145,10 +145,8 @@ class Session:
         Args:
             every: all states that are kept along the text, for rewinding as fast as here; else the last one.
         """
-        kept = self._kept()
         tensors = {"tokens": torch.tensor(self.tokens)}
-        for position in kept if every else kept[-1:]:
-            state = self._store.get(self._keys()[position // BLOCK - 1])
+        for position, state in self._kept(every).items():
             tensors |= {f"{position}.{name}": part for name, part in to_tensors(state).items()}
         header = {
             "format": FORMAT,
@@ -207,22 +205,20 @@ class Session:
         return cls.from_bytes(engine, content, name=name)
 
     @property
-    def _store(self) -> Any:  # noqa: ANN401
+    def _store(self) -> StateStore:
+        assert self._engine.store is not None  # or there were no session
         return self._engine.store
 
     def _keys(self) -> list[str]:
         return keys_of(self._engine.fingerprint, self.tokens)
 
-    def _kept(self) -> list[int]:
-        """After how many tokens of the text states are kept that are worth it; at least the last one that is there."""
+    def _kept(self, every: bool) -> dict[int, Any]:
+        """States along the text by their position: the last one that is there, or also all that are worth keeping."""
         keys = self._keys()
-        places = {
-            place
-            for place in kept_positions(len(self.tokens), self.marks)
-            if self._store.get(keys[place // BLOCK - 1]) is not None
-        }
-        last, _ = self._store.longest(keys)
-        return sorted(places | ({last} if last else set()))
+        places = kept_positions(len(self.tokens), self.marks) if every else []
+        found = {place: self._store.get(keys[place // BLOCK - 1]) for place in places}
+        last, state = self._store.longest(keys)
+        return {place: state for place, state in sorted((found | {last: state}).items()) if state is not None}
 
 
 def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -238,8 +234,8 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not isinstance(header, dict) or tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 1:
         raise UserError("this is no session: it has no tokens")
     marks, name = header.get("marks"), header.get("name")
-    named = isinstance(name, str) and isinstance(marks, list)
-    if not named or not all(isinstance(mark, int) for mark in marks):
+    whole = isinstance(marks, list) and all(isinstance(mark, int) for mark in marks)
+    if not whole or not isinstance(name, str):
         raise UserError("this is no session: its header does not say its name and marks")
     return header, tensors
 
