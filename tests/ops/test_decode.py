@@ -22,6 +22,7 @@ def test_product(rows):
     x, weight = torch.randn(rows, 130), torch.randn(513, 130)
     with torch.no_grad():
         assert relative(product(x, weight), F.linear(x, weight)) < 1e-5
+        assert torch.equal(product(x[None], weight)[0], product(x, weight)) or rows > decode.MAX_ROWS
         strided = torch.randn(rows, 260)[:, ::2]
         assert relative(product(strided, weight), F.linear(strided, weight)) < 1e-5
         strided = torch.randn(513, 260)[:, ::2]

@@ -27,7 +27,7 @@ class Decoder(ABC):
     A decoder is made for a model that stays as it is: weights may change in place, but whoever gives the model other layers,
     hooks or memory (`.to`, loading by assignment, `train()`) makes another decoder.
 
-    Slots are int64 [B] on the CPU, all different.
+    Slots are int64 [B] on the CPU, all different. A decoder is used by one thread at a time.
 
     Attributes:
         vocab_size: logits a row.

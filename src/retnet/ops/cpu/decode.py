@@ -30,27 +30,27 @@ class _Kernels(NamedTuple):
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
-    """x Wᵀ: fp32 x [B,K] and weight [N,K] → [B,N]; None where the kernel cannot run.
+    """x Wᵀ: fp32 x [...,K] of at most `MAX_ROWS` rows and weight [N,K] → [...,N]; None where the kernel cannot run.
 
     W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N]. A row's results are the same bits
     whatever other rows are there.
     """
     number = torch.float32 if scale is None else torch.int8
     if (
-        not _rows_fit(x, torch.float32, 2)
+        not _rows_fit(x)
         or weight.numel() < MIN_SIZE
-        or x.shape[1] != weight.shape[1]
+        or x.shape[-1] != weight.shape[1]
         or not readable((weight,), number)
         or not readable((scale,), torch.float32, weight.shape[:1])
         or (kernels := _kernels(number)) is None
     ):
         return None
-    x, (N, K) = x.contiguous(), weight.shape
-    out, threads = torch.empty(x.shape[0], N), torch.get_num_threads()
-    packed = torch.empty(threads * x.shape[0] * (K + LANES))
+    x, (N, K), threads = x.contiguous(), weight.shape, torch.get_num_threads()
+    out, rows = torch.empty(*x.shape[:-1], N), x.numel() // K
+    packed = torch.empty(threads * rows * (K + LANES))
     scales = 0 if scale is None else scale.data_ptr()
     pointers = (x.data_ptr(), weight.data_ptr(), scales, out.data_ptr(), packed.data_ptr())
-    run(kernels.product, (*pointers, x.shape[0], K, N), threads)
+    run(kernels.product, (*pointers, rows, K, N), threads)
     return out
 
 
@@ -123,12 +123,11 @@ def step_hindrance() -> str | None:
 constant_in_traces(step_hindrance)
 
 
-def _rows_fit(x: Tensor, dtype: torch.dtype, dim: int) -> bool:
+def _rows_fit(x: Tensor) -> bool:
     return (
-        x.dtype is dtype
+        x.dtype is torch.float32
         and x.is_cpu
-        and x.dim() == dim
-        and x.shape[0] <= MAX_ROWS
+        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and plain()
