@@ -1,13 +1,21 @@
 """Strict configurations: what is refused, how it is said, and that what is written is what is read."""
 
+import dataclasses
+import math
+import re
 import tomllib
+import typing
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import pytest
 
 from retnet import settings
-from retnet.settings import Choice, UserError, build, config_path, dump, load, parse_overrides
+from retnet.data import DataConfig
+from retnet.settings import Checked, Choice, UserError, build, config_path, dump, load, merge, parse_overrides
+from retnet.studies.study import Study
+from retnet.train.config import RunConfig, TrainConfig
 
 
 class Shape(Choice):
@@ -103,7 +111,7 @@ def test_overrides(tmp_path):
     ]
     got = load(Outer, path, parse_overrides(words))
     assert got == Outer(Inner(5, kind="cosine", names=("a", "b")), Square())
-    assert parse_overrides(["--a.b", "-1"]) == {"a.b": "-1"}
+    assert parse_overrides(["--a.b", "-1", "--c.d=x y"]) == {"a.b": -1, "c.d": "x y"}
 
 
 @pytest.mark.parametrize(
@@ -123,16 +131,116 @@ def test_an_override_through_a_value(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("inner = 3\n")
     with pytest.raises(UserError, match=r"cannot set 'inner.steps': 'inner' is a value"):
-        load(Outer, path, {"inner.steps": "1"})
+        load(Outer, path, {"inner.steps": 1})
+
+
+def write(folder, **files):
+    """Files of TOML by name; the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder / f"{next(iter(files))}.toml"
 
 
 def test_nested_tables_as_overrides(tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text('[inner]\nsteps = 3\nkind = "cosine"\n[shape]\nname = "circle"\n')
-    tables = {"inner": {"steps": 4}, "shape": {"name": "square"}}
-    assert settings.flatten(tables) == {"inner.steps": 4, "shape": {"name": "square"}}
-    got = load(Outer, path, settings.flatten(tables))
+    path = write(tmp_path, c='[inner]\nsteps = 3\nkind = "cosine"\n[shape]\nname = "circle"\nradius = 2.0\n')
+    got = load(Outer, path, {"inner": {"steps": 4}, "shape": {"name": "square"}})
     assert (got.inner.steps, got.inner.kind, got.shape) == (4, "cosine", Square())
+    assert load(Outer, path, {"shape.name": "square", "shape.side": 4}).shape == Square(side=4)
+
+
+def test_a_file_is_laid_over_the_one_it_is_based_on(tmp_path):
+    path = write(
+        tmp_path,
+        own='base = "middle.toml"\n[inner]\nsteps = 9\n[shape]\nname = "square"\n',
+        middle='base = "low.toml"\n[inner]\nkind = "cosine"\n[shape]\nradius = 3.0\n',
+        low='[inner]\nsteps = 1\nrate = 0.25\n[shape]\nname = "circle"\nradius = 2.0\n',
+    )
+    assert load(Outer, tmp_path / "middle.toml") == Outer(Inner(1, 0.25, "cosine"), Circle(radius=3.0))
+    got = load(Outer, path, {"inner.limit": 2})
+    assert got == Outer(Inner(9, 0.25, "cosine", limit=2), Square())  # another name replaces the whole table
+    assert "base" not in dump(got)
+
+
+def test_several_bases_and_lists_told_apart_by_label(tmp_path):
+    row = '[[table.rows]]\nlabel = "{}"\nx = {}\n'
+    (tmp_path / "sub").mkdir()
+    path = write(
+        tmp_path,
+        top='base = ["sub/a.toml", "b.toml"]\n' + row.format("two", 20) + "y = 5\n" + row.format("new", 3),
+        common="[table]\nz = 1\nu = 1\n",
+        b='base = "common.toml"\n[table]\nv = 2\n',
+    )
+    write(
+        tmp_path / "sub",
+        a='base = "../common.toml"\n[table]\nz = 2\n' + row.format("one", 1) + row.format("two", 2),
+    )
+    # what both bases share is read once, and so does not take back what the first of them changed
+    assert load(Several, path).table == {
+        "z": 2, "u": 1, "v": 2,
+        "rows": [{"label": "one", "x": 1}, {"label": "two", "x": 20, "y": 5}, {"label": "new", "x": 3}],
+    }  # fmt: skip
+    assert merge({"a": [1, 2], "b": [{"x": 1}]}, {"a": [3], "b": []}) == {"a": [3], "b": []}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": 'base = "b.toml"', "b": 'base = "c.toml"', "c": 'base = "a.toml"'},
+         r"c.toml is based on itself: .*/a.toml → .*/b.toml → .*/c.toml → .*/a.toml$"),
+        ({"a": 'base = "a.toml"'}, r"a.toml is based on itself: .*a.toml → .*a.toml$"),
+        ({"a": 'base = "laptop/3n"'}, r"a.toml: no base 'laptop/3n': did you mean 'laptop/3m'"),
+        ({"a": 'base = "b.toml"'}, r"a.toml: no base 'b.toml': there is no file .*b.toml"),
+        ({"a": "base = 3"}, r"a.toml: base is 3; it must be a shipped configuration or the path"),
+        ({"a": "[inner]\nstepz = 1"}, r"a.toml: unknown setting 'inner.stepz'; did you mean 'steps'"),
+        ({"a": 'base = "b.toml"\n[inner]\nsteps = 2', "b": "[inner]\nstepz = 1"},
+         r"^\S*b.toml: unknown setting 'inner.stepz'"),
+        ({"a": 'base = "b.toml"\n[inner]\nstepz = 1', "b": "[inner]\nsteps = 1"},
+         r"^\S*a.toml: unknown setting 'inner.stepz'"),
+        ({"a": 'base = "b.toml"\n[inner]\nsteps = 2', "b": '[inner]\nkind = "lin"'}, r"^\S*b.toml: inner.kind 'lin'"),
+        ({"a": 'base = "b.toml"\n[inner.steps]\nx = 2', "b": "[inner]\nsteps = 1"},
+         r"^\S*a.toml: cannot set 'inner.steps.x': 'inner.steps' is a value, not a table"),
+    ],
+)  # fmt: skip
+def test_what_bases_can_get_wrong(files, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(Outer, write(tmp_path, **files))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("inner.steps", "1e3", "inner.steps 1000.0: Expected `int`, got `float`; did you mean 1000?"),
+        ("inner.steps", "1,000", "inner.steps '1,000': Expected `int`, got `str`; did you mean 1000?"),
+        ("inner.stepz", "3", "unknown setting 'inner.stepz'; did you mean 'steps'? known: "),
+        ("inner.kind", "Cosine", "; allowed: 'linear', 'cosine'; did you mean \"cosine\"?"),
+        ("inner.names", "3", 'did you mean "3"?'),
+        ("switch.on", "False", "switch.on 'False': Expected `bool`, got `str`; did you mean false?"),
+        ("switch.on", "0", "did you mean false?"),
+        ("switch.on", "maybe", "switch.on 'maybe': Expected `bool`, got `str`"),
+    ],
+)
+def test_the_command_line_is_blamed_for_what_it_says(key, value, message, tmp_path):
+    path = write(tmp_path, c='[inner]\nkind = "cosine"\n')
+    with pytest.raises(UserError) as caught:
+        load(Switched, path, parse_overrides([f"--{key}", value]))
+    assert str(caught.value).startswith("command line: ")
+    assert message in str(caught.value)
+
+
+def test_a_file_is_blamed_for_what_it_says_beside_a_command_line(tmp_path):
+    path = write(tmp_path, c='[inner]\nkind = "lin"\n')
+    with pytest.raises(UserError, match=r"^\S*c.toml: inner.kind 'lin'"):
+        load(Outer, path, {"inner.steps": 3})
+
+
+@dataclass(frozen=True)
+class Switch:
+    on: bool = True
+
+
+@dataclass(frozen=True)
+class Switched(Outer):
+    switch: Switch = field(default_factory=Switch)
 
 
 @dataclass(frozen=True)
@@ -173,3 +281,108 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
     own.write_text("")
     assert config_path(str(own)) == own
     assert "smoke" in settings.shipped_configs()
+    assert not [
+        name for name in settings.shipped_configs(studies=True) if "/_" in name
+    ]  # others are based on them
+    own.unlink()
+    own.symlink_to(tmp_path / "gone.toml")
+    with pytest.raises(
+        UserError, match=r"no configuration '.*own.toml' \(it is a link to .*gone.toml\): not a .toml file"
+    ):
+        config_path(str(own))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text("")
+    assert config_path("~/mine.toml") == tmp_path / "mine.toml"
+
+
+def config_classes():
+    """Every dataclass of settings there is: those of a run, its mixers, studies, sampling and benchmarks."""
+    for module in (
+        "bench.decoding",
+        "bench.training",
+        "bench.implementations",
+        "engine",
+        "mixers",
+        "train.config",
+    ):
+        import_module(f"retnet.{module}")
+    assert issubclass(Study, Checked)  # its module imports every measure
+    waiting = [Checked]
+    while waiting:
+        waiting += (kind := waiting.pop()).__subclasses__()
+        if dataclasses.is_dataclass(kind) and kind.__module__.startswith("retnet."):
+            yield kind
+
+
+def test_no_number_of_any_configuration_is_nan_infinite_or_absurd():
+    seen = set()
+    for kind in config_classes():
+        hints = typing.get_type_hints(kind)
+        for name in (each.name for each in dataclasses.fields(kind)):
+            if float not in (hints[name], *typing.get_args(hints[name])):
+                continue
+            seen.add(f"{kind.__name__}.{name}")
+            several = typing.get_origin(hints[name]) is tuple
+            for number in (math.nan, math.inf, -math.inf, 1e36):
+                blank = object.__new__(kind)
+                for other in dataclasses.fields(kind):
+                    object.__setattr__(blank, other.name, None)
+                object.__setattr__(blank, name, (number,) if several else number)
+                with pytest.raises(UserError, match=rf"^{name} .*is {re.escape(str(number))}; it must be "):
+                    Checked.__post_init__(blank)
+    assert {
+        "TrainConfig.learning_rate", "ModelConfig.norm_eps", "RetentionConfig.decay", "Sampling.top_p",
+        "QualityMeasure.learning_rates", "Study.hours", "OpsBench.peer_work", "HyenaConfig.slow_decay",
+    } <= seen  # fmt: skip
+
+
+def test_every_dataclass_that_a_file_can_say_is_checked():
+    waiting, seen = [RunConfig, Study], set()
+    while waiting:
+        kind = waiting.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        assert issubclass(kind, Checked), kind
+        for hint in typing.get_type_hints(kind).values():
+            for each in (hint, *typing.get_args(hint)):
+                if isinstance(each, type) and issubclass(each, Choice):
+                    waiting += each.options().values()
+                elif dataclasses.is_dataclass(each):
+                    waiting.append(each)
+    assert len(seen) > 18
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(learning_rate=math.nan), "learning_rate is nan; it must be at least 0 and at most 1000"),
+        (lambda: TrainConfig(beta1=1.0), "beta1 is 1.0; it must be at least 0 and below 1"),
+        (lambda: TrainConfig(clip=1e36), "clip is 1e+36; it must be a finite number, of at most 1e+18"),
+        (lambda: TrainConfig(steps=2.5), "steps is 2.5; it must be a whole number"),
+        (lambda: TrainConfig(steps=True), "steps is True; it must be a number"),
+        (lambda: TrainConfig(seed=1 << 64), f"seed is {1 << 64}; it must fit in 64 bits"),
+        (lambda: TrainConfig(threads=0), "threads is 0; it must be at least 1"),
+        (lambda: build(TrainConfig, {"clip": math.inf}), "clip is inf; it must be a finite number"),
+        (lambda: build(RunConfig, {"model": {"norm_eps": math.nan}}), "model: norm_eps is nan; it must be at least 0"),
+        (lambda: build(RunConfig, {"model": {"mixer": {"name": "retention", "decay": [0.5, math.nan]}}}),
+         "decay has an item that is nan; it must be a finite number"),
+    ],
+)  # fmt: skip
+def test_numbers_are_numbers_however_they_come(make, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+def test_a_home_is_expanded_where_a_setting_is_a_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = build(
+        RunConfig, {"data": {"corpus": ["~/a", "package:x"], "cache": "~/c", "tokenizer": "bytes"}}
+    ).data
+    assert (data.corpus, data.cache, data.tokenizer) == (
+        (f"{tmp_path}/a", "package:x"),
+        f"{tmp_path}/c",
+        "bytes",
+    )
+    assert DataConfig(validation="~").validation == str(tmp_path)
+    assert DataConfig(text_field="~/x").text_field == "~/x"  # no path

@@ -184,7 +184,7 @@ def test_names_of_machines(cpu, cores, slug):
     [
         ({"tokens": 1000}, "--tokens is 1000; it must be a multiple of .* 512, 2048"),
         ({"tokens": 100}, "--tokens is 100"),
-        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
+        ({"rounds": 0}, "rounds is 0; it must be at least 1"),
     ],
 )
 def test_mistakes_in_training(options, message):
@@ -199,9 +199,9 @@ def test_lengths_above_the_tokens_of_a_step_are_left_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "--rounds is 0"),
-        ({"steps": 0}, "--steps is 0"),
-        ({"batch": 0}, "--batch is 0"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": 0}, "batch is 0"),
         ({"long": 150}, "--long is 150; it must be at least 200, or 0 for none"),
     ],
 )

@@ -224,12 +224,12 @@ def test_a_stopwatch_repeats_what_is_fast():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
-        ({"tokens": 0}, "--tokens is 0"),
-        ({"peer_work": -1.0}, "--peer-work is -1.0; it must be at least 0"),
-        ({"lengths": ()}, "--lengths is "),
-        ({"lengths": (512, 0)}, "each at least 1"),
-        ({"shapes": (Shape(8, 0, 64),)}, "--shapes is '8x0x64'"),
+        ({"rounds": 0}, "rounds is 0; it must be at least 1"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"peer_work": -1.0}, "peer_work is -1.0; it must be at least 0"),
+        ({"lengths": ()}, "lengths is empty"),
+        ({"lengths": (512, 0)}, "lengths has an item that is 0; it must be at least 1"),
+        ({"shapes": (Shape(8, 0, 64),)}, "shapes is '8x0x64'"),
     ],
 )
 def test_mistakes(options, message):

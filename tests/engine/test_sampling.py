@@ -177,5 +177,5 @@ def test_logits_without_meaning_are_refused(bad, temperature):
     ],
 )
 def test_values_out_of_range_name_field_and_value(field, value):
-    with pytest.raises(UserError, match=rf"^{field} must be .*number.*, got {value}$"):
+    with pytest.raises(UserError, match=rf"^{field} is {value}; it must be "):
         Sampling(**{field: value})

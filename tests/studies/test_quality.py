@@ -148,7 +148,7 @@ def test_rows_of_one_family_are_one_line_over_parameters():
     [
         ({"rows": ()}, "rows is empty"),
         ({"learning_rates": ()}, "learning_rates is empty"),
-        ({"learning_rates": (0.0,)}, "more than 0"),
+        ({"learning_rates": (0.0,)}, "learning_rates has an item that is 0.0; it must be above 0"),
         ({"seeds": 0}, "seeds is 0"),
         ({"rows": (Variant("A net", "smoke"), Variant("A−net", "smoke"))}, "'a-net'"),
         ({"sets": {"in-domain": "stdlib"}}, "names of their own"),

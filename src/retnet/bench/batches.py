@@ -18,6 +18,7 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.nn import Int8Linear, Linear
 from retnet.ops import product
 from retnet.progress import Say
+from retnet.settings import Checked, Count
 
 FORMATS = ("fp32", "int8")
 WARMUP = 2
@@ -32,13 +33,13 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class BatchBench:
+class BatchBench(Checked):
     """What `measure_batches` measures."""
 
     models: tuple[ModelConfig, ...]
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    rounds: int = 7
-    buffer_megabytes: int = 256  # that bandwidth is measured with
+    rows: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64)
+    rounds: Count = 7
+    buffer_megabytes: Count = 256  # that bandwidth is measured with
 
 
 @dataclass

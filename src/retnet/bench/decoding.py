@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from retnet.measure.limits import memory_bandwidth
 from retnet.model import LanguageModel, ModelConfig, ModelState
 from retnet.nn import Int8Linear
 from retnet.progress import Say
-from retnet.settings import UserError
+from retnet.settings import At, Checked, Count, UserError
 
 OURS, INT8, PEER = "retnet", "retnet int8", "llama"
 WARMUP = 3  # steps before the timed ones: the measured limits have emptied the caches
@@ -57,28 +57,39 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class DecodingBench:
-    """What `measure_decoding` measures."""
+class DecodingBench(Checked):
+    """What `measure_decoding` measures.
+
+    Attributes:
+        model: that decodes.
+        contexts: tokens seen before those that are written.
+        peer_contexts: of the Llama.
+        batch: also so many sequences at once, at two contexts; 1 is no.
+        rounds: of measurements.
+        steps: tokens of one sample, fewer where they are slow.
+        long: also one generation of so many tokens, such as 100000; 0 is none.
+        long_model: that generates them.
+        minutes: that it may take: fewer rounds beyond, but at least 3, and fewer contexts of peers; None is all.
+        batches: many numbers of rows; None is the model and one of 100 M parameters like it.
+        throughput: what is measured beside llama.cpp.
+        buffer_megabytes: that bandwidth is measured with.
+    """
 
     model: ModelConfig
-    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    peer_contexts: tuple[int, ...] = (1024, 8192, 32768)
-    batch: int = 8  # also so many sequences at once, at two contexts; 1: no
-    rounds: int = 7
-    steps: int = 48  # of one sample, fewer where they are slow
-    long: int = 0  # tokens of one continuous generation; 0: none
-    long_model: ModelConfig | None = None  # that generates them
-    minutes: float | None = None  # fewer rounds beyond
-    batches: BatchBench | None = (
-        None  # many numbers of rows; None: the model and one of 100 M parameters like it
-    )
+    contexts: tuple[Count, ...] = (1024, 4096, 16384, 65536)
+    peer_contexts: tuple[Count, ...] = (1024, 8192, 32768)
+    batch: Count = 8
+    rounds: Count = 7
+    steps: Count = 48
+    long: Annotated[int, At(least=0)] = 0
+    long_model: ModelConfig | None = None
+    minutes: Annotated[float, At(above=0)] | None = None
+    batches: BatchBench | None = None
     throughput: ThroughputBench = field(default_factory=ThroughputBench)
-    buffer_megabytes: int = 256  # that bandwidth is measured with
+    buffer_megabytes: Count = 256
 
     def __post_init__(self) -> None:
-        for name in ("batch", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         if self.long and self.long < 2 * FIRST:
             raise UserError(f"--long is {self.long}; it must be at least {2 * FIRST}, or 0 for none")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from retnet.measure import peers
 from retnet.ops import CHUNK, log_decays, retention
 from retnet.ops.cpu import jit
 from retnet.ops.triton import tile_table
-from retnet.settings import UserError
+from retnet.settings import At, Checked, Count, UserError
 
 OURS, LOOP, REFERENCE = "retnet", "retnet, torch operators", "retnet, reference"
 INDEXED, SPLIT, PARALLEL = "autograd, indexed chunks", "autograd, split chunks", "autograd, parallel form"
@@ -81,29 +81,38 @@ class TimedImplementation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OpsBench:
-    """What `measure_ops` measures."""
+class OpsBench(Checked):
+    """What `measure_ops` measures.
+
+    Attributes:
+        shapes: heads and their widths.
+        lengths: tokens of a sequence.
+        tokens: of a call, at least: short sequences come in batches.
+        peer_work: Gflop of a call above which everything but ours is left out.
+        rounds: of the op; of its step, many more.
+        minutes: that it may take: fewer rounds beyond, but at least 3; None is all rounds.
+        device: that it runs on.
+        product_size: of the matrices that give the limit.
+        buffer_megabytes: that bandwidth is measured with, and that the states of large steps fill.
+    """
 
     shapes: tuple[Shape, ...] = (Shape(16, 64, 128), Shape(8, 128, 256), LARGE)
-    lengths: tuple[int, ...] = (512, 2048, 4096, 65536)
-    tokens: int = 2048  # of a call, at least: short sequences come in batches
-    peer_work: float = 160.0  # Gflop of a call above which everything but ours is left out
-    rounds: int = 3  # of the op; of its step, many more
-    minutes: float | None = None  # fewer rounds beyond
+    lengths: tuple[Count, ...] = (512, 2048, 4096, 65536)
+    tokens: Count = 2048
+    peer_work: Annotated[float, At(least=0)] = 160.0
+    rounds: Count = 3
+    minutes: Annotated[float, At(above=0)] | None = None
     device: str = "cpu"
-    product_size: int = 1536  # of the matrices that give the limit
-    buffer_megabytes: int = 256  # that bandwidth is measured with, and that the states of large steps fill
+    product_size: Count = 1536
+    buffer_megabytes: Count = 256
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("rounds", 1), ("peer_work", 0)):
-            if not getattr(self, name) >= least:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} is {getattr(self, name)}; it must be at least {least}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise UserError(f"--lengths is {list(self.lengths)}; give at least one, each at least 1")
+        super().__post_init__()
+        if not self.lengths:
+            raise UserError("lengths is empty; give at least one")
         if not self.shapes or min(map(min, self.shapes)) < 1:
             shown = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
-            raise UserError(f"--shapes is {shown!r}; give at least one, all numbers at least 1")
+            raise UserError(f"shapes is {shown!r}; give at least one, all numbers at least 1")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from retnet.measure.clock import Budget, Contender, Sample, Target, interleave, 
 from retnet.measure.contexts import Contexts
 from retnet.model import LanguageModel
 from retnet.progress import Say
+from retnet.settings import At, Checked, Count
 
 OURS = "retnet"
 WRITE, READ = "write", "read"
@@ -38,13 +39,13 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class ThroughputBench:
+class ThroughputBench(Checked):
     """What `measure_throughput` measures."""
 
-    contexts: tuple[int, ...] = (128, 4096, 16384)  # tokens seen before those that are written
-    prompt: int = 1000  # tokens that are read
-    rounds: int = 5
-    minutes: float = 6.0  # fewer rounds and contexts of the peers beyond
+    contexts: tuple[Count, ...] = (128, 4096, 16384)  # tokens seen before those that are written
+    prompt: Count = 1000  # tokens that are read
+    rounds: Count = 5
+    minutes: Annotated[float, At(above=0)] = 6.0  # fewer rounds and contexts of the peers beyond
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.ops import log_decays, retention
 from retnet.progress import Say
-from retnet.settings import UserError
+from retnet.settings import At, Checked, Count, UserError
 
 OURS, PEER, BF16, PACKED = "retnet", "llama", "retnet, bf16 autocast", "retnet, one packed row"
 OP = {
@@ -55,21 +55,31 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class TrainingBench:
-    """What `measure_training` measures."""
+class TrainingBench(Checked):
+    """What `measure_training` measures.
+
+    Attributes:
+        model: that is trained.
+        lengths: tokens of a row; those above `tokens` are left out.
+        tokens: of every step, whatever the length.
+        rounds: of measurements.
+        minutes: that it may take: fewer rounds beyond, but at least 3; None is all rounds.
+        op_length: of the op alone, one row.
+        extra: also steps in bf16, and on packed rows, as the trainer makes them, at 2048 tokens.
+        product_size: of the matrices that give the limit.
+    """
 
     model: ModelConfig
-    lengths: tuple[int, ...] = (512, 2048, 8192, 16384)  # those above `tokens` are left out
-    tokens: int = 16384  # of every step, whatever the length
-    rounds: int = 3
-    minutes: float | None = None  # fewer rounds beyond
-    op_length: int = 2048  # of the op alone, one row
-    extra: bool = False  # also bf16 and packed rows, at 2048 tokens
-    product_size: int = 1536  # of the matrices that give the limit
+    lengths: tuple[Count, ...] = (512, 2048, 8192, 16384)
+    tokens: Count = 16384
+    rounds: Count = 3
+    minutes: Annotated[float, At(above=0)] | None = None
+    op_length: Count = 2048
+    extra: bool = False
+    product_size: Count = 1536
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"--rounds is {self.rounds}; it must be at least 1")
+        super().__post_init__()
         if not self.used_lengths or any(self.tokens % length for length in self.used_lengths):
             raise UserError(
                 f"--tokens is {self.tokens}; it must be a multiple of every sequence length up to it: "

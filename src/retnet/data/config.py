@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from retnet.settings import UserError
+from retnet.settings import PATH, At, Checked, UserError
 
 LEARNED = "bpe:"  # what the name of a tokenizer to be learned begins with
 BPE_SIZES = range(257, (1 << 20) + 1)  # from 256 bytes and the document start to more than anybody uses
 
+Text = Annotated[str, PATH]
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """What to train on.
 
     A corpus is ``stdlib`` (source and documentation of the running Python), ``package:NAME`` (those of an installed
@@ -31,16 +34,15 @@ class DataConfig:
         cache: where prepared tokens go, one folder per fingerprint of everything above.
     """
 
-    corpus: str | tuple[str, ...] = "stdlib"
-    validation: str | tuple[str, ...] | None = None
-    validation_fraction: float = 0.02
-    tokenizer: str = "bytes"
+    corpus: Text | tuple[Text, ...] = "stdlib"
+    validation: Text | tuple[Text, ...] | None = None
+    validation_fraction: Annotated[float, At(above=0, below=1)] = 0.02
+    tokenizer: Text = "bytes"
     text_field: str = "text"
-    cache: str = ".cache/data"
+    cache: Text = ".cache/data"
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
+        super().__post_init__()
         for name in ("corpus", "validation"):
             value = getattr(self, name)
             if value is not None and (not value or "" in as_tuple(value)):

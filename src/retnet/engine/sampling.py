@@ -6,14 +6,15 @@ Pure functions of tensors: chance comes in as numbers, not as state. A row's out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retnet.settings import UserError
+from retnet.settings import At, Checked, UserError
 
 Bias = tuple[tuple[int, float], ...]
 
@@ -23,7 +24,7 @@ _ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is chosen. The defaults sample from the model's own distribution, unchanged.
 
     The order is logit bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p; the last
@@ -47,24 +48,17 @@ class Sampling:
         UserError: a value outside its range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: Annotated[float, At(least=0)] = 1.0
+    top_k: Annotated[int, At(least=0)] = 0
+    top_p: Annotated[float, At(above=0, most=1)] = 1.0
+    min_p: Annotated[float, At(least=0, most=1)] = 0.0
+    repetition_penalty: Annotated[float, At(above=0)] = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Bias = ()
 
     def __post_init__(self) -> None:
-        self._require("temperature", lambda x: x >= 0, "a number of 0 (greedy) or more")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError(f"top_k must be a whole number, 0 (all) or more, got {self.top_k!r}")
-        self._require("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1 (all)")
-        self._require("min_p", lambda x: 0 <= x <= 1, "a number from 0 (all) to 1")
-        self._require("repetition_penalty", lambda x: x > 0, "a number above 0 (1 is no penalty)")
-        self._require("presence_penalty", math.isfinite, "a finite number (0 is no penalty)")
-        self._require("frequency_penalty", math.isfinite, "a finite number (0 is no penalty)")
+        super().__post_init__()
         given = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
         bias = tuple(sorted(dict(given).items()))
         for token, value in bias:
@@ -78,11 +72,6 @@ class Sampling:
     def penalises(self) -> bool:
         """Whether tokens seen before count."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-    def _require(self, field: str, allowed: Callable[[float], bool], meaning: str) -> None:
-        value = getattr(self, field)
-        if not _is_number(value) or not allowed(value):
-            raise UserError(f"{field} must be {meaning}, got {value!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -31,18 +31,6 @@ def head_width(d_model: int, num_heads: int) -> int:
     return d_model // num_heads
 
 
-def require_positive(**values: float) -> None:
-    """Refuses values that are not above zero.
-
-    Raises:
-        UserError: naming the first such value.
-    """
-    for name, value in values.items():
-        if not value > 0:
-            least = "at least 1" if isinstance(value, int) else "above 0"
-            raise UserError(f"{name} is {value}; it must be {least}")
-
-
 class Mixer(nn.Module):
     """Mixes information along time. `forward`, `prefill` and repeated `step` are the same function.
 

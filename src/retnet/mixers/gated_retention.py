@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.mixers.base import MixerConfig, head_width, require_positive
+from retnet.mixers.base import MixerConfig, head_width
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Positions, Rotary, Rotation, exactly, widened
 from retnet.ops import head_norm
-from retnet.settings import UserError
+from retnet.settings import At, Count
 
 PIECE = 2048  # tokens whose chunks' states are held at once
 
@@ -23,24 +23,13 @@ class GatedRetentionConfig(MixerConfig):
     """As multi-scale retention, with γ_t = σ(x_t W_γ)^(1/τ) in place of a constant; τ is `temperature`."""
 
     name: Literal["gated_retention"] = "gated_retention"
-    num_heads: int = 4
-    value_dim: int | None = None  # per head; twice the width of the keys
-    temperature: float = 16.0
+    num_heads: Count = 4
+    value_dim: Count | None = None  # per head; twice the width of the keys
+    temperature: Annotated[float, At(above=0)] = 16.0
     rotary: Rotation = "interleaved"
-    rotary_base: float = 10000.0
-    head_norm_eps: float = 1e-6
-    chunk_size: int = 64
-
-    def __post_init__(self) -> None:
-        require_positive(
-            num_heads=self.num_heads,
-            value_dim=1 if self.value_dim is None else self.value_dim,
-            temperature=self.temperature,
-            rotary_base=self.rotary_base,
-            chunk_size=self.chunk_size,
-        )
-        if self.head_norm_eps < 0:
-            raise UserError(f"head_norm_eps is {self.head_norm_eps}; it must not be negative")
+    rotary_base: Annotated[float, At(above=0)] = 10000.0
+    head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
+    chunk_size: Count = 64
 
 
 class GatedRetentionState(NamedTuple):

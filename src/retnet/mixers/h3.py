@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import MixerConfig, require_positive
+from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
-from retnet.mixers.s4d import S4D, Spectrum, check_state_space
+from retnet.mixers.s4d import S4D, Spectrum, Step, check_state_space
 from retnet.nn import Linear, ShortConvolution, fft_flops, widened
-from retnet.settings import UserError
+from retnet.settings import At, Count, UserError
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class H3Config(MixerConfig):
     """Heads of width `head_width` (8 in the paper's comparison, §6) hold matrices of 8 × 8 signals each."""
 
     name: Literal["h3"] = "h3"
-    head_width: int = 8
-    state_size: int = 64  # of the diagonal state space
-    shift_size: int = 64  # of the shift state space: how many keys it sees
+    head_width: Count = 8
+    state_size: Annotated[int, At(least=2)] = 64  # of the diagonal state space
+    shift_size: Count = 64  # of the shift state space: how many keys it sees
     spectrum: Spectrum = "lin"
-    step_min: float = 1e-3
-    step_max: float = 1e-1
+    step_min: Step = 1e-3
+    step_max: Step = 1e-1
 
     def __post_init__(self) -> None:
-        require_positive(head_width=self.head_width, shift_size=self.shift_size)
+        super().__post_init__()
         check_state_space(self.state_size, self.step_min, self.step_max)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig, require_positive
+from retnet.mixers.base import MixerConfig
 from retnet.mixers.cache import append, right_aligned
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Precise, ShortConvolution, exactly, fft_convolution, fft_flops
-from retnet.settings import UserError
+from retnet.settings import At, Count, UserError
 
 ORDER = 2
 
@@ -28,18 +28,18 @@ class HyenaConfig(MixerConfig):
     """
 
     name: Literal["hyena"] = "hyena"
-    short_taps: int = 3
-    filter_width: int = 64  # of the network that makes the filters
-    filter_bands: int = 16  # frequencies of its positional features
-    filter_frequency: float = 10.0  # of its sines
-    time_scale: int = 2048
-    fast_decay: float = (
+    short_taps: Count = 3
+    filter_width: Count = 64  # of the network that makes the filters
+    filter_bands: Count = 16  # frequencies of its positional features
+    filter_frequency: Annotated[float, At(above=0)] = 10.0  # of its sines
+    time_scale: Count = 2048
+    fast_decay: Annotated[float, At(above=0)] = (
         0.3  # share of the time scale after which the fastest channel's window has fallen to 1 %
     )
-    slow_decay: float = 1.5
+    slow_decay: Annotated[float, At(above=0)] = 1.5
 
     def __post_init__(self) -> None:
-        require_positive(**{name: value for name, value in vars(self).items() if name != "name"})
+        super().__post_init__()
         if self.slow_decay < self.fast_decay:
             raise UserError(
                 f"slow_decay is {self.slow_decay}; it must be at least fast_decay = {self.fast_decay}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import Mixer, MixerConfig, head_width, require_positive
+from retnet.mixers.base import Mixer, MixerConfig, head_width
 from retnet.nn import Linear, Positions, Rotary, Rotation, widened
 from retnet.ops import CHUNK, retention, retention_step
+from retnet.settings import At, Count
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,10 @@ class LinearConfig(MixerConfig):
     """
 
     name: Literal["linear"] = "linear"
-    num_heads: int = 4
+    num_heads: Count = 4
     rotary: Rotation = "halves"
-    rotary_base: float = 10000.0
-    eps: float = 1e-6  # added to the normaliser
-
-    def __post_init__(self) -> None:
-        require_positive(num_heads=self.num_heads, rotary_base=self.rotary_base, eps=self.eps)
+    rotary_base: Annotated[float, At(above=0)] = 10000.0
+    eps: Annotated[float, At(above=0, most=1)] = 1e-6  # added to the normaliser
 
 
 class LinearState(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from retnet.ops import (
 )
 from retnet.ops.clamped import clamped_retention
 from retnet.ops.dispatch import check_backend
-from retnet.settings import UserError
+from retnet.settings import At, Count, UserError
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,26 @@ class RetentionConfig(MixerConfig):
     """
 
     name: Literal["retention"] = "retention"
-    num_heads: int = 4
-    key_dim: int | None = None  # per head; d_model / num_heads
-    value_dim: int | None = None  # per head; twice key_dim
+    num_heads: Count = 4
+    key_dim: Count | None = None  # per head; d_model / num_heads
+    value_dim: Count | None = None  # per head; twice key_dim
     decay: Decay = "paper"  # or "experiments", "none", one γ, one γ a head
     gate: bool = True
     head_norm: Literal["group", "rms", "none"] = "group"
     head_norm_affine: bool = False
-    head_norm_eps: float = 1e-6
+    head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
     score_norm: Literal["none", "decay", "paper", "torchscale"] | None = None
     rotary: Literal["interleaved", "halves", "none"] = "interleaved"
     rotary_spacing: Literal["inclusive", "geometric"] = "inclusive"
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, At(above=0)] = 10000.0
     form: Literal["auto", "parallel", "chunkwise", "recurrent"] = (
         "auto"  # auto: parallel where one chunk holds all
     )
-    chunk_size: int | None = None  # of the op's choice
+    chunk_size: Count | None = None  # of the op's choice
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1:
-            raise UserError(f"num_heads is {self.num_heads}; it must be at least 1")
-        for field in ("key_dim", "value_dim", "chunk_size"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"{field} is {value}; it must be at least 1")
-        if self.head_norm_eps < 0:
-            raise UserError(f"head_norm_eps is {self.head_norm_eps}; it must not be negative")
+        super().__post_init__()
         if self.head_norm == "none" and self.score_norm is None:
             raise UserError(
                 "head_norm = 'none' leaves the outputs unnormalised, so score_norm must be chosen: "

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig, require_positive
+from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Precise, exactly, fft_convolution, fft_flops, widened
-from retnet.settings import UserError
+from retnet.settings import At, UserError
 
 BLOCK = 256  # tokens read at once from a state: their powers of A are the largest thing there is
 
 Spectrum = Literal["lin", "inv"]
+Step = Annotated[float, At(above=0)]
 
 
 def check_state_space(state_size: int, step_min: float, step_max: float) -> None:
     """Refuses state spaces that cannot be.
 
     Raises:
-        UserError: an odd or missing state size, or bounds of the step that are not 0 < min ≤ max.
+        UserError: an odd state size, or bounds of the step that are not min ≤ max.
     """
-    if state_size < 2 or state_size % 2:
-        raise UserError(
-            f"state_size is {state_size}; it must be even and at least 2: states are conjugate pairs"
-        )
-    require_positive(step_min=step_min)
+    if state_size % 2:
+        raise UserError(f"state_size is {state_size}; it must be even: states are conjugate pairs")
     if step_max < step_min:
         raise UserError(f"step_max is {step_max}; it must be at least step_min = {step_min}")
 
@@ -138,12 +136,13 @@ class S4DConfig(MixerConfig):
     """One state space a channel, and the gated projection that follows it in S4's layer."""
 
     name: Literal["s4d"] = "s4d"
-    state_size: int = 64  # N
+    state_size: Annotated[int, At(least=2)] = 64  # N
     spectrum: Spectrum = "lin"
-    step_min: float = 1e-3
-    step_max: float = 1e-1
+    step_min: Step = 1e-3
+    step_max: Step = 1e-1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_state_space(self.state_size, self.step_min, self.step_max)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retnet.mixers.base import MixerConfig, head_width, require_positive
+from retnet.mixers.base import MixerConfig, head_width
 from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Positions, Rotary, Rotation
-from retnet.settings import UserError
+from retnet.settings import At, Count, UserError
 
 QUERIES = (
     512  # tokens read at once from a cache: a mask of them against all keys is the largest thing there is
@@ -32,13 +32,10 @@ class SoftmaxConfig(MixerConfig):
     """
 
     name: Literal["softmax"] = "softmax"
-    num_heads: int = 4
+    num_heads: Count = 4
     rotary: Rotation = "halves"
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, At(above=0)] = 10000.0
     sdpa: Literal["auto", "math", "flash"] = "auto"
-
-    def __post_init__(self) -> None:
-        require_positive(num_heads=self.num_heads, rotary_base=self.rotary_base)
 
 
 class SoftmaxState(NamedTuple):

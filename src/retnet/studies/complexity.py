@@ -8,11 +8,11 @@ CPU. Which mixers are trained in parallel along time is not asserted: one sequen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, free_memory, kept_for_backward
 from retnet.measure.summary import Summary
 from retnet.mixers import MIXERS, Mixer, MixerConfig
-from retnet.settings import UserError, nearest
+from retnet.settings import At, Checked, Count, UserError, nearest
 from retnet.studies.complexity_summary import summarise
 from retnet.studies.contract import Job, Measure, Result, Results, Tell
 
@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {"softmax": ({"sdpa": "math"}, {"
 
 
 @dataclass(frozen=True)
-class Using:
+class Using(Checked):
     """Decoding, token by token.
 
     Attributes:
@@ -45,19 +45,20 @@ class Using:
         seconds: of one length in one round.
     """
 
-    d_model: int = 256
-    num_heads: int = 4
-    batch: int = 4
+    d_model: Count = 256
+    num_heads: Count = 4
+    batch: Count = 4
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
-    rounds: int = 7
-    seconds: float = 0.15
+    rounds: Count = 7
+    seconds: Annotated[float, At(above=0)] = 0.15
 
     def __post_init__(self) -> None:
-        _check(self)
+        super().__post_init__()
+        _require_rising(self.lengths)
 
 
 @dataclass(frozen=True)
-class Learning:
+class Learning(Checked):
     """Forward and backward passes, as many tokens at each length: those of the longest.
 
     Attributes:
@@ -68,14 +69,15 @@ class Learning:
         rounds: in each of which every length is measured.
     """
 
-    d_model: int = 64
-    num_heads: int = 1
+    d_model: Count = 64
+    num_heads: Count = 1
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    rows: int = 16
-    rounds: int = 3
+    rows: Annotated[int, At(least=2)] = 16
+    rounds: Count = 3
 
     def __post_init__(self) -> None:
-        _check(self)
+        super().__post_init__()
+        _require_rising(self.lengths)
         if uneven := [n for n in self.lengths if max(self.lengths) % n]:
             raise UserError(
                 f"length {uneven[0]} does not divide the longest, {max(self.lengths)}; change one"
@@ -126,6 +128,7 @@ class ComplexityMeasure(Measure):
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for mixer in self.mixers:
             if mixer not in MIXERS:
                 raise UserError(f"unknown mixer {mixer!r}; {nearest(mixer, MIXERS)}")
@@ -252,17 +255,9 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _check(part: Using | Learning) -> None:
-    """Refuses settings that mean nothing."""
-    for name in ("d_model", "num_heads", "rounds"):
-        if getattr(part, name) < 1:
-            raise UserError(f"{name} is {getattr(part, name)}; it must be at least 1")
-    if list(part.lengths) != sorted(set(part.lengths)) or len(part.lengths) < FIVE or part.lengths[0] < 2:
-        raise UserError(f"lengths are {part.lengths}; give at least {FIVE} that rise, from 2 on")
-    if isinstance(part, Using) and (part.batch < 1 or part.seconds <= 0):
-        raise UserError("batch must be at least 1, seconds more than 0")
-    if isinstance(part, Learning) and part.rows < 2:
-        raise UserError(f"rows is {part.rows}; one sequence is compared with at least 2")
+def _require_rising(lengths: Sequence[int]) -> None:
+    if list(lengths) != sorted(set(lengths)) or len(lengths) < FIVE or lengths[0] < 2:
+        raise UserError(f"lengths are {lengths}; give at least {FIVE} that rise, from 2 on")
 
 
 def _once(file: Path, measure: Callable[[Tell], Result], tell: Tell) -> Result:

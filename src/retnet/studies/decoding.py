@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
-from retnet.settings import UserError
+from retnet.settings import At, Checked, Count, UserError
 from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.decoding_summary import OURS, PEER, summarise
 
@@ -33,7 +33,7 @@ SPEED = "speed"
 
 
 @dataclass(frozen=True)
-class DecodingGrid:
+class DecodingGrid(Checked):
     """What is decoded.
 
     Attributes:
@@ -49,16 +49,17 @@ class DecodingGrid:
     """
 
     model: ModelConfig
-    head_width: int = 64
+    head_width: Count = 64
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     batches: tuple[int, ...] = (1, 2, 4, 8)
-    batch: int = 2
-    budget_gib: float = 2.0
-    rounds: int = 5
-    seconds: float = 0.2
+    batch: Count = 2
+    budget_gib: Annotated[float, At(above=0)] = 2.0
+    rounds: Count = 5
+    seconds: Annotated[float, At(above=0)] = 0.2
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model.vocab_size is None:
             raise UserError("model.vocab_size is not set; a step reads a row of it, so give it")
         if not isinstance(self.model.mixer, RetentionConfig):
@@ -71,8 +72,6 @@ class DecodingGrid:
                 raise UserError(f"{name} are {values}; give at least one, from 1 on, that rise")
         if self.batch not in self.batches:
             raise UserError(f"batch is {self.batch}; it must be one of the batches {self.batches}")
-        if self.rounds < 1 or self.seconds <= 0 or self.budget_gib <= 0:
-            raise UserError("rounds must be at least 1, seconds and budget_gib more than 0")
 
     def models(self) -> dict[str, ModelConfig]:
         """Name → configuration of both."""

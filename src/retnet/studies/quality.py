@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from retnet.data import prepare
 from retnet.evals import Corpus, measure, open_model
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
-from retnet.settings import UserError, config_path, flatten, load
+from retnet.settings import PATH, At, Checked, Count, UserError, config_path, load, merge
 from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.quality_summary import VariantResults, summarise
@@ -32,11 +32,12 @@ from retnet.train.progress import Progress
 from retnet.train.trainer import train
 
 IN_DOMAIN = "in-domain"
-Sets = dict[str, str | tuple[str, ...]]
+Text = Annotated[str, PATH]
+Sets = dict[str, Text | tuple[Text, ...]]
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Checked):
     """One of the things compared.
 
     Attributes:
@@ -47,7 +48,7 @@ class Variant:
     """
 
     label: str
-    config: str
+    config: Text
     settings: dict[str, Any] = field(default_factory=dict)
     paper: str | None = None
 
@@ -70,21 +71,18 @@ class QualityMeasure(Measure):
     name: Literal["quality"]
     rows: tuple[Variant, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] = (1e-3,)
-    seeds: int = 3
+    learning_rates: tuple[Annotated[float, At(above=0, most=1e3)], ...] = (1e-3,)
+    seeds: Count = 3
     sets: Sets = field(default_factory=dict)
-    set_documents: int | None = None
+    set_documents: Count | None = None
     published: Literal["architectures", "ablations", "none"] = "none"
     against: Literal["none", "parameters"] = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rows", "learning_rates"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; a study needs at least one")
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}; it must be at least 1")
-        if min(self.learning_rates) <= 0:
-            raise UserError(f"learning_rates has {min(self.learning_rates):g}; each must be more than 0")
         for what, names in (("rows", [_slug(row.label) for row in self.rows]), ("sets", list(self.sets))):
             twice = {name for name in names if names.count(name) > 1 or name in ("", IN_DOMAIN)}
             if twice:
@@ -159,18 +157,11 @@ class QualityMeasure(Measure):
         return f"{_slug(row.label)}.lr-{rate:g}.seed-{seed}"
 
     def _config(self, row: Variant, out: Path, rate: float, seed: int) -> RunConfig:
-        chosen = {"train.learning_rate": rate, "train.seed": seed}
+        settings = merge({"data": {"cache": str(out / "data")}}, self.settings)
+        chosen = {"train": {"learning_rate": rate, "seed": seed}}
         try:
-            return load(
-                RunConfig,
-                config_path(row.config),
-                {
-                    "data.cache": str(out / "data"),
-                    **flatten(self.settings),
-                    **flatten(row.settings),
-                    **chosen,
-                },
-            )
+            settings = merge(merge(settings, row.settings), chosen)
+            return load(RunConfig, config_path(row.config), settings, source="the study's settings")
         except UserError as error:
             raise UserError(f"row {row.label!r}: {error}") from None
 
@@ -182,7 +173,7 @@ class QualityJob(Job):
     name: Literal["quality"]
     run_config: RunConfig
     sets: Sets
-    set_documents: int | None = None
+    set_documents: Count | None = None
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
         """Trains, or goes on training, in ``folder/run``; then measures in windows of the training length."""
@@ -242,8 +233,8 @@ class _Heard(Progress):
         super().__init__(Console(quiet=True))
         self._tell = tell
 
-    def step(self, step: int, loss: float, rate: float) -> None:
-        super().step(step, loss, rate)
+    def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
+        super().step(step, loss, rate, left)
         self._tell(0.95 * step / self._steps)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from retnet.settings import UserError, load
+from retnet.settings import At, Checked, Count, load
 from retnet.studies.complexity import ComplexityMeasure
 from retnet.studies.contract import Measure
 from retnet.studies.decoding import DecodingMeasure
@@ -18,7 +18,7 @@ MEASURES = (QualityMeasure, ComplexityMeasure, DecodingMeasure, TrainingMeasure)
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Checked):
     """A study, as its TOML says.
 
     Attributes:
@@ -33,16 +33,9 @@ class Study:
     title: str
     about: str
     measure: Measure
-    hours: float = 1.0
-    workers: int = 1
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "processes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hours <= 0:
-            raise UserError(f"hours is {self.hours}; it must be more than 0")
+    hours: Annotated[float, At(above=0)] = 1.0
+    workers: Count = 1
+    processes: Count = 1
 
 
 def load_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:

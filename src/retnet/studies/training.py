@@ -23,7 +23,7 @@ from retnet.measure.sizes import transformer
 from retnet.measure.summary import Summary
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.settings import UserError
+from retnet.settings import Checked, Count, UserError
 from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import plan
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
@@ -36,7 +36,7 @@ SHARE = 0.85  # of the free memory that may be planned with: estimates do not kn
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Checked):
     """One size of model.
 
     Attributes:
@@ -49,7 +49,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class TrainingGrid:
+class TrainingGrid(Checked):
     """What is trained.
 
     Attributes:
@@ -63,12 +63,13 @@ class TrainingGrid:
 
     sizes: tuple[Size, ...]
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    tokens: int = 8192
-    head_width: int = 128
-    rounds: int = 3
+    tokens: Count = 8192
+    head_width: Count = 128
+    rounds: Count = 3
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sizes or len({size.label for size in self.sizes}) < len(self.sizes):
             raise UserError("sizes must be at least one, each with a label of its own")
         for size in self.sizes:
@@ -82,8 +83,6 @@ class TrainingGrid:
             raise UserError(f"lengths are {self.lengths}; give at least one, from 1 on, that rise")
         if uneven := [n for n in self.lengths if self.tokens % n]:
             raise UserError(f"length {uneven[0]} does not divide tokens = {self.tokens}; change one")
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}; it must be at least 1")
 
     def config(self, size: Size, kind: str) -> ModelConfig:
         """Of the model of a kind (a key of `KINDS`)."""

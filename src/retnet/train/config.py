@@ -3,70 +3,80 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from retnet.data.config import DataConfig
 from retnet.model.config import ModelConfig
-from retnet.settings import UserError
+from retnet.settings import PATH, At, Checked, Count
+
+Share = Annotated[float, At(least=0, most=1)]
+Momentum = Annotated[float, At(least=0, below=1)]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How to train. The defaults of the optimiser are the paper's (§4): AdamW, β = (0.9, 0.98), decay 0.05, clip 2.
 
     One step reads ``batch_size · accumulate`` rows of `seq_len` tokens.
+
+    Attributes:
+        steps: of the optimiser; with `minutes`, the most there may be.
+        minutes: that a run may take, from the call to its end: data, validations and checkpoints are in it. The first
+            steps are measured, then as many are chosen as fit, and the schedule ends with them. None: `steps` alone.
+        seq_len: tokens of a row.
+        batch_size: rows of one forward and backward pass.
+        accumulate: such passes in one step.
+        learning_rate: at its peak.
+        schedule: of the learning rate after its rise; wsd is warm-up, stable, decay.
+        warmup_steps: over which the learning rate rises.
+        final_lr_fraction: learning rate of the last step, as a share of the peak.
+        decay_fraction: share of the steps, at the end, over which wsd falls.
+        beta1: of AdamW, for the mean of the gradient.
+        beta2: of AdamW, for its square.
+        weight_decay: of matrices; norms have none.
+        clip: of the gradient's norm; 0 is none.
+        seed: of weights, order of the data, dropout.
+        start_from: a run, checkpoint or folder whose weights a new run begins with; None is fresh ones.
+        precision: of products; auto takes bf16 where the hardware is faster with it.
+        activation_checkpointing: recompute blocks in the backward pass: less memory, a third more time.
+        compile: with torch.compile.
+        device: auto, cpu, cuda, cuda:1, …
+        threads: of the CPU; None is torch's choice.
+        log_every: steps between lines of metrics.
+        eval_every: steps between validations; 0 validates at the end alone.
+        eval_tokens: of one validation; None is all of the validation split.
+        checkpoint_every: steps between checkpoints; the last step is always saved.
+        keep: latest checkpoints on disk, beside the best.
+        tensorboard: write TensorBoard files too.
     """
 
-    steps: int = 1000
-    seq_len: int = 512
-    batch_size: int = 16  # rows of one forward and backward pass
-    accumulate: int = 1  # such passes in one step
-    learning_rate: float = 6e-4  # at its peak
+    steps: Count = 1000
+    minutes: Annotated[float, At(above=0)] | None = None
+    seq_len: Count = 512
+    batch_size: Count = 16
+    accumulate: Count = 1
+    learning_rate: Annotated[float, At(least=0, most=1e3)] = 6e-4
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    warmup_steps: int = 100
-    final_lr_fraction: float = 0.0  # of the peak, at the last step
-    decay_fraction: float = 0.2  # of the steps, at the end; wsd (warmup, stable, decay) alone
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.05  # of matrices; norms have none
-    clip: float = 2.0  # of the gradient's norm; 0: none
+    warmup_steps: Annotated[int, At(least=0)] = 100
+    final_lr_fraction: Share = 0.0
+    decay_fraction: Share = 0.2
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.98
+    weight_decay: Annotated[float, At(least=0, most=1e3)] = 0.05
+    clip: Annotated[float, At(least=0)] = 2.0
     seed: int = 0
-    start_from: str | None = (
-        None  # a run, checkpoint or folder whose weights a new run begins with; None: fresh ones
-    )
-    precision: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # auto: bf16 products where the hardware is faster with them
-    )
-    activation_checkpointing: bool = (
-        False  # recompute blocks in the backward pass: less memory, a third more time
-    )
+    start_from: Annotated[str, PATH] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
-    threads: int | None = None  # of the CPU; torch's choice
-    log_every: int = 10
-    eval_every: int = 200  # steps; 0: at the end alone
-    eval_tokens: int | None = None  # None: all of the validation split
-    checkpoint_every: int = 200  # steps; the last step is always saved
-    keep: int = 2  # latest checkpoints on disk, beside the best
+    threads: Count | None = None
+    log_every: Count = 10
+    eval_every: Annotated[int, At(least=0)] = 200
+    eval_tokens: Count | None = None
+    checkpoint_every: Count = 200
+    keep: Count = 2
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("threads", "eval_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip", "eval_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("final_lr_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1")
 
     @property
     def tokens_per_step(self) -> int:
@@ -75,7 +85,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Everything a run is made from; ``config.toml`` of a run directory holds it complete."""
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,7 +1,4 @@
-"""TOML → frozen dataclasses, strictly: every key is known, every value has its type, every error names its place.
-
-A configuration is a tree of frozen dataclasses. `build` makes one from plain data, `load` from a file and
-command-line overrides, `dump` writes it back so that loading the result gives the same object.
+"""Plain data → frozen dataclasses, strictly: every key is known, every value has its type, every error names its place.
 
 A field typed with a subclass of `Choice` holds one of several dataclasses, told apart by the key ``name``:
 this is how ``[model.mixer]`` can be any row of the mixer table without this module knowing any mixer.
@@ -9,26 +6,28 @@ this is how ``[model.mixer]`` can be any row of the mixer table without this mod
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
-import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import tomli_w
 
-from retnet.errors import UserError as UserError
-from retnet.io import read_text
+from retnet.errors import UserError
+from retnet.settings.checks import Checked
 
 T = TypeVar("T")
+_SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
 
 
-class Choice:
+class Choice(Checked):
     """Base of configurations of which one is chosen by its ``name`` key: a subclass is an option once it is imported."""
 
     @classmethod
@@ -75,95 +74,9 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise UserError(_readable(str(error), cls, data, where)) from None
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """What a TOML file holds, as plain data.
-
-    Raises:
-        UserError: the file cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(read_text(path, f"the configuration {path}"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-
-
-def load(cls: type[T], path: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
-    """Reads a TOML file, applies overrides (dotted key → value; text is read as TOML, bare words allowed), builds `cls`.
-
-    Raises:
-        UserError: the file cannot be read, is not TOML, or does not fit `cls`.
-    """
-    data = read_toml(path)
-    for key, value in (overrides or {}).items():
-        _put(data, key, _value(value) if isinstance(value, str) else value)
-    try:
-        return build(cls, data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def dump(config: object) -> str:
     """The TOML text of a configuration, complete: loading it gives an equal object. Absent (None) values are left out."""
     return tomli_w.dumps(_plain(config))
-
-
-def flatten(tables: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested tables as overrides for `load`: dotted key → value. A table with a ``name`` (a `Choice`) stays whole."""
-    found: dict[str, Any] = {}
-    for key, value in tables.items():
-        place = f"{where}.{key}" if where else key
-        whole = not isinstance(value, Mapping) or "name" in value
-        found |= {place: value} if whole else flatten(value, place)
-    return found
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """``["--train.steps", "10", "--model.d_model=64"]`` → ``{"train.steps": "10", "model.d_model": "64"}``.
-
-    Raises:
-        UserError: a word that is not of this form.
-    """
-    found: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            raise UserError(f"unexpected argument {word!r}; settings are written --section.field VALUE")
-        if not equals:
-            if not rest:
-                raise UserError(f"--{key} needs a value")
-            value = rest.pop(0)
-        found[key] = value
-    return found
-
-
-def config_path(name: str) -> Path:
-    """The file of a configuration given as a path, or as a shipped name such as ``paper/6.7b``.
-
-    Raises:
-        UserError: neither a file nor a shipped name; answers with the nearest ones.
-    """
-    path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
-        return path
-    for home in _config_homes():
-        shipped = home / f"{name.removeprefix('configs/').removesuffix('.toml')}.toml"
-        if shipped.is_file():
-            return shipped
-    raise UserError(f"no configuration {name!r}: not a .toml file, and {nearest(name, shipped_configs())}")
-
-
-def shipped_configs(*, studies: bool = False) -> list[str]:
-    """Names of the configurations of runs that come with the project, such as ``paper/6.7b``; or those of studies."""
-    homes = _config_homes()
-    names = {str(file.relative_to(home).with_suffix("")) for home in homes for file in home.rglob("*.toml")}
-    return sorted(name for name in names if name.startswith("studies/") == studies)
-
-
-def _config_homes() -> list[Path]:
-    package = Path(__file__).resolve().parent
-    return [package / "configs", package.parents[1] / "configs"]  # installed, or in a checkout
 
 
 def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN401
@@ -207,32 +120,35 @@ def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: AN
         kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
         value = value.get(key) if isinstance(value, Mapping) else value
     name = ".".join([where, *keys] if where else keys)
-    allowed = [
-        repr(a)
-        for k in _alternatives(kind)
-        if typing.get_origin(k) is typing.Literal
-        for a in typing.get_args(k)
-    ]
     shown = "" if isinstance(value, Mapping) else f" {value!r}"
-    return f"{name or 'configuration'}{shown}: {problem}" + (
-        f"; allowed: {', '.join(allowed)}" if allowed else ""
-    )
+    words = _words(kind)
+    allowed = f"; allowed: {', '.join(map(repr, words))}" if words else ""
+    spelled = _respelled(kind, value, words)
+    hint = "" if spelled is None else f"; did you mean {spelled}?"
+    return f"{name or 'configuration'}{shown}: {problem}{allowed}{hint}"
 
 
-def _put(data: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
-    *path, last = key.split(".")
-    for part in path:
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise UserError(f"cannot set {key!r}: {part!r} is a value, not a table")
-    data[last] = value
+def _words(kind: Any) -> list[Any]:  # noqa: ANN401
+    """The values of a Literal, or of those of a union."""
+    literals = [k for k in _alternatives(kind) if typing.get_origin(k) is typing.Literal]
+    return [word for k in literals for word in typing.get_args(k)]
 
 
-def _value(text: str) -> Any:  # noqa: ANN401
-    try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string: --data.corpus stdlib
+def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:  # noqa: ANN401
+    """The nearest value of the right type, as TOML writes it: 'False' → false, 1e3 → 1000, '1,000' → 1000."""
+    tries: list[Any] = []
+    if isinstance(value, str):
+        tries = difflib.get_close_matches(value.lower(), map(str, words), n=1)
+        tries += [_SWITCHES[value.lower()]] if value.lower() in _SWITCHES else []
+        with contextlib.suppress(ValueError):
+            tries.append(float(value.replace(",", "").replace("_", "")))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        tries = [_SWITCHES.get(f"{value}"), f"{value}"]
+    tries += [int(n) for n in (*tries, value) if isinstance(n, float) and n.is_integer()]
+    for candidate in tries:
+        with contextlib.suppress(msgspec.ValidationError, TypeError):
+            return tomli_w.dumps({"x": msgspec.convert(candidate, kind, strict=True)}).strip()[4:]
+    return None
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -1,0 +1,28 @@
+"""Settings: frozen dataclasses whose numbers are in range, and the TOML files and command lines they are read from.
+
+A configuration is a tree of frozen dataclasses. `build` makes one from plain data, `load` from a file, the files it is
+based on and the command line, `dump` writes it back so that loading the result gives the same object.
+"""
+
+from retnet.errors import UserError
+from retnet.settings.build import Choice, build, dump, nearest
+from retnet.settings.checks import PATH, At, Checked, Count
+from retnet.settings.files import config_path, load, merge, parse_overrides, read_toml, shipped_configs
+
+__all__ = [
+    "PATH",
+    "At",
+    "Checked",
+    "Choice",
+    "Count",
+    "UserError",
+    "build",
+    "config_path",
+    "dump",
+    "load",
+    "merge",
+    "nearest",
+    "parse_overrides",
+    "read_toml",
+    "shipped_configs",
+]
