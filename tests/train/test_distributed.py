@@ -61,7 +61,7 @@ def assert_same(got: Path, want: Path, tolerance: float = 1e-5) -> None:
 class Stopping(Progress):
     """Sends this process a signal after a step, as a person might."""
 
-    def step(self, step: int, loss: float, rate: float) -> None:
+    def step(self, step: int, *measured: float | None) -> None:
         if step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -134,6 +134,12 @@ def test_a_signal_to_one_stops_all_after_the_same_step(shared):
         assert (shared / name / f"checkpoints/step-{STOP:08d}").is_dir()
     assert (shared / "stopped/checkpoints/last").read_text() == f"step-{STOP:08d}\n"
     assert max(step for step, _ in measured(shared / "stopped")) == STOP
+
+
+def test_the_first_of_them_plans_for_all(shared):
+    assert json.loads((shared / "planned/plan.json").read_text())["steps"] == 5
+    assert max(step for step, _ in measured(shared / "planned")) == 5
+    assert load(RunConfig, shared / "planned/config.toml").train.steps == 5
 
 
 def test_continued_by_another_number_of_processes(shared, alone, config_file, tmp_path):

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as Live
 from rich.text import Text
 
 from retnet.data import Problem
 from retnet.data import Progress as Prepared
 from retnet.model import LanguageModel
-from retnet.train.config import RunConfig
+from retnet.train.config import RunConfig, TrainConfig
 
 PROBLEMS_SHOWN = 5
 SECONDS_BETWEEN_LINES = 5.0
@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._steps, self._first, self._begin, self._line = 0, 0, 0.0, 0.0
+        self._steps, self._line = 0, 0.0
         self._bits: float | None = None
         self._problems = 0
 
@@ -67,7 +67,7 @@ class Progress:
             self.say(f"training {size / 1e6:.2f} M parameters on {where}: {goes}{begun}")
         else:
             self.say(f"finished before: {goes}")
-        self._steps, self._first, self._begin = c.steps, step, time.monotonic()
+        self._steps = c.steps
         if not self._console.is_terminal or self._console.quiet:
             yield
             return
@@ -75,24 +75,29 @@ class Progress:
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
             _Measured(),
-            TimeRemainingColumn(),
         )
         with Live(*columns, console=self._console) as self._live:
-            self._live.add_task("", total=c.steps, completed=step, loss=None, rate=None, bits=None)
+            self._live.add_task("", total=c.steps, completed=step, loss=None, rate=None, bits=None, left=None)
             yield
         self._live = None
 
-    def step(self, step: int, loss: float, rate: float) -> None:
-        """After a step: loss in nats per token, speed in tokens per second."""
+    def planned(self, config: TrainConfig) -> None:
+        """The number of steps was chosen."""
+        self._steps = config.steps
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, loss=loss, rate=rate)
+            self._live.update(self._live.task_ids[0], total=config.steps)
+        self.say(f"{config.steps:,} steps fit into {config.minutes:g} minutes on this machine")
+
+    def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
+        """After a step: loss in nats per token, speed in tokens per second, seconds that are left."""
+        if self._live is not None:
+            remaining = None if left is None else _duration(left)
+            self._live.update(self._live.task_ids[0], completed=step, loss=loss, rate=rate, left=remaining)
         elif time.monotonic() - self._line > SECONDS_BETWEEN_LINES or step == self._steps:
             self._line = time.monotonic()
-            left = (self._line - self._begin) / max(step - self._first, 1) * (self._steps - step)
+            remaining = "" if left is None else f", {_duration(left)} left"
             bits = "" if self._bits is None else f", validation {self._bits:.3f} bits/byte"
-            self.say(
-                f"step {step}/{self._steps}: loss {loss:.3f}{bits}, {rate:,.0f} tokens/s, {_duration(left)} left"
-            )
+            self.say(f"step {step}/{self._steps}: loss {loss:.3f}{bits}, {rate:,.0f} tokens/s{remaining}")
 
     def validated(self, step: int, bits_per_byte: float) -> None:
         """After a validation."""
@@ -110,7 +115,12 @@ class _Measured(TextColumn):
 
     def render(self, task: Task) -> Text:
         known: dict[str, Any] = {name: value for name, value in task.fields.items() if value is not None}
-        forms = {"loss": "loss {:.3f}", "bits": "val {:.3f} bits/byte", "rate": "{:,.0f} tokens/s"}
+        forms = {
+            "loss": "loss {:.3f}",
+            "bits": "val {:.3f} bits/byte",
+            "rate": "{:,.0f} tokens/s",
+            "left": "{} left",
+        }
         return Text("  ".join(form.format(known[name]) for name, form in forms.items() if name in known))
 
 

@@ -1,4 +1,4 @@
-"""A run directory: `config.toml` (resolved), `env.json`, `metrics.jsonl`, `checkpoints/`.
+"""A run directory: `config.toml` (resolved), `env.json`, `metrics.jsonl`, `checkpoints/`; `plan.json` of `train.minutes`.
 
 A checkpoint directory holds the model, the tokenizer, the optimiser, the random state and where training stands. The
 files `best` and `last` in `checkpoints/` name one each.
@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
-from retnet.train.config import RunConfig
+from retnet.train.config import RunConfig, TrainConfig
 
 # Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; and where text
 # lies, since what identifies a corpus is its tokens, which a checkpoint knows.
@@ -33,6 +34,7 @@ HARMLESS = frozenset(
         "start_from",
     )
 ) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
+PLAN = "plan.json"
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
 
 
@@ -86,7 +88,49 @@ class RunDirectory:
         line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
         with (self.path / "changes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.has_plan:
+            plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+            write_json(self.path / PLAN, {**plan, "steps": config.train.steps})
         write_text(self.path / "config.toml", dump(config))
+
+    def plan(self, asked: TrainConfig, chosen: TrainConfig, step: int) -> None:
+        """Notes how many steps fit into `train.minutes`: `plan.json` decides, `config.toml` follows.
+
+        Args:
+            asked: the settings before.
+            chosen: and with the steps and the rise of the learning rate that were chosen.
+            step: after which; its checkpoint is there already, so that no step before it is made again.
+        """
+        plan = {
+            "after": step,
+            "asked": asked.steps,
+            "steps": chosen.steps,
+            "warmup_steps": chosen.warmup_steps,
+        }
+        write_json(self.path / PLAN, plan)
+        write_text(self.path / "config.toml", dump(self.planned(self.config())))
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether `plan` was called for this run, in this process or an earlier one."""
+        return (self.path / PLAN).is_file()
+
+    def planned(self, config: RunConfig) -> RunConfig:
+        """A configuration of this run with the steps that were planned, unless it says other ones than were asked for.
+
+        Raises:
+            UserError: the plan is damaged.
+        """
+        if not self.has_plan:
+            return config
+        try:
+            plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+            steps = plan["steps"] if config.train.steps == plan["asked"] else config.train.steps
+            return replace(
+                config, train=replace(config.train, steps=steps, warmup_steps=plan["warmup_steps"])
+            )
+        except (OSError, ValueError, KeyError, TypeError, UserError):
+            raise UserError(f"{self.path / PLAN} is damaged; start a new run in another --run-dir") from None
 
     def steps_done(self) -> int:
         """Of the newest checkpoint; 0 without one."""

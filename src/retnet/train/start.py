@@ -100,8 +100,8 @@ def resolve(
     """Fills in what is open, and begins the run or makes sure that it was begun with the same; on the first rank."""
 
     def begin() -> RunConfig:
-        old = run.config() if run.exists else None
-        new = _filled_in(config, prepared, device, old)
+        old = run.planned(run.config()) if run.exists else None
+        new = run.planned(_filled_in(config, prepared, device, old))
         if old is None:
             run.create(new, {**host.describe(), "processes": ranks.world})
             return new

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, complete, processes
 from retnet.train.objective import Objective, Quality, count, evaluate
 from retnet.train.optimizer import learning_rate
+from retnet.train.pace import Pace
 from retnet.train.progress import Progress
 from retnet.train.run_dir import Metrics, RunDirectory
 from retnet.train.start import Begin, check, owned, prepare_data, resolve, start_from
@@ -70,7 +72,7 @@ def train(
             process trains in it), the data cannot be used, the processes cannot share a step, or a loss, gradient or
             weight is not a finite number.
     """
-    run = RunDirectory(Path(run_dir))
+    run, began = RunDirectory(Path(run_dir)), time.monotonic()
     with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else Progress.silent()
         device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
@@ -85,7 +87,7 @@ def train(
             )
         prepared = prepare_data(config, progress, ranks)
         config = resolve(config, run, prepared, device, ranks, progress)
-        trainer = _Trainer(config, run, prepared, progress, device, ranks)
+        trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
         with _signals() as stopped:
             return trainer.loop(stopped)
 
@@ -101,6 +103,7 @@ class _Trainer:
         progress: Progress,
         device: torch.device,
         ranks: Ranks,
+        began: float,
     ) -> None:
         self.config, self.run, self.prepared, self.progress = config, run, prepared, progress
         self.device, self.ranks = device, ranks
@@ -124,39 +127,67 @@ class _Trainer:
         self.batches = Batches(prepared.train, **sizes)
         self.held_out = Batches(prepared.validation, **sizes)
         self.quality: Quality | None = None
+        held_out = prepared.validation.num_tokens
+        self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
+        self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
 
     def loop(self, stopped: Sequence[signal.Signals]) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
-        c = self.config.train
         saved, busy, logged = self.step, 0.0, self.step  # seconds of learning since the last logged step
-        metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, c.tensorboard))
+        metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
             closing(metrics) if metrics else nullcontext(),
             self.progress.training(self.config, self.model, self.step),
         ):
-            while not (signals := self._noted(stopped)) and self.step < c.steps:
+            while not (signals := self._noted(stopped)) and self.step < self.config.train.steps:
                 begin = time.perf_counter()
                 loss, norm = self._learn()
-                busy += time.perf_counter() - begin
-                self.step += 1
+                seconds = time.perf_counter() - begin
+                self.step, busy = self.step + 1, busy + seconds
+                self.pace.step(seconds)
+                c = self.config.train
                 last, improved = self.step == c.steps, False
                 if last or self.step % c.log_every == 0:
                     rate = (self.step - logged) * c.tokens_per_step / busy
                     lr = learning_rate(self.step - 1, c)
                     if metrics:
                         metrics.write(self.step, loss=loss, gradient_norm=norm, lr=lr, tokens_per_s=rate)
-                    self.progress.step(self.step, loss, rate)
+                    self.progress.step(self.step, loss, rate, self.pace.left(self.step, c))
                     busy, logged = 0.0, self.step
                 if last or (c.eval_every and self.step % c.eval_every == 0):
                     improved = self._validate(metrics)
                 if last or improved or self.step % c.checkpoint_every == 0:
                     self._save()
                     saved = self.step
+                if self.open and not last and self.ranks.tell(self.pace.ready(c)):
+                    if saved != self.step:
+                        self._save()
+                        saved = self.step
+                    self._plan()
             if saved != self.step:
                 self._save()
+        steps = self.config.train.steps
         if signals:
-            self.progress.say(f"{signals[0]}: saved at step {self.step} of {c.steps}; --resume continues")
-        return Outcome(self.run.path, self.step, self.step == c.steps, self.quality, self.prepared)
+            self.progress.say(f"{signals[0]}: saved at step {self.step} of {steps}; --resume continues")
+        return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
+
+    def _plan(self) -> None:
+        """Fits the run into its minutes; the first rank decides.
+
+        A checkpoint of this step is there: what was made before the decision, no run makes again with the schedule that
+        comes of it.
+        """
+        asked = self.config.train
+
+        def decide() -> tuple[int, int]:
+            chosen = self.pace.plan(self.step, asked)
+            self.run.plan(asked, chosen, self.step)
+            return chosen.steps, chosen.warmup_steps
+
+        steps, warmup_steps = self.ranks.tell(self.ranks.lead(decide) or (0, 0))
+        chosen = replace(asked, steps=steps, warmup_steps=warmup_steps)
+        self.config, self.open = replace(self.config, train=chosen), False
+        self.progress.planned(chosen)
 
     def _noted(self, stopped: Sequence[signal.Signals]) -> list[str]:
         """Names of signals that arrived, at any of the processes: all of them stop after the same step."""
@@ -208,7 +239,7 @@ class _Trainer:
 
     def _validate(self, metrics: Metrics | None) -> bool:
         """Measures the validation split; True if it never was better."""
-        shards = self.prepared.validation
+        begin, shards = time.perf_counter(), self.prepared.validation
         self.quality = evaluate(
             self.objective,
             self.held_out,
@@ -218,6 +249,7 @@ class _Trainer:
             max_tokens=self.config.train.eval_tokens,
             ranks=self.ranks,
         )
+        self.pace.validation(time.perf_counter() - begin)
         bits = self.quality.bits_per_byte
         if metrics:
             metrics.write(self.step, validation_loss=self.quality.loss, validation_bits_per_byte=bits)
@@ -228,7 +260,9 @@ class _Trainer:
         return improved
 
     def _save(self) -> None:
+        begin = time.perf_counter()
         self.checkpoints.save(self.model, self.optimizer, Standing(self.step, self.best))
+        self.pace.save(time.perf_counter() - begin)
 
 
 def _recompute_blocks(model: LanguageModel) -> None:
