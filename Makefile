@@ -1,8 +1,9 @@
-# Everything lives inside the checkout: the environment, caches, temporary files and runs.
+# Everything lives inside the checkout: the environment, caches, temporary files and runs. Its path may have spaces, so
+# programs are named relative to it, and what has its path in it is quoted.
 SHELL   := /bin/bash
 PYTHON  ?= python3
 CACHE   := $(CURDIR)/.cache
-BIN     := $(CURDIR)/.venv/bin
+BIN     := .venv/bin
 STAMP   := .venv/.ready
 
 export PIP_CACHE_DIR            := $(CACHE)/pip
@@ -26,32 +27,32 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "retnet needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	@mkdir -p $(TMPDIR)
+	@mkdir -p "$(TMPDIR)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup
-	@mkdir -p $(TMPDIR)
+	@mkdir -p "$(TMPDIR)"
 	@$(BIN)/retnet demo configs/demo.toml --run-dir runs/demo
 
 test: lint types layers
-	@mkdir -p $(TMPDIR)
-	$(BIN)/python -m pytest -n auto --dist loadfile --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+	@mkdir -p "$(TMPDIR)"
+	$(BIN)/python -m pytest -n auto --dist loadfile --basetemp="$(TMPDIR)/pytest" -o cache_dir="$(CACHE)/pytest"
 
 test-fast: setup
-	@mkdir -p $(TMPDIR)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --basetemp=$(TMPDIR)/pytest -o cache_dir=$(CACHE)/pytest
+	@mkdir -p "$(TMPDIR)"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --basetemp="$(TMPDIR)/pytest" -o cache_dir="$(CACHE)/pytest"
 
 lint: setup
-	$(BIN)/ruff check --cache-dir $(CACHE)/ruff
-	$(BIN)/ruff format --check --cache-dir $(CACHE)/ruff
+	$(BIN)/ruff check --cache-dir "$(CACHE)/ruff"
+	$(BIN)/ruff format --check --cache-dir "$(CACHE)/ruff"
 
 types: setup
-	$(BIN)/mypy --cache-dir $(CACHE)/mypy
+	$(BIN)/mypy --cache-dir "$(CACHE)/mypy"
 
 layers: setup
-	$(BIN)/lint-imports --cache-dir $(CACHE)/import-linter
+	$(BIN)/lint-imports --cache-dir "$(CACHE)/import-linter"
 
 clean:
 	rm -rf .venv .cache

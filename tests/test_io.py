@@ -18,6 +18,7 @@ from retnet.io import (
     write_json,
     write_text,
 )
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, read_toml
 
 WORDS = "first line\nsecond lïne 🙂\n"
@@ -124,3 +125,14 @@ def test_json_has_no_word_for_what_is_not_finite(tmp_path):
     }
     with pytest.raises(UserError, match=r"cannot write .*record\.json"):
         write_json(tmp_path / "missing" / "record.json", {})
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    link = tmp_path / "link.txt"
+    link.symlink_to("gone.txt")
+    with pytest.raises(
+        UserError, match=r"cannot read .*link.txt: No such file or directory \(it is a link to gone.txt\)"
+    ):
+        read_text(link)
+    with pytest.raises(UserError, match=r"no run at .*link.txt \(it is a link to gone.txt\)"):
+        find_checkpoint(link)

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from retnet.settings import UserError
+from retnet.settings import UserError, nearest
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}  # of weights that are loaded
 
 
 def keep_freed_memory() -> None:
@@ -48,8 +54,21 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}; {nearest(name, here)}") from None
     return device
+
+
+def choose_dtype(name: str | None) -> torch.dtype | None:
+    """The type of this name, a key of `DTYPES`; None stays None, which is that of the file.
+
+    Raises:
+        UserError: no such type; answers with the nearest.
+    """
+    if name is not None and name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
+    return None if name is None else DTYPES[name]
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

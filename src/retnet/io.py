@@ -42,8 +42,14 @@ def read_text(path: str | Path, name: str | None = None) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror}{dangling(path)}") from None
     return decode(content, name)
+
+
+def dangling(path: str | Path) -> str:
+    """What to add to a message about a path where nothing is: where a link leads that leads nowhere."""
+    path = Path(path)
+    return f" (it is a link to {path.readlink()})" if path.is_symlink() and not path.exists() else ""
 
 
 def decode(content: bytes, name: str) -> str:

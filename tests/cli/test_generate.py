@@ -161,7 +161,7 @@ def test_mistakes_end_in_one_sentence(run, tmp_path):
     assert "unknown weights 'int4'; " in fails(run, "--prompt", "a", "--weights", "int4")
     both = fails(run, "--prompt", "a", "--weights", "int8", "--dtype", "bfloat16")
     assert both == "int8 weights are computed with in float32, not bfloat16; leave out one of the two"
-    assert "cannot use the device 'tpu'" in fails(run, "--prompt", "a", "--device", "tpu")
+    assert "device 'tpu' cannot be used here" in fails(run, "--prompt", "a", "--device", "tpu")
     assert "at least one character" in fails(run, "--prompt", "a", "--stop", "")
     assert "cannot read --prompt-file" in fails(run, "--prompt-file", tmp_path / "none.txt")
     assert "--prompt-lines needs" in fails(run, "--prompt", "a", "--prompt-lines")

@@ -76,5 +76,5 @@ def test_a_pointer_to_nothing_is_named(run):
 def test_device_and_dtype_that_do_not_exist(run):
     with pytest.raises(UserError, match=r"unknown dtype 'bf16'.*known: float32, bfloat16, float16"):
         open_run(run, dtype="bf16")
-    with pytest.raises(UserError, match=r"cannot use the device 'gpu' here; .*known: auto, cpu"):
+    with pytest.raises(UserError, match=r"device 'gpu' cannot be used here: .*known: auto, cpu"):
         open_run(run, device="gpu")

@@ -107,5 +107,5 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(llama_folder, checkpoint,
         check_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="did you mean 'bfloat16'"):
         open_model(llama_folder, dtype="bfloat")
-    with pytest.raises(UserError, match="cannot use the device"):
+    with pytest.raises(UserError, match="cannot be used here"):
         open_model(llama_folder, device="tpu")

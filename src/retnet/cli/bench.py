@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from retnet.cli.options import HomePath, options
+
 if TYPE_CHECKING:
     from retnet.measure.records import Record
     from retnet.model import ModelConfig
@@ -15,11 +17,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-QUICK = {
-    "model.d_model": "64",
-    "model.num_layers": "2",
-    "model.mixer.num_heads": "2",
-}
+QUICK = {"model.d_model": 64, "model.num_layers": 2, "model.mixer.num_heads": 2}
 
 
 @click.group("bench")
@@ -34,15 +32,10 @@ def command() -> None:
 def _common(function: Function) -> Function:
     """The options of all verbs."""
     for option in (
-        click.option(
-            "--minutes",
-            type=click.FloatRange(0, min_open=True),
-            help="What it may take: fewer rounds, but at least 3, and fewer contexts of peers.  [default: all rounds]",
-        ),
         click.option("--quick", is_flag=True, help="A smoke run in seconds; its numbers mean nothing."),
         click.option(
             "--out",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=HomePath(path_type=Path, file_okay=False),
             default=Path("benchmarks/results"),
             show_default=True,
             help="Directory of the record (.json) and the plot (.png).",
@@ -56,24 +49,15 @@ def _common(function: Function) -> Function:
 @click.option(
     "--config", default="laptop/25m", show_default=True, help="Whose model: a .toml file or a name."
 )
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of measurements."
-)
-@click.option("--tokens", type=click.IntRange(1), default=16384, show_default=True, help="Tokens of a step.")
-@click.option(
-    "--extra", is_flag=True, help="Also steps in bf16, and on packed rows, as the trainer makes them."
-)
+@options("retnet.bench.training:TrainingBench", "rounds", "tokens", "extra", "minutes")
 @_common
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(
     config: str,
-    rounds: int,
-    tokens: int,
-    extra: bool,
     out: Path,
     quick: bool,
-    minutes: float | None,
     overrides: tuple[str, ...],
+    **given: Any,  # noqa: ANN401
 ) -> None:
     """Training steps beside a Llama of equal size, and beside the machine's fp32 matrix products.
 
@@ -82,11 +66,9 @@ def train(
     model = _model(config, overrides, quick)
     from retnet.bench.training import TrainingBench, measure_training
 
-    bench = TrainingBench(model, tokens=tokens, rounds=rounds, extra=extra, minutes=minutes)
     if quick:
-        bench = TrainingBench(
-            model, (64, 128), 256, rounds=2, minutes=minutes, op_length=256, extra=extra, product_size=256
-        )
+        given |= {"lengths": (64, 128), "tokens": 256, "rounds": 2, "op_length": 256, "product_size": 256}
+    bench = TrainingBench(model, **given)
     _run("train", bench, quick, out, lambda say: measure_training(bench, say), config=config)
 
 
@@ -94,35 +76,15 @@ def train(
 @click.option(
     "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
 )
-@click.option(
-    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Rounds of measurements."
-)
-@click.option("--steps", type=click.IntRange(1), default=48, show_default=True, help="Tokens of one sample.")
-@click.option(
-    "--batch",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    help="Also so many sequences at once; 1: no.",
-)
-@click.option(
-    "--long",
-    type=click.IntRange(0),
-    default=0,
-    help="Also one generation of so many tokens by laptop/3m, such as 100000.",
-)
+@options("retnet.bench.decoding:DecodingBench", "rounds", "steps", "batch", "long", "minutes")
 @_common
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def decode(
     config: str,
-    rounds: int,
-    steps: int,
-    batch: int,
-    long: int,
     out: Path,
     quick: bool,
-    minutes: float | None,
     overrides: tuple[str, ...],
+    **given: Any,  # noqa: ANN401
 ) -> None:
     """Time per generated token against context length, memory traffic, and a Llama's KV cache.
 
@@ -134,25 +96,14 @@ def decode(
     from retnet.bench.decoding import DecodingBench, measure_decoding
     from retnet.bench.throughput import ThroughputBench
 
-    long_model = _model("laptop/3m", (), quick)
-    bench = DecodingBench(
-        model, batch=batch, rounds=rounds, steps=steps, long=long, long_model=long_model, minutes=minutes
-    )
     if quick:
-        bench = DecodingBench(
-            model,
-            contexts=(64, 256),
-            peer_contexts=(64, 128),
-            batch=2,
-            rounds=2,
-            steps=4,
-            long=long,
-            long_model=long_model,
-            minutes=minutes,
-            batches=BatchBench((model,), rows=(1, 2, 4), rounds=2, buffer_megabytes=1),
-            throughput=ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
-            buffer_megabytes=1,
-        )
+        given |= {"contexts": (64, 256), "peer_contexts": (64, 128), "batch": 2, "rounds": 2, "steps": 4}
+        given |= {
+            "batches": BatchBench((model,), rows=(1, 2, 4), rounds=2, buffer_megabytes=1),
+            "throughput": ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
+            "buffer_megabytes": 1,
+        }
+    bench = DecodingBench(model, long_model=_model("laptop/3m", (), quick), **given)
     _run("decode", bench, quick, out, lambda say: measure_decoding(bench, say), config=config)
 
 
@@ -164,27 +115,26 @@ def decode(
 @click.option(
     "--shapes", help="Heads x K x V, such as 8x256x512,16x64x128.  [default: 16x64x128,8x128x256,8x256x512]"
 )
-@click.option(
-    "--tokens", type=click.IntRange(1), help="Of a call, at least.  [default: 2048, on a GPU 16384]"
+@options(
+    "retnet.bench.implementations:OpsBench",
+    "tokens",
+    "peer_work",
+    "rounds",
+    "minutes",
+    unset=True,
+    tokens="Of a call, at least.  [default: 2048, on a GPU 16384]",
+    peer_work="Gflop of a call above which all but ours is left out.  [default: 160, on a GPU 200000]",
+    rounds="Rounds of measurements.  [default: 3, on a GPU 7]",
 )
-@click.option(
-    "--peer-work",
-    type=click.FloatRange(0),
-    help="Gflop of a call above which all but ours is left out.  [default: 160, on a GPU 200000]",
-)
-@click.option("--rounds", type=click.IntRange(1), help="Rounds of measurements.  [default: 3, on a GPU 7]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @_common
 def ops(
     lengths: str | None,
     shapes: str | None,
-    tokens: int | None,
-    peer_work: float | None,
-    rounds: int | None,
     device: str,
     out: Path,
     quick: bool,
-    minutes: float | None,
+    **numbers: float | None,
 ) -> None:
     """The op and its decoding step beside peers, the machine's matrix products and its memory.
 
@@ -195,19 +145,17 @@ def ops(
     from retnet.bench.ops import measure_ops
     from retnet.host import choose_device
 
-    options: dict[str, Any] = {"minutes": minutes}
+    chosen: dict[str, Any] = {}
     if quick:
-        options |= {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
-        options |= {"product_size": 256, "buffer_megabytes": 1}
+        chosen |= {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
+        chosen |= {"product_size": 256, "buffer_megabytes": 1}
     given = {
         "lengths": None if lengths is None else parse_lengths(lengths),
         "shapes": None if shapes is None else parse_shapes(shapes),
-        "tokens": tokens,
-        "peer_work": peer_work,
-        "rounds": rounds,
+        **numbers,
     }
-    options |= {name: value for name, value in given.items() if value is not None}
-    bench = for_device(choose_device(device), **options)
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    bench = for_device(choose_device(device), **chosen)
     _run("ops", bench, quick, out, lambda say: measure_ops(bench, say))
 
 

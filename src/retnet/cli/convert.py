@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retnet.cli.options import HomeText
 from retnet.io import read_text
 from retnet.settings import UserError
 
@@ -21,24 +22,33 @@ LENGTH = 512  # tokens of a sample, at most
 
 
 @click.command()
-@click.argument("source")
-@click.argument("dest")
+@click.argument("source", type=HomeText())
+@click.argument("dest", type=HomeText())
 @click.option(
     "--from", "kind", type=click.Choice(["torchscale", "fla", "hf", "run"]), help="[default: recognised]"
 )
 @click.option("--to", type=click.Choice(["hf", "fla", "run"]), default="hf", show_default=True)
 @click.option(
-    "--config", help="JSON with torchscale's arguments. [default: the checkpoint's own, or config.json]"
+    "--config",
+    type=HomeText(),
+    help="JSON with torchscale's arguments. [default: the checkpoint's own, or config.json]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the weights. [default: as they are]",
 )
-@click.option("--tokenizer", "spec", help="bytes, a tokenizer.json or a folder. [default: the source's own]")
+@click.option(
+    "--tokenizer",
+    "spec",
+    type=HomeText(),
+    help="bytes, a tokenizer.json or a folder. [default: the source's own]",
+)
 @click.option("--clamp", is_flag=True, help="Keep torchscale's score clamp: exact, but cannot generate.")
 @click.option(
-    "--sample", help="Text, or JSON token ids, to measure the clamp's effect on. [default: random tokens]"
+    "--sample",
+    type=HomeText(),
+    help="Text, or JSON token ids, to measure the clamp's effect on. [default: random tokens]",
 )
 @click.option("--force", is_flag=True, help="Replace the model at DEST.")
 def command(
@@ -59,8 +69,9 @@ def command(
     opens. It appears complete or not at all, with the SHA-256 of its files and of those it was made from. Nothing in
     SOURCE is ever run: pickles are read as data or refused.
     """
-    from retnet.convert import DTYPES, read, with_clamp, write
+    from retnet.convert import read, with_clamp, write
     from retnet.convert.folders import destination
+    from retnet.host import choose_dtype
 
     destination(dest, Path(source), force=force)  # before reading gigabytes
     found = read(source, kind, config=config)
@@ -72,8 +83,8 @@ def command(
         _say("clamp", _effect(found, sample, tokenizer))
     if clamp:
         found = with_clamp(found)
-    if dtype is not None:
-        found = found.to(DTYPES[dtype])
+    if (kind_of_weights := choose_dtype(dtype)) is not None:
+        found = found.to(kind_of_weights)
     if to == "hf":
         _quiet()
     path = write(found, dest, to, source=source, tokenizer=tokenizer, force=force)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retnet.settings import UserError, build, config_path, read_toml
+from retnet.cli.options import HomePath, HomeText, options
+from retnet.settings import UserError, build, config_path, load
 
 if TYPE_CHECKING:
     from retnet.data import DataConfig, Prepared, Problem, Progress
@@ -31,11 +32,11 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("corpora", metavar="CORPUS...", nargs=-1, required=True)
+@click.argument("corpora", metavar="CORPUS...", nargs=-1, required=True, type=HomeText())
 @click.option(
     "--vocab-size", type=int, default=8192, show_default=True, help="Tokens, the document start included."
 )
-@click.option("--out", type=click.Path(dir_okay=False), required=True, help="The tokenizer.json to write.")
+@click.option("--out", type=HomePath(dir_okay=False), required=True, help="The tokenizer.json to write.")
 @click.option("--text-field", default="text", show_default=True, help="Field of records that holds the text.")
 @click.option(
     "--max-bytes", type=int, default=1 << 30, show_default=True, help="Text to learn from, at most."
@@ -76,41 +77,30 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
 
 @command.command()
 @click.argument("config", required=False)
-@click.option("--corpus", multiple=True, help="Text to train on; may be given several times.")
-@click.option("--validation", multiple=True, help="Text to validate on, instead of a part of the corpus.")
-@click.option("--validation-fraction", type=float, help="Part of the documents held out.")
-@click.option("--tokenizer", help="'bytes', 'bpe:SIZE', a tokenizer.json, or a folder that holds one.")
-@click.option("--text-field", help="Field of records that holds the text.")
-@click.option("--out", help="Where the prepared folder goes.")
+@options(
+    "retnet.data.config:DataConfig",
+    "corpus",
+    "validation",
+    "validation_fraction",
+    "tokenizer",
+    "text_field",
+    unset=True,
+    corpus="Text to train on; may be given several times.",
+    validation="Text to validate on, instead of a part of the corpus; may be given several times.",
+)
+@click.option("--out", "cache", type=HomeText(), help="Where the prepared folder goes.")
 @click.option(
     "--verify",
     is_flag=True,
     help="Read all text and all shards again; otherwise files of known size, times and inode are taken as known.",
 )
-def prepare(
-    config: str | None,
-    corpus: tuple[str, ...],
-    validation: tuple[str, ...],
-    validation_fraction: float | None,
-    tokenizer: str | None,
-    text_field: str | None,
-    out: str | None,
-    verify: bool,
-) -> None:
+def prepare(config: str | None, verify: bool, **given: object) -> None:
     """Write token shards for the [data] of CONFIG (a .toml or a shipped name); options take precedence over it.
 
     Killed, it goes on where it stopped when called again. What is prepared already is left as it is.
     """
     from retnet.data import prepare as prepare_shards
 
-    given = {
-        "corpus": corpus,
-        "validation": validation,
-        "validation_fraction": validation_fraction,
-        "tokenizer": tokenizer,
-        "text_field": text_field,
-        "cache": out,
-    }
     settings = _settings(config, {key: value for key, value in given.items() if value not in (None, ())})
     problems = Problems()
     with _progress() as show:
@@ -119,7 +109,7 @@ def prepare(
 
 
 @command.command()
-@click.argument("folder")
+@click.argument("folder", type=HomeText())
 def check(folder: str) -> None:
     """Compare every file of a prepared FOLDER with the hashes in its manifest."""
     from retnet.data import load
@@ -131,10 +121,11 @@ def check(folder: str) -> None:
 def _settings(config: str | None, given: dict[str, object]) -> DataConfig:
     from retnet.data import DataConfig
 
-    table: dict[str, object] = {}
-    if config is not None:
-        table = read_toml(config_path(config)).get("data", {})
-    return build(DataConfig, table | given, "data")
+    if config is None:
+        return build(DataConfig, given, "data")
+    from retnet.train.config import RunConfig
+
+    return load(RunConfig, config_path(config), {"data": given}).data
 
 
 def _describe(prepared: Prepared) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retnet.cli.options import HomePath
 from retnet.settings import config_path, load, parse_overrides
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ SAMPLE_BYTES = 300
 
 @click.command("demo", context_settings={"ignore_unknown_options": True})
 @click.argument("config", default="demo")
-@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--run-dir", type=HomePath(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
     """Train CONFIG on the default corpus, compare with gzip and xz on held-out text, and write a sample.

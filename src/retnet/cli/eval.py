@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retnet.cli.data import Problems
+from retnet.cli.options import HomePath, HomeText, opening
 from retnet.io import write_json
 from retnet.settings import UserError
 
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 LENGTHS = "512,1024,2048,4096,8192,16384,32768"
 TASKS = "hellaswag,boolq,copa,piqa,wsc273,winogrande,storycloze_2016"
 
-_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-_dtype = click.option("--dtype", help="float32, bfloat16 or float16. [default: as stored]")
-_checkpoint = click.option("--checkpoint", help="Of a run: best, last or step-… [default: best, else last]")
-_out = click.option("--out", type=click.Path(path_type=Path), help="Write a JSON record to this file.")
+_out = click.option("--out", type=HomePath(path_type=Path), help="Write a JSON record to this file.")
 
 
 @click.group()
@@ -36,10 +34,11 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=HomeText())
 @click.option(
     "--data",
     multiple=True,
+    type=HomeText(),
     help="Text: files, folders, globs, hf:NAME; a run stands for its validation split. May be given several times. "
     "[default: the validation split of the first MODEL that is a run]",
 )
@@ -53,9 +52,7 @@ def command() -> None:
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), help="Tokens read at once. [default: by the model]"
 )
-@_checkpoint
-@_device
-@_dtype
+@opening
 @_out
 def perplexity(
     models: tuple[str, ...],
@@ -148,19 +145,17 @@ def _measure(
 
 
 @command.command()
-@click.argument("model")
+@click.argument("model", type=HomeText())
 @click.option("--tasks", default=TASKS, show_default=True, help="Names, with commas between.")
 @click.option("--num-fewshot", default="0,4", show_default=True, help="Examples in the prompt, each in turn.")
 @click.option("--batch-size", default="auto", show_default=True, help="Sequences at once.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many questions of each task.")
 @click.option(
     "--local",
-    type=click.Path(path_type=Path),
+    type=HomePath(path_type=Path),
     help="Folder with TASK/SPLIT.jsonl, instead of a network; nothing is then asked of one.",
 )
-@_checkpoint
-@_device
-@_dtype
+@opening
 @_out
 def tasks(
     model: str,

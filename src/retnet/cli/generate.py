@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retnet.cli.options import HomeText, opening, options
 from retnet.io import decode, read_text
 from retnet.settings import UserError
 
@@ -21,39 +22,26 @@ INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=HomeText())
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
 @click.option(
-    "--prompt-file", help="File with the text to continue; - is standard input, also without any prompt."
+    "--prompt-file",
+    type=HomeText(),
+    help="File with the text to continue; - is standard input, also without any prompt.",
 )
 @click.option("--prompt-lines", is_flag=True, help="Each line of the file or of standard input is a prompt.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens to add."
 )
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."
-)
-@click.option(
-    "--top-k", type=click.IntRange(min=0), default=0, help="Keep the K likeliest tokens. [default: all]"
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, min_open=True, max=1),
-    default=1.0,
-    help="Keep the fewest tokens whose probability reaches P. [default: all]",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(min=0, max=1),
-    default=0.0,
-    help="Keep tokens at least P times as probable as the likeliest. [default: all]",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Above 1 discourages tokens already seen, those of the prompt included.",
+@options(
+    "retnet.engine.sampling:Sampling",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
 )
 @click.option("--stop", multiple=True, help="End a text before this string; may be given several times.")
 @click.option(
@@ -62,9 +50,7 @@ INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 @click.option(
     "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each prompt."
 )
-@click.option("--checkpoint", help="best, last or step-… [default: best, or last while there is no best]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", help="float32, bfloat16 or float16. [default: as stored]")
+@opening
 @click.option("--weights", help="int8: round them, for faster decoding on a CPU. [default: as --dtype says]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, a line for each text.")
 @click.option("--stats", is_flag=True, help="Print tokens, seconds and speed to standard error.")
@@ -74,11 +60,6 @@ def command(
     prompt_file: str | None,
     prompt_lines: bool,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
     stop: tuple[str, ...],
     seed: int,
     samples: int,
@@ -88,6 +69,7 @@ def command(
     weights: str | None,
     as_json: bool,
     stats: bool,
+    **chances: float,
 ) -> None:
     """Continue prompts with RUN, a run directory or one of its checkpoints.
 
@@ -99,9 +81,7 @@ def command(
 
     from retnet.engine import SLOTS, Engine, Request, Sampling, open_run
 
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
+    sampling = Sampling(**chances)  # type: ignore[arg-type]
     opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
     if checkpoint is None and opened.chosen == "last":
         click.echo(f"no best checkpoint yet: using last ({opened.checkpoint.name})", err=True)

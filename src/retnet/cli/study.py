@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from retnet.cli.options import HomePath, options
 from retnet.settings import parse_overrides
 
 if TYPE_CHECKING:
@@ -49,44 +50,46 @@ def command() -> None:
 
 def _run_command(name: str) -> click.Command:
     """The command of one study."""
-    options = [
-        click.Option(["--scale"], default="laptop", show_default=True, help="laptop, small or paper."),
-        click.Option(["--seeds"], type=click.IntRange(1), help="How many, where models are trained."),
-        click.Option(
-            ["--hours"], type=click.FloatRange(0, min_open=True), help="It may take on this machine."
-        ),
-        click.Option(["--workers"], type=click.IntRange(1), help="Jobs at the same time."),
-        click.Option(["--processes"], type=click.IntRange(1), help="That share one job, by torchrun."),
-        click.Option(
-            ["--out"],
-            type=click.Path(path_type=Path, file_okay=False),
-            help="Folder of the study.  [default: studies/NAME-SCALE]",
-        ),
-        click.Option(["--dry-run"], is_flag=True, help="Print what it takes, and do nothing."),
-        click.Option(["--gpus"], type=click.IntRange(1), default=8, show_default=True, help="For --dry-run."),
-        click.Option(
-            ["--peak"],
-            type=click.FloatRange(0, min_open=True),
-            default=989.0,
-            show_default=True,
-            help="Tflop/s of one GPU, for --dry-run.",
-        ),
-        click.Option(
-            ["--utilisation"],
-            type=click.FloatRange(0, 1, min_open=True),
-            default=0.4,
-            show_default=True,
-            help="Part of the peak that is reached, for --dry-run.",
-        ),
-    ]
-    return click.Command(
-        name,
-        params=[*options, click.Argument(["overrides"], nargs=-1, type=click.UNPROCESSED)],
-        callback=lambda **given: _run(name, **given),
-        help="Run a study. Its settings are changed with --measure.field VALUE, such as "
-        "--measure.settings.data.corpus my-texts/ or --measure.sets.plays plays.txt.",
-        context_settings={"ignore_unknown_options": True},
+
+    @click.command(name, context_settings={"ignore_unknown_options": True})
+    @click.option("--scale", default="laptop", show_default=True, help="laptop, small or paper.")
+    @options(
+        "retnet.studies.quality:QualityMeasure",
+        "seeds",
+        unset=True,
+        seeds="How many, where models are trained.",
     )
+    @options("retnet.studies.study:Study", "hours", "workers", "processes", unset=True)
+    @click.option(
+        "--out",
+        type=HomePath(path_type=Path, file_okay=False),
+        help="Folder of the study.  [default: studies/NAME-SCALE]",
+    )
+    @click.option("--dry-run", is_flag=True, help="Print what it takes, and do nothing.")
+    @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="For --dry-run.")
+    @click.option(
+        "--peak",
+        type=click.FloatRange(0, min_open=True),
+        default=989.0,
+        show_default=True,
+        help="Tflop/s of one GPU, for --dry-run.",
+    )
+    @click.option(
+        "--utilisation",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.4,
+        show_default=True,
+        help="Part of the peak that is reached, for --dry-run.",
+    )
+    @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+    def run(**given: Any) -> None:  # noqa: ANN401
+        """Run a study. Its settings are changed with --measure.field VALUE.
+
+        Such as --measure.settings.data.corpus my-texts/ or --measure.sets.plays plays.txt.
+        """
+        _run(name, **given)
+
+    return run
 
 
 def _run(
@@ -172,7 +175,7 @@ def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:
 
 
 @click.command("report")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=HomePath(path_type=Path, file_okay=False))
 def report(folder: Path) -> None:
     """Write FOLDER/report.html, pictures and summary.json from what a study has left there so far."""
     from rich.console import Console

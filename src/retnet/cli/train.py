@@ -6,18 +6,21 @@ from pathlib import Path
 
 import click
 
+from retnet.cli.options import HomePath, HomeText
 from retnet.settings import config_path, load, parse_overrides
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
 @click.argument("config")
 @click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG."
+    "--run-dir", type=HomePath(path_type=Path), help="Where the run goes; default: runs/NAME-OF-CONFIG."
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir from its newest checkpoint.")
 @click.option("--resume-or-start", is_flag=True, help="Go on with the run if there is one, else begin it.")
 @click.option("--checkpoint", metavar="NAME", help="Resume from this checkpoint; later ones are set aside.")
-@click.option("--init", metavar="FROM", help="Begin with the weights of a run, checkpoint or folder.")
+@click.option(
+    "--init", metavar="FROM", type=HomeText(), help="Begin with the weights of a run, checkpoint or folder."
+)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(
     config: str,

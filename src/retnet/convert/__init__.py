@@ -2,10 +2,9 @@
 
 from retnet.convert.clamp import clamp_effect, random_tokens, with_clamp
 from retnet.convert.formats import READERS, WRITERS, convert, read, recognise, write
-from retnet.convert.weights import DTYPES, Found
+from retnet.convert.weights import Found
 
 __all__ = [
-    "DTYPES",
     "READERS",
     "WRITERS",
     "Found",

@@ -15,7 +15,8 @@ from retnet.convert import fla, native, torchscale
 from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
-from retnet.convert.weights import DTYPES, TOKENS, Found
+from retnet.convert.weights import TOKENS, Found
+from retnet.host import choose_dtype
 from retnet.model.checkpoint import write_checkpoint
 from retnet.settings import UserError, nearest
 
@@ -188,7 +189,7 @@ def convert(
         kind: of the source, a key of `READERS`; None recognises it.
         to: a key of `WRITERS`.
         config: a JSON with torchscale's arguments.
-        dtype: of the weights written, a key of `DTYPES`; None keeps that of the source.
+        dtype: of the weights written, a key of `retnet.host.DTYPES`; None keeps that of the source.
         tokenizer: a `retnet.data.Tokenizer`; None takes that of the source, if any.
         clamp: keep torchscale's score clamp: exact, but for whole sequences alone.
         force: replace a model that is at `dest`.
@@ -200,13 +201,12 @@ def convert(
         UserError: whatever is wrong with the source, the destination or the combination.
     """
     destination(dest, Path(source), force=force)  # before reading gigabytes
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    target = choose_dtype(dtype)
     found = read(source, kind, config=config)
     if clamp:
         found = with_clamp(found)
-    if dtype is not None:
-        found = found.to(DTYPES[dtype])
+    if target is not None:
+        found = found.to(target)
     write(found, dest, to, source=source, tokenizer=tokenizer, force=force)
     return found
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.host import DTYPES
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WEIGHTS = {*DTYPES.values(), torch.float64}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from retnet.data import Tokenizer
 from retnet.engine.quantise import quantise
+from retnet.host import choose_device, choose_dtype
 from retnet.model.checkpoint import load_model
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, nearest
@@ -16,7 +15,6 @@ from retnet.settings import UserError, nearest
 if TYPE_CHECKING:
     from retnet.model import LanguageModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("int8",)
 
 
@@ -51,14 +49,13 @@ def open_run(
         checkpoint: "best", "last" or a name such as "step-00001000"; None is the best, or the last while
             there is no best yet (`Run.chosen` tells).
         device: what torch calls it, such as "cpu" or "cuda:0"; "auto" is a GPU where there is one.
-        dtype: a key of `DTYPES`; None is that of the file.
+        dtype: a key of `retnet.host.DTYPES`; None is that of the file.
         weights: "int8" for linear layers with int8 weights, see `retnet.engine.quantise`; None is as `dtype` says.
 
     Raises:
         UserError: nothing there, no such checkpoint, damaged files, or no such device, dtype or weights.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    kind = choose_dtype(dtype)
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"unknown weights {weights!r}; {nearest(weights, WEIGHTS)}")
     if weights is not None and dtype not in (None, "float32"):
@@ -66,9 +63,7 @@ def open_run(
             f"{weights} weights are computed with in float32, not {dtype}; leave out one of the two"
         )
     where, chosen = find_checkpoint(path, checkpoint)
-    model = load_model(
-        where, device=pick_device(device), dtype=None if dtype is None else DTYPES[dtype]
-    ).eval()
+    model = load_model(where, device=choose_device(device), dtype=kind).eval()
     tokenizer = Tokenizer.load(where / "tokenizer.json")
     vocab_size = model.config.vocab_size
     assert vocab_size is not None  # no model is built without
@@ -78,19 +73,3 @@ def open_run(
             f"{vocab_size}; they do not belong together"
         )
     return Run(quantise(model) if weights else model, tokenizer, where, chosen)
-
-
-def pick_device(name: str) -> str:
-    """The device of this name; "auto" is a GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
-        here = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"cannot use the device {name!r} here; {nearest(name, here)}") from None
-    return name

@@ -12,10 +12,10 @@ from torch import nn
 
 from retnet.data import Tokenizer
 from retnet.engine import find_checkpoint, open_run
-from retnet.engine.load import DTYPES, pick_device
 from retnet.evals.readers import CachedReader, Reader, RecurrentReader
+from retnet.host import choose_device, choose_dtype
 from retnet.model import LanguageModel
-from retnet.settings import UserError, nearest
+from retnet.settings import UserError
 
 # Where configurations of Hugging Face say how many positions a model has.
 _LIMITS = (
@@ -63,7 +63,7 @@ def open_model(
         path: a run, one of its checkpoints, or a Hugging Face folder.
         checkpoint: of a run: "best", "last" or a name; None: the best, or the last while there is none.
         device: what torch calls it; "auto" is a GPU where there is one.
-        dtype: a key of `retnet.engine.load.DTYPES`; None is that of the file.
+        dtype: a key of `retnet.host.DTYPES`; None is that of the file.
 
     Raises:
         UserError: nothing there that can be used, or no such checkpoint, device or dtype.
@@ -97,8 +97,7 @@ def _is_folder(path: str | Path) -> bool:
 
 
 def _open_folder(folder: Path, device: str, dtype: str | None) -> Candidate:
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    kind = choose_dtype(dtype)
     try:
         import transformers
 
@@ -109,7 +108,7 @@ def _open_folder(folder: Path, device: str, dtype: str | None) -> Candidate:
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype="auto" if dtype is None else DTYPES[dtype],
+            dtype="auto" if kind is None else kind,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -121,7 +120,7 @@ def _open_folder(folder: Path, device: str, dtype: str | None) -> Candidate:
         raise UserError(f"cannot open {folder}: {' '.join(str(error).split())[:400]}") from None
     if loaded["missing_keys"]:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(loaded['missing_keys'])[:5])} …")
-    model = model.to(pick_device(device)).eval()
+    model = model.to(choose_device(device)).eval()
     tokenizer = _tokenizer(theirs, folder)
     if tokenizer.vocab_size > _vocab_size(model):
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from retnet.io import dangling
 from retnet.settings import UserError, nearest
 
 
@@ -19,7 +20,7 @@ def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, st
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"no run at {path}{_neighbours(path)}")
+        raise UserError(f"no run at {path}{dangling(path)}{_neighbours(path)}")
     if (path / "manifest.json").is_file():
         if name is not None:
             raise UserError(f"{path} is a checkpoint itself; leave out the checkpoint name {name!r}")
