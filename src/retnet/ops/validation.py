@@ -1,4 +1,4 @@
-"""Whether the arguments of retention fit; a ValueError names the one that does not, what it is and what is allowed."""
+"""Validation of retention's arguments: shapes, types, devices, γ in (0, 1], bounds of packed documents, slots."""
 
 from __future__ import annotations
 

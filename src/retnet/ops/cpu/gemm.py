@@ -1,4 +1,4 @@
-"""Products of small matrices in the cache of one core, at the speed of its arithmetic, for kernels that numba compiles.
+"""Packed GEMM micro-kernels with software prefetch, for matrices in the cache of one core, compiled by numba.
 
 A matrix is kept in panels, [columns / W, rows, W] with zeros where a size is no multiple of W, the width of two vector
 registers. A tile of a product is then two registers times R rows, to which a loop over the inner dimension adds; nothing

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, ANN202, SIM108, RET505
-"""The two Triton kernels of training. All of it is compiled for a GPU, or interpreted; Python never runs it as written.
+"""Chunkwise retention, forward and backward, as two Triton kernels.
+
+All of it is compiled for a GPU, or interpreted; Python never runs it as written.
 
 STATE walks over the tokens of a sequence and writes the state at every chunk boundary; OUT computes one tile of outputs
 from the state at its chunk's boundary and from the scores inside the chunk. With a constant decay per head the backward

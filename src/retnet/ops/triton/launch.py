@@ -1,4 +1,7 @@
-"""From tensors to kernels: the addresses, constants and grids of every pass. Imports Triton; import it when it is needed."""
+"""Launch of the Triton kernels of retention: addresses, compile-time constants and grids of every pass.
+
+Imports Triton; import it when it is needed.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, ANN202, SIM108
-"""The Triton kernels around retention: rotation of queries and keys before it, head norm and gate behind it.
+"""Rotary position embedding, and fused head norm with gate, as Triton kernels.
 
 Both are bounded by memory: every number is read once and written once, and what lies between stays in registers. A program
 takes a few tokens; tokens of all rows are numbered through. The rules of `kernels` hold here as well.

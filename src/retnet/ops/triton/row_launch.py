@@ -1,4 +1,7 @@
-"""From tensors to the kernels around retention: `row_kernels`' addresses, constants and grids. Imports Triton."""
+"""Launch of the Triton kernels of rotary and head norm (`row_kernels`): addresses, constants and grids.
+
+Imports Triton.
+"""
 
 from __future__ import annotations
 

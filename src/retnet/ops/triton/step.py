@@ -1,6 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
 # ruff: noqa: ANN001, ANN201
-"""The Triton kernel of decoding: the recurrent form on slots of state. The rules of `kernels` hold here as well."""
+"""Decoding step of retention as a Triton kernel: the recurrent form on slots of state.
+
+The rules of `kernels` hold here as well.
+"""
 
 import triton
 import triton.language as tl
