@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from retnet.engine.decoder import ComposedDecoder, choose_decoder
+from retnet.engine import ComposedDecoder, choose_decoder
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
 from tests.helpers.parity import relative

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 from abc import ABC, abstractmethod
 from typing import ClassVar, cast
 
@@ -14,8 +13,6 @@ from torch import Tensor
 from retnet.engine.slots import SlotPool, rows_of
 from retnet.model import Block, LanguageModel, ModelState
 from retnet.settings import dump
-
-_log = logging.getLogger("retnet.engine")
 
 
 class Decoder(ABC):
@@ -271,28 +268,3 @@ class ComposedDecoder(Decoder):
                 "the number of tokens, one more than slots"
             )
         return [end - start for start, end in itertools.pairwise(bounds)]
-
-
-def choose_decoder(model: LanguageModel, slots: int) -> Decoder:
-    """The fastest decoder that can run this model here, for any number of rows; the log says which one and why.
-
-    Raises:
-        ValueError: a model in training mode, or no slots.
-    """
-    from retnet.engine.cpu_decoder import CpuDecoder, NotCompiledError  # built on the composed one
-
-    try:
-        decoder = CpuDecoder(model, slots)
-    except NotCompiledError as reason:
-        _log.info("decoding is composed of the model's parts: %s", reason)
-        return ComposedDecoder(model, slots)
-    _log.info("decoding is compiled: every token is one call for all RetNet layers, in CPU memory")
-    return decoder
-
-
-def decode_from(model: LanguageModel, state: ModelState) -> tuple[Decoder, Tensor]:
-    """A decoder with a slot for each row of a state, which holds a copy of it; and those slots, int64 [B]."""
-    slots = torch.arange(len(state[0][0]))
-    decoder = choose_decoder(model, len(slots))
-    decoder.write(slots, state)
-    return decoder, slots

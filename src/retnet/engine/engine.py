@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retnet.engine.choice import choose_decoder
 from retnet.engine.chooser import Chooser
-from retnet.engine.decoder import Decoder, choose_decoder
+from retnet.engine.decoder import Decoder
 from retnet.engine.prompts import Prompt, Snapshot, share
 from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
 from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
