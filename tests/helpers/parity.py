@@ -1,5 +1,8 @@
 """One place for the comparisons every fast path has to pass."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +49,17 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
     assert got.keys() == want.keys()
     errors = {name: relative(got[name], want[name]) for name in want}
     assert max(errors.values()) <= tolerance, errors
+
+
+@contextmanager
+def skips_what_cannot_run():
+    """Skips a test, with the reason, whose backend refuses these arguments or this machine; reference and auto never do."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("backend ") or " cannot run " not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def run_three_ways(module, x, *, pieces=3):

@@ -41,6 +41,9 @@ class Implementation(NamedTuple):
     slow: Callable[..., str | None] = nothing
 
 
+ABSENT = Implementation(nothing, lambda *_: "its row of the table has no such cell")
+
+
 class Op:
     """A row of the table: an op and its implementations, the fastest first."""
 
@@ -71,7 +74,7 @@ class Op:
 
     def _named(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
         check_backend(backend)
-        implementation = self.implementations[backend]
+        implementation = self.implementations.get(backend, ABSENT)
         if (why := implementation.unfit(*arguments)) is not None:
             raise ValueError(
                 f"backend {backend!r} cannot run {self.name}: {why}; or use backend 'auto' or 'reference'"

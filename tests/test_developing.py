@@ -1,0 +1,90 @@
+"""Every section of docs/developing.md followed to the letter, each in a copy of the repository of its own."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/developing.md"
+COPIED = ("src", "configs", "tests", "pyproject.toml", "README.md")
+RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
+
+
+def sections() -> dict[str, list[tuple[str, str]]]:
+    """Title → (language, text) of its code blocks, in order."""
+    parts = re.split(r"^## (.*)\n", PAGE.read_text(encoding="utf-8"), flags=re.M)[1:]
+    return {
+        title: re.findall(r"```(\w+)\n(.*?)```", text, re.S)
+        for title, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def write(block: str, home: Path) -> list[Path]:
+    """Makes the file that a block's first line names."""
+    first, _, text = block.partition("\n")
+    file = home / first.removeprefix("# ")
+    assert not file.exists(), f"{first}: is there already"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return [file]
+
+
+def patch(block: str, home: Path) -> list[Path]:
+    """Changes the file that a block names, hunk by hunk; what a hunk starts from must stand there exactly once."""
+    first, _, hunks = block.partition("\n")
+    file = home / first.removeprefix("--- ")
+    text = file.read_text(encoding="utf-8")
+    for hunk in hunks.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        assert {line[0] for line in lines} <= set(" +-"), hunk
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(old) == 1, f"{first}: {text.count(old)} times there:\n{old}"
+        text = text.replace(old, new)
+    file.write_text(text, encoding="utf-8")
+    return [file]
+
+
+def run(words: list[str], home: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(home / "src")}
+    done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def start(line: str) -> list[str]:
+    """The words of a command, by this interpreter."""
+    program, *words = shlex.split(line, comments=True)
+    return [*{"retnet": RETNET, "python": [sys.executable]}[program], *words]
+
+
+def test_every_kind_of_addition_has_a_section():
+    assert list(sections()) == ["A mixer", "A kernel", "A study", "A benchmark", "A verb"]
+    for blocks in sections().values():
+        assert {"diff", "bash"} <= {language for language, _ in blocks}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", sections())
+def test_a_section_followed_to_the_letter(title, tmp_path):
+    home = tmp_path / "copy"
+    for name in COPIED:
+        if (source := ROOT / name).is_dir():
+            shutil.copytree(source, home / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        else:
+            shutil.copy(source, home / name)
+    changed = []
+    for language, block in sections()[title]:
+        if language == "bash":
+            for line in block.splitlines():
+                run(start(line), home)
+        else:
+            changed += (patch if language == "diff" else write)(block, home)
+    sources = [str(file) for file in changed if file.suffix == ".py"]
+    run([sys.executable, "-m", "ruff", "check", "--no-cache", *sources], home)
+    run([sys.executable, "-m", "ruff", "format", "--check", "--no-cache", *sources], home)
