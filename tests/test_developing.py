@@ -52,7 +52,7 @@ def patch(block: str, home: Path) -> list[Path]:
 
 def run(words: list[str], home: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(home / "src")}
-    done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
