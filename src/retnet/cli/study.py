@@ -116,9 +116,10 @@ def _run(
     if dry_run:
         _plan(study, gpus, peak, utilisation)
         return
-    from retnet.studies.report import read, show, write_report
+    from retnet.studies.report import read, require_packages, show, write_report
     from retnet.studies.runner import run_study
 
+    require_packages()
     out = out or Path("studies") / f"{path.parent.name}-{path.stem}"
     progress = Console(stderr=True, highlight=False)
     ended = run_study(study, out, progress)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,17 @@ class StudyState:
         return (
             f"Of {jobs_in_words(self.total)}, {self.finished} finished, {', '.join(parts)}." if parts else ""
         )
+
+
+def require_packages() -> None:
+    """Checks, before hours are spent on jobs, that their report can be written.
+
+    Raises:
+        UserError: a package of the extra `study` is missing.
+    """
+    for module, package in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
+        if find_spec(module) is None:
+            raise UserError(f"reports need {package}, which is missing; pip install 'retnet[study]'")
 
 
 def read(out: Path) -> StudyState:
