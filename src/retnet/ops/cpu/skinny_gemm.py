@@ -43,6 +43,9 @@ WIDE = (
     Shape(13, 4, 6, True),
 )
 NARROW = (Shape(1, 1, 1, False), Shape(2, 1, 2, False), Shape(3, 2, 3, True))
+# int8 numbers come so fast that the sums of one row, which wait for each other, would be what takes the time.
+WIDE_INT8 = (Shape(1, 4, 6, True), *WIDE[3:])
+NARROW_INT8 = (Shape(1, 4, 1, True), Shape(2, 2, 3, True))
 
 
 class SkinnyGemm(NamedTuple):
@@ -65,9 +68,9 @@ class SkinnyGemm(NamedTuple):
 def compile_skinny_gemm(compiler: Compiler, number: type) -> SkinnyGemm:
     """For weights of np.float32, or np.int8 with scales."""
     thread, threads = compiler.thread, compiler.threads
-    shapes = shapes_by_rows()
+    shapes = shapes_by_rows(number)
     item = np.dtype(number).itemsize
-    micro_kernels = compile_sweep(number, sizes_of_tiles())
+    micro_kernels = compile_sweep(number, sizes_of_tiles(number))
 
     def entry(
         R: Any,
@@ -145,21 +148,24 @@ def compile_skinny_gemm(compiler: Compiler, number: type) -> SkinnyGemm:
     return SkinnyGemm(matrix, padded, pack, rows)
 
 
-def shapes_by_rows() -> tuple[tuple[int, int], ...]:
+def shapes_by_rows(number: type) -> tuple[tuple[int, int], ...]:
     """Rows of x → rows and columns of its tiles, on this CPU."""
-    return tuple((shape.rows, shape.columns) for shape in map(_shape_of, range(MAX_ROWS + 1)))
+    return tuple(
+        (shape.rows, shape.columns) for shape in (_shape_of(rows, number) for rows in range(MAX_ROWS + 1))
+    )
 
 
-def _shape_of(rows: int) -> Shape:
-    table = WIDE if has_feature("avx512f") else NARROW
+def _shape_of(rows: int, number: type) -> Shape:
+    wide, narrow = (WIDE_INT8, NARROW_INT8) if number is np.int8 else (WIDE, NARROW)
+    table = wide if has_feature("avx512f") else narrow
     return max((shape for shape in table if shape.least <= max(1, rows)), key=lambda shape: shape.least)
 
 
-def sizes_of_tiles() -> list[Size]:
+def sizes_of_tiles(number: type) -> list[Size]:
     """All that `MAX_ROWS` and fewer rows of x are cut into."""
     wide, found = has_feature("avx512f"), {}
     for B in range(1, MAX_ROWS + 1):
-        shape = _shape_of(B)
+        shape = _shape_of(B, number)
         tiles = -(-B // shape.columns)
         for columns in {B * (tile + 1) // tiles - B * tile // tiles for tile in range(tiles)}:
             found[shape.rows, columns] = shape.fetch
