@@ -83,6 +83,11 @@ class GatedRetention(SequenceMixer):
         K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size, length)
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
+    def _whole(self, x: Tensor, *, positions: Positions | None = None) -> Tensor:
+        return self._extend(x, self.init_state(len(x), device=x.device, dtype=x.dtype), positions=positions)[
+            0
+        ]
+
     def _extend(
         self, x: Tensor, state: GatedRetentionState, *, positions: Positions | None = None
     ) -> tuple[Tensor, GatedRetentionState]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
 from retnet.mixers.s4d import S4D, Spectrum, Step, check_state_space
-from retnet.nn import Linear, ShortConvolution, fft_flops, widened
+from retnet.nn import Linear, Positions, ShortConvolution, fft_flops, widened
 from retnet.settings import At, Count, UserError
 
 
@@ -63,7 +63,9 @@ class H3(SequenceMixer):
         self.shift = ShortConvolution(d_model, config.shift_size, std=config.shift_size**-0.5)
         self.ssm = S4D(self.num_heads, config.state_size, config.spectrum, config.step_min, config.step_max)
 
-    def step(self, x: Tensor, state: H3State) -> tuple[Tensor, H3State]:
+    def step(
+        self, x: Tensor, state: H3State, *, positions: Positions | None = None
+    ) -> tuple[Tensor, H3State]:
         """x [B,D] from `state` → [B,D] and the state after it."""
         k, keys = self.shift(self.k_proj(x)[:, None], state.keys)
         kv, ssm = self.ssm.step(self._outer(k, self.v_proj(x)[:, None])[..., 0], state.ssm)

@@ -24,12 +24,11 @@ class SequenceMixer(Mixer):
     A mixer that has `positions` (see `batch_positions`) gets them in both as a keyword, where all rows share them.
     """
 
-    def _whole(self, x: Tensor, **positions: Any) -> Tensor:  # noqa: ANN401
+    def _whole(self, x: Tensor) -> Tensor:
         """Sequences from their beginning: x [B,T,D], T ≥ 1 → [B,T,D]."""
-        state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        return self._extend(x, state, **positions)[0]
+        return self._extend(x, self.init_state(x.shape[0], device=x.device, dtype=x.dtype))[0]
 
-    def _extend(self, x: Tensor, state: Any, **positions: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def _extend(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
         """Sequences from a state: x [B,T,D], T ≥ 1 → [B,T,D] and the state after them."""
         raise TypeError(f"{type(self).__name__} does not define _extend")
 
@@ -96,7 +95,7 @@ class SequenceMixer(Mixer):
         return y[:, 0], state
 
 
-def handed(positions: Positions | None) -> dict[str, Positions]:
+def handed(positions: Positions | None) -> dict[str, Any]:
     """The keyword for a function that takes positions where there are any."""
     return {} if positions is None else {"positions": positions}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
-from retnet.nn import Linear, Precise, exactly, fft_convolution, fft_flops, widened
+from retnet.nn import Linear, Positions, Precise, exactly, fft_convolution, fft_flops, widened
 from retnet.settings import At, UserError
 
 BLOCK = 256  # tokens read at once from a state: their powers of A are the largest thing there is
@@ -163,7 +163,9 @@ class S4DMixer(SequenceMixer):
         self.ssm = S4D(d_model, config.state_size, config.spectrum, config.step_min, config.step_max)
         self.glu_proj = Linear(d_model, 2 * d_model)
 
-    def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
+    def step(
+        self, x: Tensor, state: S4DState, *, positions: Positions | None = None
+    ) -> tuple[Tensor, S4DState]:
         """x [B,D] from `state` → [B,D] and the state after it."""
         y, ssm = self.ssm.step(x[..., None], state.ssm)
         return self._finish(y[..., 0].to(x.dtype)), S4DState(ssm)
