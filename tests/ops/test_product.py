@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retnet.ops import product
+from retnet.ops import Remade, product, product_of, recompute
 from tests.helpers.parity import relative
 
 
@@ -50,3 +50,93 @@ def test_a_trace_sees_plain_linear_layers():
 
     program = torch.export.export(Layer(), (torch.randn(100, 40), torch.randn(24, 40)))
     assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
+
+
+def gated(x, gate, weight):
+    return torch.sin(x) * torch.sigmoid(gate) + (0 if weight is None else weight)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (70, 40), (2, 70, 40), (0, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_product_of_what_is_made_again_is_the_product(shape, dtype, autocast, extra):
+    x, gate = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.randn(24, 40, dtype=dtype, requires_grad=True)
+    added = torch.randn(40, dtype=dtype, requires_grad=True) if extra else None
+    leaves = [y for y in (x, gate, weight, added) if y is not None]
+    results = []
+    for way in (
+        lambda: product_of(gated, weight, x, gate, shared=(added,), lead=x.dim() - 1),
+        lambda: product(gated(x, gate, added), weight),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = way()
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        assert relative(got, want) < {torch.float64: 1e-13, torch.float32: 1e-2 if autocast else 1e-5}[dtype]
+
+
+def test_derivatives_of_any_order():
+    x, gate = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    arguments = (weight, x, gate)
+    assert torch.autograd.gradcheck(lambda *args: product_of(gated, *args, shared=(None,), lead=1), arguments)
+    assert torch.autograd.gradgradcheck(
+        lambda *args: product_of(gated, *args, shared=(None,), lead=1), arguments
+    )
+    assert torch.autograd.gradgradcheck(  # what it is called with may depend on each other
+        lambda w, x: product_of(gated, w, x, x.cos(), shared=(None,), lead=1), (weight, x)
+    )
+    wide, rows = torch.randn(24, 40, requires_grad=True), torch.randn(70, 40, requires_grad=True)  # by oneDNN
+    (first,) = torch.autograd.grad(product(rows, wide).square().sum(), rows, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), wide)
+    exact = [y.detach().double().requires_grad_() for y in (rows, wide)]
+    (first,) = torch.autograd.grad(F.linear(*exact).square().sum(), exact[0], create_graph=True)
+    assert relative(second, torch.autograd.grad(first.square().sum(), exact[1])[0]) < 1e-5
+
+
+def test_a_tensor_that_is_made_again_and_rows_in_blocks(monkeypatch):
+    monkeypatch.setattr(recompute, "BLOCK_ROWS", 3)
+    q, k, gate, other = (torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    weight, added = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 1))
+    frozen = torch.randn(1, 6, dtype=torch.float64)
+    leaves = (q, k, gate, other, weight, added)
+
+    def mixed(q, k, frozen):
+        return (q * k + frozen).cumsum(1)  # not row by row
+
+    def again(q, k, gate, other, weight, added):
+        o = Remade(mixed, (q, k, frozen))
+        return product_of(
+            lambda o, g, n, a: gated(o, g, a) * n, weight, o, gate, other, shared=(added,), lead=2
+        )
+
+    def kept(q, k, gate, other, weight, added):
+        return product(gated(mixed(q, k, frozen), gate, added) * other, weight)
+
+    d_out = torch.randn(2, 10, 5, dtype=torch.float64)
+    assert relative(again(*leaves), kept(*leaves)) < 1e-14
+    want = torch.autograd.grad(kept(*leaves), leaves, d_out)
+    for got, exact in zip(torch.autograd.grad(again(*leaves), leaves, d_out), want, strict=True):
+        assert got.shape == exact.shape
+        assert relative(got, exact) < 1e-14
+    assert torch.autograd.gradgradcheck(again, leaves)
+
+
+def test_what_is_made_again_is_not_kept():
+    x, gate = (torch.randn(100, 40, requires_grad=True) for _ in range(2))
+    weight = torch.randn(24, 40, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        product_of(gated, weight, x, gate, shared=(None,), lead=1)
+    assert {id(y) for y in kept} == {id(y) for y in (weight, x, gate)}
+    frozen = product_of(gated, weight.detach(), x, gate.detach(), shared=(None,), lead=1)
+    assert torch.autograd.grad(frozen.sum(), x)[0].isfinite().all()
+    assert not product_of(
+        gated, weight.detach(), x.detach(), gate.detach(), shared=(None,), lead=1
+    ).requires_grad
+    with torch.no_grad():
+        assert not product_of(gated, weight, x, gate, shared=(None,), lead=1).requires_grad

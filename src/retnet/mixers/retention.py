@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers.base import Mixer, MixerConfig
-from retnet.nn import Linear, Positions, Rotary
+from retnet.nn import Linear, Positions, Rotary, linear_of
 from retnet.ops import (
     CHUNK,
     Decay,
+    Remade,
     head_norm,
     log_decays,
     retention,
@@ -174,6 +176,7 @@ class MultiScaleRetention(Mixer):
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
         self._refuse_if_stateless()
         y, kv = self._mix(x, positions or self.positions(x, cu_seqlens, state), state.kv, cu_seqlens)
+        assert kv is not None
         seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
         return y, RetentionState(kv, state.position + seen)
 
@@ -220,24 +223,45 @@ class MultiScaleRetention(Mixer):
 
     def _mix(
         self, x: Tensor, positions: Positions, kv: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        config = self.config
+    ) -> tuple[Tensor, Tensor | None]:
+        """From x to the layer's output, and the state after it where there was one before it."""
         q, k, v = self._project(x, positions)
+        if kv is None:  # nobody wants the state: in training the heads are made again in the backward pass
+            retain = partial(self._retain, cu_seqlens=cu_seqlens)
+            return self._finish(Remade(retain, (q, k, v, self.log_decay)), x, positions), None
+        o, kv = self._retention(q, k, v, self.log_decay, kv, cu_seqlens)
+        return self._finish(o, x, positions), kv
+
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self._retention(q, k, v, log_decay, None, cu_seqlens)[0]
+
+    def _retention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        kv: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The op as the configuration says: heads [B,T,H,V], and the state after them."""
+        config = self.config
         form = config.form
         if form == "auto":
-            form = "parallel" if x.shape[1] <= (config.chunk_size or CHUNK) else "chunkwise"
-        o, kv = retention(
+            form = "parallel" if q.shape[1] <= (config.chunk_size or CHUNK) else "chunkwise"
+        return retention(
             q,
             k,
             v,
-            self.log_decay,
+            log_decay,
             kv,
             cu_seqlens,
             form=form,
             chunk_size=config.chunk_size,
             backend=config.backend,
         )
-        return self._finish(o, x, positions), kv
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys [...,H,K], rotated, and values [...,H,V] of x [...,D]."""
@@ -250,30 +274,52 @@ class MultiScaleRetention(Mixer):
             v = F.pad(v, (0, 1), value=1.0)
         return q, k, v
 
-    def _finish(self, o: Tensor, x: Tensor, positions: Positions) -> Tensor:
+    def _finish(self, o: Tensor | Remade, x: Tensor, positions: Positions) -> Tensor:
         """Normalises the heads o [...,H,V], gates them by x [...,D] and projects back to [...,D]."""
-        config = self.config
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        o, sums = self._norm_scores(o, positions.position)
-        y = head_norm(
+        position = None
+        if self.config.score_norm in ("decay", "paper"):
+            position = positions.position.expand(x.shape[:-1])
+        return linear_of(
+            self.out_proj,
+            partial(self._normed, dtype=x.dtype),
+            *(o, gate, position),
+            shared=(self.log_decay, self.head_norm_weight, self.head_norm_bias),
+            lead=x.dim() - 1,
+        )
+
+    def _normed(
+        self,
+        o: Tensor,
+        gate: Tensor | None,
+        position: Tensor | None,
+        log_decay: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Heads [...,H,V] with their scores normalised, then themselves, and gated: [...,H·V]."""
+        config = self.config
+        sums = None
+        if position is not None:
+            o, sums = self._norm_scores(o, position, log_decay)
+        return head_norm(
             o,
             gate,
             config.head_norm,
             eps=config.head_norm_eps,
-            weight=self.head_norm_weight,
-            bias=self.head_norm_bias,
+            weight=weight,
+            bias=bias,
             sums=sums,
-            dtype=x.dtype,
+            dtype=dtype,
             backend=config.backend,
         )
-        return self.out_proj(y)
 
-    def _norm_scores(self, o: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _norm_scores(self, o: Tensor, position: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor | None]:
         """The heads with their scores normalised, but for the sums Σγ [...,H] that `head_norm` divides them by."""
-        if self.config.score_norm not in ("decay", "paper"):
-            return o, None
         seen = (position[..., None] + 1).double()  # tokens up to and including this one
-        log_decay = self.log_decay.double()
+        log_decay = log_decay.double()
         # Σ_{i≤t} γ^{t−i} = (1 − γ^{t+1}) / (1 − γ), and t + 1 where γ = 1
         sums = torch.where(log_decay == 0, seen, torch.expm1(seen * log_decay) / torch.expm1(log_decay))
         if self.config.score_norm == "decay":

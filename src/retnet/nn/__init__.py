@@ -2,7 +2,7 @@
 
 from retnet.nn.convolution import ShortConvolution, fft_convolution, fft_flops
 from retnet.nn.feed_forward import FeedForward
-from retnet.nn.linear import Int8Linear, Linear
+from retnet.nn.linear import Int8Linear, Linear, linear_of
 from retnet.nn.norm import Norm
 from retnet.nn.precise import Precise, exactly, widened
 from retnet.nn.rotary import Positions, Rotary, Rotation
@@ -20,5 +20,6 @@ __all__ = [
     "exactly",
     "fft_convolution",
     "fft_flops",
+    "linear_of",
     "widened",
 ]

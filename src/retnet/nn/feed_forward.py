@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.nn.linear import Linear
+from retnet.nn.linear import Linear, linear_of
 
 
 class FeedForward(nn.Module):
@@ -20,5 +20,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...,D] → [...,D]."""
-        hidden = self.act(self.fc1(x))
-        return self.fc2(hidden if self.gate is None else hidden * self.gate(x))
+        gate = None if self.gate is None else self.gate(x)
+        return linear_of(self.fc2, self._hidden, self.fc1(x), gate, lead=x.dim() - 1)
+
+    def _hidden(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        return self.act(x) if gate is None else self.act(x) * gate

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.ops import product
+from retnet.ops import Remade, product, product_of
 from retnet.settings import UserError
 
 
@@ -23,6 +23,33 @@ class Linear(nn.Linear):
         if type(self.weight) is not nn.Parameter:  # quantised or sharded weights bring their own product
             return F.linear(input, self.weight)
         return product(input, self.weight)
+
+
+def linear_of(
+    layer: nn.Module,
+    function: Callable[..., Tensor],
+    *rows: Tensor | Remade | None,
+    shared: tuple[Tensor | None, ...] = (),
+    lead: int,
+) -> Tensor:
+    """layer(function(*rows, *shared)), where a plain `Linear` keeps these for the backward pass; see `product_of`.
+
+    Any other layer, and one that has hooks or a `forward` of its own, is called.
+    """
+    if torch.is_grad_enabled() and type(layer) is Linear and _uncalled(layer):
+        return product_of(function, layer.weight, *rows, shared=shared, lead=lead)
+    made = [x.function(*x.inputs) if isinstance(x, Remade) else x for x in rows]
+    y: Tensor = layer(function(*made, *shared))
+    return y
+
+
+def _uncalled(layer: Linear) -> bool:
+    """Whether nobody would miss the layer's call."""
+    own = "forward" in layer.__dict__ or any(getattr(layer, name) for name in _HOOKS)
+    return not own and type(layer.weight) is nn.Parameter
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Int8Linear(nn.Module):

@@ -14,6 +14,7 @@ from retnet.ops.decay import Decay, log_decays
 from retnet.ops.dispatch import BACKENDS
 from retnet.ops.linear import product
 from retnet.ops.norm import NORMS, head_norm
+from retnet.ops.recompute import Remade, product_of
 from retnet.ops.retention import CHUNK, FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import (
     LAYOUTS,
@@ -34,6 +35,7 @@ __all__ = [
     "NORMS",
     "SPACINGS",
     "Decay",
+    "Remade",
     "apply_rotary",
     "computes_angles",
     "frequencies",
@@ -41,6 +43,7 @@ __all__ = [
     "log_decays",
     "positions",
     "product",
+    "product_of",
     "retention",
     "retention_step",
     "retention_steps",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from retnet.ops.cpu import decode
 
@@ -24,22 +23,41 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     With a `scale` [N] in fp32, the weight is int8, and W is its rows times their scales.
     """
-    fast = x.dtype is torch.float32 and x.device.type == "cpu" and _eager()
-    if fast and (out := decode.few_rows(x, weight, scale)) is not None:
+    decoding = x.dim() == 2 and not torch.is_grad_enabled() and _eager_fp32(x)
+    if decoding and (out := decode.few_rows(x, weight, scale)) is not None:
         return out
     if scale is not None:
         weight = (weight * scale[:, None]).to(x.dtype)
-    if fast and x.numel() >= MANY_ROWS * x.shape[-1] and torch.backends.mkldnn.enabled and _HAS_ONEDNN:
+    if _suits_onednn(x):
         return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]
     return F.linear(x, weight)
 
 
-def _eager() -> bool:
-    """Neither traced nor under autocast: both have their own ways."""
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+def _eager_fp32(x: Tensor) -> bool:
+    """fp32 on a CPU, neither traced nor under autocast: both have their own ways."""
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    many = x.numel() >= MANY_ROWS * x.shape[-1]
+    return bool(many and _HAS_ONEDNN and _eager_fp32(x) and torch.backends.mkldnn.enabled)
+
+
+def gemm(x: Tensor, weight: Tensor) -> Tensor:
+    """`product` with many rows, not differentiable where oneDNN is the faster one."""
+    return _onednn(x, weight) if _suits_onednn(x) else F.linear(x, weight)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class _ManyRows(torch.autograd.Function):
@@ -49,13 +67,16 @@ class _ManyRows(torch.autograd.Function):
         return _onednn(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
         x, weight = ctx.saved_tensors
-        dx = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = product(grad, weight.t()) if torch.is_grad_enabled() else gemm(grad, weight.t())
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(grad, x)
         return dx, dw
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ x in the type of the product: grad [...,N] and x [...,K] → [N,K]."""
+    return grad.flatten(0, -2).t() @ x.to(grad.dtype).flatten(0, -2)
