@@ -1,6 +1,6 @@
 """Sequence mixers: one file each, one protocol (`Mixer`), one table."""
 
-from retnet.mixers.base import Mixer, MixerConfig, State
+from retnet.mixers.base import Mixer, MixerConfig, State, TrainingForm
 from retnet.mixers.gated_retention import GatedRetention, GatedRetentionConfig
 from retnet.mixers.h3 import H3, H3Config
 from retnet.mixers.hyena import Hyena, HyenaConfig
@@ -48,4 +48,5 @@ __all__ = [
     "SoftmaxConfig",
     "State",
     "TimeMix",
+    "TrainingForm",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ def head_width(d_model: int, num_heads: int) -> int:
     return d_model // num_heads
 
 
+class TrainingForm(NamedTuple):
+    """One of the ways in which a mixer computes whole sequences, where studies tell them apart."""
+
+    name: str = ""  # in tables
+    settings: Mapping[str, Any] = {}  # of the mixer's configuration
+    memory: str | None = None  # growth with the length N of what training keeps, if not as said of the mixer
+
+
 class Mixer(nn.Module):
     """Mixes information along time. `forward`, `prefill` and repeated `step` are the same function.
 
@@ -42,10 +51,20 @@ class Mixer(nn.Module):
     Attributes:
         caches: names of the tensors of a state that have a place for each token, [B,S,...]; then its `length` [B] says how
             many are filled, and what stands behind them is never read. Empty where a state has a constant size.
+        paper_row: its row in the paper's table of architectures (`retnet.paper.COMPLEXITY`), if it is there.
+        theory: how the cost of a decoded token, and what training keeps, grow with the length N, if it is not there.
+        along_time: how training goes along time, in tables.
+        training_forms: ways to compute whole sequences that studies compare.
+        exactly_causal: False where rounding knows no order (convolution by FFT), so that later tokens leave traces of ε.
     """
 
     Config: ClassVar[Any]
     caches: ClassVar[tuple[str, ...]] = ()
+    paper_row: ClassVar[str | None] = None
+    theory: ClassVar[tuple[str, str]] = ("1", "N")
+    along_time: ClassVar[str] = "token by token"
+    training_forms: ClassVar[tuple[TrainingForm, ...]] = (TrainingForm(),)
+    exactly_causal: ClassVar[bool] = True
 
     def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
         super().__init__()

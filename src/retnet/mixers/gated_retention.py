@@ -46,6 +46,7 @@ class GatedRetention(SequenceMixer):
     """
 
     Config: ClassVar[type[GatedRetentionConfig]] = GatedRetentionConfig
+    along_time: ClassVar[str] = "chunks"
 
     def __init__(self, d_model: int, config: GatedRetentionConfig) -> None:
         super().__init__(d_model, config)

@@ -47,6 +47,9 @@ class H3(SequenceMixer):
     """
 
     Config: ClassVar[type[H3Config]] = H3Config
+    paper_row: ClassVar[str | None] = "H3/S4"
+    along_time: ClassVar[str] = "Fourier transforms"
+    exactly_causal: ClassVar[bool] = False
 
     def __init__(self, d_model: int, config: H3Config) -> None:
         super().__init__(d_model, config)

@@ -63,6 +63,9 @@ class Hyena(SequenceMixer):
 
     Config: ClassVar[type[HyenaConfig]] = HyenaConfig
     caches: ClassVar[tuple[str, ...]] = ("inputs",)
+    paper_row: ClassVar[str | None] = "Hyena"
+    along_time: ClassVar[str] = "Fourier transforms"
+    exactly_causal: ClassVar[bool] = False
 
     def __init__(self, d_model: int, config: HyenaConfig) -> None:
         super().__init__(d_model, config)

@@ -44,6 +44,8 @@ class LinearAttention(Mixer):
     """
 
     Config: ClassVar[type[LinearConfig]] = LinearConfig
+    paper_row: ClassVar[str | None] = "Linear Transformer"
+    along_time: ClassVar[str] = "chunks"
 
     def __init__(self, d_model: int, config: LinearConfig) -> None:
         super().__init__(d_model, config)

@@ -35,6 +35,7 @@ class LSTM(SequenceMixer):
     """
 
     Config: ClassVar[type[LstmConfig]] = LstmConfig
+    paper_row: ClassVar[str | None] = "Recurrent NN"
 
     def __init__(self, d_model: int, config: LstmConfig) -> None:
         super().__init__(d_model, config)

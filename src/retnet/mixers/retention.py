@@ -109,6 +109,8 @@ class MultiScaleRetention(Mixer):
     """
 
     Config: ClassVar[type[RetentionConfig]] = RetentionConfig
+    paper_row: ClassVar[str | None] = "RetNet"
+    along_time: ClassVar[str] = "chunks"
 
     log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
 

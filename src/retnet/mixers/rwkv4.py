@@ -39,6 +39,8 @@ class TimeMix(SequenceMixer):
     """
 
     Config: ClassVar[type[Rwkv4Config]] = Rwkv4Config
+    paper_row: ClassVar[str | None] = "RWKV"
+    along_time: ClassVar[str] = "√T chunks of √T tokens"
 
     def __init__(self, d_model: int, config: Rwkv4Config) -> None:
         super().__init__(d_model, config)

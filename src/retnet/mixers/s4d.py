@@ -156,6 +156,9 @@ class S4DMixer(SequenceMixer):
     """GLU(W gelu(S4D(x))). Weights: ssm (see `S4D`), glu_proj [2D,D]."""
 
     Config: ClassVar[type[S4DConfig]] = S4DConfig
+    paper_row: ClassVar[str | None] = "H3/S4"
+    along_time: ClassVar[str] = "Fourier transforms"
+    exactly_causal: ClassVar[bool] = False
 
     def __init__(self, d_model: int, config: S4DConfig) -> None:
         super().__init__(d_model, config)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retnet.mixers.base import MixerConfig, head_width
+from retnet.mixers.base import MixerConfig, TrainingForm, head_width
 from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Positions, Rotary, Rotation
@@ -54,6 +54,12 @@ class SoftmaxAttention(SequenceMixer):
 
     Config: ClassVar[type[SoftmaxConfig]] = SoftmaxConfig
     caches: ClassVar[tuple[str, ...]] = ("keys", "values")
+    paper_row: ClassVar[str | None] = "Transformer"
+    along_time: ClassVar[str] = "all tokens at once"
+    training_forms: ClassVar[tuple[TrainingForm, ...]] = (
+        TrainingForm("math", {"sdpa": "math"}),
+        TrainingForm("flash", {"sdpa": "flash"}, memory="N"),
+    )
 
     def __init__(self, d_model: int, config: SoftmaxConfig) -> None:
         super().__init__(d_model, config)

@@ -22,14 +22,12 @@ from retnet.measure.clock import Contender, interleave, median_seconds, wait
 from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, free_memory, kept_for_backward
 from retnet.measure.summary import Summary
-from retnet.mixers import MIXERS, Mixer, MixerConfig
+from retnet.mixers import MIXERS, Mixer, MixerConfig, TrainingForm
 from retnet.settings import At, Checked, Count, UserError, nearest
 from retnet.studies.complexity_summary import summarise
 from retnet.studies.contract import Job, Measure, Result, Results, Tell
 
 FIVE = 5  # lengths at least: an exponent from fewer says little
-# How the same mixer is computed in training, where there are several ways.
-FORMS: dict[str, tuple[dict[str, Any], ...]] = {"softmax": ({"sdpa": "math"}, {"sdpa": "flash"})}
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class ComplexityJob(Job):
         keep_freed_memory()
         device = choose_device(self.device)
         parts = [partial(_using, self.mixer, self.using, device)]
-        for form in FORMS.get(self.mixer, ({},)):
+        for form in MIXERS[self.mixer].training_forms:
             parts.append(partial(_learning, self.mixer, form, self.learning, device))
         found = []
         for number, part in enumerate(parts):
@@ -186,8 +184,8 @@ def _using(name: str, c: Using, device: torch.device, tell: Tell) -> Result:
     }
 
 
-def _learning(name: str, form: dict[str, Any], c: Learning, device: torch.device, tell: Tell) -> Result:
-    mixer = _mixer(name, c.d_model, c.num_heads, device, **form)
+def _learning(name: str, form: TrainingForm, c: Learning, device: torch.device, tell: Tell) -> Result:
+    mixer = _mixer(name, c.d_model, c.num_heads, device, **form.settings)
     tokens = max(c.lengths)
     middle = c.lengths[len(c.lengths) // 2]
     shapes = [(tokens // n, n) for n in c.lengths]
@@ -199,7 +197,7 @@ def _learning(name: str, form: dict[str, Any], c: Learning, device: torch.device
         for x, (rows, n) in zip(contenders, shapes, strict=True)
     }
     return {
-        "form": next(iter(form.values()), ""),
+        "form": form.name,
         "d_model": c.d_model,
         "tokens": tokens,
         "lengths": list(c.lengths),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
 from retnet.measure.summary import Figure, Line, Panel, Summary
+from retnet.mixers import MIXERS
 from retnet.paper import COMPLEXITY
 from retnet.studies.contract import Result, Results
 from retnet.studies.slopes import Slope, expected, slope
@@ -16,18 +17,6 @@ from retnet.tables import MISSING, Table
 
 NEAR = 0.15  # a measured exponent may be so far from theory
 
-# mixer → its row in the paper's table, and how this implementation goes along time in training.
-ALONG = {
-    "softmax": ("Transformer", "all tokens at once"),
-    "linear": ("Linear Transformer", "chunks"),
-    "lstm": ("Recurrent NN", "token by token"),
-    "rwkv4": ("RWKV", "√T chunks of √T tokens"),
-    "h3": ("H3/S4", "Fourier transforms"),
-    "s4d": ("H3/S4", "Fourier transforms"),
-    "hyena": ("Hyena", "Fourier transforms"),
-    "retention": ("RetNet", "chunks"),
-    "gated_retention": ("", "chunks"),  # the paper's successor; held against RetNet's theory
-}
 NOTES = (
     "Exponents are slopes of ln(cost) over ln(length), of medians over rounds, with the 95 % interval of Student's t; "
     "nothing is subtracted, so a constant part of the cost pulls an exponent down.",
@@ -37,7 +26,7 @@ NOTES = (
     "About 1: there is enough to do at once along time; far above 1: steps wait for each other.",
     "FlashAttention keeps O(N) where the plain formula keeps O(N²).",
     "N log N is that of the work of Fourier transforms; what they keep grows as N, rounded up to powers of two.",
-    "Quality is the paper's word. Gated retention is not in the paper; beside it stands RetNet's theory.",
+    "Quality is the paper's word. Of a mixer that is not in the paper, theory is what its own authors say.",
 )
 
 
@@ -69,8 +58,9 @@ def alone(learning: Result) -> Spread:
 
 def _exponents(mixer: str, result: Result) -> Exponents:
     using, learning = result["using"], result["learning"]
-    _, inference, memory, _ = _claim(mixer)
-    orders = [(f["form"], "N" if f["form"] == "flash" else memory) for f in learning]
+    inference, memory = _theory(mixer)
+    own = {form.name: form.memory for form in MIXERS[mixer].training_forms}
+    orders = [(f["form"], own.get(f["form"]) or memory) for f in learning]
     return Exponents(
         slope(using["lengths"], _medians(using["seconds"])),
         slope(using["lengths"], using["state_bytes"]),
@@ -80,8 +70,10 @@ def _exponents(mixer: str, result: Result) -> Exponents:
     )
 
 
-def _claim(mixer: str) -> tuple[str, str, str, str]:
-    return COMPLEXITY[ALONG[mixer][0] or "RetNet"]
+def _theory(mixer: str) -> tuple[str, str]:
+    """How the cost of a token, and what training keeps, should grow: by the paper's table, else by the mixer's word."""
+    row = MIXERS[mixer].paper_row
+    return MIXERS[mixer].theory if row is None else COMPLEXITY[row][1:3]
 
 
 def _architectures(mixers: Sequence[str], found: dict[str, Result], exponents: dict[str, Exponents]) -> Table:
@@ -101,8 +93,8 @@ def _architectures(mixers: Sequence[str], found: dict[str, Result], exponents: d
     )
     rows = []
     for mixer in mixers:
-        row, along = ALONG[mixer]
-        parallel, inference, memory, quality = _claim(mixer) if row else (MISSING,) * 4
+        row, along = MIXERS[mixer].paper_row, MIXERS[mixer].along_time
+        parallel, inference, memory, quality = COMPLEXITY[row] if row else (MISSING,) * 4
         inference, memory = (f"O({x})" if row else x for x in (inference, memory))
         lone, using, state, theory, kept = [MISSING] * 5
         if mixer in found:
@@ -234,7 +226,7 @@ def _findings(found: dict[str, Result], exponents: dict[str, Exponents]) -> list
     for mixer, times in sorted(slowest.items(), key=lambda item: -item[1].median):
         if times.median >= 2:
             sentences.append(
-                f"{mixer} ({ALONG[mixer][1]}): trained alone, one sequence takes {times} times longer a token than "
+                f"{mixer} ({MIXERS[mixer].along_time}): trained alone, one sequence takes {times} times longer a token than "
                 "many side by side."
             )
     return sentences
