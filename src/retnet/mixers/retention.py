@@ -106,7 +106,13 @@ class MultiScaleRetention(Mixer):
 
     Weights: q_proj, k_proj [H·K, D], v_proj, gate_proj [H·V, D], out_proj [D, H·V], and head_norm [H·V] if affine.
     γ and the angles are constants of the configuration: they keep their precision when the module's type changes.
+
+    Attributes:
+        keeps_heads: in training, keep the op's output for the backward pass (2·d_model numbers a token) instead of running
+            the op's forward pass once more.
     """
+
+    keeps_heads = False
 
     Config: ClassVar[type[RetentionConfig]] = RetentionConfig
     paper_row: ClassVar[str | None] = "RetNet"
@@ -228,7 +234,7 @@ class MultiScaleRetention(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """From x to the layer's output, and the state after it where there was one before it."""
         q, k, v = self._project(x, positions)
-        if kv is None:  # nobody wants the state: in training the heads are made again in the backward pass
+        if kv is None and not self.keeps_heads:  # nobody wants the state either
             retain = partial(self._retain, cu_seqlens=cu_seqlens)
             return self._finish(Remade(retain, (q, k, v, self.log_decay)), x, positions), None
         o, kv = self._retention(q, k, v, self.log_decay, kv, cu_seqlens)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from retnet.ops.linear import gemm, product, weight_gradient
 
-BLOCK_ROWS = 512  # a thread, at once: what lies between two products on a CPU then stays in the caches
+BLOCK_ROWS = (
+    2048  # a thread, at once on a CPU: what is made again is then never whole; fewer make products slower
+)
 
 Function = Callable[..., Tensor]
 Precision = Callable[[], AbstractContextManager[object]]
@@ -36,7 +38,7 @@ def product_of(
 
     Selective activation recomputation (Korthikanti et al. 2022): worth it where x is as large as the rows and cheap beside
     the product, as behind activations, norms and gates. The gradients are those of ``product(function(…), weight)``, of any
-    order. On a CPU, function and product take turns on blocks of rows that fit the caches.
+    order. On a CPU, function and product take turns on blocks of rows.
 
     Args:
         function: works on each row by itself; without randomness, and without weights that are not among its arguments.
@@ -76,7 +78,7 @@ class _Plan(NamedTuple):
         return rows, list(inputs[at:])
 
     def blocks(self, rows: Sequence[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
-        """Of rows that stay in the caches of a CPU together; all rows elsewhere."""
+        """Of rows, on a CPU; all rows elsewhere."""
         first = next(x for x in rows if x is not None)
         count, size = math.prod(first.shape[: self.lead]), BLOCK_ROWS * torch.get_num_threads()
         if not first.is_cpu or count < 2 * size:
