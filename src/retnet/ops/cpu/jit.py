@@ -203,13 +203,17 @@ def _compiled(function: Callable[..., None], integers: int | None) -> Any:  # no
     return compiled
 
 
-@cache
+_not_kept: list[str] = []  # why kernels are not kept on disk; the first is said
+
+
 def _say_once_not_kept(why: str) -> None:
-    _log.warning(
-        "compiled kernels are not kept on disk, so every process compiles them again, some seconds (%s); "
-        "set NUMBA_CACHE_DIR to a directory that can be written",
-        why,
-    )
+    _not_kept.append(why)
+    if len(_not_kept) == 1:
+        _log.warning(
+            "compiled kernels are not kept on disk, so every process compiles them again, some seconds (%s); "
+            "set NUMBA_CACHE_DIR to a directory that can be written",
+            why,
+        )
 
 
 @contextmanager
