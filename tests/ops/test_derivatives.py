@@ -171,9 +171,9 @@ def test_rotation(layout):
     assert gradcheck(lambda x, c, s: rotate(x, c, s, layout), (x, *angles))
 
 
-@pytest.mark.parametrize("rows", [2])
+@pytest.mark.parametrize("rows", [2, 70])
 def test_products(rows):
-    """Few rows."""
+    """Few rows and many, which different kernels compute."""
     x, weight = torch.randn(rows, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
 
     def penalty(x, weight, linear):
@@ -263,3 +263,24 @@ def test_no_operator_is_without_rules():
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "FuncTorchBatched"), name
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "AutogradCPU"), name
+
+
+def test_gradients_of_each_long_sample_of_a_model_in_fp32():
+    """At a size where products, activations and norms have kernels and backward passes of their own."""
+    model = model_of("auto", torch.float32)
+    weights = {name: w.detach() for name, w in model.named_parameters()}
+    tokens = torch.randint(11, (2, 90))
+
+    def loss(weights, tokens):
+        return functional_call(model, weights, (tokens[None],)).pow(2).mean()
+
+    got = vmap(grad(loss), (None, 0))(weights, tokens)
+    for i, row in enumerate(tokens):
+        model.zero_grad()
+        model(row[None]).pow(2).mean().backward()
+        for name, w in model.named_parameters():
+            assert relative(got[name][i], w.grad) < 1e-4
+    _, along = jvp(
+        lambda w: loss(w, tokens[0]), (weights,), ({n: torch.ones_like(w) for n, w in weights.items()},)
+    )
+    assert relative(along, sum(got[name][0].sum() for name in weights)) < 1e-3

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops.cpu import decode
+from retnet.ops.torch_private import onednn_linear, plain
 
 MANY_ROWS = 64  # from here on oneDNN is the faster one
 
@@ -34,11 +35,11 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def _eager_fp32(x: Tensor) -> bool:
-    """fp32 on a CPU, neither traced nor under autocast: both have their own ways."""
+    """fp32 on a CPU, neither traced, nor transformed, nor under autocast: all have their own ways."""
     return (
         x.dtype is torch.float32
         and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and plain()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -57,7 +58,7 @@ def gemm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return onednn_linear(x, weight)
 
 
 class _ManyRows(torch.autograd.Function):
