@@ -340,7 +340,7 @@ def test_every_dataclass_that_a_file_can_say_is_checked():
     waiting, seen = [RunConfig, Study], set()
     while waiting:
         kind = waiting.pop()
-        if kind in seen:
+        if kind in seen or not kind.__module__.startswith("retnet."):  # other tests define some
             continue
         seen.add(kind)
         assert issubclass(kind, Checked), kind
