@@ -56,8 +56,8 @@ def test_options_have_the_ranges_and_defaults_of_the_fields():
     run = CliRunner().invoke
     assert run(command, []).output == "{'top_p': 1.0, 'top_k': 0}\n"
     for words, says in (
-        (["--top-p", "1.5"], "0.0<x<=1.0"),
-        (["--top-p", "0"], "0.0<x<=1.0"),
+        (["--top-p", "1.5"], "0<x<=1"),
+        (["--top-p", "0"], "0<x<=1"),
         (["--top-k", "-1"], "x>=0"),
         (["--top-k", "2.5"], "not a valid integer"),
     ):

@@ -170,8 +170,12 @@ def _type(kind: Any) -> Any:  # noqa: ANN401
         return plain
     low, high = max(limits.least, limits.above), min(limits.most, limits.below)
     ranged: Any = click.IntRange if plain is int else click.FloatRange
-    bounds = {
-        "min": plain(low) if math.isfinite(low) else None,
-        "max": plain(high) if math.isfinite(high) else None,
-    }
+    bounds = {name: _limit(x) for name, x in (("min", low), ("max", high))}
     return ranged(**bounds, min_open=limits.above > limits.least, max_open=limits.below < limits.most)
+
+
+def _limit(x: float) -> float | None:
+    """A limit as it is shown: 0, not 0.0; none where there is none."""
+    if not math.isfinite(x):
+        return None
+    return int(x) if x == int(x) else x

@@ -24,7 +24,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     With a `scale` [N] in fp32, the weight is int8, and W is its rows times their scales.
     """
-    decoding = x.dim() == 2 and not torch.is_grad_enabled() and _eager_fp32(x)
+    decoding = not torch.is_grad_enabled() and _eager_fp32(x)
     if decoding and (out := decode.few_rows(x, weight, scale)) is not None:
         return out
     if scale is not None:
