@@ -11,8 +11,8 @@ from retnet.bench.implementations import (
     LARGE,
     OURS,
     Algorithm,
+    HeadShape,
     OpsBench,
-    Shape,
     TimedImplementation,
     implementations_on,
 )
@@ -26,7 +26,7 @@ from retnet.settings import UserError
 from tests.helpers.parity import random_inputs, relative
 
 CPU = torch.device("cpu")
-SMALL = Shape(2, 16, 32)
+SMALL = HeadShape(2, 16, 32)
 
 
 def counted(T, H, K, V, C):
@@ -55,12 +55,12 @@ def test_kernels_get_credit_for_the_triangle_alone():
 
 
 def test_flops_of_forms_without_chunks():
-    assert implementations.SQUARE.flops(10, Shape(3, 4, 8), BOTH) == 3 * 2 * 3 * 100 * 12
-    attention = implementations.ATTENTION.flops(10, Shape(2, 8, 8), BOTH)
+    assert implementations.SQUARE.flops(10, HeadShape(3, 4, 8), BOTH) == 3 * 2 * 3 * 100 * 12
+    attention = implementations.ATTENTION.flops(10, HeadShape(2, 8, 8), BOTH)
     assert attention == 2 * 2 * 55 * (2 + 5) * 8
 
 
-@pytest.mark.parametrize("shape", [SMALL, Shape(3, 60, 100)])
+@pytest.mark.parametrize("shape", [SMALL, HeadShape(3, 60, 100)])
 def test_every_way_computes_retention(shape):
     H, K, V = shape
     inputs = random_inputs(2, 128, H, K, V, dtype=torch.float32)[:3]
@@ -76,8 +76,10 @@ def test_every_way_computes_retention(shape):
 
 
 def test_attention_is_causal_and_of_the_stated_width():
-    narrow, wide = (one for one in implementations_on(CPU, Shape(8, 64, 128)) if one.name.startswith("SDPA"))
-    assert (narrow.inputs, wide.inputs) == (Shape(4, 128, 128), Shape(8, 128, 128))
+    narrow, wide = (
+        one for one in implementations_on(CPU, HeadShape(8, 64, 128)) if one.name.startswith("SDPA")
+    )
+    assert (narrow.inputs, wide.inputs) == (HeadShape(4, 128, 128), HeadShape(8, 128, 128))
     assert peers.attention_heads(96) == (3, 32)
     q, k, v = (torch.randn(2, 5, 3, 8, dtype=torch.float64) for _ in range(3))
     scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(8)
@@ -101,7 +103,7 @@ def test_flash_linear_attention_is_used_where_it_is(monkeypatch):
 def test_what_is_left_out():
     bench = OpsBench(tokens=1024, peer_work=1e-9 * 1000)
     algorithm = Algorithm(None, False, (1, 0, 0), (0, 0, 0))
-    one = TimedImplementation("x", lambda q, k, v: v, Shape(1, 1, 1), algorithm)  # 2 T² flops
+    one = TimedImplementation("x", lambda q, k, v: v, HeadShape(1, 1, 1), algorithm)  # 2 T² flops
     assert bench.batch(256) == 4
     assert bench.batch(2000) == 1
     assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
@@ -121,7 +123,7 @@ def row(name, length, seconds, shape=LARGE, algorithm=implementations.COMPILED):
 
 def test_rates_of_rows():
     once = Algorithm(None, False, (1, 1, 0), (0, 0, 0))
-    found = row("x", 5, [0.4, 0.8], Shape(1, 1, 1), once)  # 2 · 25 · 2 flops, 20 a token
+    found = row("x", 5, [0.4, 0.8], HeadShape(1, 1, 1), once)  # 2 · 25 · 2 flops, 20 a token
     assert found.of_torch_mm == Spread(pytest.approx(0.75), 0.5, 1.0)
     assert found.of_limit == Spread(pytest.approx(0.375), 0.25, 0.5)
     assert row("fla", 5, [1.0], algorithm=None).of_limit is None
@@ -161,7 +163,7 @@ def test_targets_of_the_op():
 
 
 def test_flash_linear_attention_is_judged_by_head_size():
-    shapes = (Shape(16, 64, 128), LARGE)
+    shapes = (HeadShape(16, 64, 128), LARGE)
     ours = [row(OURS, 2048, [1.0], shape) for shape in shapes]
     fla = [row("fla", 2048, [2.0], shape, None) for shape in shapes]
     found = ops.op_targets([*ours, *fla], torch.device("meta"))
@@ -182,7 +184,7 @@ def test_targets_of_steps():
 
 
 def test_wrong_results_are_seen(monkeypatch):
-    shape = Shape(1, 4, 4)
+    shape = HeadShape(1, 4, 4)
     monkeypatch.setattr(ops, "CHECKED", 8)
     right, *_ = found = [
         one for one in implementations_on(CPU, shape) if one.name in (OURS, implementations.REFERENCE)
@@ -229,7 +231,7 @@ def test_a_stopwatch_repeats_what_is_fast():
         ({"peer_work": -1.0}, "peer_work is -1.0; it must be at least 0"),
         ({"lengths": ()}, "lengths is empty"),
         ({"lengths": (512, 0)}, "lengths has an item that is 0; it must be at least 1"),
-        ({"shapes": (Shape(8, 0, 64),)}, "shapes is '8x0x64'"),
+        ({"shapes": (HeadShape(8, 0, 64),)}, "shapes is '8x0x64'"),
     ],
 )
 def test_mistakes(options, message):
@@ -239,7 +241,7 @@ def test_mistakes(options, message):
 
 def test_options_as_text():
     assert implementations.parse_lengths("2048,512,2048") == (512, 2048)
-    assert implementations.parse_shapes("8x256x512,16X64x128") == (LARGE, Shape(16, 64, 128))
+    assert implementations.parse_shapes("8x256x512,16X64x128") == (LARGE, HeadShape(16, 64, 128))
     for text in ("", "512,", "2k"):
         with pytest.raises(UserError, match=f"--lengths is '{text}'; write numbers"):
             implementations.parse_lengths(text)

@@ -10,7 +10,7 @@ import torch
 
 from retnet.ops import log_decays
 from retnet.ops.cpu import chunkwise_numba, jit
-from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, compile_panels
+from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, compile_packed_gemm
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs
 
 pytest.importorskip("numba")
@@ -46,14 +46,14 @@ def test_a_result_does_not_depend_on_the_number_of_threads():
 def test_products_of_panels(number):
     compiler = jit.compiler()
     assert compiler is not None
-    panels = compile_panels(compiler, number)
+    panels = compile_packed_gemm(compiler, number)
     rng = np.random.default_rng(0)
     elsewhere = np.zeros((9, 2, 30), number)  # what products fetch must not show in them, wherever it lies
     fetch = (panels.rows(elsewhere, 4, 3, 1), (0, 8, 100, 1000))
 
     def matrix(rows, columns):
         x = rng.standard_normal((rows, 1, columns)).astype(number)
-        made = panels.take(panels.empty(1, rows, columns)[0], rows, columns)
+        made = panels.view(panels.empty(1, rows, columns)[0], rows, columns)
         made[:] = np.nan
         panels.load(made, x, 0, rows, 0, np.ones(rows, number))
         return x[:, 0], made
@@ -74,7 +74,7 @@ def test_products_of_panels(number):
         assert np.abs(content(result, M, N) - want).max() < 1e-5 * inner
 
     lower = np.tril(rng.standard_normal((40, 40))).astype(number)
-    left = panels.take(panels.empty(1, 40, 40)[0], 40, 40)
+    left = panels.view(panels.empty(1, 40, 40)[0], 40, 40)
     panels.load(left, lower[:, None], 0, 40, 0, np.ones(40, number))
     b, right = matrix(40, 20)
     for part, transpose, want in ((LOWER_LEFT, False, lower @ b), (UPPER_LEFT, True, lower.T @ b)):

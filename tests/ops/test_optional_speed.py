@@ -149,7 +149,7 @@ class TestRefusals:
         def refuse(*arguments):
             raise RuntimeError("LLVM ERROR: 64-bit code requested on a subtarget that does not support it")
 
-        monkeypatch.setattr(chunkwise_numba, "compile_panels", refuse)
+        monkeypatch.setattr(chunkwise_numba, "compile_packed_gemm", refuse)
         with caplog.at_level("INFO", logger="retnet.ops"):
             for _ in range(2):
                 got, _ = retention(self.q, self.q, self.q, self.decay)

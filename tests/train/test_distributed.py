@@ -24,7 +24,7 @@ from retnet.model.checkpoint import load_model
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, one_voice
-from retnet.train.progress import Progress
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 from tests.train.ranks import STOP, base, cases
 
@@ -58,7 +58,7 @@ def assert_same(got: Path, want: Path, tolerance: float = 1e-5) -> None:
         assert math.isclose(got[key], value, rel_tol=tolerance), (key, got[key], value)
 
 
-class Stopping(Progress):
+class Stopping(TrainingProgress):
     """Sends this process a signal after a step, as a person might."""
 
     def step(self, step: int, *measured: float | None) -> None:

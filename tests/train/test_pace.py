@@ -15,7 +15,7 @@ from retnet.settings import UserError, load
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace, fitted
-from retnet.train.progress import Progress
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 from tests.train.test_trainer import DRIVER, assert_identical, config
 
@@ -110,7 +110,7 @@ def test_a_shorter_run_rises_in_a_part_of_it():
     assert fitted(DEMO, 20, 10).warmup_steps == 10  # what was made stays in the rise
 
 
-class Stopping(Progress):
+class Stopping(TrainingProgress):
     """Sends this process a signal after a step, as a person might."""
 
     def __init__(self, at):
@@ -195,7 +195,7 @@ def test_other_steps_than_were_asked_for_go_on(whole, config_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kill", ["retnet.train.run_dir:write_json:2", "retnet.train.progress:Progress.planned:1"]
+    "kill", ["retnet.train.run_dir:write_json:2", "retnet.train.progress:TrainingProgress.planned:1"]
 )
 def test_killed_in_earnest(kill, config_file, tmp_path, monkeypatch):
     """Planned by the clock of this machine; killed right before the plan is written, or right after it."""

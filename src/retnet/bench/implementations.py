@@ -23,7 +23,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 PEER_CHUNK = 128  # of the chunkwise forms that autograd differentiates
 
 
-class Shape(NamedTuple):
+class HeadShape(NamedTuple):
     """Heads and their widths."""
 
     heads: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
         return f"H{self.heads} K{self.key_dim} V{self.value_dim}"
 
 
-LARGE = Shape(8, 256, 512)  # the paper's head size
+LARGE = HeadShape(8, 256, 512)  # the paper's head size
 
 
 class Algorithm(NamedTuple):
@@ -45,7 +45,7 @@ class Algorithm(NamedTuple):
     forward: tuple[int, int, int]
     backward: tuple[int, int, int]
 
-    def flops(self, length: int, shape: Shape, mode: str) -> float:
+    def flops(self, length: int, shape: HeadShape, mode: str) -> float:
         """Of one sequence, a multiply-add as two."""
         H, K, V = shape
         full, rest = divmod(length, min(self.chunk or length, length))
@@ -70,7 +70,7 @@ class TimedImplementation(NamedTuple):
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    inputs: Shape  # H, K and V, which for attention are its own
+    inputs: HeadShape  # H, K and V, which for attention are its own
     algorithm: Algorithm | None  # None: not known
     longest: int | None = None  # sequence that it is tried with
     multiple: int = 1  # of which a length must be one
@@ -96,7 +96,7 @@ class OpsBench(Checked):
         buffer_megabytes: that bandwidth is measured with, and that the states of large steps fill.
     """
 
-    shapes: tuple[Shape, ...] = (Shape(16, 64, 128), Shape(8, 128, 256), LARGE)
+    shapes: tuple[HeadShape, ...] = (HeadShape(16, 64, 128), HeadShape(8, 128, 256), LARGE)
     lengths: tuple[Count, ...] = (512, 2048, 4096, 65536)
     tokens: Count = 2048
     peer_work: Annotated[float, At(least=0)] = 160.0
@@ -166,21 +166,21 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         raise UserError(f"--lengths is {text!r}; write numbers, commas between, such as 512,2048") from None
 
 
-def parse_shapes(text: str) -> tuple[Shape, ...]:
+def parse_shapes(text: str) -> tuple[HeadShape, ...]:
     """``"8x256x512,16x64x128"`` → heads, K and V of each.
 
     Raises:
         UserError: something that is not of this form.
     """
     try:
-        return tuple(dict.fromkeys(Shape(*map(int, word.lower().split("x"))) for word in text.split(",")))
+        return tuple(dict.fromkeys(HeadShape(*map(int, word.lower().split("x"))) for word in text.split(",")))
     except (ValueError, TypeError):
         raise UserError(
             f"--shapes is {text!r}; write heads x K x V, commas between, such as 8x256x512,16x64x128"
         ) from None
 
 
-def implementations_on(device: torch.device, shape: Shape) -> list[TimedImplementation]:
+def implementations_on(device: torch.device, shape: HeadShape) -> list[TimedImplementation]:
     """Everything that can run on a device, ours first."""
     H, K, V = shape
     log_decay, scale = log_decays("paper", H).to(device), K**-0.5
@@ -203,7 +203,7 @@ def implementations_on(device: torch.device, shape: Shape) -> list[TimedImplemen
     found.append(TimedImplementation(PARALLEL, parallel, shape, SQUARE, longest=4096))
     for name, width in ((NARROW, H * K), (WIDE, H * V)):
         heads, one = peers.attention_heads(width)
-        found.append(TimedImplementation(name, peers.causal_attention, Shape(heads, one, one), ATTENTION))
+        found.append(TimedImplementation(name, peers.causal_attention, HeadShape(heads, one, one), ATTENTION))
     if not cpu:
         found += [
             TimedImplementation(name, form, shape, None)

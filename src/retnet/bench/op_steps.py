@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retnet.bench.implementations import LARGE, LOOP, OURS, Shape
+from retnet.bench.implementations import LARGE, LOOP, OURS, HeadShape
 from retnet.measure.clock import (
     Contender,
     Sample,
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     """One size of a step."""
 
     batch: int
-    shape: Shape
+    shape: HeadShape
     cold: bool  # states come from the memory, since they do not fit into caches; else they stay there
 
     @property
@@ -43,7 +43,7 @@ class Step(NamedTuple):
         return 4 * self.batch * H * K * V
 
 
-STEPS = (Step(1, LARGE, True), Step(8, LARGE, True), Step(1, Shape(4, 64, 128), False))
+STEPS = (Step(1, LARGE, True), Step(8, LARGE, True), Step(1, HeadShape(4, 64, 128), False))
 
 
 @dataclass

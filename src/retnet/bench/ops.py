@@ -19,8 +19,8 @@ from retnet.bench.implementations import (
     PEER_CHUNK,
     REFERENCE,
     WIDE,
+    HeadShape,
     OpsBench,
-    Shape,
     TimedImplementation,
     implementations_on,
 )
@@ -73,7 +73,7 @@ class OpRow:
     """One line of the result."""
 
     implementation: TimedImplementation
-    shape: Shape  # of the op that it stands beside
+    shape: HeadShape  # of the op that it stands beside
     length: int  # tokens of a sequence
     batch: int  # sequences of a call
     mode: str  # FORWARD or BOTH
@@ -210,7 +210,7 @@ def _judged(rows: list[OpRow]) -> list[tuple[float, list[OpRow]]]:
     return [(1.0, rows)]
 
 
-def _rows(bench: OpsBench, found: dict[Shape, list[TimedImplementation]]) -> list[OpRow]:
+def _rows(bench: OpsBench, found: dict[HeadShape, list[TimedImplementation]]) -> list[OpRow]:
     return [
         OpRow(one, shape, length, bench.batch(length), mode)
         for shape in bench.shapes
@@ -233,7 +233,7 @@ def _check_memory(rows: list[OpRow], bench: OpsBench, device: torch.device) -> N
 
 
 def _errors(
-    all_found: dict[Shape, list[TimedImplementation]], dtype: torch.dtype, device: torch.device, say: Say
+    all_found: dict[HeadShape, list[TimedImplementation]], dtype: torch.dtype, device: torch.device, say: Say
 ) -> dict[str, float]:
     """Name → relative error of output and gradients against the reference in fp64, the worst of all shapes.
 

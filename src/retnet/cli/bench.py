@@ -141,13 +141,13 @@ def ops(
     Forward, and forward + backward, over lengths and head shapes: this library's backends, chunkwise and parallel retention
     under autograd, SDPA of equal width, and on a GPU flash-linear-attention where it is installed.
     """
-    from retnet.bench.implementations import Shape, for_device, parse_lengths, parse_shapes
+    from retnet.bench.implementations import HeadShape, for_device, parse_lengths, parse_shapes
     from retnet.bench.ops import measure_ops
     from retnet.host import choose_device
 
     chosen: dict[str, Any] = {}
     if quick:
-        chosen |= {"shapes": (Shape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
+        chosen |= {"shapes": (HeadShape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
         chosen |= {"product_size": 256, "buffer_megabytes": 1}
     given = {
         "lengths": None if lengths is None else parse_lengths(lengths),

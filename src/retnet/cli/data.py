@@ -16,7 +16,7 @@ from retnet.cli.options import HomePath, HomeText, options
 from retnet.settings import UserError, build, config_path, load
 
 if TYPE_CHECKING:
-    from retnet.data import DataConfig, Prepared, Problem, Progress
+    from retnet.data import DataConfig, PreparationProgress, Prepared, Problem
 
 _SHOWN = 20  # problems printed one by one
 _LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
@@ -171,7 +171,7 @@ class Problems:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def _progress() -> Iterator[Callable[[PreparationProgress], None]]:
     """A bar on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _lines()
@@ -184,17 +184,17 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, seen="")
 
-        def show(progress: Progress) -> None:
+        def show(progress: PreparationProgress) -> None:
             total = progress.bytes_total or None
             bar.update(task, completed=progress.bytes_read, total=total, seen=progress.words)
 
         yield show
 
 
-def _lines() -> Callable[[Progress], None]:
+def _lines() -> Callable[[PreparationProgress], None]:
     last = time.monotonic()
 
-    def show(progress: Progress) -> None:
+    def show(progress: PreparationProgress) -> None:
         nonlocal last
         if time.monotonic() - last >= _LINE_EVERY:
             last = time.monotonic()

@@ -12,7 +12,7 @@ from retnet.settings import config_path, load, parse_overrides
 
 if TYPE_CHECKING:
     from retnet.data import Tokenizer, TokenShards
-    from retnet.train.progress import Progress
+    from retnet.train.progress import TrainingProgress
 
 SAMPLE_BYTES = 300
 
@@ -28,11 +28,11 @@ def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
     """
     from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
-    from retnet.train.progress import Progress
+    from retnet.train.progress import TrainingProgress
     from retnet.train.trainer import train
 
     keep_freed_memory()
-    progress = Progress()
+    progress = TrainingProgress()
     run = load(RunConfig, config_path(config), parse_overrides(overrides))
     outcome = train(run, run_dir, begin="resume-or-start", progress=progress)
     if not outcome.finished:
@@ -44,7 +44,7 @@ def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"\nGo on with:  retnet generate {run_dir} --prompt 'def main(' --max-tokens 200")
 
 
-def _bits_per_byte(run_dir: Path, held_out: TokenShards, progress: Progress) -> float:
+def _bits_per_byte(run_dir: Path, held_out: TokenShards, progress: TrainingProgress) -> float:
     """Of the best checkpoint, over all held-out text."""
     import torch
 

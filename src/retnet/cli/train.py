@@ -40,7 +40,7 @@ def command(
     from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
     from retnet.train.distributed import one_voice
-    from retnet.train.progress import Progress
+    from retnet.train.progress import TrainingProgress
     from retnet.train.trainer import train
 
     keep_freed_memory()
@@ -52,7 +52,7 @@ def command(
             run_dir or Path("runs") / path.stem,
             begin="resume-or-start" if resume_or_start else "resume" if resume or checkpoint else "new",
             checkpoint=checkpoint,
-            progress=Progress(),
+            progress=TrainingProgress(),
         )
     if speaks and outcome.finished and outcome.quality is not None:
         click.echo(

@@ -7,7 +7,7 @@ from retnet.data.batches import IGNORED, Batch, Batches
 from retnet.data.config import DataConfig
 from retnet.data.learning import read_texts
 from retnet.data.manifest import Manifest
-from retnet.data.prepare import Progress, prepare
+from retnet.data.prepare import PreparationProgress, prepare
 from retnet.data.shards import Prepared, TokenShards, load
 from retnet.data.sources import Problem
 from retnet.data.tokenizer import TextStream, Tokenizer
@@ -18,9 +18,9 @@ __all__ = [
     "Batches",
     "DataConfig",
     "Manifest",
+    "PreparationProgress",
     "Prepared",
     "Problem",
-    "Progress",
     "TextStream",
     "TokenShards",
     "Tokenizer",

@@ -48,7 +48,7 @@ class Split(msgspec.Struct, frozen=True):
     shards: list[Shard]
 
 
-class Corpus(msgspec.Struct, frozen=True):
+class CorpusEntry(msgspec.Struct, frozen=True):
     """One corpus.
 
     Attributes:
@@ -98,7 +98,7 @@ class Manifest(msgspec.Struct, frozen=True):
     tokenizer: str
     vocab_size: int
     bos_id: int
-    corpora: list[Corpus]
+    corpora: list[CorpusEntry]
     problems: dict[str, int]
     examples: list[str]
     train: Split

@@ -38,7 +38,7 @@ _RECOGNISED = 64 << 20  # bytes between words on files that are read to know the
 _AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or written
 
 
-class Progress(NamedTuple):
+class PreparationProgress(NamedTuple):
     """How far preparing has come: bytes of the sources read, of how many (0: unknown), documents and tokens written.
 
     Files that were not seen before are read once to know their content, and a tokenizer that is learned takes a pass
@@ -59,7 +59,7 @@ class Progress(NamedTuple):
         return f"{self.documents:,} documents, {self.tokens:,} tokens"
 
 
-class _Event(NamedTuple):
+class _ReadEvent(NamedTuple):
     """What a reader gave, and where: reading goes on there after a kill."""
 
     source: int
@@ -70,7 +70,7 @@ class _Event(NamedTuple):
 def prepare(
     config: DataConfig,
     *,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[PreparationProgress], None] | None = None,
     on_problem: Callable[[Problem], None] | None = None,
     shard_tokens: int = SHARD_TOKENS,
     verify: bool = False,
@@ -122,7 +122,7 @@ def prepare(
 class _Recognising:
     """Tells now and then how much has been read to know what files hold."""
 
-    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+    def __init__(self, on_progress: Callable[[PreparationProgress], None] | None) -> None:
         self._on_progress, self._read, self._told = on_progress, 0, 0
 
     def __call__(self, num_bytes: int) -> None:
@@ -130,7 +130,7 @@ class _Recognising:
         if self._on_progress and self._read >= self._told + _RECOGNISED:
             self._told = self._read
             words = f"reading files not seen before, {self._read / 1e9:,.1f} GB"
-            self._on_progress(Progress(self._read, 0, 0, 0, words))
+            self._on_progress(PreparationProgress(self._read, 0, 0, 0, words))
 
 
 class _Report:
@@ -139,7 +139,7 @@ class _Report:
     def __init__(
         self,
         found: list[Source],
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[PreparationProgress], None] | None,
         on_problem: Callable[[Problem], None] | None,
     ) -> None:
         sizes = [(source.size if source.stop is None else source.stop) - source.start for source in found]
@@ -155,13 +155,15 @@ class _Report:
         read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
         if self._on_progress and read_so_far >= self._told:
             self._told = read_so_far + _BATCH
-            self._on_progress(Progress(read_so_far, total, 0, 0, "learning the tokenizer"))
+            self._on_progress(PreparationProgress(read_so_far, total, 0, 0, "learning the tokenizer"))
 
-    def progress(self, event: _Event) -> None:
+    def progress(self, event: _ReadEvent) -> None:
         if self._on_progress:
             position = event.content.position if isinstance(event.content, Piece) else 0
             read_so_far = int(self._before[event.source]) + position
-            self._on_progress(Progress(read_so_far, int(self._before[-1]), self.documents, self.tokens))
+            self._on_progress(
+                PreparationProgress(read_so_far, int(self._before[-1]), self.documents, self.tokens)
+            )
 
 
 def _tokenizer_of(directory: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
@@ -209,24 +211,24 @@ def _held_out(config: DataConfig, found: list[Source]) -> Container[float]:
 
 def _events(
     found: list[Source], text_field: str, held_out: Container[float], source: int, number: int
-) -> Iterator[_Event]:
+) -> Iterator[_ReadEvent]:
     """Everything the sources give from event `number` of source `source` on."""
     for here in range(source, len(found)):
         without = () if found[here].validation else held_out
         for count, content in enumerate(read(found[here], text_field, without)):
             if here > source or count >= number:
-                yield _Event(here, count, content)
+                yield _ReadEvent(here, count, content)
         require_unchanged(found[here])
 
 
-_Encoded = list[tuple[_Event, NDArray[np.integer], int]]
+_Encoded = list[tuple[_ReadEvent, NDArray[np.integer], int]]
 
 
-def _encoded(events: Iterator[_Event], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+def _encoded(events: Iterator[_ReadEvent], tokenizer: Tokenizer) -> Iterator[_Encoded]:
     """Events with their tokens and bytes, in order. The tokenizer itself works on all cores, outside Python's lock."""
     dtype = _dtype(tokenizer)
 
-    def encode(batch: list[_Event]) -> _Encoded:
+    def encode(batch: list[_ReadEvent]) -> _Encoded:
         texts = [event.content.text if isinstance(event.content, Piece) else "" for event in batch]
         arrays = tokenizer.encode_batch(texts, dtype)
         if any((tokens == tokenizer.bos_id).any() for tokens in arrays):
@@ -246,8 +248,8 @@ def _encoded(events: Iterator[_Event], tokenizer: Tokenizer) -> Iterator[_Encode
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(events: Iterable[_Event]) -> Iterator[list[_Event]]:
-    batch: list[_Event] = []
+def _batches(events: Iterable[_ReadEvent]) -> Iterator[list[_ReadEvent]]:
+    batch: list[_ReadEvent] = []
     size = 0
     for event in events:
         batch.append(event)

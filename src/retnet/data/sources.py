@@ -78,7 +78,7 @@ class Source(NamedTuple):
     validation: bool | None = None
 
 
-class Found(NamedTuple):
+class CorpusFiles(NamedTuple):
     """What one corpus consists of.
 
     Attributes:
@@ -92,7 +92,7 @@ class Found(NamedTuple):
     problems: list[Problem]
 
 
-def find(spec: str) -> Found:
+def find(spec: str) -> CorpusFiles:
     """The files of one corpus.
 
     Links are followed, each folder is read once, and hidden files and folders are left out.
@@ -105,9 +105,9 @@ def find(spec: str) -> Found:
     if spec.startswith("hf:"):
         from retnet.data.hub import identity
 
-        return Found([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
+        return CorpusFiles([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
     path = Path(os.path.expanduser(spec))
-    found = Found([], Counter(), [])
+    found = CorpusFiles([], Counter(), [])
     if os.path.isdir(path):
         for file in _walk(path, found):
             _add(found, file, file.relative_to(path))
@@ -128,7 +128,7 @@ def find(spec: str) -> Found:
     return found
 
 
-def left_out(spec: str, found: Found) -> list[Problem]:
+def left_out(spec: str, found: CorpusFiles) -> list[Problem]:
     """What has to be said of a corpus before it is read."""
     said = [Problem(spec, 0, "left out", _counted(found.left_out))] if found.left_out else []
     return said + found.problems
@@ -140,7 +140,7 @@ def stamp_of(status: os.stat_result) -> str:
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
-def _one_file(spec: str, path: Path, found: Found) -> None:
+def _one_file(spec: str, path: Path, found: CorpusFiles) -> None:
     if not os.path.lexists(path):
         raise UserError(
             f"no corpus {spec!r}: give 'stdlib', package:NAME, a file, a folder, a glob, or hf:NAME"
@@ -155,16 +155,16 @@ def _one_file(spec: str, path: Path, found: Found) -> None:
     raise UserError(f"cannot read {spec}: not one of {KINDS}")
 
 
-def _python(spec: str) -> Found:
+def _python(spec: str) -> CorpusFiles:
     """Source and documentation of the standard library or a package; what else these hold is no part of the corpus."""
     root = Path(sysconfig.get_path("stdlib")) if spec == "stdlib" else _package(spec)
-    every = Found([], Counter(), [])
+    every = CorpusFiles([], Counter(), [])
     for file in _walk(root, every, _NOT_STDLIB):
         name = file.relative_to(root)
         if spec != "stdlib" or not str(name).startswith(_BUILD_RECORDS):
             _add(every, file, name)
     ours = [source for source in every.sources if source.kind in TEXT and not source.packing]
-    return Found(ours, Counter(), every.problems)
+    return CorpusFiles(ours, Counter(), every.problems)
 
 
 def _package(spec: str) -> Path:
@@ -176,7 +176,7 @@ def _package(spec: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _add(found: Found, path: Path, name: PurePath) -> None:
+def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
     """Puts a file where it belongs: sources, problems, or the counts of what is left out."""
     kind, packing = _kind(path.name)
     try:
@@ -216,7 +216,7 @@ def _ending(name: str) -> str:
     return shown("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
 
 
-def _walk(root: Path, found: Found, without: Container[str] = ()) -> Iterator[Path]:
+def _walk(root: Path, found: CorpusFiles, without: Container[str] = ()) -> Iterator[Path]:
     """Everything below `root` that is no folder, sorted; hidden names and folders named in `without` are left out.
 
     Linked folders come last, so that a folder reached in several ways has the name of the straight one.
@@ -250,7 +250,7 @@ def _walk(root: Path, found: Found, without: Container[str] = ()) -> Iterator[Pa
             yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _told(found: Found) -> Callable[[OSError], None]:
+def _told(found: CorpusFiles) -> Callable[[OSError], None]:
     def add(error: OSError) -> None:
         where = shown(error.filename)
         found.problems.append(Problem(where, 0, "unreadable", f"{error.strerror} (a folder)"))

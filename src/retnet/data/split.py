@@ -10,7 +10,7 @@ from typing import NamedTuple
 from retnet.data import content, sources
 from retnet.data.config import DataConfig, as_tuple
 from retnet.data.content import Contents
-from retnet.data.manifest import Corpus
+from retnet.data.manifest import CorpusEntry
 from retnet.data.sources import TEXT, Problem, Source, shown
 from retnet.settings import UserError
 
@@ -27,13 +27,13 @@ class Gathered(NamedTuple):
         problems: what is not, and why.
     """
 
-    corpora: list[Corpus]
+    corpora: list[CorpusEntry]
     sources: list[Source]
     problems: list[Problem]
 
 
 class _Listed(NamedTuple):
-    corpus: Corpus
+    corpus: CorpusEntry
     sources: list[Source]
     problems: list[Problem]
 
@@ -169,7 +169,7 @@ def _listed(spec: str, contents: Contents, taken: Taken) -> _Listed:
             kept.append(one)
     digests = [contents.of(source).digest for source in found.sources]
     left_out = found.left_out + Counter(p.kind for p in problems if p.kind != "left out")
-    corpus = Corpus(
+    corpus = CorpusEntry(
         name=spec,
         files=len(kept),
         bytes=sum(source.size for source in kept),

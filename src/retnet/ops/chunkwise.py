@@ -90,13 +90,13 @@ class _Buffers:
             self._memory[name] = self._like.new_empty(size, dtype=self._dtype)
         return self._memory[name][:size].view(shape)
 
-    def load(self, name: str, x: Tensor, block: _Block) -> Tensor:
+    def load(self, name: str, x: Tensor, block: _ChunkBatch) -> Tensor:
         """The block's tokens of x [B,T,H,W], as [G,B,H,n,W]."""
         source = block.of(x)
         return self.get(name, *source.shape).copy_(source)
 
 
-class _Block(NamedTuple):
+class _ChunkBatch(NamedTuple):
     """`chunks` neighbouring chunks of `length` tokens; what needs no state is computed for all of them at once."""
 
     start: int
@@ -109,7 +109,7 @@ class _Block(NamedTuple):
         return part.unflatten(1, (self.chunks, self.length)).permute(1, 0, 3, 2, 4)
 
 
-def _blocks(q: Tensor, chunk: int) -> list[_Block]:
+def _blocks(q: Tensor, chunk: int) -> list[_ChunkBatch]:
     """Cuts T tokens into blocks of full chunks, and what is left into a shorter chunk of its own.
 
     A block holds about 16 matrices of a product: enough for all threads and few calls, small enough for the caches.
@@ -118,7 +118,7 @@ def _blocks(q: Tensor, chunk: int) -> list[_Block]:
     most = max(1, 16 // max(1, B * H))
     while start < T:
         full = (T - start) // chunk
-        block = _Block(start, min(most, full), chunk) if full else _Block(start, 1, T - start)
+        block = _ChunkBatch(start, min(most, full), chunk) if full else _ChunkBatch(start, 1, T - start)
         blocks.append(block)
         start += block.chunks * block.length
     return blocks

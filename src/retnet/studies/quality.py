@@ -28,7 +28,7 @@ from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.quality_summary import VariantResults, summarise
 from retnet.train.config import RunConfig
-from retnet.train.progress import Progress
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 
 IN_DOMAIN = "in-domain"
@@ -226,7 +226,7 @@ class QualityJob(Job):
             )
 
 
-class _Heard(Progress):
+class _Heard(TrainingProgress):
     """Says how far training is, and shows nothing."""
 
     def __init__(self, tell: Tell) -> None:

@@ -36,7 +36,7 @@ SHARE = 0.85  # of the free memory that may be planned with: estimates do not kn
 
 
 @dataclass(frozen=True)
-class Size(Checked):
+class ModelSize(Checked):
     """One size of model.
 
     Attributes:
@@ -61,7 +61,7 @@ class TrainingGrid(Checked):
         device: ``"auto"`` is a GPU if there is one; products are bf16 there, fp32 on a CPU; weights are fp32.
     """
 
-    sizes: tuple[Size, ...]
+    sizes: tuple[ModelSize, ...]
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     tokens: Count = 8192
     head_width: Count = 128
@@ -84,7 +84,7 @@ class TrainingGrid(Checked):
         if uneven := [n for n in self.lengths if self.tokens % n]:
             raise UserError(f"length {uneven[0]} does not divide tokens = {self.tokens}; change one")
 
-    def config(self, size: Size, kind: str) -> ModelConfig:
+    def config(self, size: ModelSize, kind: str) -> ModelConfig:
         """Of the model of a kind (a key of `KINDS`)."""
         if kind == "retnet":
             return size.model
@@ -92,7 +92,7 @@ class TrainingGrid(Checked):
         sdpa: Literal["math", "flash"] = "math" if kind == "transformer" else "flash"
         return replace(model, mixer=SoftmaxConfig(num_heads=size.model.d_model // self.head_width, sdpa=sdpa))
 
-    def size(self, label: str) -> Size:
+    def size(self, label: str) -> ModelSize:
         """The size of this label."""
         return next(size for size in self.sizes if size.label == label)
 
@@ -172,15 +172,17 @@ class TrainingMeasure(Measure):
         return summarise([size.label for size in c.sizes], c.lengths, c.tokens, speeds, memories)
 
 
-def _speed_job(size: Size) -> str:
+def _speed_job(size: ModelSize) -> str:
     return f"speed-{size.label}"
 
 
-def _memory_job(size: Size, kind: str, length: int) -> str:
+def _memory_job(size: ModelSize, kind: str, length: int) -> str:
     return f"memory-{size.label}-{kind}-{length}"
 
 
-def need(steps: TrainingGrid, size: Size, kind: str, length: int, device: torch.device) -> tuple[int, int]:
+def need(
+    steps: TrainingGrid, size: ModelSize, kind: str, length: int, device: torch.device
+) -> tuple[int, int]:
     """Bytes of weights, gradients and moments, and of what a step holds beside them, estimated without allocating any.
 
     What blocks keep is counted on the meta device, where attention is always the plain formula; so that of FlashAttention
@@ -195,7 +197,7 @@ def need(steps: TrainingGrid, size: Size, kind: str, length: int, device: torch.
 
 
 def why_not(
-    steps: TrainingGrid, size: Size, kind: str, length: int, device: torch.device, models: int
+    steps: TrainingGrid, size: ModelSize, kind: str, length: int, device: torch.device, models: int
 ) -> str:
     """Why a step cannot be tried beside so many models' weights; empty where it can."""
     fixed, step = need(steps, size, kind, length, device)
@@ -209,7 +211,7 @@ def why_not(
     )
 
 
-def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
+def speed(steps: TrainingGrid, size: ModelSize, tell: Tell) -> Result:
     """Seconds of a step of each model at each length; both Transformers are one, computed in two ways."""
     keep_freed_memory()
     device = choose_device(steps.device)
@@ -217,7 +219,7 @@ def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
     reasons = {cell: why_not(steps, size, *cell, device, models=2) for cell in cells}
     able = [cell for cell in cells if not reasons[cell]]
     models = {
-        kind: _Contender(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
+        kind: _TrainedModel(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
     }
     contenders = []
     for kind, length in able:
@@ -240,24 +242,24 @@ def speed(steps: TrainingGrid, size: Size, tell: Tell) -> Result:
     }
 
 
-def memory(steps: TrainingGrid, size: Size, kind: str, length: int, tell: Tell) -> Result:
+def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: Tell) -> Result:
     """The most bytes that this process held for a training step, beyond what it held before there was a model."""
     device = choose_device(steps.device)
     if reason := why_not(steps, size, kind, length, device, models=1):
         return {"skipped": reason}
     config = steps.config(size, kind)
     small = replace(config, num_layers=1)
-    _Contender(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
+    _TrainedModel(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
     tell(0.1)
     watch = Watch(device)
-    model = _Contender(config, steps.tokens, device)
+    model = _TrainedModel(config, steps.tokens, device)
     model.seconds(length, config, rows=1)  # the optimiser's moments exist from the first step on
     tell(0.4)
     model.seconds(length, config)
     return {"peak_bytes": watch.peak(), "estimated_bytes": sum(need(steps, size, kind, length, device))}
 
 
-class _Contender:
+class _TrainedModel:
     """A model of this library that learns from random text."""
 
     def __init__(self, config: ModelConfig, tokens: int, device: torch.device) -> None:

@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as Live
 from rich.text import Text
 
-from retnet.data import Problem
-from retnet.data import Progress as Prepared
+from retnet.data import PreparationProgress, Problem
 from retnet.model import LanguageModel
 from retnet.train.config import RunConfig, TrainConfig
 
@@ -21,7 +20,7 @@ PROBLEMS_SHOWN = 5
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class Progress:
+class TrainingProgress:
     """Tells a person how preparing and training go. All of it goes to stderr; stdout is for results."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -32,7 +31,7 @@ class Progress:
         self._problems = 0
 
     @classmethod
-    def silent(cls) -> Progress:
+    def silent(cls) -> TrainingProgress:
         """One that shows nothing."""
         return cls(Console(quiet=True))
 
@@ -48,7 +47,7 @@ class Progress:
         elif self._problems == PROBLEMS_SHOWN + 1:
             self.say("data: more problems follow; the manifest of the prepared data counts them all")
 
-    def preparing(self, done: Prepared) -> None:
+    def preparing(self, done: PreparationProgress) -> None:
         """How far the tokens are prepared."""
         if time.monotonic() - self._line > SECONDS_BETWEEN_LINES:
             self._line = time.monotonic()
@@ -74,7 +73,7 @@ class Progress:
         columns = (
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            _Measured(),
+            _MeasuredColumn(),
         )
         with Live(*columns, console=self._console) as self._live:
             self._live.add_task("", total=c.steps, completed=step, loss=None, rate=None, bits=None, left=None)
@@ -107,7 +106,7 @@ class Progress:
         self.say(f"step {step}: validation {bits_per_byte:.4f} bits/byte")
 
 
-class _Measured(TextColumn):
+class _MeasuredColumn(TextColumn):
     """Loss, speed and validation, as far as they are known."""
 
     def __init__(self) -> None:

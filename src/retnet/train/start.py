@@ -19,7 +19,7 @@ from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.lock import sole_owner
 from retnet.train.origin import adopt
-from retnet.train.progress import Progress
+from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 
 Begin = Literal["new", "resume", "resume-or-start"]  # what a call of `train` is to find in the run directory
@@ -80,7 +80,7 @@ def start_from(config: RunConfig, run: RunDirectory, ranks: Ranks) -> RunConfig:
     return adopted or build(RunConfig, tomllib.loads(text))
 
 
-def prepare_data(config: RunConfig, progress: Progress, ranks: Ranks) -> Prepared:
+def prepare_data(config: RunConfig, progress: TrainingProgress, ranks: Ranks) -> Prepared:
     """Prepares the data, on the first rank; the others wait and open what it made."""
     made = ranks.lead(
         lambda: prepare(config.data, on_progress=progress.preparing, on_problem=progress.problem)
@@ -95,7 +95,7 @@ def resolve(
     prepared: Prepared,
     device: torch.device,
     ranks: Ranks,
-    progress: Progress,
+    progress: TrainingProgress,
 ) -> RunConfig:
     """Fills in what is open, and begins the run or makes sure that it was begun with the same; on the first rank."""
 

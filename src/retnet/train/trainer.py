@@ -32,7 +32,7 @@ from retnet.train.distributed import Ranks, complete, processes
 from retnet.train.objective import Objective, Quality, count, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
-from retnet.train.progress import Progress
+from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import Metrics, RunDirectory
 from retnet.train.start import Begin, check, owned, prepare_data, resolve, start_from
 
@@ -55,7 +55,7 @@ def train(
     *,
     begin: Begin = "new",
     checkpoint: str | None = None,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> Outcome:
     """Trains a model into a run directory, in this process or in all those that torchrun started.
 
@@ -74,7 +74,7 @@ def train(
     """
     run, began = RunDirectory(Path(run_dir)), time.monotonic()
     with processes() as ranks, ExitStack() as stack:
-        progress = progress if progress and ranks.first else Progress.silent()
+        progress = progress if progress and ranks.first else TrainingProgress.silent()
         device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
         stack.enter_context(owned(run, ranks))
         if checkpoint is not None:
@@ -100,7 +100,7 @@ class _Trainer:
         config: RunConfig,
         run: RunDirectory,
         prepared: Prepared,
-        progress: Progress,
+        progress: TrainingProgress,
         device: torch.device,
         ranks: Ranks,
         began: float,

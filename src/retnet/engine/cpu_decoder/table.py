@@ -134,7 +134,7 @@ class WeightTable(NamedTuple):
         return ctypes.addressof(self.numbers)
 
 
-class _Block(NamedTuple):
+class _BlockEntry(NamedTuple):
     """What one block gives to a table."""
 
     number: torch.dtype
@@ -181,7 +181,7 @@ def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWei
     return WeightTable((ctypes.c_int64 * len(numbers))(*numbers), memory, first.number, first.sizes)
 
 
-def _check(mixer: MixerWeights, outer: BlockWeights) -> _Block | None:
+def _check(mixer: MixerWeights, outer: BlockWeights) -> _BlockEntry | None:
     weights, scales = (*mixer.weights, *outer.weights), (*mixer.scales, *outer.scales)
     q, _, v, gate, _, fc1, ffn_gate, _ = weights
     if q is None or v is None or fc1 is None or fc1.numel() < MIN_SIZE:
@@ -212,10 +212,10 @@ def _check(mixer: MixerWeights, outer: BlockWeights) -> _Block | None:
         outer.act == "silu",
     )
     tensors = (*outer[:4], *weights, mixer.log_decay, mixer.theta, *scales)
-    return _Block(number, (D, H, K, V, N), flags, (mixer.eps, outer.norm_eps), tensors)
+    return _BlockEntry(number, (D, H, K, V, N), flags, (mixer.eps, outer.norm_eps), tensors)
 
 
-def _ends_fit(ends: EndWeights, block: _Block) -> bool:
+def _ends_fit(ends: EndWeights, block: _BlockEntry) -> bool:
     D, number = block.sizes[0], block.number
     norms = (ends.embedding_norm, ends.embedding_bias, ends.norm, ends.bias)
     return (

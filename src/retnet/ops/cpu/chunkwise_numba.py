@@ -18,14 +18,14 @@ from torch import Tensor
 from retnet.ops import chunkwise
 from retnet.ops.chunkwise import DecayFactors, chunk_length, decay_factors, initial_state
 from retnet.ops.cpu import jit, openmp
-from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, Panels, compile_panels
+from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, PackedGemm, compile_packed_gemm
 from retnet.ops.torch_private import constant_in_traces
 
 CACHE = 1 << 19  # bytes of states that a thread keeps at hand: half of a usual second-level cache
 LONGEST = 512  # tokens of a chunk; beyond, its scores no longer fit the caches and torch's loops are as fast
 
 
-class Table(NamedTuple):
+class ChunkwiseTable(NamedTuple):
     """The table of both kernels: sizes, and addresses of contiguous tensors."""
 
     tokens: int  # M, of all sequences
@@ -54,10 +54,12 @@ class Table(NamedTuple):
     dv: int = 0
 
 
-AT = Table(*range(len(Table._fields)))  # where each stands in the table
+AT = ChunkwiseTable(*range(len(ChunkwiseTable._fields)))  # where each stands in the table
 
 
-class _Kernels(NamedTuple):
+class ChunkwiseKernels(NamedTuple):
+    """Both directions, compiled for one type of states."""
+
     forward: Any
     backward: Any
 
@@ -151,7 +153,7 @@ def _run(
     order = lengths.argsort(descending=True, stable=True)
     N, H, K, V = tensors["state"].shape
     threads = max(1, min(torch.get_num_threads(), H * N))
-    table = Table(
+    table = ChunkwiseTable(
         tokens=B * T,
         heads=H,
         key_dim=K,
@@ -172,11 +174,13 @@ def _run(
 
 
 @jit.optional
-def _kernels(compiler: jit.Compiler, dtype: torch.dtype) -> _Kernels:
+def _kernels(compiler: jit.Compiler, dtype: torch.dtype) -> ChunkwiseKernels:
     """Compiled on first use, some seconds, and kept on disk beside this file."""
     number = np.float32 if dtype is torch.float32 else np.float64
-    panels = compile_panels(compiler, number)
-    return _Kernels(_compile_forward(compiler, panels, number), _compile_backward(compiler, panels, number))
+    gemm = compile_packed_gemm(compiler, number)
+    return ChunkwiseKernels(
+        _compile_forward(compiler, gemm, number), _compile_backward(compiler, gemm, number)
+    )
 
 
 def _compile_chunk_at(compiler: jit.Compiler) -> Any:  # noqa: ANN401
@@ -193,9 +197,9 @@ def _compile_chunk_at(compiler: jit.Compiler) -> Any:  # noqa: ANN401
     return chunk_at
 
 
-def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
+def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
-    empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
+    empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
     chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
@@ -221,13 +225,13 @@ def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> An
             row, first = order[task // groups], task % groups * together
             heads, start, last = min(together, H - first), starts[row], starts[row] + lengths[row]
             for i in range(heads):
-                load(take(states[i], K, V), state[row * H + first + i], 0, K, 0, ones)
+                load(view(states[i], K, V), state[row * H + first + i], 0, K, 0, ones)
             for step in range((last - start + C - 1) // C * heads):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step + 1, heads, first, start, last, C)
-                S = take(states[step % heads], K, V)
-                A, vc, oc = take(scores, n, n), take(values, n, V), take(outs, n, V)
-                qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)
+                S = view(states[step % heads], K, V)
+                A, vc, oc = view(scores, n, n), view(values, n, V), view(outs, n, V)
+                qc, kc, kt = view(queries, n, K), view(keys, n, K), view(keys_t, K, n)
                 load(qc, q, begin, n, h, ones)
                 load(kc, k, begin, n, h, ones)
                 transpose(kc, kt)
@@ -241,14 +245,14 @@ def _compile_forward(compiler: jit.Compiler, panels: Panels, number: type) -> An
                 scale(kc, zeta[h, C - n :], n)
                 product(kc, True, vc, S, carry[h, n], ALL, (rows(v, *after),))
             for i in range(heads):
-                store(take(states[i], K, V), state[row * H + first + i], 0, K, 0, False)
+                store(view(states[i], K, V), state[row * H + first + i], 0, K, 0, False)
 
     return kernel
 
 
-def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> Any:  # noqa: ANN401
+def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
-    empty, take, rows, load, store, transpose, scale, mask_scores, product = panels
+    empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
     chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
@@ -286,16 +290,16 @@ def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> A
             row, first = order[task // groups], task % groups * together
             heads, start, last = min(together, H - first), starts[row], starts[row] + lengths[row]
             for i in range(heads):
-                load(take(spare, K, V), state[row * H + first + i], 0, K, 0, ones)
-                transpose(take(spare, K, V), take(states[i], V, K))
+                load(view(spare, K, V), state[row * H + first + i], 0, K, 0, ones)
+                transpose(view(spare, K, V), view(states[i], V, K))
             chunks = (last - start + C - 1) // C
             # Forwards in time, S runs along: what it gives to dq.
             for step in range(chunks * heads):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step + 1, heads, first, start, last, C)
-                S_t = take(states[step % heads], V, K)
-                kc, vc = take(keys, n, K), take(values, n, V)
-                gc, dkc = take(d_outs, n, V), take(d_keys, n, K)
+                S_t = view(states[step % heads], V, K)
+                kc, vc = view(keys, n, K), view(values, n, V)
+                gc, dkc = view(d_outs, n, V), view(d_keys, n, K)
                 load(gc, g, begin, n, h, ones)
                 product(gc, False, S_t, dkc, 0.0, ALL, (rows(dq, begin, n, h), rows(k, *after)))
                 scale(dkc, xi[h], n)
@@ -305,16 +309,16 @@ def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> A
                     load(vc, v, begin, n, h, ones)
                     product(vc, True, kc, S_t, carry[h, n], ALL, (rows(v, *after), rows(g, *after)))
             for i in range(heads):
-                load(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
+                load(view(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
             # Backwards in time, dS runs along: everything else.
             for step in range(chunks * heads - 1, -1, -1):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step - 1, heads, first, start, last, C)
-                dS = take(states[step % heads], K, V)
-                A, G = take(scores, n, n), take(d_scores, n, n)
-                qc, kc, kt = take(queries, n, K), take(keys, n, K), take(keys_t, K, n)
-                vt, gc = take(values_t, V, n), take(d_outs, n, V)
-                vc, dkc = take(values, n, V), take(d_keys, n, K)
+                dS = view(states[step % heads], K, V)
+                A, G = view(scores, n, n), view(d_scores, n, n)
+                qc, kc, kt = view(queries, n, K), view(keys, n, K), view(keys_t, K, n)
+                vt, gc = view(values_t, V, n), view(d_outs, n, V)
+                vc, dkc = view(values, n, V), view(d_keys, n, K)
                 load(qc, q, begin, n, h, ones)
                 load(kc, k, begin, n, h, ones)
                 load(vc, v, begin, n, h, ones)
@@ -339,6 +343,6 @@ def _compile_backward(compiler: jit.Compiler, panels: Panels, number: type) -> A
                 scale(qc, xi[h], n)
                 product(qc, True, gc, dS, carry[h, n], ALL, (rows(g, *after),))
             for i in range(heads):
-                store(take(states[i], K, V), d_state[row * H + first + i], 0, K, 0, False)
+                store(view(states[i], K, V), d_state[row * H + first + i], 0, K, 0, False)
 
     return kernel

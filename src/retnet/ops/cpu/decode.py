@@ -24,7 +24,9 @@ from retnet.ops.torch_private import constant_in_traces, plain
 MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
 
 
-class _Kernels(NamedTuple):
+class DecodeKernels(NamedTuple):
+    """For weights of one type."""
+
     product: Any
     step: Any
 
@@ -138,7 +140,7 @@ _NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
 
 
 @optional
-def _kernels(made: Compiler, number: torch.dtype) -> _Kernels:
+def _kernels(made: Compiler, number: torch.dtype) -> DecodeKernels:
     """For weights of this type. Compiled on first use, a few seconds, and kept on disk beside this file."""
     gemm = compile_skinny_gemm(made, _NUMBERS[number])
-    return _Kernels(compile_product(made, gemm), compile_step(made, compile_update(made)))
+    return DecodeKernels(compile_product(made, gemm), compile_step(made, compile_update(made)))

@@ -21,12 +21,12 @@ from retnet.ops.cpu import jit
 ALL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT = range(4)
 
 
-class Panels(NamedTuple):
+class PackedGemm(NamedTuple):
     """Compiled functions of matrices in panels. x is [tokens, heads, width], contiguous; h is a head.
 
     Attributes:
         empty: empty(count, rows, columns): memory for so many matrices of that size.
-        take: take(memory, rows, columns): the memory of one as a matrix of at most that size.
+        view: view(memory, rows, columns): the memory of one as a matrix of at most that size.
         rows: rows(x, begin, n, h): where x[begin : begin + n, h] lies, for `product` to fetch.
         load: load(to, x, begin, n, h, factors): to = factors ⊙ x[begin : begin + n, h].
         store: store(matrix, x, begin, n, h, add): x[begin : begin + n, h] = (or +=) matrix.
@@ -38,7 +38,7 @@ class Panels(NamedTuple):
     """
 
     empty: Callable[..., Any]
-    take: Callable[..., Any]
+    view: Callable[..., Any]
     rows: Callable[..., Any]
     load: Callable[..., None]
     store: Callable[..., None]
@@ -48,7 +48,7 @@ class Panels(NamedTuple):
     product: Callable[..., None]
 
 
-def compile_panels(compiler: jit.Compiler, number: type) -> Panels:
+def compile_packed_gemm(compiler: jit.Compiler, number: type) -> PackedGemm:
     """The functions for fp32 or fp64, a type of numpy."""
     registers = _register_bytes()
     item = np.dtype(number).itemsize
@@ -64,7 +64,7 @@ def compile_panels(compiler: jit.Compiler, number: type) -> Panels:
         return memory[skip : skip + count * size].reshape(count, size)
 
     @compiler.function
-    def take(memory: Any, rows: int, columns: int) -> Any:  # noqa: ANN401
+    def view(memory: Any, rows: int, columns: int) -> Any:  # noqa: ANN401
         rows, panels = (rows + W - 1) // W * W, (columns + W - 1) // W
         return memory[: rows * panels * W].reshape(panels, rows, W)
 
@@ -172,7 +172,7 @@ def compile_panels(compiler: jit.Compiler, number: type) -> Panels:
                     last - first,
                 )
 
-    return Panels(empty, take, rows, load, store, transpose, scale, mask, product)
+    return PackedGemm(empty, view, rows, load, store, transpose, scale, mask, product)
 
 
 def _register_bytes() -> int:

@@ -18,13 +18,13 @@ import numpy as np
 
 from retnet.ops.cpu.jit import Compiler
 from retnet.ops.cpu.numba_private import has_feature
-from retnet.ops.cpu.tile import LANES, Size, compile_sweep
+from retnet.ops.cpu.tile import LANES, RegisterTile, compile_sweep
 
 MAX_ROWS = 64  # of x in one product
 PANEL_BYTES = 1 << 17  # of weights, which stay in the second-level cache while all rows of x pass by
 
 
-class Shape(NamedTuple):
+class TileChoice(NamedTuple):
     """How `least` rows of x or more are multiplied."""
 
     least: int
@@ -35,17 +35,17 @@ class Shape(NamedTuple):
 
 # Chosen by measurement. Registers hold one sum a pair in AVX-512, 32 of 64 bytes; two in AVX2, 16 of 32 bytes.
 WIDE = (
-    Shape(1, 1, 1, False),
-    Shape(2, 1, 2, False),
-    Shape(3, 4, 6, True),
-    Shape(7, 3, 8, True),
-    Shape(9, 2, 12, True),
-    Shape(13, 4, 6, True),
+    TileChoice(1, 1, 1, False),
+    TileChoice(2, 1, 2, False),
+    TileChoice(3, 4, 6, True),
+    TileChoice(7, 3, 8, True),
+    TileChoice(9, 2, 12, True),
+    TileChoice(13, 4, 6, True),
 )
-NARROW = (Shape(1, 1, 1, False), Shape(2, 1, 2, False), Shape(3, 2, 3, True))
+NARROW = (TileChoice(1, 1, 1, False), TileChoice(2, 1, 2, False), TileChoice(3, 2, 3, True))
 # int8 numbers come so fast that the sums of one row, which wait for each other, would be what takes the time.
-WIDE_INT8 = (Shape(1, 4, 6, True), *WIDE[3:])
-NARROW_INT8 = (Shape(1, 4, 1, True), Shape(2, 2, 3, True))
+WIDE_INT8 = (TileChoice(1, 4, 6, True), *WIDE[3:])
+NARROW_INT8 = (TileChoice(1, 4, 1, True), TileChoice(2, 2, 3, True))
 
 
 class SkinnyGemm(NamedTuple):
@@ -155,13 +155,13 @@ def shapes_by_rows(number: type) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _shape_of(rows: int, number: type) -> Shape:
+def _shape_of(rows: int, number: type) -> TileChoice:
     wide, narrow = (WIDE_INT8, NARROW_INT8) if number is np.int8 else (WIDE, NARROW)
     table = wide if has_feature("avx512f") else narrow
     return max((shape for shape in table if shape.least <= max(1, rows)), key=lambda shape: shape.least)
 
 
-def sizes_of_tiles(number: type) -> list[Size]:
+def sizes_of_tiles(number: type) -> list[RegisterTile]:
     """All that `MAX_ROWS` and fewer rows of x are cut into."""
     wide, found = has_feature("avx512f"), {}
     for B in range(1, MAX_ROWS + 1):
@@ -172,7 +172,7 @@ def sizes_of_tiles(number: type) -> list[Size]:
             found.setdefault((1, columns), False)  # what is left over of the weight's rows
     # Reading memory, which one row of x is, is 15 % slower in vectors of 64 bytes.
     lanes = {size: LANES if wide and size[0] * size[1] > 2 else LANES // 2 for size in found}
-    return [Size(*size, lanes[size], fetch) for size, fetch in sorted(found.items())]
+    return [RegisterTile(*size, lanes[size], fetch) for size, fetch in sorted(found.items())]
 
 
 class ProductTable(IntEnum):

@@ -17,8 +17,8 @@ import numpy as np
 LANES = 16  # partial sums of a dot product
 
 
-class Size(NamedTuple):
-    """A tile's."""
+class RegisterTile(NamedTuple):
+    """Size of a tile, and how it reads memory."""
 
     rows: int  # of the weight
     columns: int  # rows of x
@@ -26,7 +26,7 @@ class Size(NamedTuple):
     fetch: bool  # whether each step also asks for memory that a later tile reads
 
 
-def compile_sweep(number: type, sizes: Sequence[Size]) -> Any:
+def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
     """The micro-kernels for weights of np.float32 or np.int8, one for each size, and what chooses among them.
 
     The partial sums of all pairs in a tile stay in registers.
@@ -45,7 +45,7 @@ def compile_sweep(number: type, sizes: Sequence[Size]) -> Any:
 
     whole, none = ir.IntType(64), ir.VoidType()
 
-    def micro_kernel(module: Any, size: Size) -> Any:
+    def micro_kernel(module: Any, size: RegisterTile) -> Any:
         """A function of its own in LLVM's module, so that it is compiled once."""
         name = f"retnet_sweep_{np.dtype(number).name}_{size.rows}x{size.columns}"
         if name in module.globals:
@@ -116,7 +116,7 @@ def compile_sweep(number: type, sizes: Sequence[Size]) -> Any:
 class _Tile:
     """Writes the instructions of one tile where a builder of LLVM's stands."""
 
-    def __init__(self, builder: Any, number: type, size: Size) -> None:
+    def __init__(self, builder: Any, number: type, size: RegisterTile) -> None:
         from llvmlite import ir
         from numba.core import cgutils
 

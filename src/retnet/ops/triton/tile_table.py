@@ -61,7 +61,7 @@ class RowTiles(NamedTuple):
     warps: int
 
 
-class Table(NamedTuple):
+class ArchitectureTiles(NamedTuple):
     """One architecture: STATE, OUT by the widest contraction a row serves, both for half types; and STEP."""
 
     state: StateTiles
@@ -69,8 +69,8 @@ class Table(NamedTuple):
     step: StepTiles
 
 
-TABLES: dict[str, Table] = {
-    "sm_80": Table(
+TABLES: dict[str, ArchitectureTiles] = {
+    "sm_80": ArchitectureTiles(
         StateTiles(64, 64, 128, 4, 3),
         {
             64: OutTiles(128, 64, 64, 64, 128, 8, 3),
@@ -79,7 +79,7 @@ TABLES: dict[str, Table] = {
         },
         StepTiles(8192, 4),
     ),
-    "sm_90": Table(
+    "sm_90": ArchitectureTiles(
         StateTiles(64, 64, 128, 4, 3),
         {
             64: OutTiles(128, 64, 64, 64, 256, 8, 3),
@@ -89,7 +89,7 @@ TABLES: dict[str, Table] = {
         },
         StepTiles(8192, 4),
     ),
-    "sm_100": Table(
+    "sm_100": ArchitectureTiles(
         StateTiles(64, 64, 128, 4, 3),
         {
             64: OutTiles(128, 64, 64, 64, 256, 8, 3),
@@ -98,7 +98,7 @@ TABLES: dict[str, Table] = {
         },
         StepTiles(8192, 4),
     ),
-    "gfx942": Table(
+    "gfx942": ArchitectureTiles(
         StateTiles(64, 64, 128, 4, 2),
         {
             64: OutTiles(128, 64, 64, 64, 128, 8, 2),
@@ -106,7 +106,7 @@ TABLES: dict[str, Table] = {
         },
         StepTiles(8192, 4),
     ),
-    "default": Table(  # within 64 KB of shared memory
+    "default": ArchitectureTiles(  # within 64 KB of shared memory
         StateTiles(32, 64, 64, 4, 2),
         {1024: OutTiles(64, 32, 64, 32, 64, 4, 2)},
         StepTiles(4096, 4),
@@ -117,7 +117,7 @@ WIDE_STATE = StateTiles(32, 64, 64, 4, 2)
 WIDE_OUT = OutTiles(64, 32, 32, 32, 64, 4, 2)
 
 
-def table(architecture: str) -> Table:
+def table(architecture: str) -> ArchitectureTiles:
     """The row of an architecture, by its name ("sm_90", "gfx942"), its family's, or the one that fits any."""
     family = {"sm_103": "sm_100", "gfx950": "gfx942"}.get(architecture, architecture)
     return TABLES.get(family, TABLES["default"])
