@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from retnet.bench import decoding, generation, training
+from retnet.bench import decoding, long_generation, training
 from retnet.bench.decoding import DecodingBench
 from retnet.bench.training import TrainingBench
 from retnet.engine import quantise
@@ -146,13 +146,13 @@ def test_contexts_are_what_the_model_has_seen():
 
 def test_a_long_generation_is_one_generation():
     said = []
-    long = generation.generate_long(MODEL, 250, said.append)
+    long = long_generation.generate_long(MODEL, 250, said.append)
     assert [mark["token"] for mark in long["marks"]] == [100, 250]
     assert all(mark["rss_bytes"] > 0 and mark["seconds_per_token"] > 0 for mark in long["marks"])
-    speed, memory = generation.long_targets(long)
+    speed, memory = long_generation.long_targets(long)
     assert speed.seen == Spread(**long["marks"][1]["ratio_to_first"])
     assert memory.seen.median == long["marks"][1]["rss_bytes"] / long["marks"][0]["rss_bytes"]
-    assert generation.long_targets(None) == []
+    assert long_generation.long_targets(None) == []
 
 
 def test_a_generation_goes_on_through_its_blocks():
@@ -161,10 +161,10 @@ def test_a_generation_goes_on_through_its_blocks():
 
     model = LanguageModel(MODEL).eval()
     with torch.inference_mode():
-        text = generation._Generation(model, model.init_state(1), torch.zeros(1, dtype=torch.long))
+        text = long_generation._Generation(model, model.init_state(1), torch.zeros(1, dtype=torch.long))
         early = text.copy()
         text.block()
-        assert (text.made, seen(text)) == (generation.BLOCK, generation.BLOCK)
+        assert (text.made, seen(text)) == (long_generation.BLOCK, long_generation.BLOCK)
         assert seen(early) == 0
 
 

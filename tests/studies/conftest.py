@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from retnet.measure.summary import Summary
-from retnet.studies import contract, study
+from retnet.studies import protocols, study
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Said(contract.Measure):
+class Said(protocols.Measure):
     name: Literal["said"]
     rows: tuple[dict[str, Any], ...] = ({"label": "A", "deep": {"er": 1}}, {"label": "<B> & co", "x": [1, 2]})
     inner: Inner = field(default_factory=Inner)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from retnet.bench.batches import BatchBench, measure_batches
-from retnet.bench.generation import FIRST, generate_long, long_targets
+from retnet.bench.decoding_batches import BatchBench, measure_batches
+from retnet.bench.long_generation import FIRST, generate_long, long_targets
 from retnet.bench.throughput import ThroughputBench, measure_throughput
 from retnet.bench.training import cost_vocabulary
 from retnet.engine import decode_from, quantise

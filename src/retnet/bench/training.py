@@ -24,8 +24,8 @@ from retnet.measure.clock import (
     spread,
     times_faster,
 )
-from retnet.measure.learner import Learner
 from retnet.measure.limits import matrix_products
+from retnet.measure.training_step import Learner
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost

@@ -92,8 +92,8 @@ def decode(
     """
     # the peers of llama.cpp have no size near that of the smallest quick model
     model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
-    from retnet.bench.batches import BatchBench
     from retnet.bench.decoding import DecodingBench, measure_decoding
+    from retnet.bench.decoding_batches import BatchBench
     from retnet.bench.throughput import ThroughputBench
 
     if quick:

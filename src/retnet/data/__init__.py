@@ -5,12 +5,12 @@
 
 from retnet.data.batches import IGNORED, Batch, Batches
 from retnet.data.config import DataConfig
-from retnet.data.learning import read_texts
 from retnet.data.manifest import Manifest
 from retnet.data.prepare import PreparationProgress, prepare
 from retnet.data.shards import Prepared, TokenShards, load
 from retnet.data.sources import Problem
 from retnet.data.tokenizer import TextStream, Tokenizer
+from retnet.data.tokenizer_text import read_texts
 
 __all__ = [
     "IGNORED",

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from retnet.data import manifest
 from retnet.data.config import DataConfig
 from retnet.data.content import require_unchanged
-from retnet.data.learning import learn
 from retnet.data.readers import PIECE, Piece, Shares, read
 from retnet.data.shards import Prepared, load
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import Gathered, gather, is_held_out
 from retnet.data.tokenizer import Tokenizer
+from retnet.data.tokenizer_text import learn
 from retnet.data.writer import EXAMPLES, Segments
 from retnet.io import write_bytes
 from retnet.settings import UserError

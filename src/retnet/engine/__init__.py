@@ -1,7 +1,7 @@
 """Inference: opening a run, continuous batching, sampling, streaming text. A token costs the same at any length."""
 
-from retnet.engine.choice import choose_decoder, decode_from
 from retnet.engine.decoder import ComposedDecoder, Decoder
+from retnet.engine.decoder_choice import choose_decoder, decode_from
 from retnet.engine.engine import SLOTS, Engine
 from retnet.engine.generation import generate
 from retnet.engine.grammar import Grammar

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from retnet.engine.choice import choose_decoder
-from retnet.engine.chooser import Chooser
 from retnet.engine.decoder import Decoder
+from retnet.engine.decoder_choice import choose_decoder
 from retnet.engine.prompts import Prompt, Snapshot, share
 from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
 from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
 from retnet.engine.streams import Stream
+from retnet.engine.token_choice import TokenChooser
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Engine:
             template = self._decoder.read(_index(0))
             self.store = StateStore(template, cache_bytes, state_directory)
         self._vocab_size = min(self._decoder.vocab_size, tokenizer.vocab_size)
-        self._chooser = Chooser(self._decoder, self._vocab_size, tokenizer.bos_id)
+        self._chooser = TokenChooser(self._decoder, self._vocab_size, tokenizer.bos_id)
         self._free = list(range(slots))  # a heap: the lowest first, so that the used ones lie together
         self._bytes = 0  # that streams with a slot may come to
         self._submitted = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from retnet.engine.cpu_decoder.reading import stored
+from retnet.engine.cpu_decoder.model_weights import stored
 from retnet.model import LanguageModel
 from retnet.nn import Int8Linear, Linear
 from retnet.settings import UserError

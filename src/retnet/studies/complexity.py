@@ -25,7 +25,7 @@ from retnet.measure.summary import Summary
 from retnet.mixers import MIXERS, Mixer, MixerConfig, TrainingForm
 from retnet.settings import At, Checked, Count, UserError, nearest
 from retnet.studies.complexity_summary import summarise
-from retnet.studies.contract import Job, Measure, Result, Results, Tell
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 
 FIVE = 5  # lengths at least: an exponent from fewer says little
 

@@ -11,7 +11,7 @@ from retnet.measure.memory import in_bytes
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.mixers import MIXERS
 from retnet.paper import COMPLEXITY
-from retnet.studies.contract import Result, Results
+from retnet.studies.protocols import Result, Results
 from retnet.studies.slopes import Slope, expected, slope
 from retnet.tables import MISSING, Table
 

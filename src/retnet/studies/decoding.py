@@ -26,8 +26,8 @@ from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
 from retnet.settings import At, Checked, Count, UserError
-from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.decoding_summary import OURS, PEER, summarise
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 
 SPEED = "speed"
 

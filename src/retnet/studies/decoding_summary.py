@@ -9,7 +9,7 @@ from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import INFERENCE
-from retnet.studies.contract import Result
+from retnet.studies.protocols import Result
 from retnet.tables import MISSING, Table
 
 OURS, PEER = "RetNet", "Transformer"

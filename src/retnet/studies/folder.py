@@ -12,7 +12,7 @@ from typing import Any
 
 from retnet.io import write_text
 from retnet.settings import UserError, dump, load
-from retnet.studies.contract import Result
+from retnet.studies.protocols import Result
 from retnet.studies.study import Study
 
 RESULT, ERROR = "result.json", "error.txt"

@@ -24,8 +24,8 @@ from retnet.evals import Corpus, measure, open_model
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
 from retnet.settings import PATH, At, Checked, Count, UserError, config_path, load, merge
-from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import RunEstimate, plan
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 from retnet.studies.quality_summary import VariantResults, summarise
 from retnet.train.config import RunConfig
 from retnet.train.progress import TrainingProgress

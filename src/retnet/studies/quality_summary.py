@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from retnet import paper
 from retnet.measure.summary import Figure, Line, Panel, Summary
-from retnet.studies.contract import Result
+from retnet.studies.protocols import Result
 from retnet.tables import MISSING, Table
 
 PUBLISHED = {"architectures": paper.ARCHITECTURES, "ablations": paper.ABLATIONS, "none": {}}

@@ -18,9 +18,9 @@ from retnet.io import write_text
 from retnet.measure import records
 from retnet.measure.summary import Summary
 from retnet.settings import UserError, dump
-from retnet.studies.contract import Result
 from retnet.studies.folder import StudyFolder
 from retnet.studies.html_report import html_page, jobs_in_words
+from retnet.studies.protocols import Result
 from retnet.studies.study import Study
 from retnet.tables import print_tables
 

@@ -28,8 +28,8 @@ from retnet import host
 from retnet.io import write_text
 from retnet.settings import UserError, dump
 from retnet.studies import estimate
-from retnet.studies.contract import Job
 from retnet.studies.folder import StudyFolder
+from retnet.studies.protocols import Job
 from retnet.studies.study import Study
 from retnet.studies.worker import STOPPED, Order
 from retnet.train.run_dir import differences

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from retnet.settings import At, Checked, Count, load
 from retnet.studies.complexity import ComplexityMeasure
-from retnet.studies.contract import Measure
 from retnet.studies.decoding import DecodingMeasure
+from retnet.studies.protocols import Measure
 from retnet.studies.quality import QualityMeasure
 from retnet.studies.training import TrainingMeasure
 

@@ -17,15 +17,15 @@ import torch
 
 from retnet.host import choose_device, keep_freed_memory
 from retnet.measure.clock import Contender, interleave
-from retnet.measure.learner import Learner
 from retnet.measure.memory import Watch, free_memory, in_bytes
 from retnet.measure.sizes import transformer
 from retnet.measure.summary import Summary
+from retnet.measure.training_step import Learner
 from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import Checked, Count, UserError
-from retnet.studies.contract import Job, Measure, Result, Results, Tell
 from retnet.studies.estimate import plan
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
 

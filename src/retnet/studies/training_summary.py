@@ -8,7 +8,7 @@ from retnet.measure.clock import Spread, spread
 from retnet.measure.memory import in_bytes
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.paper import TRAINED, TRAINING_COST
-from retnet.studies.contract import Result
+from retnet.studies.protocols import Result
 from retnet.tables import MISSING, Table
 
 PLAIN, FLASH, OURS = TRAINED

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retnet.settings import UserError, load
-from retnet.studies.contract import Job
 from retnet.studies.folder import StudyFolder
+from retnet.studies.protocols import Job
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 

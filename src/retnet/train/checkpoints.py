@@ -16,8 +16,8 @@ from retnet.model.checkpoint import Files, load_tensors, load_weights, model_fil
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, collect, own_part, shard
+from retnet.train.initial_weights import fill
 from retnet.train.optimizer import adamw, optimizer_tensors, restore_optimizer
-from retnet.train.origin import fill
 from retnet.train.run_dir import RunDirectory
 
 

@@ -17,8 +17,8 @@ from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
+from retnet.train.initial_weights import adopt
 from retnet.train.lock import sole_owner
-from retnet.train.origin import adopt
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retnet.engine.cpu_decoder.kernel import CallTable, compile_model_step, memory_of
-from retnet.engine.cpu_decoder.reading import read_model
+from retnet.engine.cpu_decoder.model_weights import read_model
 from retnet.engine.cpu_decoder.table import ModelTable, NotCompiledError, WeightTable
 from retnet.engine.decoder import ComposedDecoder
 from retnet.model import LanguageModel

@@ -1,6 +1,6 @@
 import torch
 
-from retnet.measure.learner import Learner
+from retnet.measure.training_step import Learner
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from retnet.data import DataConfig, Tokenizer, learning, prepare
+from retnet.data import DataConfig, Tokenizer, prepare, tokenizer_text
 from retnet.data.split import share
 from retnet.settings import UserError
 
@@ -71,7 +71,7 @@ def test_another_size_is_another_folder(learned):
 
 
 def test_no_more_is_read_than_it_takes(learned, monkeypatch):
-    monkeypatch.setattr(learning, "MAX_BYTES", 2000)
+    monkeypatch.setattr(tokenizer_text, "MAX_BYTES", 2000)
     few = [text for i, text in enumerate(KEPT) if sum(len(t) for t in KEPT[:i]) < 2000]
     assert 5 < len(few) < len(KEPT)
     assert prepare(learned).tokenizer.fingerprint == Tokenizer.train(few, 300).fingerprint

@@ -15,7 +15,7 @@ from retnet.engine.streams import Stream
 from retnet.settings import UserError
 
 
-class Chooser:
+class TokenChooser:
     """From logits to tokens, a row a running stream.
 
     Args:
