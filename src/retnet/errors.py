@@ -1,4 +1,4 @@
-"""The one kind of error that command lines print without a traceback."""
+"""`UserError`: a user's mistake, the one error that command lines print without a traceback."""
 
 
 class UserError(ValueError):

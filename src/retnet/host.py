@@ -1,4 +1,4 @@
-"""The machine a run is on: what it is, what it is fast at, and two settings of the process that training gains from."""
+"""The host machine: hardware and versions, choice of device and type, GEMM rate, and memory settings of the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files: one way to read text, to write so that nothing is ever half-written, and to hash.
+"""File input and output: reading of text, atomic writing (never half a file), SHA-256.
 
 Text is UTF-8. A byte order mark (BOM) at its beginning is no part of it; UTF-16, UTF-32 and anything with NUL bytes is
 refused instead of being taken for text.

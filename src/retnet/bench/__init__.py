@@ -1,1 +1,1 @@
-"""Speed as ratios: this library beside named peers and physical limits, side by side in one process."""
+"""Benchmarks: the speed of this library as ratios to named peers and physical limits, side by side in one process."""

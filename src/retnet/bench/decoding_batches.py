@@ -1,4 +1,4 @@
-"""Steps of batches of 1 to 64 rows beside the floor of the memory, and their products beside torch.mm."""
+"""Decoding of batches of 1 to 64 rows: a step beside the memory's floor, its products beside torch.mm."""
 
 from __future__ import annotations
 

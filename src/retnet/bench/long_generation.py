@@ -1,4 +1,4 @@
-"""One long generation: whether its last token takes as long, and as much memory, as its hundredth."""
+"""One long generation: time and memory of its last token beside those of its hundredth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoding step of the op alone, beside the speed of the memory."""
+"""One decoding step of the op alone (`retention_step`), beside the bandwidth of the memory."""
 
 from __future__ import annotations
 

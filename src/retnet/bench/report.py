@@ -1,4 +1,4 @@
-"""What a record of `retnet bench` shows: tables, one picture of all panels, and how fast the machine was."""
+"""Reports of benchmark records: tables, one picture of all panels, and how fast the machine was."""
 
 from __future__ import annotations
 

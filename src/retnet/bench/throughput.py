@@ -1,4 +1,4 @@
-"""Tokens per second that one sequence is written and a prompt is read with, beside llama.cpp at equal parameters."""
+"""Throughput in tokens per second of one sequence, decoding and prefill, beside llama.cpp at equal parameters."""
 
 from __future__ import annotations
 

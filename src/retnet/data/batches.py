@@ -1,4 +1,4 @@
-"""Batches of packed documents: batch = f(seed, position), so the loader's state is one integer."""
+"""Data loader: batches of packed documents as a function of (seed, position), so its state is one integer."""
 
 from __future__ import annotations
 

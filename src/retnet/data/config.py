@@ -1,4 +1,4 @@
-"""The section [data] of a run: which text, which tokenizer, where the prepared tokens go."""
+"""Data configuration, the section [data] of a run: corpora, tokenizer, and where prepared tokens go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds: its bytes without packing and byte order mark, their hash, and whether they are text at all.
+"""Content of a file: decompressed bytes without byte order mark, their SHA-256, and whether they are text at all.
 
 The hash is what a file is known by: two files of the same content are the same text, wherever they lie and however they
 are named, linked or packed, and a corpus is the same corpus under another path.

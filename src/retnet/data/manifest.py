@@ -1,4 +1,4 @@
-"""What a prepared folder says about itself, and how its files are written so that a kill leaves none half-made.
+"""Manifest of a folder of prepared tokens, and how its files are written so that a kill leaves none half-made.
 
 manifest.json                 written last: without it the folder is unfinished
 tokenizer.json

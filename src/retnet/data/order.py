@@ -1,4 +1,4 @@
-"""The order of training: a seeded permutation computed per index, so no order is ever stored.
+"""Shuffling of training data: a seeded permutation computed per index, so no order is ever stored.
 
 A balanced Feistel network permutes [0, 4^b); walking along its cycles until the value falls below `size` restricts it
 to a permutation of [0, size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Everything is integer

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to token shards: reading in order, tokenising on all cores, writing segment by segment."""
+"""Data preparation, from a `DataConfig` to token shards: read in order, tokenised on all cores, written in segments."""
 
 from __future__ import annotations
 

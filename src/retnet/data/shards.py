@@ -1,4 +1,4 @@
-"""Prepared tokens on disk, mapped into memory: one long stream of documents per split."""
+"""Memory-mapped token shards: the prepared tokens of a split as one long stream of documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the corpora of a configuration to what is trained and what is validated on: every text once, on one side."""
+"""Training and validation split of corpora, without duplicates: every text once, on one side."""
 
 from __future__ import annotations
 

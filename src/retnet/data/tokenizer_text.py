@@ -1,4 +1,4 @@
-"""The text that tokenizers are learned from."""
+"""Training text of a tokenizer: the part of the corpora that a vocabulary is learned from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the shards of a folder segment by segment. A finished segment survives a kill; an unfinished one is redone."""
+"""Writer of token shards, segment by segment: a finished one survives a kill, an unfinished one is redone."""
 
 from __future__ import annotations
 

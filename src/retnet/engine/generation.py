@@ -1,4 +1,4 @@
-"""Continuing prompts: `generate`, a loop over the engine."""
+"""Text generation: `generate`, a loop over the engine that continues prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts on their way: what is left to read of each, and how they share what a step reads."""
+"""Prefill scheduling: what is left to read of each prompt, and how prompts share the tokens that a step reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: requests, events, completions."""
+"""Requests to the engine, and the events and completions that come out of it."""
 
 from __future__ import annotations
 

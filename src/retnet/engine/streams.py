@@ -1,4 +1,4 @@
-"""One continuation in the making: from tokens to text, until a stop string, a stop token or the limit."""
+"""One continuation in the making: tokens → text (detokenisation), until a stop string, a stop token or the limit."""
 
 from __future__ import annotations
 

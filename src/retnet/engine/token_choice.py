@@ -1,4 +1,4 @@
-"""Choosing the next token of every running stream: sampling by each one's parameters, penalties, log-probabilities."""
+"""Choice of the next token of every running stream: sampling parameters, penalties, log-probabilities."""
 
 from __future__ import annotations
 

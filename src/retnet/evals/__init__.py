@@ -1,4 +1,4 @@
-"""What a trained model is worth: perplexity and the tasks of the paper."""
+"""Evaluation of trained models: perplexity, and the paper's tasks through lm-evaluation-harness."""
 
 from retnet.evals.corpus import Corpus
 from retnet.evals.models import Candidate, open_model

@@ -1,4 +1,4 @@
-"""The text that models are measured on: documents in pieces, in a fixed order, with flat memory."""
+"""Evaluation text: documents in pieces, in a fixed order, with flat memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening what is to be evaluated: our runs and checkpoints, or any causal language model in a Hugging Face folder."""
+"""Models to evaluate: our runs and checkpoints, or any causal language model in a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How models read text for scoring: many short sequences at once, or one of any length piece by piece."""
+"""Scoring of token sequences by a model: many short ones as a batch, or one of any length with a carried state."""
 
 from __future__ import annotations
 

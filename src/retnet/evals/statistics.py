@@ -1,4 +1,4 @@
-"""Means over documents with their uncertainty, and losses by how much context they had; all in constant memory."""
+"""Means over documents with their uncertainty, and losses by length of context; all in constant memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of documents of any length: cut into windows or read with a carried state, and summed up; memory stays flat."""
+"""Token losses of documents of any length, in fresh windows or with a carried state, summed with flat memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measuring: how anything is timed, weighed, tabled, drawn and recorded; `retnet.bench` and `retnet.studies` say what."""
+"""Measurement for `retnet.bench` and `retnet.studies`: timing, memory, physical limits, tables, figures, records."""

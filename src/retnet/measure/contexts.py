@@ -1,4 +1,4 @@
-"""Decoding from contexts of any length: models and mixers that have read so many tokens, or whose caches are as large."""
+"""Decoding at any length of context: models and mixers with the states, or filled KV caches, of so many tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step of a contender: forward pass, cross entropy, backward pass, fused AdamW."""
+"""One training step of a model: forward pass, cross entropy, backward pass, fused AdamW."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every sequence mixer is: one module, one set of weights, three ways to run it."""
+"""`Mixer`, the protocol of sequence mixers: one module, one set of weights, three ways to run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A growing cache of keys and values, whose rows may have different lengths."""
+"""KV cache that grows, and whose rows have lengths of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Linear Transformer: positive features in place of softmax (Katharopoulos et al. 2020, "Transformers are RNNs")."""
+"""Linear attention: positive features in place of softmax (Katharopoulos et al. 2020, "Transformers are RNNs")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recurrent neural network: torch's LSTM (Hochreiter and Schmidhuber 1997) as a mixer."""
+"""LSTM, torch's recurrent neural network (Hochreiter and Schmidhuber 1997), as a mixer."""
 
 from __future__ import annotations
 

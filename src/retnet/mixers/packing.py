@@ -1,4 +1,4 @@
-"""Mixers that are written for batches of sequences of one length, made to honour packed documents."""
+"""Packed documents (unpad and pad) for mixers that are written for batches of sequences of one length."""
 
 from __future__ import annotations
 

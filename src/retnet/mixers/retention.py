@@ -1,4 +1,4 @@
-"""Gated multi-scale retention (paper §3): MSR(X) = (swish(X W_G) ⊙ GroupNorm_h(heads)) W_O."""
+"""Multi-scale retention, gated (paper §3): MSR(X) = (swish(X W_G) ⊙ GroupNorm_h(heads)) W_O."""
 
 from __future__ import annotations
 

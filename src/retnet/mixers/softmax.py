@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions and a cache of keys and values: the Transformer's mixer."""
+"""Causal softmax attention with rotary positions and a KV cache: the Transformer's mixer."""
 
 from __future__ import annotations
 

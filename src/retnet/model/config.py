@@ -1,4 +1,4 @@
-"""What a language model is made of, as data."""
+"""`ModelConfig`: a language model's configuration as a frozen dataclass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters by part, operations per token, bytes of state; beside a Transformer's KV cache."""
+"""Cost model: parameters by part, operations per token, bytes of state; beside a Transformer's KV cache."""
 
 from __future__ import annotations
 

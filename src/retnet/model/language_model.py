@@ -1,4 +1,4 @@
-"""The language model: plain torch, one mixer of any kind in every block."""
+"""`LanguageModel`: embedding, blocks of one mixer of any kind and a feed-forward network, head; plain torch."""
 
 from __future__ import annotations
 

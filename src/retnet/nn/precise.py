@@ -1,4 +1,4 @@
-"""Precision kept whatever surrounds it: computing in fp32 or better, parameters that no `.to(bfloat16)` rounds."""
+"""Numerical precision under autocast and `.to(bfloat16)`: computing in fp32 or better, parameters that are not rounded."""
 
 from __future__ import annotations
 

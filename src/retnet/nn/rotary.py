@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys: positions, cos and sin, made once for all layers of a forward pass."""
+"""Rotary position embedding (RoPE) as a module: cos and sin made once for all layers of a forward pass."""
 
 from __future__ import annotations
 

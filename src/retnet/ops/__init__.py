@@ -1,4 +1,4 @@
-"""Retention and the few other primitives, as functions of tensors.
+"""Retention, rotary embedding, head norm, decay schedules and GEMM, as functions of tensors.
 
 Legend, used in every shape comment of the project:
 

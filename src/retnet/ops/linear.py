@@ -1,4 +1,4 @@
-"""Products with weights, by the library that is fastest at each.
+"""Matrix products with weights (GEMM, x Wᵀ): oneDNN for many rows, skinny GEMM for few, MKL between.
 
 On the CPU torch's fp32 products come from MKL. With many rows oneDNN, which torch carries as well, runs x Wᵀ and its
 gradient in x 1.3 to 1.4 times faster on AMD's processors (the gradient in W not); with a few rows, which is decoding,

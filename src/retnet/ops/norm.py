@@ -1,4 +1,4 @@
-"""What follows retention in a layer: every head normalised by itself, then gated (paper §3)."""
+"""Head norm: GroupNorm or RMSNorm of every head by itself, then the swish gate (paper §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The law: retention as the paper writes it (§2), in any floating type, differentiable by autograd.
+"""Reference implementation of retention, the law: the paper's equations (§2), any floating type, differentiable by autograd.
 
 Every faster path is tested against these functions. They are written to be read beside the paper, not to be fast.
 

@@ -1,4 +1,4 @@
-"""Retention and its decoding steps: arguments checked, then handed to the backend that `dispatch` chooses."""
+"""`retention` and its decoding steps: arguments checked, then handed to the backend that `dispatch` chooses."""
 
 from __future__ import annotations
 

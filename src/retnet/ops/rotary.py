@@ -1,4 +1,4 @@
-"""Rotation of queries and keys: Q ⊙ Θ, K ⊙ Θ̄ with Θ_n = e^{inθ} (paper §2), in the layouts and spacings found in the field.
+"""Rotary position embedding of queries and keys: Q ⊙ Θ, K ⊙ Θ̄ with Θ_n = e^{inθ} (paper §2), in all usual layouts.
 
 Angles are formed in fp64 and reduced to one turn before they become fp32, so a token at position 10⁷ is rotated as
 exactly as one at position 10.

@@ -1,4 +1,4 @@
-"""What a field may hold beyond its type, said where it is declared: ranges of numbers, and which texts are paths."""
+"""Validation of settings, said where a field is declared: ranges of numbers, and which texts are paths."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The paper as commands: comparisons of quality and of cost, each a TOML that lists what to run."""
+"""Studies: the paper's comparisons of quality and cost as commands, each a TOML that lists what to run."""

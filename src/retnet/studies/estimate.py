@@ -1,4 +1,4 @@
-"""What training will take, before it starts: parameters, tokens, operations, memory, hours.
+"""Estimate of what training takes, before it starts: parameters, tokens, operations, memory, hours.
 
 Memory counts what must be there at once: weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter, shared
 out among the processes of a run), what one pass keeps for its backward pass, and the logits with their gradient. What

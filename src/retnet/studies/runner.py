@@ -1,4 +1,4 @@
-"""Runs the jobs of a study, each in a process of its own: resumable, with progress over all, surviving failures.
+"""Runner of a study's jobs, each in a process of its own: resumable, with progress over all, surviving failures.
 
 A finished job is never done again; one that was interrupted goes on where its own files say; one that failed is listed
 with its reason and tried again by the next call.

@@ -1,4 +1,4 @@
-"""How something grows with the length: the slope of its logarithm over the logarithm of the length."""
+"""Scaling exponents: the slope of a cost's logarithm over the logarithm of the length."""
 
 from __future__ import annotations
 

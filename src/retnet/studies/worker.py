@@ -1,4 +1,4 @@
-"""One job in a process of its own: ``python -m retnet.studies.worker FOLDER``.
+"""Worker process of a study, which runs one job: ``python -m retnet.studies.worker FOLDER``.
 
 Reads ``job.toml`` there and prints how far it is on standard output, a number from 0 to 1 a line. It ends with status 0
 when ``result.json`` was written, `STOPPED` when a signal asked it to stop and it can go on later, 1 when it failed; then

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run begins from one: whole tensors, whatever the number of processes."""
+"""Checkpoints of training (weights, optimiser, loader, randomness), whole tensors whatever the number of processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several processes training one model: how they are joined, agree, and share its weights.
+"""Distributed training by torch's FSDP2: ranks, how they agree, and how they share a model's weights.
 
-Everything here is applied to the model from outside, with torch's FSDP2: each process keeps its part of every weight, of
+Everything here is applied to the model from outside: each process keeps its part of every weight, of
 its gradient and of the optimiser's memory; the weights of a block are put together while it computes. Without a launcher
 nothing of it happens: there is one process, and no process group.
 """

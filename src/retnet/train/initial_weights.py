@@ -1,4 +1,4 @@
-"""Starting a new run from weights that exist: those of a run, a checkpoint, or another library's folder."""
+"""Initial weights of a new run: those of a run, a checkpoint, or another library's folder."""
 
 from __future__ import annotations
 

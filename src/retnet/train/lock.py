@@ -1,4 +1,4 @@
-"""One owner for a run directory: a file lock that dies with the process that holds it."""
+"""File lock of a run directory: one owner, and it dies with the process that holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is minimised, and how well it goes on held-out text."""
+"""Training objective (summed cross entropy of the next token) and evaluation on held-out text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW as in the paper (§4), and its learning rate over time."""
+"""AdamW as in the paper (§4), its learning-rate schedule, and its moments in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a run goes: what is left of it, and how many steps fit into the minutes it may take (`train.minutes`)."""
+"""Time budget of a run: its remaining time, and the number of steps that fit into `train.minutes`."""
 
 from __future__ import annotations
 

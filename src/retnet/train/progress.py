@@ -1,4 +1,4 @@
-"""How training is shown: one live line on a terminal, plain lines elsewhere."""
+"""Progress of training: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes before the first step: mistakes said early, data prepared, the configuration completed, the run begun."""
+"""Start of a run, before its first step: settings checked, data prepared, configuration completed, folder begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder of a RetNet on a CPU: prompts by the model's own parts, steps of any number of rows by one compiled call."""
+"""CPU decoder of a RetNet: prefill by the model's own parts, decoding steps of any number of rows by one compiled call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model to the weight table of the compiled decoder: the only place that knows a mixer's inside and that table."""
+"""Weights of a model, read into the table of the compiled decoder; nothing else knows a mixer's inside and that table."""
 
 from __future__ import annotations
 

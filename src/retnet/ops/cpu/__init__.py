@@ -1,1 +1,1 @@
-"""Retention and its products on a CPU: torch's batched products, and kernels compiled by numba."""
+"""CPU kernels compiled by numba: chunkwise retention, packed GEMM, skinny GEMM and GEMV, state update."""

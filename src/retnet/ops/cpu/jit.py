@@ -1,4 +1,4 @@
-"""JIT compilation of kernels with numba: the compiler, its intrinsics, compiled kernels kept on disk, and what may fail.
+"""JIT compilation by numba: compiler, intrinsics (prefetch), cache of compiled kernels on disk, and what may fail.
 
 Compiled kernels are optional: whatever goes wrong here (numba missing or broken, another OpenMP than torch's, no writable
 cache, a kernel that does not compile) is said once, and torch's own operators do the work.

@@ -1,4 +1,4 @@
-"""Running compiled kernels on torch's own OpenMP team (GOMP_parallel), and the memory they read.
+"""OpenMP launch of compiled kernels on torch's own threads (GOMP_parallel), and large pages (2 MB) for what they read.
 
 Two pools of threads on the same cores slow each other down several times: a pool keeps its threads spinning for
 milliseconds after its last work. So kernels run in a team of the OpenMP runtime that torch has loaded. A kernel is a

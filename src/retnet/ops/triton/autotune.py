@@ -1,4 +1,4 @@
-"""Opt-in search for better tiles than the table's, remembered on disk.
+"""Autotuning of the Triton kernels: opt-in search for better tiles than the table's, remembered on disk.
 
 With `RETNET_TRITON_AUTOTUNE=1` the first call of each kernel at each head shape, type and architecture times its
 neighbours in the table's sense (`candidates`) on the call's own arguments, which takes seconds; the winner is kept in

@@ -1,4 +1,4 @@
-"""What Triton can run: versions, devices, head sizes, types. One place, and every refusal says the way out."""
+"""What Triton can run: versions, devices, head sizes, types; every refusal says the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles of the kernels, by architecture and head shape. Plain numbers: nothing here needs Triton or a GPU.
+"""Tile sizes of the Triton kernels by GPU architecture and head shape: plain numbers, without Triton or a GPU.
 
 The rows are chosen so that every kernel compiles without spilled registers within the shared memory of its architecture;
 `python -m tools.compile_report` compiles them all and prints what each needs. They are not measured on a GPU:
