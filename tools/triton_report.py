@@ -22,8 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
-from retnet.ops.triton import kernels, launch, row_kernels, row_launch, tile_table
-from retnet.ops.triton.step import step_kernel
+from retnet.ops.triton import launch, rotary_norm_kernels, rotary_norm_launch, tile_table
+from retnet.ops.triton.chunkwise_kernels import (
+    retention_chunkwise_out_triton,
+    retention_chunkwise_state_triton,
+)
+from retnet.ops.triton.step_kernel import retention_step_triton
 from retnet.tables import MISSING, Table, print_table
 
 SHAPES = ((64, 128), (128, 256), (256, 512))
@@ -70,13 +74,21 @@ def kernels_of(
     yield from _retention_kernels(architecture, K, V, dtype, packed)
     for name, interleaved in (("ROTARY i", True), ("ROTARY h", False)):  # interleaved, halves
         if K % 2 == 0:
-            constants, rows = row_launch.rotary_constants(K, interleaved)
-            yield name, row_kernels.rotary_kernel, constants, launch.options(rows.warps), _written(rows)
+            constants, rows = rotary_norm_launch.rotary_constants(K, interleaved)
+            yield (
+                name,
+                rotary_norm_kernels.rotary_triton,
+                constants,
+                launch.options(rows.warps),
+                _written(rows),
+            )
     for name, kernel, more in (
-        ("NORM", row_kernels.norm_kernel, {"SUMS": True}),
-        ("NORM dx", row_kernels.norm_backward_kernel, {}),
+        ("NORM", rotary_norm_kernels.head_norm_triton, {"SUMS": True}),
+        ("NORM dx", rotary_norm_kernels.head_norm_backward_triton, {}),
     ):
-        constants, rows = row_launch.norm_constants(V, "group", gated=True, weighed=True, shifted=True)
+        constants, rows = rotary_norm_launch.norm_constants(
+            V, "group", gated=True, weighed=True, shifted=True
+        )
         yield name, kernel, constants | more, launch.options(rows.warps), _written(rows)
 
 
@@ -91,7 +103,7 @@ def _retention_kernels(
         )
         yield (
             name,
-            kernels.state_kernel,
+            retention_chunkwise_state_triton,
             constants,
             launch.options(state.warps, state.stages),
             _written(state),
@@ -109,10 +121,16 @@ def _retention_kernels(
         constants = launch.out_constants(
             X, Z, out, precision, reverse=reverse, transposed=transposed, packed=packed
         )
-        yield name, kernels.out_kernel, constants, launch.options(out.warps, out.stages), _written(out)
+        yield (
+            name,
+            retention_chunkwise_out_triton,
+            constants,
+            launch.options(out.warps, out.stages),
+            _written(out),
+        )
     keys, values, warps = tile_table.step_tiles(architecture, K, V)
     constants = {"K": K, "V": V, "BK": keys, "BV": values, "SLOTS": True}
-    yield "STEP", step_kernel, constants, launch.options(warps), f"{keys}×{values} w{warps}"
+    yield "STEP", retention_step_triton, constants, launch.options(warps), f"{keys}×{values} w{warps}"
 
 
 def _written(tiles: tile_table.StateTiles | tile_table.OutTiles | tile_table.RowTiles) -> str:

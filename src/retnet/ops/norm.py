@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retnet.ops.dispatch import Implementation, Op
 from retnet.ops.torch_private import differentiating_forwards, transforming
-from retnet.ops.triton import capability, row_operators
+from retnet.ops.triton import capability, rotary_norm_operators
 
 NORMS = ("group", "rms", "none")
 
@@ -64,7 +64,7 @@ def _by_triton(
 ) -> Tensor:
     # transforms of torch.func and forward-mode differentiation see the formula
     opaque = not transforming() and not differentiating_forwards()
-    compute = row_operators.head_norm if opaque else row_operators.norm_by_torch
+    compute = rotary_norm_operators.head_norm if opaque else rotary_norm_operators.norm_by_torch
     y: Tensor = compute(o, gate, weight, bias, sums, norm, eps)[0]
     return y if gate is not None or dtype is None else y.to(dtype)
 
@@ -91,7 +91,7 @@ def _no_triton(
     sums: Tensor | None,
     *_: object,
 ) -> str | None:
-    unfit = capability.unfit_rows(o.shape[-1], o, gate, weight, bias, constant=sums)
+    unfit = capability.unfit_heads(o.shape[-1], o, gate, weight, bias, constant=sums)
     return unfit or capability.missing(str(o.device))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from retnet.ops import library
 from retnet.ops.dispatch import Implementation, Op
 from retnet.ops.torch_private import is_differentiated, plain
-from retnet.ops.triton import capability, row_operators
+from retnet.ops.triton import capability, rotary_norm_operators
 
 LAYOUTS = ("interleaved", "halves")
 SPACINGS = ("inclusive", "geometric")
@@ -163,7 +163,7 @@ def _by_torch(
 def _by_triton(
     q: Tensor, k: Tensor, position: Tensor, theta: Tensor, layout: str, _: object
 ) -> tuple[Tensor, Tensor]:
-    turned: tuple[Tensor, Tensor] = row_operators.rotary(
+    turned: tuple[Tensor, Tensor] = rotary_norm_operators.rotary(
         q, k, position, theta, layout == "interleaved", False
     )
     return turned
@@ -174,7 +174,7 @@ def _no_triton(
 ) -> str | None:
     if theta is not None and is_differentiated(theta):
         return "theta requires a gradient, which the kernel does not compute"
-    return capability.unfit_rows(q.shape[-1], q, k) or capability.missing(str(q.device))
+    return capability.unfit_heads(q.shape[-1], q, k) or capability.missing(str(q.device))
 
 
 _ROTARY = Op(

@@ -287,13 +287,14 @@ def test_tiles_that_do_not_fit_a_gpu_say_so():
     from retnet.ops.triton import launch
 
     class Kernel:
-        __name__ = "out_kernel"
+        __name__ = "retention_chunkwise_out_triton"
 
         def __getitem__(self, grid):
             raise errors.OutOfResources(150_000, 101_376, "shared memory")
 
     with pytest.raises(
-        RuntimeError, match=r"out_kernel do not fit sm_90.*150000.*AUTOTUNE=1.*or use backend='reference'"
+        RuntimeError,
+        match=r"retention_chunkwise_out_triton do not fit sm_90.*150000.*AUTOTUNE=1.*or use backend='reference'",
     ):
         launch.start(Kernel(), 1, torch.device("cpu"))
 

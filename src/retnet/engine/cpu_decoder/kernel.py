@@ -1,4 +1,4 @@
-"""The compiled step of a model: one token a row through all blocks and both ends, in one call, for 1 to 64 rows.
+"""Decoding kernel: one token a row through embedding, all blocks and head, in one compiled call, for 1 to 64 rows.
 
 A team of threads enters once a token. Threads share out the rows of every weight and the heads of every state, and wait for
 each other only where one needs what others have computed. The residual stream is small, so every thread keeps its own.
@@ -93,7 +93,7 @@ def compile_model_step(
         )
 
     @compiler.kernel
-    def kernel(pointer: Any) -> None:
+    def decode_step_numba(pointer: Any) -> None:
         table = numbers(pointer, call_layers)
         B, model = table[CallTable.ROWS], array(table[CallTable.MODEL], (layers_at,), np.int64)
         D, N, values = model[ModelTable.D], model[ModelTable.N], model[ModelTable.H] * model[ModelTable.V]
@@ -142,7 +142,7 @@ def compile_model_step(
             0,
         )
 
-    return kernel
+    return decode_step_numba
 
 
 def _compile_ends(compiler: Compiler, gemm: SkinnyGemm) -> Any:

@@ -203,7 +203,7 @@ def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> 
     chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
-    def kernel(table: Any) -> None:  # noqa: ANN401
+    def retention_chunkwise_forward_numba(table: Any) -> None:  # noqa: ANN401
         M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
         K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
         q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
@@ -247,7 +247,7 @@ def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> 
             for i in range(heads):
                 store(view(states[i], K, V), state[row * H + first + i], 0, K, 0, False)
 
-    return kernel
+    return retention_chunkwise_forward_numba
 
 
 def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
@@ -256,7 +256,7 @@ def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) ->
     chunk_at = _compile_chunk_at(compiler)
 
     @compiler.kernel
-    def kernel(table: Any) -> None:  # noqa: ANN401
+    def retention_chunkwise_backward_numba(table: Any) -> None:  # noqa: ANN401
         M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
         K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
         q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
@@ -345,4 +345,4 @@ def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) ->
             for i in range(heads):
                 store(view(states[i], K, V), d_state[row * H + first + i], 0, K, 0, False)
 
-    return kernel
+    return retention_chunkwise_backward_numba

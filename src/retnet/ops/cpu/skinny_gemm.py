@@ -199,7 +199,7 @@ def compile_product(compiler: Compiler, gemm: SkinnyGemm) -> Any:
     count = len(ProductTable)
 
     @compiler.kernel
-    def kernel(pointer: Any) -> None:
+    def skinny_gemm_numba(pointer: Any) -> None:
         table = numbers(pointer, count)
         B, K, N = table[ProductTable.ROWS], table[ProductTable.K], table[ProductTable.N]
         x, out = (
@@ -212,4 +212,4 @@ def compile_product(compiler: Compiler, gemm: SkinnyGemm) -> Any:
             pack(packed, B, K, b, 0, x[b])
         rows(packed, B, matrix(table[ProductTable.WEIGHT], table[ProductTable.SCALES], N, K), out, 0)
 
-    return kernel
+    return skinny_gemm_numba

@@ -64,7 +64,7 @@ def compile_step(compiler: Compiler, update: Callable[..., None]) -> Any:  # noq
     thread, threads, count = compiler.thread, compiler.threads, len(StepTable)
 
     @compiler.kernel
-    def kernel(pointer: Any) -> None:  # noqa: ANN401
+    def retention_step_numba(pointer: Any) -> None:  # noqa: ANN401
         table = numbers(pointer, count)
         B, H, K, V = (
             table[StepTable.ROWS],
@@ -95,4 +95,4 @@ def compile_step(compiler: Compiler, update: Callable[..., None]) -> Any:  # noq
             keep = np.float32(math.exp(log_decay[h]))
             update(state[slot, h], keep, k[b, h], v[b, h], q[b, h] * scale, out[b, h])
 
-    return kernel
+    return retention_step_numba

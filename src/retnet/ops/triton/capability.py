@@ -27,7 +27,7 @@ class Refused(NamedTuple):
 
 REFUSED = (
     Refused((0,), (3, 6), "it is older than any these kernels were tested with"),
-    # Bugs that the kernels avoid, so that their versions are not refused (see the rules in `kernels`): 3.4 to 3.7.0
+    # Bugs that the kernels avoid, so that their versions are not refused (rules of `chunkwise_kernels`): 3.4 to 3.7.0
     # miscompile a product of a transposed product on Hopper; 3.6 to 3.8.0 two products into one accumulator on Blackwell.
 )
 
@@ -63,7 +63,7 @@ def _missing(device: str) -> str | None:
     if (why := refusal(triton.__version__)) is not None:
         return why
     if where.type == "cpu":
-        from retnet.ops.triton.kernels import INTERPRETED
+        from retnet.ops.triton.chunkwise_kernels import INTERPRETED
 
         if not INTERPRETED:
             return "tensors are on cpu, where Triton runs in its interpreter alone (TRITON_INTERPRET=1, for tests)"
@@ -77,7 +77,7 @@ def interpreted(x: Tensor, *_: object) -> str | None:
     return "tensors on cpu" if x.device.type == "cpu" else None
 
 
-def unfit_rows(width: int, *tensors: Tensor | None, constant: Tensor | None = None) -> str | None:
+def unfit_heads(width: int, *tensors: Tensor | None, constant: Tensor | None = None) -> str | None:
     """Why the kernels around retention cannot run on heads of this width and on these tensors; None if they can."""
     if constant is not None and is_differentiated(constant):
         return "sums requires a gradient, which the kernels do not compute"

@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from retnet.ops.triton import kernels, tile_table
+from retnet.ops.triton import chunkwise_kernels, tile_table
 from retnet.ops.triton.autotune import tuned
 from retnet.ops.triton.capability import architecture
-from retnet.ops.triton.step import step_kernel
+from retnet.ops.triton.step_kernel import retention_step_triton
 from retnet.ops.triton.tile_table import OutTiles, StateTiles
 
 _REACH = 1 << 31  # what a tile addresses from its first element fits 32 bits
@@ -176,7 +176,7 @@ def state_pass(
     def run(tiles: StateTiles) -> None:
         tiles = tile_table.fit_state(tiles, chunks.length)
         start(
-            kernels.state_kernel,
+            chunkwise_kernels.retention_chunkwise_state_triton,
             chunks.rows * H * triton.cdiv(A, tiles.ba) * triton.cdiv(Z, tiles.bz),
             a.device,
             *(a, z, snapshots, unused if initial is None else initial, final, log_decay),
@@ -238,7 +238,7 @@ def out_pass(
         tiles = tile_table.fit_out(tiles, chunks.length, longest)
         per_chunk = triton.cdiv(longest, tiles.bm)
         start(
-            kernels.out_kernel,
+            chunkwise_kernels.retention_chunkwise_out_triton,
             chunks.total * H * per_chunk * triton.cdiv(Z, tiles.bz),
             x.device,
             *(x, y, z, snapshots, out, log_decay, unused if chunks.table is None else chunks.table),
@@ -280,7 +280,7 @@ def step_pass(
     V = v.shape[3]
     keys, values, warps = tile_table.step_tiles(architecture(q.device), K, V)
     start(
-        step_kernel,
+        retention_step_triton,
         B * H * triton.cdiv(V, values) if T else 0,
         q.device,
         *(q, k, v, out, state, state if slots is None else slots.contiguous(), log_decay.contiguous()),

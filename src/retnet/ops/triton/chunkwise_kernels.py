@@ -52,7 +52,7 @@ def _within(i, size: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
-def state_kernel(
+def retention_chunkwise_state_triton(
     a,  # [rows,T,H,A]: k, or q when reversed
     z,  # [rows,T,H,Z]: v, or the gradient of the output when reversed
     snapshots,  # [all chunks,H,A,Z], written: the state before each chunk, or after it when reversed
@@ -154,7 +154,7 @@ def state_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "tiles"])
-def out_kernel(
+def retention_chunkwise_out_triton(
     x,  # [rows,T,H,X]: what a row of scores belongs to
     y,  # [rows,T,H,X]: what a column of scores belongs to
     z,  # [rows,T,H,Z]: what the scores weigh

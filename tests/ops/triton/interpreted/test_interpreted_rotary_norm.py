@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retnet.ops import apply_rotary, frequencies, head_norm, positions
-from retnet.ops.triton import row_launch, tile_table
+from retnet.ops.triton import rotary_norm_launch, tile_table
 from tests.helpers.parity import relative
 from tests.ops.triton.interpreted.test_interpreted_training import strange
 
@@ -301,17 +301,19 @@ class TestFarAddresses:
         monkeypatch.setattr(tile_table, "PROGRAMS", 1)
         x = normal(seed, 1, 40, 3, 16, dtype=BF16).detach()
         far, theta = self.spread(x, dim), frequencies(16)
-        got = row_launch.rotary_pass(far, far, positions(40), theta, True, False)
-        want = row_launch.rotary_pass(x, x, positions(40), theta, True, False)
+        got = rotary_norm_launch.rotary_pass(far, far, positions(40), theta, True, False)
+        want = rotary_norm_launch.rotary_pass(x, x, positions(40), theta, True, False)
         assert all(map(torch.equal, got, want))
         if dim == 1:
             gate = normal(seed + 1, 1, 40, 48, dtype=BF16).detach()
             far_gate, options = self.spread(gate, 1), (None, None, None, "group", 1e-6)
-            got, mean, rstd = row_launch.norm_pass(far, far_gate, *options)
-            want, *statistics = row_launch.norm_pass(x, gate, *options)
+            got, mean, rstd = rotary_norm_launch.norm_pass(far, far_gate, *options)
+            want, *statistics = rotary_norm_launch.norm_pass(x, gate, *options)
             assert torch.equal(got, want)
-            back = row_launch.norm_backward_pass(far_gate, far, far_gate, None, None, mean, rstd, "group")
-            exact = row_launch.norm_backward_pass(gate, x, gate, None, None, *statistics, "group")
+            back = rotary_norm_launch.norm_backward_pass(
+                far_gate, far, far_gate, None, None, mean, rstd, "group"
+            )
+            exact = rotary_norm_launch.norm_backward_pass(gate, x, gate, None, None, *statistics, "group")
             assert all(map(torch.equal, back, exact))
 
 

@@ -22,9 +22,9 @@ def _rotary(
     q: Tensor, k: Tensor, position: Tensor, theta: Tensor, interleaved: bool, backwards: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k [...,H,K] turned by position [...] · θ [K/2], or back by it."""
-    from retnet.ops.triton import row_launch
+    from retnet.ops.triton import rotary_norm_launch
 
-    return row_launch.rotary_pass(q, k, position, theta, interleaved, backwards)
+    return rotary_norm_launch.rotary_pass(q, k, position, theta, interleaved, backwards)
 
 
 def _norm(
@@ -37,9 +37,9 @@ def _norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads o [...,H,V] normalised and gated, [...,H·V] in the type of the gate (else of o), and the fp32 statistics."""
-    from retnet.ops.triton import row_launch
+    from retnet.ops.triton import rotary_norm_launch
 
-    return row_launch.norm_pass(o, gate, weight, bias, sums, kind, eps)
+    return rotary_norm_launch.norm_pass(o, gate, weight, bias, sums, kind, eps)
 
 
 def _norm_backward(
@@ -53,9 +53,9 @@ def _norm_backward(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, gate, weight and bias; empty for what is not there."""
-    from retnet.ops.triton import row_launch
+    from retnet.ops.triton import rotary_norm_launch
 
-    return row_launch.norm_backward_pass(d_out, o, gate, weight, bias, mean, rstd, kind)
+    return rotary_norm_launch.norm_backward_pass(d_out, o, gate, weight, bias, mean, rstd, kind)
 
 
 def _fake_rotary(

@@ -1,4 +1,4 @@
-"""Launch of the Triton kernels of rotary and head norm (`row_kernels`): addresses, constants and grids.
+"""Launch of the Triton kernels of rotary and head norm (`rotary_norm_kernels`): addresses, constants and grids.
 
 Imports Triton.
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from retnet.ops.triton import row_kernels, tile_table
+from retnet.ops.triton import rotary_norm_kernels, tile_table
 from retnet.ops.triton.launch import options, start
 
 
@@ -54,7 +54,7 @@ def rotary_pass(
         H, max(1, blocks * H // tile_table.PROGRAMS)
     )  # a long sequence computes its angles once for all heads
     start(
-        row_kernels.rotary_kernel,
+        rotary_norm_kernels.rotary_triton,
         blocks * triton.cdiv(H, heads) if H else 0,
         q.device,
         *(q, k, q_out, k_out, position, theta, -1.0 if backwards else 1.0),
@@ -86,7 +86,7 @@ def norm_pass(
         V, norm, gated=gate is not None, weighed=weight is not None, shifted=bias is not None
     )
     start(
-        row_kernels.norm_kernel,
+        rotary_norm_kernels.head_norm_triton,
         triton.cdiv(len(o), tiles.rows) * H,
         o.device,
         *(o, *_or(o, gate, weight, bias, sums), out, mean, rstd, eps),
@@ -128,7 +128,7 @@ def norm_backward_pass(
     parts = blocks if weight is None and bias is None else min(blocks, tile_table.PARTS)
     partial = [o.new_empty(parts * (x is not None), H * V, dtype=torch.float32) for x in (weight, bias)]
     start(
-        row_kernels.norm_backward_kernel,
+        rotary_norm_kernels.head_norm_backward_triton,
         parts * H,
         o.device,
         *(d_out, o, *_or(o, gate, weight, bias), mean, rstd, d_o, d_gate, *partial),

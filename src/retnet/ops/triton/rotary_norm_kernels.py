@@ -3,7 +3,7 @@
 """Rotary position embedding, and fused head norm with gate, as Triton kernels.
 
 Both are bounded by memory: every number is read once and written once, and what lies between stays in registers. A program
-takes a few tokens; tokens of all rows are numbered through. The rules of `kernels` hold here as well.
+takes a few tokens; tokens of all rows are numbered through. The rules of `chunkwise_kernels` hold here as well.
 """
 
 import triton
@@ -70,7 +70,7 @@ def _store_pairs(
 
 
 @triton.jit(do_not_specialize=["tokens", "period", "heads"])
-def rotary_kernel(
+def rotary_triton(
     q,  # [tokens,H,K]
     k,  # [tokens,H,K]
     q_out,  # [tokens,H,K], contiguous, written
@@ -116,7 +116,7 @@ def rotary_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "period"])
-def norm_kernel(
+def head_norm_triton(
     o,  # [tokens,H,V]
     gate,  # [tokens,H,V]
     weight,  # [H,V]
@@ -177,7 +177,7 @@ def norm_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
-def norm_backward_kernel(
+def head_norm_backward_triton(
     d_out,  # [tokens,H,V]
     o,  # [tokens,H,V]
     gate,  # [tokens,H,V]

@@ -2,17 +2,17 @@
 # ruff: noqa: ANN001, ANN201
 """Decoding step of retention as a Triton kernel: the recurrent form on slots of state.
 
-The rules of `kernels` hold here as well.
+The rules of `chunkwise_kernels` hold here as well.
 """
 
 import triton
 import triton.language as tl
 
-from retnet.ops.triton.kernels import log2_decay
+from retnet.ops.triton.chunkwise_kernels import log2_decay
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
-def step_kernel(
+def retention_step_triton(
     q,  # [B,T,H,K]
     k,  # [B,T,H,K]
     v,  # [B,T,H,V]
