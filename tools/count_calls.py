@@ -4,7 +4,8 @@
     python -m tools.count_calls --mixer softmax --d-model 512
 
 A call is a function of this package or of `torch.nn` that is entered; an operator one that torch's dispatcher sees; a node
-one in the graph of the backward pass. They are the same on every machine, and are written down before and after a change.
+one in the graph of the backward pass. They are the same on every machine, and are written down before and after a change
+(docs/developing.md, "A kernel").
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_product_with_int8_weights(rows, monkeypatch):
     weight = codes.double() * scale.double()[:, None]
     want, size = F.linear(x.double(), weight), F.linear(x.double().abs(), weight.abs())
     with torch.no_grad():
-        assert (decode.few_rows(x, codes, scale) is None) == (rows > decode.MAX_ROWS)
+        assert (decode.no_skinny_gemm(x, codes, scale) is None) == (rows <= decode.MAX_ROWS)
         for _ in range(2):
             got = product(x, codes, scale)
             assert ((got - want).abs() <= 1e-6 * size).all()  # each row by its own measure
@@ -65,10 +65,10 @@ def test_a_row_of_a_product_is_the_same_bits_in_any_company(size, kind):
     weights = (weight,) if kind == "fp32" else int8(weight)
     x = torch.randn(64, size[1])
     with torch.no_grad():
-        alone = torch.cat([decode.few_rows(row[None], *weights) for row in x])
+        alone = torch.cat([decode.skinny_gemm(row[None], *weights) for row in x])
         for rows in range(2, 65):
             order = torch.randperm(64)[:rows]
-            assert torch.equal(decode.few_rows(x[order], *weights), alone[order]), f"{rows} rows"
+            assert torch.equal(decode.skinny_gemm(x[order], *weights), alone[order]), f"{rows} rows"
 
 
 WRONG = {
@@ -89,7 +89,7 @@ WRONG = {
 def test_the_kernel_reads_only_what_it_knows(wrong):
     weight = torch.randn(200, 130)
     with torch.no_grad():
-        assert decode.few_rows(torch.randn(1, 130), *WRONG[wrong](weight, *int8(weight))) is None
+        assert decode.no_skinny_gemm(torch.randn(1, 130), *WRONG[wrong](weight, *int8(weight))) is not None
 
 
 @pytest.mark.parametrize(("H", "K", "V"), [(1, 1, 1), (3, 60, 100), (4, 64, 128)])

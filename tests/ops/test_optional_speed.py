@@ -125,7 +125,7 @@ def test_a_broken_numba(tmp_path, numba, reason):
 def anew(monkeypatch):
     """The compiler and the kernels of a fresh process."""
     jit._compiler.cache_clear()
-    monkeypatch.setattr(chunkwise_numba, "_kernels", jit.optional(chunkwise_numba._kernels.__wrapped__))
+    monkeypatch.setattr(chunkwise_numba, "_kernels", jit.optional(chunkwise_numba._kernels.__self__.make))
     yield
     monkeypatch.undo()
     jit._compiler.cache_clear()

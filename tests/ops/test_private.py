@@ -67,7 +67,7 @@ def test_what_they_mean():
     x = torch.randn(3)
     assert torch_private.plain()
     seen = []
-    torch.func.vmap(lambda y: seen.append((torch_private.plain(), torch_private.is_batched(y))) or y)(x)
+    torch.func.vmap(lambda y: seen.append((torch_private.plain(), not torch_private.is_readable(y))) or y)(x)
     torch.func.grad(
         lambda y: (seen.append((torch_private.plain(), torch_private.is_differentiated(y))) or y).sum()
     )(x)
@@ -75,7 +75,7 @@ def test_what_they_mean():
         lambda y: seen.append((torch_private.plain(), torch_private.is_differentiated(y))) or y, (x,), (x,)
     )
     assert seen == [(False, True)] * 3
-    assert not torch_private.is_batched(x)
+    assert torch_private.is_readable(x)
     assert not torch_private.is_differentiated(x)
     assert torch_private.autocast_key("cpu") == "AutocastCPU"
 

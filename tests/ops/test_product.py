@@ -140,3 +140,16 @@ def test_what_is_made_again_is_not_kept():
     ).requires_grad
     with torch.no_grad():
         assert not product_of(gated, weight, x, gate, shared=(None,), lead=1).requires_grad
+
+
+def test_transforms_see_a_formula():
+    """Also where the weights are real and only what goes in is transformed."""
+    x, weight = torch.randn(3, 2, 4).double(), torch.randn(5, 4, requires_grad=True).double()
+
+    def run(x):
+        return product_of(gated, weight, x, x.cos(), shared=(None,), lead=1)
+
+    want = product(gated(x, x.cos(), None), weight)
+    assert relative(torch.func.vmap(run)(x), want) < 1e-14
+    tangent = torch.func.jvp(run, (x[0],), (torch.ones_like(x[0]),))[1]
+    assert relative(tangent, torch.func.jacfwd(run)(x[0]).sum((-1, -2))) < 1e-14

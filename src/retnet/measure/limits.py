@@ -10,6 +10,7 @@ import torch
 
 from retnet.host import product_rate
 from retnet.measure.clock import CPU, Limits, least_seconds
+from retnet.ops.torch_private import onednn_linear
 
 
 def matrix_products(
@@ -23,9 +24,9 @@ def matrix_products(
     limits: dict[str, Callable[[], float]] = {
         "torch_mm": lambda: product_rate(dtype, size, rounds=3, device=device)
     }
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and onednn_linear is not None:
         a, b = torch.ones(size, size), torch.ones(size, size)
-        product = partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], "")
+        product = partial(onednn_linear, a, b)
         limits["onednn"] = lambda: 2 * size**3 / least_seconds(product, 4)
     return limits
 

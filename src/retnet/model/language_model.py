@@ -31,11 +31,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y = x + self._drop(mixed)
-        return y + self._drop(self.ffn(self.ffn_norm(y)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return self.dropout(x) if self.training else x  # a module's call costs microseconds of every token
+        if self.training:  # else a module's call would cost microseconds of every token
+            mixed = self.dropout(mixed)
+        y = x + mixed
+        out = self.ffn(self.ffn_norm(y))
+        return y + (self.dropout(out) if self.training else out)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, positions: Positions | None = None

@@ -36,20 +36,18 @@ def linear_of(
 
     Any other layer, and one that has hooks or a `forward` of its own, is called.
     """
-    if torch.is_grad_enabled() and type(layer) is Linear and _uncalled(layer):
+    if (
+        torch.is_grad_enabled()
+        and type(layer) is Linear
+        and type(layer.weight) is nn.Parameter
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in layer.__dict__
+    ):
         return product_of(function, layer.weight, *rows, shared=shared, lead=lead)
     made = [x.function(*x.inputs) if isinstance(x, Remade) else x for x in rows]
     y: Tensor = layer(function(*made, *shared))
     return y
-
-
-def _uncalled(layer: Linear) -> bool:
-    """Whether nobody would miss the layer's call."""
-    own = "forward" in layer.__dict__ or any(getattr(layer, name) for name in _HOOKS)
-    return not own and type(layer.weight) is nn.Parameter
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Int8Linear(nn.Module):

@@ -1,7 +1,7 @@
 """Dispatch of ops to backends: one table, op × backend → the function that runs it, or why it cannot run here.
 
 Every op declares its row, an `Op`, beside its public function; `TABLE` holds them all. Nowhere else in the package is a
-backend chosen, but for the few rows of a matrix product (`retnet.ops.linear`), which has no argument for it.
+backend chosen.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ TABLE: dict[str, Op] = {}
 _log = logging.getLogger("retnet.ops")
 
 
-def nothing(*arguments: object) -> None:
-    """No reason against a backend."""
-
-
 class Implementation(NamedTuple):
     """One cell of the table. All three functions take the arguments of the op's row.
 
     Attributes:
         run: computes the op.
-        unfit: why it cannot run with these arguments on this machine; None if it can.
-        slow: why ``"auto"`` passes it over though it can run; None if it does not.
+        unfit: why it cannot run with these arguments on this machine; None if it can. By default it always can.
+        slow: why ``"auto"`` passes it over though it can run; None if it does not. By default it never does.
+        auto_on: the one type of device on which ``"auto"`` takes it; None: on any.
+        differentiable: if not, ``"auto"`` passes it over while autograd records.
     """
 
     run: Callable[..., Any]
-    unfit: Callable[..., str | None] = nothing
-    slow: Callable[..., str | None] = nothing
+    unfit: Callable[..., str | None] | None = None
+    slow: Callable[..., str | None] | None = None
+    auto_on: str | None = None
+    differentiable: bool = True
 
 
-ABSENT = Implementation(nothing, lambda *_: "its row of the table has no such cell")
+ABSENT = Implementation(lambda *_: None, lambda *_: "its row of the table has no such cell")
 
 
 class Op:
@@ -63,11 +63,19 @@ class Op:
         """The function that is to run, by the name of a backend, or by ``"auto"``, whose choice is logged once."""
         if backend != "auto":
             return self._named(backend, *arguments)
+        here = f"tensors on {arguments[0].device.type}"
         passed = ""
-        for name, (run, unfit, slow) in self.implementations.items():
-            if (why := slow(*arguments) or unfit(*arguments)) is None:
+        for name, (run, unfit, slow, auto_on, differentiable) in self.implementations.items():
+            why = here if auto_on and auto_on != arguments[0].device.type else None
+            if why is None and not differentiable and torch.is_grad_enabled():
+                why = "a gradient may be wanted"
+            if why is None and slow is not None:
+                why = slow(*arguments)
+            if why is None and unfit is not None:
+                why = unfit(*arguments)
+            if why is None:
                 if not torch.compiler.is_compiling():
-                    _say_once(self.name, name, passed or f"tensors on {arguments[0].device.type}")
+                    _say_once(self.name, name, passed or here)
                 return run
             passed = f"{passed}; {name}: {why}" if passed else f"{name}: {why}"
         raise ValueError(f"no backend can run {self.name}: {passed}")
@@ -75,7 +83,7 @@ class Op:
     def _named(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
         check_backend(backend)
         implementation = self.implementations.get(backend, ABSENT)
-        if (why := implementation.unfit(*arguments)) is not None:
+        if implementation.unfit and (why := implementation.unfit(*arguments)) is not None:
             raise ValueError(
                 f"backend {backend!r} cannot run {self.name}: {why}; or use backend 'auto' or 'reference'"
             )

@@ -71,16 +71,6 @@ def define(
     return op
 
 
-def keep(ctx: Any, *tensors: Tensor | None) -> None:  # noqa: ANN401
-    """Saves tensors for the backward rule, and for the forward-mode rule while somebody differentiates so."""
-    ctx.set_materialize_grads(
-        False
-    )  # what is not there is None, in both directions, and not a tensor of zeros
-    ctx.save_for_backward(*tensors)
-    if torch_private.differentiating_forwards():
-        ctx.save_for_forward(*tensors)
-
-
 def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any]:  # noqa: ANN401
     """The operator's kernel at its autograd key: notes the rules, and runs the operator below."""
 

@@ -79,7 +79,19 @@ def _by_torch(
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    y = _normed(o, norm, eps, weight, bias, sums).flatten(-2).to(o.dtype if dtype is None else dtype)
+    H, V = o.shape[-2:]
+    y = o.to(torch.promote_types(o.dtype, torch.float32))
+    if sums is not None:
+        y = y * sums.rsqrt().to(y.dtype)[..., None]
+    if norm == "rms":
+        y = F.rms_norm(y, (V,), eps=eps)
+    elif norm == "group":
+        y = F.layer_norm(y, (V,), eps=eps)
+    if weight is not None:
+        y = y * weight.view(H, V)
+    if bias is not None:
+        y = y + bias.view(H, V)
+    y = y.flatten(-2).to(o.dtype if dtype is None else dtype)
     return y if gate is None else (F.silu(gate) * y).to(gate.dtype)
 
 
@@ -97,30 +109,11 @@ def _no_triton(
 
 _HEAD_NORM = Op(
     "head_norm",
-    triton=Implementation(_by_triton, _no_triton, capability.interpreted),
+    triton=Implementation(_by_triton, _no_triton, auto_on="cuda"),
     torch=Implementation(_by_torch),
     numba=Implementation(_by_torch),
     reference=Implementation(_by_torch),
 )
-
-
-def _normed(
-    o: Tensor, norm: str, eps: float, weight: Tensor | None, bias: Tensor | None, sums: Tensor | None
-) -> Tensor:
-    """The same by torch's operators, [...,H,V], in fp32 or better."""
-    H, V = o.shape[-2:]
-    o = o.to(torch.promote_types(o.dtype, torch.float32))
-    if sums is not None:
-        o = o * sums.rsqrt().to(o.dtype)[..., None]
-    if norm == "rms":
-        o = F.rms_norm(o, (V,), eps=eps)
-    elif norm == "group":
-        o = F.layer_norm(o, (V,), eps=eps)
-    if weight is not None:
-        o = o * weight.view(H, V)
-    if bias is not None:
-        o = o + bias.view(H, V)
-    return o
 
 
 def _check(

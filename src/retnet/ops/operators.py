@@ -16,6 +16,7 @@ from torch import Tensor
 from retnet.ops import chunkwise, library
 from retnet.ops.chunkwise import initial_state
 from retnet.ops.cpu import chunkwise_numba, decode
+from retnet.ops.torch_private import keep
 from retnet.ops.triton import operators as triton
 from retnet.ops.triton import tile_table
 
@@ -137,7 +138,7 @@ def _define(
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
         *tensors, ctx.scale, ctx.chunk, keep_states = inputs
         ctx.mark_non_differentiable(output[2])
-        library.keep(ctx, *tensors, output[2] if keep_states else None)
+        keep(ctx, *tensors, output[2] if keep_states else None)
 
     def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:  # noqa: ANN401
         q, k, v, log_decay, state, cu_seqlens, snapshots = ctx.saved_tensors
@@ -160,7 +161,7 @@ def _define(
         *tensors, _, ctx.scale, ctx.chunk = (
             inputs  # but for the snapshots, which k, v and the state determine
         )
-        library.keep(ctx, *tensors)
+        keep(ctx, *tensors)
 
     def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401
         d_out, d_final, q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors

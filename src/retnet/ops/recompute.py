@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops.linear import gemm, product, weight_gradient
+from retnet.ops.torch_private import plain
 
 BLOCK_ROWS = (
     2048  # a thread, at once on a CPU: what is made again is then never whole; fewer make products slower
@@ -43,23 +44,27 @@ def product_of(
     Args:
         function: works on each row by itself; without randomness, and without weights that are not among its arguments.
         weight: [N,K].
-        rows: [...,·], which have the leading dimensions of the result; None where an argument is left out. What is `Remade`
-            is not kept either.
+        rows: [...,·], which have the leading dimensions of the result; None where an argument but the first is left out.
+            What is `Remade` is not kept either.
         shared: arguments that all rows share, such as the weights of a norm.
         lead: number of leading dimensions.
 
     Returns:
         [...,N].
     """
-    inputs = [y for x in rows for y in (x.inputs if isinstance(x, Remade) else (x,))]
-    wanted = any(x is not None and x.requires_grad for x in (weight, *inputs, *shared))
-    if (
-        not (wanted and torch.is_grad_enabled()) or torch.compiler.is_compiling()
-    ):  # a compiler decides for itself
+    if not (torch.is_grad_enabled() and plain()):  # a compiler decides for itself
         made = [x.function(*x.inputs) if isinstance(x, Remade) else x for x in rows]
         return product(function(*made, *shared), weight)
-    plan = _Plan(function, [_maker(x) for x in rows], lead)
-    return _ProductOf.apply(plan, weight, *inputs, *shared)  # type: ignore[no-untyped-call]
+    makers: list[tuple[Function | None, int]] = []
+    inputs: list[Tensor | None] = []
+    for x in rows:
+        if isinstance(x, Remade):
+            makers.append((x.function, len(x.inputs)))
+            inputs += x.inputs
+        else:
+            makers.append((None, 1))
+            inputs.append(x)
+    return _ProductOf.apply(_Plan(function, makers, lead), weight, *inputs, *shared)  # type: ignore[no-untyped-call]
 
 
 class _Plan(NamedTuple):
@@ -77,16 +82,18 @@ class _Plan(NamedTuple):
             at += count
         return rows, list(inputs[at:])
 
-    def blocks(self, rows: Sequence[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
+    def blocks(self, rows: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
         """Of rows, on a CPU; all rows elsewhere."""
-        first = next(x for x in rows if x is not None)
+        first = rows[0]
+        assert first is not None
         count, size = math.prod(first.shape[: self.lead]), BLOCK_ROWS * torch.get_num_threads()
         if not first.is_cpu or count < 2 * size:
-            yield tuple(rows)
-            return
+            return [tuple(rows)]
         flat = [None if x is None else x.flatten(0, self.lead - 1) for x in rows]
-        for start in range(0, count, size):
-            yield tuple(None if x is None else x[start : start + size] for x in flat)
+        return [
+            tuple(None if x is None else x[start : start + size] for x in flat)
+            for start in range(0, count, size)
+        ]
 
     def input_gradients(
         self, leaves: Sequence[Tensor | None], rows: Sequence[Tensor | None], d_rows: Sequence[Tensor | None]
@@ -113,7 +120,9 @@ class _ProductOf(torch.autograd.Function):
         ctx.save_for_backward(weight, *inputs)
         ctx.plan, ctx.precision = plan, _autocast(weight.device.type)
         rows, shared = plan.arguments(inputs)
-        parts = [gemm(plan.function(*block, *shared), weight) for block in plan.blocks(rows)]
+        parts = []
+        for block in plan.blocks(rows):
+            parts.append(gemm(plan.function(*block, *shared), weight))
         return parts[0] if len(parts) == 1 else _joined(parts, rows, plan.lead)
 
     @staticmethod
@@ -201,7 +210,7 @@ def _differentiable_gradients(
     wanted = [y for y in views if y is not None and y.requires_grad]
     found: Iterator[Tensor | None] = iter(())
     if wanted and x.requires_grad:
-        dx = product(grad, weight.to(grad.dtype).t()).to(x.dtype)
+        dx = gemm(grad, weight.to(grad.dtype).t()).to(x.dtype)
         found = iter(torch.autograd.grad(x, wanted, dx, create_graph=True, allow_unused=True))
     return [dw, *(next(found, None) if y is not None and y.requires_grad else None for y in views)]
 
@@ -211,12 +220,8 @@ def _leaf(x: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def _joined(parts: Sequence[Tensor], rows: Sequence[Tensor | None], lead: int) -> Tensor:
-    shape = next(x.shape[:lead] for x in rows if x is not None)
-    return torch.cat(tuple(parts)).view(*shape, -1)
-
-
-def _maker(x: Tensor | Remade | None) -> tuple[Function | None, int]:
-    return (x.function, len(x.inputs)) if isinstance(x, Remade) else (None, 1)
+    assert rows[0] is not None
+    return torch.cat(tuple(parts)).view(*rows[0].shape[:lead], -1)
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:

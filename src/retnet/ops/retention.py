@@ -12,13 +12,15 @@ from torch import Tensor
 from retnet.ops import operators, reference
 from retnet.ops.cpu import chunkwise_numba, decode
 from retnet.ops.dispatch import Implementation, Op
-from retnet.ops.torch_private import is_differentiated
+from retnet.ops.torch_private import is_differentiated, plain
 from retnet.ops.triton import capability, tile_table
 from retnet.ops.validation import check_documents, check_inputs, check_pool, check_state, plainly_right
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 
 CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
+
+NO_DECAY_GRADIENT = "log_decay requires a gradient, which explicit backward passes do not compute"
 
 
 def retention(
@@ -62,7 +64,8 @@ def retention(
     """
     check_inputs(q, k, v, log_decay, time=True)
     rows = q.shape[0] if cu_seqlens is None else check_documents(cu_seqlens, q)
-    check_state(state, q, v, rows)
+    if state is not None:
+        check_state(state, q, v, rows)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, FORMS))}")
     if chunk_size is not None and chunk_size < 1:
@@ -103,12 +106,9 @@ def retention_step(
     Raises:
         ValueError: an argument that does not fit, naming it, what it is and what is allowed.
     """
-    if backend == "auto" and slots is None and plainly_right(q, k, v, log_decay, state):
-        factor = q.shape[2] ** -0.5 if scale is None else float(scale)
-        if (fast := decode.state_step(q, k, v, log_decay, state, None, factor)) is not None:
-            return fast
-    check_inputs(q, k, v, log_decay, time=False)
-    check_pool(q, v, state, slots)
+    if slots is not None or not plainly_right(q, k, v, log_decay, state):
+        check_inputs(q, k, v, log_decay, time=False)
+        check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out: Tensor = _STEP(backend, q, k, v, log_decay, state, slots, scale)
     return out
@@ -185,52 +185,44 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     return out, final
 
 
-def _no_decay_gradient(log_decay: Tensor) -> str | None:
-    if is_differentiated(log_decay):
-        return "log_decay requires a gradient, which explicit backward passes do not compute"
-    return None
-
-
 def _no_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
-    return _no_decay_gradient(log_decay)
+    return NO_DECAY_GRADIENT if is_differentiated(log_decay) else None
 
 
 def _no_numba(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
     if not q.is_cpu:
         return f"tensors are on {q.device}; numba compiles for the CPU"
-    return _no_decay_gradient(log_decay) or chunkwise_numba.hindrance(
-        torch.promote_types(q.dtype, torch.float32)
-    )
+    if is_differentiated(log_decay):
+        return NO_DECAY_GRADIENT
+    return chunkwise_numba.hindrance(torch.promote_types(q.dtype, torch.float32))
 
 
-def _slow_numba(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    form: str,
-    chunk_size: int | None,
-    _: bool,
-) -> str | None:
+def _slow_numba(q: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
+    """Where torch's batched products would be faster. Not said while tracing, where sizes are not known."""
+    if torch.compiler.is_compiling():
+        return None
+    cu_seqlens, form, chunk_size = rest[4], rest[6], rest[7]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads, threads = sequences * q.shape[2], torch.get_num_threads()
+    if 2 * heads < threads:
+        return f"{heads} heads of sequences for {threads} threads"
     chunk = {"parallel": q.shape[1], "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
-    return chunkwise_numba.slower(q, chunk, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    longest = chunkwise_numba.LONGEST
+    return f"chunks of more than {longest} tokens" if min(chunk, q.shape[1]) > longest else None
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
     return (
         capability.unsupported(q, v, rest[3])
-        or _no_decay_gradient(log_decay)
+        or _no_torch(q, k, v, log_decay)
         or capability.missing(str(q.device))
     )
 
 
 _RETENTION = Op(
     "retention",
-    triton=Implementation(_triton, _no_triton, capability.interpreted),
-    numba=Implementation(partial(_chunkwise, operators.NUMBA), _no_numba, _slow_numba),
+    triton=Implementation(_triton, _no_triton, auto_on="cuda"),
+    numba=Implementation(partial(_chunkwise, operators.NUMBA), _no_numba, _slow_numba, auto_on="cpu"),
     torch=Implementation(partial(_chunkwise, operators.TORCH), _no_torch),
     reference=Implementation(_reference),
 )
@@ -238,12 +230,11 @@ _RETENTION = Op(
 # Arguments of the steps: q, k, v, log_decay, state, slots, scale.
 
 
-def _no_numba_step(q: Tensor, *_: object) -> str | None:
-    if not q.is_cpu:
-        return f"tensors are on {q.device}; numba compiles for the CPU"
-    if q.dtype is torch.float64:
-        return f"q has type {q.dtype}, and the compiled step is of fp32"
-    return decode.step_hindrance()
+def _step_by_numba(q: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+    """By the operator where something wants to see it, whose dispatch costs more than a small step."""
+    run = decode.step if plain() and not torch.is_grad_enabled() else operators.NUMBA.step
+    out: Tensor = run(q, *rest)
+    return out
 
 
 def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
@@ -260,15 +251,15 @@ def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa
 
 _STEP = Op(
     "retention_step",
-    triton=Implementation(operators.TRITON.step, _no_triton_step, capability.interpreted),
-    numba=Implementation(operators.NUMBA.step, _no_numba_step),
+    triton=Implementation(operators.TRITON.step, _no_triton_step, auto_on="cuda"),
+    numba=Implementation(_step_by_numba, decode.no_step, auto_on="cpu"),
     torch=Implementation(operators.TORCH.step),
     reference=Implementation(reference.retention_step),
 )
 _STEPS = Op(
     "retention_steps",
-    triton=Implementation(operators.TRITON.step, _no_triton_step, capability.interpreted),
-    numba=Implementation(partial(_one_by_one, operators.NUMBA.step), _no_numba_step),
+    triton=Implementation(operators.TRITON.step, _no_triton_step, auto_on="cuda"),
+    numba=Implementation(partial(_one_by_one, _step_by_numba), decode.no_step, auto_on="cpu"),
     torch=Implementation(partial(_one_by_one, operators.TORCH.step)),
     reference=Implementation(partial(_one_by_one, reference.retention_step)),
 )

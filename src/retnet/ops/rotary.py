@@ -7,6 +7,7 @@ exactly as one at position 10.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from retnet.ops import library
 from retnet.ops.dispatch import Implementation, Op
-from retnet.ops.torch_private import is_differentiated, plain
+from retnet.ops.torch_private import is_differentiated, keep, plain
 from retnet.ops.triton import capability, rotary_norm_operators
 
 LAYOUTS = ("interleaved", "halves")
 SPACINGS = ("inclusive", "geometric")
+UNKNOWN_LAYOUT = f"unknown rotary layout {{!r}}; allowed: {', '.join(map(repr, LAYOUTS))}"
 
 
 def frequencies(key_dim: int, spacing: str = "inclusive", base: float = 10000.0) -> Tensor:
@@ -91,16 +93,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
     Raises:
         ValueError: an unknown layout.
     """
-    _check_layout(layout)
-    interleaved = layout == "interleaved"
-    if is_differentiated(cos) or is_differentiated(sin):
-        return _rotate_by_autograd(x, cos, sin, interleaved)
-    if plain() and not (torch.is_grad_enabled() and x.requires_grad):
-        return _rotate(
-            x, cos, sin, interleaved
-        )  # decoding: the operator's dispatch would cost more than its work
-    turned: Tensor = _OPERATOR(x, cos, sin, interleaved)
-    return turned
+    if layout not in LAYOUTS:
+        raise ValueError(UNKNOWN_LAYOUT.format(layout))
+    return _turner(cos, sin, x.requires_grad)(x, cos, sin, layout == "interleaved")
+
+
+def _turner(cos: Tensor, sin: Tensor, learning: bool) -> Callable[..., Tensor]:
+    """What turns heads by these angles: the operator, but for angles that are learned, and where nobody learns."""
+    if is_differentiated(cos, sin):
+        return _rotate_by_autograd
+    if plain() and not (learning and torch.is_grad_enabled()):
+        return _rotate  # the operator's dispatch would cost more than its work
+    operator: Callable[..., Tensor] = _OPERATOR
+    return operator
 
 
 def apply_rotary(
@@ -130,8 +135,7 @@ def apply_rotary(
     Raises:
         ValueError: shapes that do not fit, an unknown layout, or a backend that cannot run.
     """
-    _check_shapes(q, k, position, theta)
-    _check_layout(layout)
+    _check(q, k, position, theta, layout)
     turned: tuple[Tensor, Tensor] = _ROTARY(backend, q, k, position, theta, layout, angles)
     return turned
 
@@ -157,7 +161,8 @@ def _by_torch(
     angles: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     cos, sin = angles or rotation(position, theta, torch.promote_types(q.dtype, torch.float32))
-    return rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
+    turn, interleaved = _turner(cos, sin, q.requires_grad or k.requires_grad), layout == "interleaved"
+    return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
 
 
 def _by_triton(
@@ -179,14 +184,16 @@ def _no_triton(
 
 _ROTARY = Op(
     "rotary",
-    triton=Implementation(_by_triton, _no_triton, capability.interpreted),
+    triton=Implementation(_by_triton, _no_triton, auto_on="cuda"),
     torch=Implementation(_by_torch),
     numba=Implementation(_by_torch),
     reference=Implementation(_by_torch),
 )
 
 
-def _check_shapes(q: Tensor, k: Tensor, position: Tensor, theta: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, position: Tensor, theta: Tensor, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(UNKNOWN_LAYOUT.format(layout))
     if q.dim() < 3 or q.shape[-1] % 2:
         raise ValueError(f"q has shape {tuple(q.shape)}; allowed: [...,H,K], K even")
     if k.shape != q.shape:
@@ -201,11 +208,6 @@ def _check_shapes(q: Tensor, k: Tensor, position: Tensor, theta: Tensor) -> None
         )
     if theta.shape != (q.shape[-1] // 2,):
         raise ValueError(f"theta has shape {tuple(theta.shape)}; allowed: ({q.shape[-1] // 2},), half of K")
-
-
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown rotary layout {layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -236,7 +238,7 @@ def _rotate_by_autograd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
     _, cos, sin, ctx.interleaved = inputs
-    library.keep(ctx, cos, sin)
+    keep(ctx, cos, sin)
 
 
 def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401

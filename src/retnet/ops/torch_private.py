@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,16 +20,19 @@ SingleLevelFunction: Any = _SingleLevelFunction
 allow_single_level: Any = autograd_function.enable_single_level_autograd_function  # type: ignore[attr-defined]
 
 
-@contextmanager
-def below_autograd() -> Iterator[None]:
+def below_autograd() -> AbstractContextManager[Any]:
     """In which operators are called past their autograd keys, from the forward of a `SingleLevelFunction`.
 
     That turns derivatives off. Under `torch.func` what is called is the level below, which may want some of its own.
     """
-    with torch._C._AutoDispatchBelowAutograd(), ExitStack() as stack:
-        if transforming():
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return torch._C._AutoDispatchBelowAutograd()
+    return _at_the_level_below()
+
+
+@contextmanager
+def _at_the_level_below() -> Iterator[None]:
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
 
 
@@ -53,7 +57,7 @@ def plain() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or transforming()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
@@ -64,33 +68,48 @@ def differentiating_forwards() -> bool:
     return forward_ad._current_level >= 0
 
 
-def is_batched(x: Tensor) -> bool:
-    """Whether x stands for many tensors at once, under `torch.vmap`: its values cannot be looked at."""
-    if not transforming():
+def is_readable(x: Tensor) -> bool:
+    """Whether values of x can be looked at, and at once: it is on a CPU, not traced, and not many under `torch.vmap`."""
+    if not x.is_cpu or torch.compiler.is_compiling():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
-            return True
+            return False
         x = torch._C._functorch.get_unwrapped(x)
-    return False
+    return True
 
 
-def is_differentiated(x: Tensor) -> bool:
-    """Whether somebody wants a derivative with respect to x: backwards, forwards, or at any level of `torch.func`."""
-    if x.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None):
-        return True
-    if not transforming():
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether somebody wants a derivative with respect to one: backwards, forwards, or at any level of `torch.func`."""
+    forwards = forward_ad._current_level >= 0
+    for x in tensors:
+        if x.requires_grad or (forwards and forward_ad.unpack_dual(x).tangent is not None):
+            return True
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return wrapped and is_differentiated(torch._C._functorch.get_unwrapped(x))
+    level = torch._C._functorch
+    return any(
+        level.is_functorch_wrapped_tensor(x) and is_differentiated(level.get_unwrapped(x)) for x in tensors
+    )
 
 
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ by oneDNN, fp32 on a CPU; no derivative."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+# onednn_linear(x, weight): x Wᵀ by oneDNN, fp32 on a CPU, without a derivative; None where torch does not carry oneDNN.
+onednn_linear: Callable[[Tensor, Tensor], Tensor] | None = None
+if torch.backends.mkldnn.is_available():
+    onednn_linear = partial(torch.ops.mkldnn._linear_pointwise, B=None, attr="none", scalars=[], algorithm="")
 
 
 def constant_in_traces(function: F) -> F:
     """What `torch.compiler.assume_constant_result` does; that imports the whole compiler, seconds for everybody."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:  # noqa: ANN401
+    """Saves tensors for the backward rule, and for the forward-mode rule while somebody differentiates so."""
+    ctx.set_materialize_grads(
+        False
+    )  # what is not there is None in both directions, and not a tensor of zeros
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from retnet.ops.torch_private import is_batched, plain
+from retnet.ops.torch_private import is_readable, plain
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,11 +47,6 @@ def plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
     return True
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether looking at the values of x costs no synchronisation and does not break a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(x)
-
-
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bool) -> None:
     """Tokens [B,T,H,·], or [B,H,·] without `time`, of one type and device, and a decay in (0, 1] for each head."""
     lead = "B,T,H" if time else "B,H"
@@ -77,7 +72,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bo
     for name, x in (("k", k), ("v", v), ("log_decay", log_decay)):
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}; allowed: the device of q, {q.device}")
-    if _readable(log_decay):
+    if is_readable(log_decay):
         for head, value in enumerate(log_decay.tolist()):
             if not -math.inf < value <= 0:
                 raise ValueError(
@@ -101,17 +96,15 @@ def check_documents(cu_seqlens: Tensor, q: Tensor) -> int:
         )
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; allowed: the device of q, {q.device}")
-    if _readable(cu_seqlens):
+    if is_readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != q.shape[1] or sorted(bounds) != bounds:
             raise ValueError(f"cu_seqlens is {bounds}; allowed: non-decreasing from 0 to T = {q.shape[1]}")
     return len(cu_seqlens) - 1
 
 
-def check_state(state: Tensor | None, q: Tensor, v: Tensor, rows: int) -> None:
-    """A state of so many rows, fp32 or as wide as the inputs, on their device; or none."""
-    if state is None:
-        return
+def check_state(state: Tensor, q: Tensor, v: Tensor, rows: int) -> None:
+    """A state of so many rows, fp32 or as wide as the inputs, on their device."""
     shape = (rows, q.shape[-2], q.shape[-1], v.shape[-1])
     wide = torch.promote_types(q.dtype, torch.float32)
     if state.shape != shape:
@@ -147,7 +140,7 @@ def check_pool(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None) -> Non
         raise ValueError(f"state has {state.shape[0]} rows for a batch of {B}; give at least {B}, or slots")
     if (
         slots is not None
-        and _readable(slots)
+        and is_readable(slots)
         and B
         and not -1 <= int(slots.min()) <= int(slots.max()) < state.shape[0]
     ):

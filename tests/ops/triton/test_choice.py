@@ -109,8 +109,8 @@ def test_what_stands_around_retention_follows_it(gpu, caplog):
 
 def test_what_stands_around_retention_falls_back_as_it_does(gpu, caplog, monkeypatch):
     monkeypatch.setattr("retnet.ops.rotary.rotation", lambda *arguments: (None, None))
-    monkeypatch.setattr("retnet.ops.rotary.rotate", lambda *arguments: "torch ran")
-    monkeypatch.setattr("retnet.ops.norm._normed", lambda o, *arguments: o)
+    monkeypatch.setattr("retnet.ops.rotary._turner", lambda *_: lambda *_: "torch ran")
+    monkeypatch.setattr("torch.nn.functional.layer_norm", lambda o, *arguments, **options: o)
     q, k, v = on(gpu, dtype=torch.float64)
     with caplog.at_level(logging.INFO, logger="retnet.ops"), Seen() as seen:
         for _ in range(2):
@@ -193,7 +193,7 @@ def test_the_table_has_every_backend_for_every_op():
     from retnet.ops import BACKENDS
     from retnet.ops.dispatch import TABLE
 
-    assert {"retention", "retention_step", "retention_steps", "rotary", "head_norm"} <= TABLE.keys()
+    assert {"retention", "retention_step", "retention_steps", "rotary", "head_norm", "linear"} <= TABLE.keys()
     for op in TABLE.values():
         assert op.implementations.keys() == set(BACKENDS) - {"auto"}
         assert list(op.implementations)[-1] == "reference"

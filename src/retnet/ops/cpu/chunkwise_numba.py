@@ -64,24 +64,12 @@ class ChunkwiseKernels(NamedTuple):
     backward: Any
 
 
+@constant_in_traces
 def hindrance(dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on states of this type; None if they can. Compiles them at the first call."""
-    if (why := jit.hindrance()) is not None:
-        return why
-    return "the kernels could not be compiled" if _kernels(dtype) is None else None
-
-
-constant_in_traces(hindrance)
-
-
-def slower(q: Tensor, chunk: int, sequences: int) -> str | None:
-    """Why torch's batched products would be faster; None if they would not, or while tracing, where sizes are not known."""
-    if torch.compiler.is_compiling():
+    if _kernels(dtype) is not None:
         return None
-    heads, threads = sequences * q.shape[2], torch.get_num_threads()
-    if 2 * heads < threads:
-        return f"{heads} heads of sequences for {threads} threads"
-    return f"chunks of more than {LONGEST} tokens" if min(chunk, q.shape[1]) > LONGEST else None
+    return jit.hindrance() or "the kernels could not be compiled"
 
 
 def forward(
@@ -99,7 +87,7 @@ def forward(
     final, C = initial_state(q, v, state, cu_seqlens), chunk_length(chunk, q.shape[1])
     if (kernels := _kernels(final.dtype)) is None:
         return chunkwise.forward(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
-    qr, kr, vr = (_rows(x, final) for x in (q, k, v))
+    qr, kr, vr = _rows(final, q, k, v)
     out = torch.empty_like(vr)
     tensors = {"q": qr, "k": kr, "v": vr, "state": final, "out": out}
     _run(kernels.forward, tensors, q, cu_seqlens, decay_factors(log_decay, C, scale, final.dtype))
@@ -126,7 +114,7 @@ def backward(
             d_out, d_final, q, k, v, log_decay, state, cu_seqlens, snapshots, scale, chunk
         )
     d_state = initial_state(q, v, d_final, cu_seqlens)
-    qr, kr, vr, gr = (_rows(x, before) for x in (q, k, v, d_out))
+    qr, kr, vr, gr = _rows(before, q, k, v, d_out)
     dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
     inputs = {"q": qr, "k": kr, "v": vr, "state": before, "d_out": gr, "d_state": d_state}
     tensors = inputs | {"dq": dq, "dk": dk, "dv": dv}
@@ -134,9 +122,9 @@ def backward(
     return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), d_state
 
 
-def _rows(x: Tensor, like: Tensor) -> Tensor:
-    """[B,T,H,W] → [B·T,H,W], contiguous, in the type of `like`."""
-    return x.to(like.dtype).contiguous().flatten(0, 1)
+def _rows(like: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Each [B,T,H,W] → [B·T,H,W], contiguous, in the type of `like`."""
+    return [x.to(like.dtype).contiguous().flatten(0, 1) for x in tensors]
 
 
 def _run(

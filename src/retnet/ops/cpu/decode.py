@@ -2,7 +2,8 @@
 
 torch's matrix product with a few rows runs on one thread at a third of that thread's bandwidth, and updates a state in three
 passes. The kernels here, compiled by numba where it is installed, read every weight and every state once, at the speed of
-the memory, on all of torch's threads. Where they cannot run (no numba, another type, a gradient) the functions return None.
+the memory, on all of torch's threads. Where they cannot run (no numba, another type, a trace) `no_skinny_gemm` and
+`no_step` say why.
 """
 
 from __future__ import annotations
@@ -31,22 +32,32 @@ class DecodeKernels(NamedTuple):
     step: Any
 
 
-def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
-    """x Wᵀ: fp32 x [...,K] of at most `MAX_ROWS` rows and weight [N,K] → [...,N]; None where the kernel cannot run.
+def no_skinny_gemm(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> str | None:
+    """Why `skinny_gemm` cannot run; None if it can. Compiles its kernel at the first call that could."""
+    if not plain() or torch.is_autocast_enabled("cpu"):
+        return "it is traced, transformed or cast"
+    if not 0 < x.numel() <= MAX_ROWS * x.shape[-1] or weight.numel() < MIN_SIZE:
+        return f"not 1 to {MAX_ROWS} rows of a weight of at least {MIN_SIZE} numbers"
+    number = torch.float32 if scale is None else torch.int8
+    if not (
+        x.dtype is torch.float32
+        and x.is_cpu
+        and x.shape[-1] == weight.shape[1]
+        and readable((weight,), number)
+        and readable((scale,), torch.float32, weight.shape[:1])
+    ):
+        return "x and a contiguous weight are not fp32 (or the weight int8 with fp32 scales) in CPU memory"
+    return _hindrance(number)
+
+
+def skinny_gemm(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x Wᵀ: fp32 x [...,K] of at most `MAX_ROWS` rows and weight [N,K] → [...,N].
 
     W is an fp32 weight, or an int8 one whose rows are multiplied by an fp32 scale [N]. A row's results are the same bits
-    whatever other rows are there.
+    whatever other rows are there. What it cannot compute, `no_skinny_gemm` says.
     """
-    number = torch.float32 if scale is None else torch.int8
-    if (
-        not _rows_fit(x)
-        or weight.numel() < MIN_SIZE
-        or x.shape[-1] != weight.shape[1]
-        or not readable((weight,), number)
-        or not readable((scale,), torch.float32, weight.shape[:1])
-        or (kernels := _kernels(number)) is None
-    ):
-        return None
+    kernels = _kernels(torch.float32 if scale is None else torch.int8)
+    assert kernels is not None
     x, (N, K), threads = x.contiguous(), weight.shape, torch.get_num_threads()
     out, rows = torch.empty(*x.shape[:-1], N), x.numel() // K
     packed = torch.empty(threads * rows * (K + LANES))
@@ -56,84 +67,39 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor |
     return out
 
 
-def state_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    slots: Tensor | None,
-    scale: float,
-) -> Tensor | None:
-    """`retnet.ops.retention_step` for fp32, in one pass over the state; None where the kernel cannot run.
-
-    Args:
-        q: [B,H,K].
-        k: [B,H,K].
-        v: [B,H,V].
-        log_decay: [H].
-        state: [N,H,K,V], contiguous, updated in place.
-        slots: int64 [B], the row of `state` of each batch row; −1 is padding, whose output is zero. None: row b has b.
-        scale: factor of the query-key products.
-    """
-    if not (q.dtype is k.dtype is v.dtype is state.dtype is torch.float32):
-        return None
-    if (kernels := _kernels(torch.float32)) is None:
-        return None
-    q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.float().contiguous()
-    out, at = torch.empty_like(v), 0
-    if slots is not None:
-        slots = slots.contiguous()
-        at = slots.data_ptr()
-    run(
-        kernels.step,
-        (
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            log_decay.data_ptr(),
-            state.data_ptr(),
-            at,
-            out.data_ptr(),
-            *q.shape,
-            v.shape[2],
-            state.shape[0],
-            bits(scale),
-        ),
-    )
-    return out
-
-
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
-    """The kernel of the operator: `state_step` for half types too, else torch's own operators."""
-    rows = None if slots is None else slots.long()
-    wide = state.dtype
-    if (out := state_step(q.to(wide), k.to(wide), v.to(wide), log_decay, state, rows, scale)) is None:
+    """`retnet.ops.retention_step` in one pass over the state, half types too.
+
+    Torch's own operators take over where the kernel cannot run: a program may have been exported elsewhere.
+    """
+    kernels = _kernels(torch.float32) if state.dtype is torch.float32 else None
+    if kernels is None:
         return chunkwise.step(q, k, v, log_decay, state, slots, scale)
+    inputs = [x.float().contiguous() for x in (q, k, v, log_decay)]
+    rows = None if slots is None else slots.long().contiguous()
+    out = torch.empty_like(inputs[2])
+    at = 0 if rows is None else rows.data_ptr()
+    pointers = (*[x.data_ptr() for x in inputs], state.data_ptr(), at, out.data_ptr())
+    run(kernels.step, (*pointers, *q.shape, v.shape[2], state.shape[0], bits(scale)))
     return out.to(v.dtype)
 
 
-def step_hindrance() -> str | None:
+def no_step(q: Tensor, *_: object) -> str | None:
     """Why the compiled step cannot run; None if it can. Compiles it at the first call."""
-    if (why := hindrance()) is not None:
-        return why
-    return "the kernel could not be compiled" if _kernels(torch.float32) is None else None
+    if not q.is_cpu:
+        return f"tensors are on {q.device}; numba compiles for the CPU"
+    if q.dtype is torch.float64:
+        return f"q has type {q.dtype}, and the compiled step is of fp32"
+    return _hindrance(torch.float32)
 
 
-constant_in_traces(step_hindrance)
-
-
-def _rows_fit(x: Tensor) -> bool:
-    return (
-        x.dtype is torch.float32
-        and x.is_cpu
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and plain()
-    )
+@constant_in_traces
+def _hindrance(number: torch.dtype) -> str | None:
+    if _kernels(number) is not None:
+        return None
+    return hindrance() or "the kernel could not be compiled"
 
 
 _NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from enum import EnumType
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
@@ -106,26 +106,27 @@ def _make_compiler() -> Compiler:
 
 
 def optional(make: Callable[..., Made]) -> Callable[..., Made | None]:
-    """Decorator of make(compiler, *key): its kernels, compiled once for each key; None, said once, where that fails."""
-    made: dict[tuple[Hashable, ...], Made | None] = {}
+    """Decorator of make(compiler, key): its kernels, compiled once for each key; None, said once, where that fails."""
+    return _Compiled(make).__getitem__
 
-    @wraps(make)
-    def kernels(*key: Hashable) -> Made | None:
-        if key in made:
-            return made[key]
+
+class _Compiled(dict[Hashable, Made | None]):
+    def __init__(self, make: Callable[..., Made]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: Hashable) -> Made | None:
         with _lock:
-            if key not in made:
-                made[key] = _attempt(make, key)
-        return made[key]
-
-    return kernels
+            if key not in self:
+                self[key] = _attempt(self.make, key)
+        return self[key]
 
 
-def _attempt(make: Callable[..., Made], key: tuple[Hashable, ...]) -> Made | None:
+def _attempt(make: Callable[..., Made], key: Hashable) -> Made | None:
     if (found := compiler()) is None:
         return None
     try:
-        return make(found, *key)
+        return make(found, key)
     except Exception as error:  # of numba, LLVM, or this CPU
         name = f"{make.__module__}.{make.__qualname__}"
         _log.warning("%s could not be compiled, so torch's own operators are used: %s", name, _short(error))

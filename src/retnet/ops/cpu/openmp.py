@@ -27,7 +27,7 @@ _COLLAPSE = 25  # MADV_COLLAPSE
 
 def run(kernel: Any, numbers: Sequence[int], threads: int | None = None) -> None:  # noqa: ANN401
     """Runs a kernel once; its table holds `numbers`: addresses, sizes, `bits`."""
-    launch(kernel, table(numbers), threads)
+    launch(kernel, (ctypes.c_int64 * len(numbers))(*numbers), threads)
 
 
 def table(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

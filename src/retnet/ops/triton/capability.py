@@ -72,11 +72,6 @@ def _missing(device: str) -> str | None:
     return None
 
 
-def interpreted(x: Tensor, *_: object) -> str | None:
-    """Why nobody wants Triton for a tensor unless he asks for it: on a CPU it is interpreted. None elsewhere."""
-    return "tensors on cpu" if x.device.type == "cpu" else None
-
-
 def unfit_heads(width: int, *tensors: Tensor | None, constant: Tensor | None = None) -> str | None:
     """Why the kernels around retention cannot run on heads of this width and on these tensors; None if they can."""
     if constant is not None and is_differentiated(constant):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops import library
+from retnet.ops.torch_private import keep
 
 DEVICES = ("cuda", "cpu")  # on the CPU in Triton's interpreter
 
@@ -97,7 +98,7 @@ def _fake_norm_backward(
 
 def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
     _, _, position, theta, ctx.interleaved, ctx.backwards = inputs
-    library.keep(ctx, position, theta)
+    keep(ctx, position, theta)
 
 
 def _turn_back(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -187,7 +188,7 @@ def _norm_of(
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
     *tensors, ctx.kind, ctx.eps = inputs
     ctx.mark_non_differentiable(*output[1:])
-    library.keep(ctx, *tensors, *output[1:])
+    keep(ctx, *tensors, *output[1:])
 
 
 def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
