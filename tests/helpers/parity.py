@@ -19,12 +19,12 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float(error.nan_to_num(nan=float("inf")))
 
 
-def random_inputs(B, T, H, K, V, *, dtype=torch.float64, rows=None, seed=0):
+def random_inputs(B, T, H, K, V, *, dtype=torch.float64, rows=None, seed=0, device="cpu"):
     """q, k, v and a state, leaves that want gradients, from a seed."""
     g = torch.Generator().manual_seed(seed)
 
     def leaf(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_()
 
     wide = torch.promote_types(dtype, torch.float32)
     state = leaf(B if rows is None else rows, H, K, V, dtype=wide)

@@ -285,14 +285,14 @@ class TestEquivalences:
 
 def test_activation_checkpointing_is_felt(config_file):
     """Nothing but the inputs of blocks is kept."""
-    from retnet.train.trainer import _recompute_blocks
+    from retnet.train.trainer import recompute_blocks
 
     run = load(RunConfig, config_file)
     saved = {}
     for recompute in (False, True):
         model = LanguageModel(replace(run.model, vocab_size=257, dropout=0.0))
         if recompute:
-            _recompute_blocks(model)
+            recompute_blocks(model)
         kept = saved.setdefault(recompute, [])
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x

@@ -94,6 +94,7 @@ class OpsBench(Checked):
         device: that it runs on.
         product_size: of the matrices that give the limit.
         buffer_megabytes: that bandwidth is measured with, and that the states of large steps fill.
+        steps: whether the decoding step is measured, too.
     """
 
     shapes: tuple[HeadShape, ...] = (HeadShape(16, 64, 128), HeadShape(8, 128, 256), LARGE)
@@ -105,6 +106,7 @@ class OpsBench(Checked):
     device: str = "cpu"
     product_size: Count = 1536
     buffer_megabytes: Count = 256
+    steps: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from retnet.measure.clock import (
     stopwatch,
     times_faster,
 )
+from retnet.measure.graphs import captured
 from retnet.measure.limits import memory_bandwidth
 from retnet.ops import log_decays, retention_step
 from retnet.ops.cpu import jit
@@ -80,14 +81,19 @@ class StepRow:
 
 
 def measure_steps(
-    device: torch.device, rounds: int, megabytes: int, say: Say, until: float = math.inf
+    device: torch.device,
+    rounds: int,
+    megabytes: int,
+    say: Say,
+    until: float = math.inf,
+    steps: Sequence[Step] = STEPS,
 ) -> list[StepRow]:
     """All sizes of a step, interleaved, in `SHORT` times so many rounds; cold states take turns over so much memory.
 
-    `until` is as in `interleave`.
+    On a GPU the steps are replayed as a CUDA graph. `until` is as in `interleave`.
     """
     names = [OURS, LOOP] if device.type == "cpu" and jit.compiler() is not None else [OURS]
-    rows = [StepRow(name, step) for step in STEPS for name in names]
+    rows = [StepRow(name, step) for step in steps for name in names]
     contenders = [
         Contender(
             f"{row.name}, a step of {row.step.batch} × {row.step.shape}", _measure(row, device, megabytes)
@@ -113,7 +119,7 @@ def _measure(row: StepRow, device: torch.device, megabytes: int) -> Callable[[],
         for state in states:
             retention_step(q, k, v, log_decay, state, backend=backend)
 
-    timed = stopwatch(run, device, units=count, budget=0.05)
+    timed = stopwatch(captured(run, device), device, units=count, budget=0.05)
 
     def measure() -> float:
         with torch.inference_mode():

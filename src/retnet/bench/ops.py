@@ -24,7 +24,7 @@ from retnet.bench.implementations import (
     TimedImplementation,
     implementations_on,
 )
-from retnet.bench.op_steps import SHORT, measure_steps, step_targets
+from retnet.bench.op_steps import SHORT, StepRow, measure_steps, step_targets
 from retnet.host import keep_freed_memory, versions
 from retnet.measure.clock import (
     Budget,
@@ -64,7 +64,7 @@ NOTES = (
     "Limits stand on both sides of every contender, measured anew where the last is older than a second",
     "step: one token for each row; bytes are those of the state, in and out. Large states take turns over more memory "
     "than caches hold; the small ones, of 12 layers, stay in the caches and show what a call costs. Steps take turns in "
-    f"{SHORT} short rounds for each round of the op",
+    f"{SHORT} short rounds for each round of the op. On a GPU they are replayed as a CUDA graph",
 )
 
 
@@ -134,18 +134,22 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(bench.device)
     found = {shape: implementations_on(device, shape) for shape in bench.shapes}
+    _check_memory(_rows(bench, found), bench, device)
+    errors, left_out = _errors(found, bench.dtype, device, say)
     rows = _rows(bench, found)
-    _check_memory(rows, bench, device)
-    errors = _errors(found, bench.dtype, device, say)
     limits = matrix_products(bench.product_size, device, bench.dtype)
     contenders = _contenders(rows, bench.dtype, device)
-    samples = interleave(contenders, recent(limits), bench.rounds, say, budget.deadline(0.8))
+    until = budget.deadline(0.8 if bench.steps else 1.0)
+    samples = interleave(contenders, recent(limits), bench.rounds, say, until)
     for row, contender in zip(rows, contenders, strict=True):
         row.samples = samples[contender.name]
     del contenders  # and the memory of their inputs
-    steps = measure_steps(device, bench.rounds, bench.buffer_megabytes, say, budget.deadline())
+    steps: list[StepRow] = []
+    if bench.steps:
+        steps = measure_steps(device, bench.rounds, bench.buffer_megabytes, say, budget.deadline())
     ours = {(row.shape, row.length, row.mode): row for row in rows if row.name == OURS}
     our_steps = {row.step: row for row in steps if row.name == OURS}
+    updates = [s.limits["update"] for r in steps for s in r.samples]
     products = f"{'fp32' if device.type == 'cpu' else 'bf16'}_{{}}_flops_per_s"
     return {
         "notes": NOTES,
@@ -155,9 +159,10 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
             **{
                 products.format(n): vars(spread(s.limits[n] for r in rows for s in r.samples)) for n in limits
             },
-            "update_bytes_per_s": vars(spread(s.limits["update"] for r in steps for s in r.samples)),
+            **({"update_bytes_per_s": vars(spread(updates))} if updates else {}),
         },
         "errors": errors,
+        "left_out": left_out,
         "rows": [row.record(ours[row.shape, row.length, row.mode]) for row in rows],
         "steps": [row.record(our_steps[row.step]) for row in steps],
         "targets": [
@@ -234,28 +239,36 @@ def _check_memory(rows: list[OpRow], bench: OpsBench, device: torch.device) -> N
 
 def _errors(
     all_found: dict[HeadShape, list[TimedImplementation]], dtype: torch.dtype, device: torch.device, say: Say
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[str]]:
     """Name → relative error of output and gradients against the reference in fp64, the worst of all shapes.
 
-    Attention is left out, being another function. Everything is compiled here, before it is timed.
+    Attention is left out, being another function. Everything is compiled here, before it is timed. A peer that cannot run is
+    taken out of what is found, and named with its reason.
     """
     worst: dict[str, float] = {}
+    left_out: list[str] = []
     for shape, found in all_found.items():
         H, K, V = shape
         inputs = [torch.randn(1, CHECKED, H, W, device=device).to(dtype) for W in (K, K, V, V)]
         *_, exact = (one for one in found if one.name == REFERENCE)
         want = _results(exact, [x.double() for x in inputs])
-        for one in found:
+        for one in [*found]:
             if one.name in (NARROW, WIDE):
                 continue
             say(f"checking {one.name}, {shape}")
             try:
                 got = _results(one, inputs)
-            except ValueError as error:
-                raise UserError(f"{one.name} cannot run {shape} on {device}: {error}") from None
+            except Exception as error:  # of a peer, anything
+                if one.name in OWN and not isinstance(error, ValueError):
+                    raise
+                if one.name in OWN:
+                    raise UserError(f"{one.name} cannot run {shape} on {device}: {error}") from None
+                left_out.append(f"{one.name} cannot run {shape} on {device}: {type(error).__name__}: {error}")
+                found.remove(one)
+                continue
             errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, want, strict=True)])
             worst[one.name] = max(worst.get(one.name, 0.0), float(errors.nan_to_num(nan=float("inf")).max()))
-    return worst
+    return worst, left_out
 
 
 def _results(one: TimedImplementation, inputs: list[Tensor]) -> list[Tensor]:

@@ -14,8 +14,12 @@ BOTH = "forward + backward"
 
 def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
     """What `measure_ops` found."""
-    panels: list[Panel | Bars] = [*_times(record), _rates(record), _step_bars(record)]
-    return [*_tables(record), _step_table(record)], panels
+    panels: list[Panel | Bars] = [*_times(record), _rates(record)]
+    tables = _tables(record)
+    if record["steps"]:
+        panels.append(_step_bars(record))
+        tables.append(_step_table(record))
+    return tables, panels
 
 
 def _tables(record: Record) -> list[Table]:

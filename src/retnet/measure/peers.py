@@ -77,10 +77,15 @@ def llama_flops_per_token(model: nn.Module, length: int) -> int:
 
 
 def random_cache(model: nn.Module, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of `length` tokens for every layer, fp32 [B, heads, T, 64]; their values do not change any time."""
+    """Keys and values of `length` tokens for every layer, [B, heads, T, 64] as its weights are; no time depends on them."""
     config: Any = model.config
+    weight = next(model.parameters())
     shape = (batch, config.num_key_value_heads, length, HEAD_WIDTH)
-    return [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+
+    def numbers() -> Tensor:
+        return torch.randn(shape, dtype=weight.dtype, device=weight.device)
+
+    return [(numbers(), numbers()) for _ in range(config.num_hidden_layers)]
 
 
 def dynamic_cache(layers: list[tuple[Tensor, Tensor]]) -> Any:  # noqa: ANN401

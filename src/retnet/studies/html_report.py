@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
 
 from retnet.measure import figures
+from retnet.measure.summary import Summary
 from retnet.settings import UserError, dump
 from retnet.studies.study import Study
 from retnet.tables import EMPTY, MISSING, Table
@@ -34,8 +36,63 @@ _KNOWN = {
 _KNOWN |= {"started", "finished", "seconds"}
 
 
+@dataclass(frozen=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: its heading.
+        line: where, when and how far.
+        about: paragraphs below.
+        alarm: heading of what has to be said first; shown if there is anything `missing`.
+        missing: what that is.
+        failures: what failed → why.
+        summary: findings, tables and figures.
+        settings: captions and rows of plain settings.
+        lists: settings that are lists of tables.
+        machine: names and values.
+        jobs: all that was done, with its state and its time.
+    """
+
+    title: str
+    line: str
+    about: Sequence[str]
+    alarm: str
+    missing: str
+    failures: Mapping[str, str]
+    summary: Summary
+    settings: Sequence[tuple[str, list[tuple[str, str]]]]
+    lists: Sequence[Table]
+    machine: Sequence[tuple[str, str]]
+    jobs: Table
+
+
 def html_page(found: StudyState) -> str:
-    """The page.
+    """The page of a study.
+
+    Raises:
+        UserError: matplotlib or Jinja is missing.
+    """
+    settings, lists = _settings(found.study)
+    return render(
+        Page(
+            title=found.study.title,
+            line=_line(found),
+            about=[" ".join(p.split()) for p in re.split(r"\n\s*\n", found.study.about) if p.strip()],
+            alarm="This study is not complete",
+            missing=found.missing,
+            failures=found.failures,
+            summary=found.summary,
+            settings=settings,
+            lists=lists,
+            machine=machine(found.environment),
+            jobs=jobs_table(found.jobs),
+        )
+    )
+
+
+def render(page: Page) -> str:
+    """A page as HTML.
 
     Raises:
         UserError: matplotlib or Jinja is missing.
@@ -45,7 +102,6 @@ def html_page(found: StudyState) -> str:
     except ImportError:
         raise UserError("reports need Jinja2, which is missing; pip install 'retnet[study]'") from None
     source = resources.files("retnet.studies").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    settings, lists = _settings(found.study)
     drawn = [
         {
             "title": _heading(figure.name),
@@ -58,24 +114,25 @@ def html_page(found: StudyState) -> str:
             "legend": [(name, markup(svg)) for name, svg in figures.legend_as_svg(figure, f"key{number}")],
             "notes": figure.notes,
         }
-        for number, figure in enumerate(found.summary.figures)
+        for number, figure in enumerate(page.summary.figures)
     ]
     text: str = (
         jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, keep_trailing_newline=True)
         .from_string(source)
         .render(
-            title=found.study.title,
-            line=_line(found),
-            about=[" ".join(p.split()) for p in re.split(r"\n\s*\n", found.study.about) if p.strip()],
-            missing=found.missing,
-            failures=found.failures,
-            findings=found.summary.findings,
-            tables=[_grid(table) for table in found.summary.tables],
+            title=page.title,
+            line=page.line,
+            about=page.about,
+            alarm=page.alarm,
+            missing=page.missing,
+            failures=page.failures,
+            findings=page.summary.findings,
+            tables=[_grid(table) for table in page.summary.tables],
             figures=drawn,
-            settings=settings,
-            lists=[_grid(table, results=False) for table in lists],
-            machine=_machine(found.environment),
-            jobs=_grid(_jobs_table(found.jobs), results=False),
+            settings=page.settings,
+            lists=[_grid(table, results=False) for table in page.lists],
+            machine=page.machine,
+            jobs=_grid(page.jobs, results=False),
             colors=figures.COLORS,
             ink=(figures.INK, figures.INK_DARK),
         )
@@ -176,7 +233,8 @@ def _line(found: StudyState) -> str:
     return " · ".join(str(part) for part in parts if part and part != MISSING)
 
 
-def _machine(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def machine(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `retnet.host.describe` and a folder's notes say, as names and values."""
     memory, dirty = about.get("memory_bytes"), about.get("dirty")
     commit = about.get("commit") or MISSING
     rows: list[tuple[str, Any]] = [
@@ -197,7 +255,8 @@ def _machine(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, MISSING if value is None else _value(value)) for name, value in rows] if about else []
 
 
-def _jobs_table(jobs: Sequence[JobState]) -> Table:
+def jobs_table(jobs: Sequence[JobState]) -> Table:
+    """Name, state and time of each job."""
     rows = tuple((job.name, job.state, _time(job.seconds)) for job in jobs)
     return Table("", ("job", "state", "time"), rows)
 

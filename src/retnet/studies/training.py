@@ -1,8 +1,9 @@
 """The measure ``training``: whole training steps of a Transformer, with plain attention and with FlashAttention, and RetNet.
 
 Every step learns from the same number of tokens, cut into sequences of one length or another. Speed is measured in one
-process a size, in interleaved rounds; memory in a process of its own for each model and length, as the most it ever held.
-What cannot fit is found out before, from the model on the meta device, and left out with its reason.
+process a size, in interleaved rounds; memory in a process of its own for each model and length, as the most it ever held, or
+on a GPU, whose allocator counts it, in the same process. What cannot fit is found out before, from the model on the meta
+device, and left out with its reason.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from retnet.studies.estimate import plan
 from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.config import RunConfig, TrainConfig
+from retnet.train.trainer import change_blocks, recompute_blocks
 
 KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables
 SHORT = 64  # tokens whose scores weigh nothing, from which memory that is linear in the length is reckoned
@@ -59,6 +61,10 @@ class TrainingGrid(Checked):
         head_width: of the Transformer beside RetNet, which has the same width, depth and, to 2 %, size.
         rounds: in each of which every model and length is measured once.
         device: ``"auto"`` is a GPU if there is one; products are bf16 there, fp32 on a CPU; weights are fp32.
+        memory: ``"process"`` measures it in processes of their own; ``"step"`` beside the time, for a GPU. Then models for
+            which there is not enough memory at once are measured one after the other.
+        activation_checkpointing: recompute blocks in the backward pass.
+        compile: blocks, with torch.compile.
     """
 
     sizes: tuple[ModelSize, ...]
@@ -67,6 +73,9 @@ class TrainingGrid(Checked):
     head_width: Count = 128
     rounds: Count = 3
     device: str = "auto"
+    memory: Literal["process", "step"] = "process"
+    activation_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +100,11 @@ class TrainingGrid(Checked):
         model = transformer(size.model, self.head_width)
         sdpa: Literal["math", "flash"] = "math" if kind == "transformer" else "flash"
         return replace(model, mixer=SoftmaxConfig(num_heads=size.model.d_model // self.head_width, sdpa=sdpa))
+
+    @property
+    def models(self) -> int:
+        """That must fit beside each other at least, with their gradients and moments."""
+        return 1 if self.memory == "step" else 2
 
     def size(self, label: str) -> ModelSize:
         """The size of this label."""
@@ -132,26 +146,27 @@ class TrainingMeasure(Measure):
             UserError: with the numbers.
         """
         c, device = self.steps, choose_device(self.steps.device)
-        have = SHARE * free_memory(device)
+        have, models = SHARE * free_memory(device), c.models
         for size in c.sizes:
             fixed, step = need(c, size, "retnet", c.lengths[0], device)
-            if 2 * fixed + step > have:
+            if models * fixed + step > have:
                 raise UserError(
                     f"a step of {size.label} takes about {in_bytes(step)} beside {in_bytes(fixed)} of weights, gradients "
-                    f"and moments for each of two models, {in_bytes(2 * fixed + step)} in all; {in_bytes(have)} can be "
+                    f"and moments of each of {models}, {in_bytes(models * fixed + step)} in all; {in_bytes(have)} can be "
                     f"had on {device}. Take a smaller --scale, or this size out of a copy of the study's .toml"
                 )
 
     def count(self) -> int:
-        """Speed once a size; memory of each kind at each length."""
-        return len(self.steps.sizes) * (1 + len(KINDS) * len(self.steps.lengths))
+        """Speed once a size; memory of each kind at each length, where processes of their own measure it."""
+        apart = self.steps.memory == "process"
+        return len(self.steps.sizes) * (1 + apart * len(KINDS) * len(self.steps.lengths))
 
     def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
         """All, at once."""
         jobs: dict[str, Job] = {}
         for size in self.steps.sizes:
             jobs[_speed_job(size)] = TrainingJob("training", self.steps, size.label)
-            for kind in KINDS:
+            for kind in KINDS if self.steps.memory == "process" else ():
                 for length in self.steps.lengths:
                     jobs[_memory_job(size, kind, length)] = TrainingJob(
                         "training", self.steps, size.label, kind, length
@@ -189,7 +204,8 @@ def need(
     is reckoned from short sequences. The plain formula holds a few matrices of scores more while it computes a layer.
     """
     at = SHORT if kind == "flash" and length > SHORT else length
-    fixed, step = _plan(steps.config(size, kind), at, steps.tokens // at, device.type)
+    config, rows = steps.config(size, kind), steps.tokens // at
+    fixed, step = _plan(config, at, rows, device.type, steps.activation_checkpointing)
     if kind == "transformer":
         heads = size.model.d_model // steps.head_width
         step += EXTRA_SCORES * steps.tokens * length * heads * (4 if device.type == "cpu" else 2)
@@ -216,30 +232,63 @@ def speed(steps: TrainingGrid, size: ModelSize, tell: Tell) -> Result:
     keep_freed_memory()
     device = choose_device(steps.device)
     cells = [(kind, length) for kind in KINDS for length in steps.lengths]
-    reasons = {cell: why_not(steps, size, *cell, device, models=2) for cell in cells}
+    reasons = {cell: why_not(steps, size, *cell, device, models=steps.models) for cell in cells}
     able = [cell for cell in cells if not reasons[cell]]
-    models = {
-        kind: _TrainedModel(steps.config(size, kind), steps.tokens, device) for kind in ("flash", "retnet")
-    }
-    contenders = []
-    for kind, length in able:
-        config = steps.config(size, kind)
-        model = models["retnet" if kind == "retnet" else "flash"]
-        contenders.append(Contender(f"{kind}, {length}", partial(model.seconds, length, config)))
-    samples = interleave(contenders, {}, steps.rounds, lambda _, part=0.0: tell(part))
+    together = not any(why_not(steps, size, *cell, device, models=2) for cell in able)
+    groups = (
+        [able] if together else [[c for c in able if (c[0] == "retnet") == ours] for ours in (False, True)]
+    )
+    parameters: dict[str, int] = {}
+    rows: list[Result] = []
+    for number, group in enumerate(filter(None, groups)):
+        counted, more = _race(steps, size, group, device, partial(_share, tell, number, len(groups)))
+        parameters |= counted
+        rows += more
     return {
         "device": device.type,
-        "parameters": {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in models.items()},
-        "rows": [
-            {
-                "kind": KINDS[kind],
-                "length": length,
-                "seconds": [s.seconds for s in samples[f"{kind}, {length}"]],  # of a step, by round
-            }
-            for kind, length in able
-        ],
+        "activation_checkpointing": steps.activation_checkpointing,
+        "compile": steps.compile,
+        "interleaved": together,
+        "parameters": parameters,
+        "rows": rows,
         "skipped": [reason for reason in reasons.values() if reason],
     }
+
+
+def _race(
+    steps: TrainingGrid, size: ModelSize, cells: list[tuple[str, int]], device: torch.device, tell: Tell
+) -> tuple[dict[str, int], list[Result]]:
+    """Parameters of the models, and rows, of what is measured in interleaved rounds."""
+    kinds = dict.fromkeys("retnet" if kind == "retnet" else "flash" for kind, _ in cells)
+    models = {kind: _TrainedModel(steps.config(size, kind), steps, device) for kind in kinds}
+    peaks: dict[tuple[str, int], int] = {}
+
+    def seconds(kind: str, length: int) -> float:
+        model = models["retnet" if kind == "retnet" else "flash"]
+        if steps.memory == "process":
+            return model.seconds(length, steps.config(size, kind))
+        watch = Watch(device)
+        found = model.seconds(length, steps.config(size, kind))
+        # of the last round that counts: the moments are made in the first
+        peaks[kind, length] = watch.peak() + model.held()
+        return found
+
+    contenders = [Contender(f"{kind}, {length}", partial(seconds, kind, length)) for kind, length in cells]
+    samples = interleave(contenders, {}, steps.rounds, lambda _, part=0.0: tell(part))
+    rows = [
+        {
+            "kind": KINDS[kind],
+            "length": length,
+            "seconds": [s.seconds for s in samples[f"{kind}, {length}"]],  # of a step, by round
+            **({"peak_bytes": peaks[kind, length]} if (kind, length) in peaks else {}),
+        }
+        for kind, length in cells
+    ]
+    return {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in models.items()}, rows
+
+
+def _share(tell: Tell, number: int, parts: int, done: float) -> None:
+    tell((number + done) / parts)
 
 
 def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: Tell) -> Result:
@@ -249,10 +298,11 @@ def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: T
         return {"skipped": reason}
     config = steps.config(size, kind)
     small = replace(config, num_layers=1)
-    _TrainedModel(small, SHORT, device).seconds(SHORT, small)  # loads kernels and libraries
+    short = replace(steps, tokens=SHORT, lengths=(SHORT,))
+    _TrainedModel(small, short, device).seconds(SHORT, small)  # loads kernels and libraries
     tell(0.1)
     watch = Watch(device)
-    model = _TrainedModel(config, steps.tokens, device)
+    model = _TrainedModel(config, steps, device)
     model.seconds(length, config, rows=1)  # the optimiser's moments exist from the first step on
     tell(0.4)
     model.seconds(length, config)
@@ -262,10 +312,14 @@ def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: T
 class _TrainedModel:
     """A model of this library that learns from random text."""
 
-    def __init__(self, config: ModelConfig, tokens: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, steps: TrainingGrid, device: torch.device) -> None:
         with torch.device(device):
             self.model = LanguageModel(config)
-            self.text = torch.randint(config.vocab_size or 1, (2, tokens))
+            self.text = torch.randint(config.vocab_size or 1, (2, steps.tokens))
+        if steps.compile:  # block by block: all of them are one graph, compiled once for each length
+            change_blocks(self.model, torch.compile)
+        if steps.activation_checkpointing:
+            recompute_blocks(self.model)
         self.learner = Learner(self.model, bf16=device.type != "cpu")
 
     def seconds(self, length: int, config: ModelConfig, rows: int | None = None) -> float:
@@ -276,10 +330,23 @@ class _TrainedModel:
         tokens, targets = self.text[:, : rows and rows * length].unflatten(1, (-1, length))
         return self.learner.seconds(tokens, targets)
 
+    def held(self) -> int:
+        """Bytes of weights and moments, which stay from step to step."""
+        moments = [x for state in self.learner.optimizer.state.values() for x in state.values()]
+        tensors = [*self.model.parameters(), *(x for x in moments if isinstance(x, torch.Tensor))]
+        return sum(x.nbytes for x in tensors)
+
 
 @lru_cache
-def _plan(model: ModelConfig, length: int, rows: int, device: str) -> tuple[int, int]:
+def _plan(
+    model: ModelConfig, length: int, rows: int, device: str, activation_checkpointing: bool
+) -> tuple[int, int]:
     precision: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
-    train = TrainConfig(seq_len=length, batch_size=rows, precision=precision)
+    train = TrainConfig(
+        seq_len=length,
+        batch_size=rows,
+        precision=precision,
+        activation_checkpointing=activation_checkpointing,
+    )
     counted = plan("", RunConfig(model=model, train=train), 1)
     return counted.model_bytes, counted.pass_bytes

@@ -17,10 +17,16 @@ Memories = Mapping[tuple[str, str, int], Result]  # (size, model, length) → re
 NOTES = (
     "One step: forward, cross entropy, backward, AdamW, on random tokens. Times are of interleaved rounds in one process, "
     "medians; ratios are formed round by round, median (least..greatest).",
-    "Memory: the most that a process of its own held during two steps, beyond what it held before there was a model: "
-    "weights, gradients, AdamW's moments, what the backward pass needs, scratch memory.",
     "Both Transformers are one model: plain attention holds a matrix of scores of all tokens against all, FlashAttention "
-    "(torch's) does not. Nothing is recomputed in the backward pass beyond that.",
+    "(torch's) does not.",
+)
+APART = (
+    "Memory: the most that a process of its own held during two steps, beyond what it held before there was a model: "
+    "weights, gradients, AdamW's moments, what the backward pass needs, scratch memory."
+)
+BESIDE = (
+    "Memory: the most that a step takes of the GPU, as torch's allocator counts it: weights, gradients, AdamW's moments, "
+    "what the backward pass needs, scratch memory."
 )
 
 
@@ -36,6 +42,15 @@ def summarise(
         speeds: size → seconds of steps of all models.
         memories: (size, model, length) → the most memory, or why it was not tried.
     """
+    memories = {
+        **memories,
+        **{
+            (size, row["kind"], row["length"]): row
+            for size, found in speeds.items()
+            for row in found["rows"]
+            if "peak_bytes" in row
+        },
+    }
     tables = [_table(size, lengths, tokens, speeds.get(size), memories) for size in sizes]
     figures = [_figure(size, lengths, tokens, speeds.get(size), memories) for size in sizes]
     findings = [
@@ -86,9 +101,30 @@ def _table(size: str, lengths: Sequence[int], tokens: int, speed: Result | None,
     notes = (
         f"{tokens:,} tokens a step at every length.{parameters}",
         *NOTES,
+        *_how(speed),
         *_left_out(size, speed, memories),
     )
     return Table(f"Training cost, {size}", columns, tuple(rows), notes)
+
+
+def _how(speed: Result | None) -> list[str]:
+    """How the steps were made, and where their memory was counted."""
+    found = speed or {}
+    beside = any("peak_bytes" in row for row in found.get("rows", ()))
+    recomputed = found.get("activation_checkpointing", False)
+    said = [BESIDE if beside else APART]
+    said.append(
+        "Activation checkpointing: blocks are computed again in the backward pass, of all models alike."
+        if recomputed
+        else "Nothing is recomputed in the backward pass but what FlashAttention and retention do themselves."
+    )
+    if found.get("compile"):
+        said.append("Blocks are compiled with torch.compile.")
+    if not found.get("interleaved", True):
+        said.append(
+            "There was not enough memory for both models at once, so they were measured one after the other."
+        )
+    return said
 
 
 def _parameters(speed: Result) -> str:

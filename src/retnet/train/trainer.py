@@ -114,9 +114,9 @@ class _Trainer:
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
-            _change_blocks(self.model, functools.partial(torch.compile, dynamic=True))
+            change_blocks(self.model, functools.partial(torch.compile, dynamic=True))
         if c.activation_checkpointing:
-            _recompute_blocks(self.model)
+            recompute_blocks(self.model)
         self.autocast = torch.autocast(
             device.type,
             torch.bfloat16,
@@ -265,12 +265,12 @@ class _Trainer:
         self.pace.save(time.perf_counter() - begin)
 
 
-def _recompute_blocks(model: LanguageModel) -> None:
+def recompute_blocks(model: LanguageModel) -> None:
     """Keeps only the inputs of blocks for the backward pass."""
-    _change_blocks(model, lambda forward: functools.partial(checkpoint, forward, use_reentrant=False))
+    change_blocks(model, lambda forward: functools.partial(checkpoint, forward, use_reentrant=False))
 
 
-def _change_blocks(model: LanguageModel, change: Callable[[Forward], Forward]) -> None:
+def change_blocks(model: LanguageModel, change: Callable[[Forward], Forward]) -> None:
     """Wraps the forward pass of every block, from outside: names of weights and hooks of modules stay as they are."""
     for block in model.blocks:
         block.forward = change(block.forward)

@@ -1,0 +1,104 @@
+"""`python -m tools.gpu_day --out DIR`: everything that has to be learned from a GPU; see docs/gpu.md."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from tools.gpu_day import plan
+from tools.gpu_day.runner import ROOT, Day
+
+MINUTES = 25.0
+RECORDS = ROOT / "benchmarks/results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if all that was tried was done, 1 if something failed or was stopped, 2 if nothing could begin."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu_day", description="Measures everything on a GPU. Called again, it goes on."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of records and page; continued if there"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"for everything; what matters most is done first. Default: {MINUTES:g}",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", choices=list(plan.STEPS), help=", ".join(plan.STEPS)
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and do nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on a CPU, at tiny sizes: shows that all of it runs"
+    )
+    given = parser.parse_args(arguments)
+    if not 1 <= given.minutes < 24 * 60:
+        parser.error(f"--minutes is {given.minutes:g}; allowed: from 1 to a day's 1,440")
+    out = given.out.resolve()
+    if given.rehearse and out.is_relative_to(RECORDS):
+        parser.error(f"{given.out} is where records are kept, and a rehearsal is none; choose another --out")
+    if not given.rehearse and not given.dry_run and (why := _no_gpu()):
+        parser.error(f"{why}; --rehearse runs everything on this machine's CPU, at sizes that say nothing")
+    day = Day(out, given.rehearse, 60 * given.minutes, given.only or list(plan.STEPS), _say)
+    _print_plan(day, given.minutes)
+    if given.dry_run:
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+
+    def stop(number: int, _: FrameType | None) -> None:
+        _say(f"{signal.Signals(number).name}: the step at work is ended; the same command goes on")
+        day.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    whole = day.run()
+    from tools.gpu_day.page import write_page
+
+    _say(f"wrote {write_page(out, given.rehearse)}")
+    return 0 if whole else 1
+
+
+def _no_gpu() -> str:
+    """Why nothing can be measured here; empty if it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU here"
+    return ""
+
+
+def _print_plan(day: Day, minutes: float) -> None:
+    chosen = day.chosen()
+    steps = list(dict.fromkeys(part.step for part in chosen))
+    print(
+        f"{minutes:g} minutes hold {len(chosen)} of {len(day.parts)} parts; seconds are estimates for an H100:"
+    )
+    for step in steps:
+        print(f"  {step}: {plan.STEPS[step]}")
+        for part in (part for part in chosen if part.step == step):
+            print(f"    {part.seconds:4.0f} s  {part.name}: {part.what}")
+    print(f"about {plan.expected(chosen) / 60:.1f} minutes in all")
+    notebooks = {step: day._notebook(step).done() for step in plan.STEPS}
+    for part in day.parts:
+        if part not in chosen:
+            why = (
+                "done before"
+                if part.name in notebooks[part.step]
+                else f"left out (rank {part.rank}): no time"
+            )
+            print(f"  {part.step} {part.name}: {why}")
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

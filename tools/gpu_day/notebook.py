@@ -1,0 +1,90 @@
+"""The record of a step: one JSON file, written anew after each of its parts, so that nothing that was found is ever lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from retnet.io import write_json
+
+REHEARSAL = "rehearsal"
+Found = dict[str, Any]  # what a part found, plain JSON
+
+
+def file_name(name: str, rehearsal: bool) -> str:
+    """Of a file of the day: what a rehearsal wrote says so."""
+    return f"{REHEARSAL}.{name}" if rehearsal else name
+
+
+class Notebook:
+    """The parts of a step and how each of them ended.
+
+    ``parts`` of the record maps a part to its ``state`` (``begun``, ``done`` or ``failed``), when it ``began``, the
+    ``seconds`` it took, and what it ``found`` or ``why`` it failed.
+    """
+
+    def __init__(self, out: Path, step: str, rehearsal: bool) -> None:
+        self.step, self.rehearsal = step, rehearsal
+        self.path = out / file_name(f"{step}.json", rehearsal)
+
+    def read(self) -> dict[str, Any]:
+        """The record; empty before anything was written."""
+        try:
+            found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            self.path.replace(self.path.with_suffix(".damaged"))
+            return {}
+        return found
+
+    def parts(self) -> dict[str, Found]:
+        """Name → how that part stands."""
+        found: dict[str, Found] = self.read().get("parts", {})
+        return found
+
+    def done(self) -> set[str]:
+        """Names of the parts that need not be done again."""
+        return {name for name, part in self.parts().items() if part["state"] == "done"}
+
+    def open(self) -> str | None:
+        """The part that began and did not end."""
+        return next((name for name, part in self.parts().items() if part["state"] == "begun"), None)
+
+    def begin(self, part: str) -> None:
+        """A part begins; where and with what it is measured is noted with the first of them."""
+        record = self.read()
+        if not record:
+            from retnet.measure import records
+
+            name = file_name(f"gpu-{self.step}", self.rehearsal).replace(".", "-")
+            record = records.complete(name, {"rehearsal": self.rehearsal}, {"parts": {}})
+        record["parts"][part] = {"state": "begun", "began": time.time()}
+        write_json(self.path, record)
+
+    def note(self, part: str, found: Found) -> None:
+        """What a part has found so far; it goes on."""
+        self._change(part, {"found": found})
+
+    def finish(self, part: str, found: Found) -> None:
+        """A part is done."""
+        self._end(part, {"state": "done", "found": found})
+
+    def fail(self, part: str, why: str) -> None:
+        """A part ended in an error, or was ended; what it had found stays."""
+        self._end(part, {"state": "failed", "why": why.strip()})
+
+    def stop(self, part: str) -> None:
+        """A part was stopped at its time, and goes on where it ended in another call."""
+        self._end(part, {"state": "stopped"})
+
+    def _end(self, part: str, how: dict[str, Any]) -> None:
+        began = self.parts().get(part, {}).get("began", time.time())
+        self._change(part, {"seconds": round(time.time() - began, 1), **how})
+
+    def _change(self, part: str, values: dict[str, Any]) -> None:
+        record = self.read()
+        record["parts"].setdefault(part, {}).update(values)
+        write_json(self.path, record)

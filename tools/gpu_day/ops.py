@@ -1,0 +1,84 @@
+"""The step ``ops``: every kernel beside the ceilings; the op beside its peers, as `retnet bench ops` measures it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+
+from rich.console import Console
+
+from retnet.bench import kernels, ops_summary
+from retnet.bench.implementations import HeadShape, OpsBench, for_device
+from retnet.bench.ops import measure_ops
+from retnet.measure.records import seen
+from retnet.measure.summary import Figure, Summary
+from retnet.progress import shown
+from retnet.tables import Table
+from tools.gpu_day.notebook import Found
+from tools.gpu_day.place import Place, Run
+
+SHAPES = {
+    "256-512": HeadShape(8, 256, 512),
+    "128-256": HeadShape(8, 128, 256),
+    "64-128": HeadShape(16, 64, 128),
+}
+LENGTHS = (512, 2048, 8192, 32768, 131072)
+FLA = "flash-linear-attention"
+TINY = HeadShape(1, 16, 32)
+
+
+def measured_kernels(place: Place) -> Found:
+    """Each kernel at each head shape."""
+    with shown(Console(file=sys.stderr, highlight=False)) as say:
+        if place.rehearsal:
+            return kernels.measure_kernels(
+                place.device, (TINY,), say, tokens=32, rounds=2, product_size=256, megabytes=1
+            )
+        until = time.monotonic() + 60 * place.minutes
+        return kernels.measure_kernels(place.device, tuple(SHAPES.values()), say, until=until)
+
+
+def measured_op(name: str, place: Place) -> Found:
+    """The op at one head shape, over lengths."""
+    if place.rehearsal:
+        tiny = {"shapes": (TINY,), "lengths": (128,), "tokens": 128, "rounds": 2, "product_size": 256}
+        bench = OpsBench(**tiny, steps=False)
+    else:
+        bench = for_device(
+            place.device, shapes=(SHAPES[name],), lengths=LENGTHS, minutes=place.minutes, steps=False
+        )
+    with shown(Console(file=sys.stderr, highlight=False)) as say:
+        return {"configuration": asdict(bench), **measure_ops(bench, say)}
+
+
+PARTS: dict[str, Run] = {"kernels": measured_kernels, **{name: partial(measured_op, name) for name in SHAPES}}
+
+
+def summarise(parts: dict[str, Found]) -> Summary:
+    """Tables and figures of all head shapes, and what the targets say."""
+    tables: list[Table] = []
+    figures, findings = [], []
+    if found := parts.get("kernels"):
+        of_kernels, bars = kernels.parts(found)
+        tables += of_kernels
+        figures.append(Figure("kernels", tuple(bars)))
+    named = {name: found for name, found in parts.items() if name in SHAPES}
+    panels, targets = [], []
+    for found in named.values():
+        of_shape, drawn = ops_summary.parts(found)
+        tables += of_shape
+        panels += drawn
+        targets += found["targets"]
+        findings += [f"Left out: {reason}." for reason in found["left_out"]]
+    if panels:
+        figures.append(Figure("op", tuple(panels)))
+        rows = tuple(
+            (t["what"], t["wanted"], seen(t, "seen").written(3), "yes" if t["met"] else "no") for t in targets
+        )
+        tables.append(Table("Targets of the op", ("what", "wanted", "seen", "met"), rows))
+        findings.append(f"Targets of the op: {sum(t['met'] for t in targets)} of {len(targets)} met.")
+    if named and not any(row["name"].startswith(FLA) for found in named.values() for row in found["rows"]):
+        findings.append(f"{FLA} is not here, so nothing is said about it.")
+    return Summary(tuple(tables), tuple(figures), tuple(findings))

@@ -1,0 +1,110 @@
+"""What a GPU day consists of: steps made of parts, each with an estimate and a rank, and which of them fit into a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+STEPS = {
+    "machine": "the card, its driver and versions; the ceilings of its matrix units and its memory",
+    "verify": "every kernel against fp64, in memory full of NaN, with fresh seeds; torch's own contracts",
+    "tune": "the tile table searched, the winners as a patch of the table",
+    "ops": "each kernel beside the ceilings; the op beside FlashAttention and flash-linear-attention",
+    "decode": "the step, and whole models, as CUDA graphs; a Llama with its KV cache beside them",
+    "train": "tokens/s and memory of RetNet, Transformer, and Transformer with FlashAttention",
+    "quality": "all architectures trained alike on the text of installed packages",
+}
+START = 10.0  # seconds until the process of a step has imported torch and woken the card
+PAGE = 20.0  # seconds kept for the page at the end
+
+
+class Part(NamedTuple):
+    """What is measured, recorded and repeated as one.
+
+    Attributes:
+        step: that it belongs to.
+        name: inside the step.
+        seconds: expected on an H100, its kernels compiled anew.
+        rank: 1 is what a day is for, 2 what completes it, 3 what may wait for another day.
+        what: it does, in words.
+        least: seconds from which on it is begun, where it can stop at any time and go on later; 0: it cannot.
+    """
+
+    step: str
+    name: str
+    seconds: float
+    rank: int
+    what: str
+    least: float = 0.0
+
+
+PARTS = (
+    Part("machine", "card", 5, 1, "what nvidia-smi and torch say, versions, what is missing"),
+    Part(
+        "machine", "ceilings", 15, 1, "matrix products in bf16, fp16, TF32, fp32; reading, updating, copying"
+    ),
+    Part("verify", "heads", 40, 1, "K/V 64/128, 128/256, 256/512 in every type, forward and backward"),
+    Part(
+        "verify", "layouts", 35, 1, "ragged, packed, cut, carried, strided, γ = 1, kept states, short chunks"
+    ),
+    Part("verify", "step", 15, 1, "the decoding step on slots, one token and several"),
+    Part("verify", "rows", 20, 1, "rotation, head norm with gate, and a whole model"),
+    Part("verify", "torch", 45, 1, "opcheck, one graph under torch.compile, CUDA graphs, export"),
+    Part("verify", "far", 20, 2, "tensors of more than 2³¹ numbers"),
+    Part("verify", "sizes", 70, 2, "K from 16 to 256 and V from 16 to 512, odd ones too"),
+    Part("verify", "tiles", 45, 3, "the tiles of every other architecture in the table that fit this card"),
+    Part("verify", "fuzz", 45, 3, "anything at all, from fresh seeds"),
+    Part("tune", "state", 35, 2, "tiles of STATE, for all head shapes together"),
+    Part("tune", "out-256", 40, 2, "tiles of OUT for scores contracted over 256"),
+    Part("tune", "out-1024", 40, 2, "over 512"),
+    Part("tune", "out-128", 40, 3, "over 128"),
+    Part("tune", "out-64", 40, 3, "over 64"),
+    Part("tune", "verify", 30, 2, "the winners against fp64"),
+    Part("ops", "kernels", 45, 1, "TFLOP/s and GB/s of every kernel beside the ceilings"),
+    Part("ops", "256-512", 75, 1, "the op at K 256, V 512, from 512 to 131,072 tokens, beside its peers"),
+    Part("ops", "128-256", 60, 2, "at K 128, V 256"),
+    Part("ops", "64-128", 60, 2, "at K 64, V 128"),
+    Part("decode", "steps", 30, 1, "the step of the op, batch 1 to 256, share of bandwidth"),
+    Part(
+        "decode", "1.3B", 60, 1, "a model of 1.3 B parameters, batch 1 to 256, beside a Llama at 2k, 8k, 32k"
+    ),
+    Part("decode", "350M", 40, 2, "the same with 350 M"),
+    Part("train", "1.3B", 60, 1, "1.3 B parameters at 2,048, 8,192 and 32,768 tokens, eagerly"),
+    Part("train", "350M", 30, 2, "350 M parameters, eagerly"),
+    Part("train", "1.3B-compiled", 75, 2, "1.3 B at 8,192 tokens under torch.compile"),
+    Part("train", "350M-compiled", 60, 3, "350 M at 8,192 tokens under torch.compile"),
+    Part("quality", "architectures", 480, 3, "nine architectures, two learning rates", least=150),
+)
+
+
+def choose(parts: Sequence[Part], done: Collection[tuple[str, str]], seconds: float) -> list[Part]:
+    """The parts that fit into a time, in the order of the day.
+
+    Rank by rank, and inside a rank in the order of the day, each part is taken that still fits with what its step costs to
+    start; one that can stop at any time is taken for what is left.
+
+    Args:
+        parts: to choose from.
+        done: (step, part) of those that need not be done.
+        seconds: there are.
+    """
+    left, chosen, begun = seconds - PAGE, set(), set()
+    for part in sorted(parts, key=lambda part: part.rank):
+        if (part.step, part.name) in done:
+            continue
+        cost = (part.least or part.seconds) + START * (part.step not in begun)
+        if cost <= left:
+            left -= max(cost, min(left, part.seconds + START * (part.step not in begun)))
+            chosen.add(part)
+            begun.add(part.step)
+    return [part for part in parts if part in chosen]
+
+
+def expected(chosen: Sequence[Part]) -> float:
+    """Seconds that these parts take, with the start of their steps and the page."""
+    return sum(part.seconds for part in chosen) + START * len({part.step for part in chosen}) + PAGE
+
+
+def find(step: str, name: str) -> Part:
+    """The part of this name."""
+    return next(part for part in PARTS if (part.step, part.name) == (step, name))

@@ -1,0 +1,77 @@
+"""One step in a process of its own: `python -m tools.gpu_day.step STEP --out DIR --parts NAME …` (started by the runner).
+
+Each part is noted before it begins and when it has ended. A part that fails does not end the others, unless it leaves the
+card unusable for this process: then it ends with status `POISONED`, and the runner starts another for those that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from tools.gpu_day.notebook import Notebook
+from tools.gpu_day.place import Place, Run, interpret_exactly
+from tools.gpu_day.plan import find
+
+POISONED = 3
+
+
+class StoppedError(Exception):
+    """A part ended early, as it was told to, and can go on later."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does the parts of a step; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_day.step")
+    parser.add_argument("step")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", required=True)
+    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    device = torch.device("cpu" if given.rehearse else "cuda")
+    if given.rehearse:
+        interpret_exactly()
+    notebook = Notebook(given.out, given.step, given.rehearse)
+    runs: dict[str, Run] = import_module(f"tools.gpu_day.{given.step}").PARTS
+    for name in given.parts:
+        print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
+        seconds = 6.0 if given.rehearse else find(given.step, name).seconds
+        if find(given.step, name).least and not given.rehearse:
+            seconds = given.until - time.time()
+        notebook.begin(name)
+        place = Place(given.out, given.rehearse, device, notebook, given.until, seconds)
+        try:
+            notebook.finish(name, runs[name](place))
+        except StoppedError:
+            notebook.stop(name)
+        except Exception as error:  # whatever it is, the other parts are worth doing
+            traceback.print_exc()
+            notebook.fail(name, f"{type(error).__name__}: {error}")
+            if not _usable(device):
+                return POISONED
+    return 0
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the card still answers this process, and holds no memory of what failed."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        return bool(torch.ones(1, device=device).item() == 1.0)
+    except RuntimeError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

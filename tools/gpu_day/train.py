@@ -1,0 +1,87 @@
+"""The step ``train``: the paper's table of training cost, by the study ``training-cost`` at scale ``gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from retnet.measure.summary import Summary
+from retnet.model import ModelConfig
+from retnet.settings import build
+from retnet.studies.study import load_study
+from retnet.studies.study_files import find_study
+from retnet.studies.training import ModelSize, TrainingGrid, TrainingMeasure, speed
+from retnet.studies.training_summary import summarise as summary_of
+from retnet.tables import Table
+from tools.gpu_day.notebook import Found
+from tools.gpu_day.place import Place, Run
+
+LABELS = ("1.3B", "350M")
+COMPILED = "-compiled"
+PAPER_LENGTH = 8192
+TINY_MODEL = {
+    "vocab_size": 64,
+    "d_model": 64,
+    "num_layers": 1,
+    "mixer": {"name": "retention", "num_heads": 2},
+}
+TINY = {
+    "sizes": [{"label": "tiny", "model": TINY_MODEL}],
+    "lengths": [32, 64],
+    "tokens": 64,
+    "head_width": 32,
+    "rounds": 2,
+    "device": "cpu",
+    "memory": "step",
+    "activation_checkpointing": True,
+}
+
+
+def grid() -> TrainingGrid:
+    """What the study measures."""
+    measure = load_study(find_study("training-cost", "gpu")).measure
+    assert isinstance(measure, TrainingMeasure)
+    return measure.steps
+
+
+def sizes() -> dict[str, ModelConfig]:
+    """Label → model."""
+    return {size.label: size.model for size in grid().sizes}
+
+
+def cost(label: str, compiled: bool, place: Place) -> Found:
+    """One size: seconds and memory of a step of RetNet and both Transformers; compiled, at the paper's length alone."""
+    steps = build(TrainingGrid, TINY) if place.rehearsal else grid()
+    size = steps.sizes[0] if place.rehearsal else steps.size(label)
+    steps = replace(steps, sizes=(size,), compile=compiled, device=str(place.device))
+    if compiled:
+        steps = replace(steps, lengths=(steps.lengths[-1] if place.rehearsal else PAPER_LENGTH,))
+    return {
+        "size": ModelSize(label, size.model).label,
+        "lengths": list(steps.lengths),
+        "tokens": steps.tokens,
+        **speed(steps, size, lambda part: None),
+    }
+
+
+PARTS: dict[str, Run] = {
+    **{label: partial(cost, label, False) for label in LABELS},
+    **{label + COMPILED: partial(cost, label, True) for label in LABELS},
+}
+
+
+def summarise(parts: dict[str, Found]) -> Summary:
+    """The study's own tables, eager and compiled, the published ones beside."""
+    tables: list[Table] = []
+    figures, findings = [], []
+    for name, found in parts.items():
+        label, how = found["size"], "compiled" if name.endswith(COMPILED) else "eager"
+        shown = summary_of([label], found["lengths"], found["tokens"], {label: found}, {})
+        tables += [replace(shown.tables[0], title=f"{shown.tables[0].title}, {how}")]
+        figures += [replace(figure, name=f"{figure.name}-{how}") for figure in shown.figures]
+        findings += [
+            f"{sentence[:-1]} ({how})." for sentence in shown.findings if "the paper's" not in sentence
+        ]
+    if parts:
+        tables.append(summary_of([], [], 1, {}, {}).tables[-1])  # what is published
+    return Summary(tuple(tables), tuple(figures), tuple(findings))

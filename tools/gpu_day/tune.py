@@ -1,0 +1,295 @@
+"""The step ``tune``: the tile table of this card's architecture, row by row, by climbing from the rows that are there.
+
+A row serves several passes (OUT's rows all passes that contract over so much, at any head shape), so a candidate is judged
+by the geometric mean of its times ÷ those of the row in use. Winners go into a patch of the table, and are checked again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from retnet.measure.clock import stopwatch
+from retnet.measure.summary import Summary
+from retnet.ops import log_decays
+from retnet.ops.triton import capability, launch, tile_table
+from retnet.ops.triton.autotune import candidates
+from retnet.tables import Table
+from tools.gpu_day.cases import replaced
+from tools.gpu_day.notebook import Found
+from tools.gpu_day.place import Place, Run, interpret_exactly
+from tools.gpu_day.verify import HEADS, base, check
+
+TOKENS, NUM_HEADS = 16384, 8
+GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
+WIDTHS = (64, 128, 256, 1024)
+Tiles = tile_table.StateTiles | tile_table.OutTiles
+Pass = Callable[[], object]
+
+
+def passes(
+    kind: str, device: torch.device, tokens: int, heads: int, shapes: tuple[tuple[int, int], ...]
+) -> list[Pass]:
+    """All passes that a row serves: ``state``, or ``out-WIDTH``."""
+    found = []
+    for K, V in shapes:
+        q, k, v, d_out = (
+            torch.randn(1, tokens, heads, width, device=device, dtype=torch.bfloat16)
+            for width in (K, K, V, V)
+        )
+        log_decay = log_decays("paper", heads).to(device)
+        chunks = launch.cut(q, None, tile_table.CHUNK)
+        if kind == "state":
+            found += [
+                partial(launch.state_pass, k, v, None, log_decay, chunks, reverse=False),
+                partial(launch.state_pass, q, d_out, None, log_decay, chunks, reverse=True, scale=K**-0.5),
+            ]
+            continue
+        states = torch.randn(chunks.total, heads, K, V, device=device, dtype=torch.bfloat16)
+        width = int(kind.removeprefix("out-"))
+        for x, y, z, reverse, transposed in (
+            (q, k, v, False, False),
+            (d_out, v, k, False, True),
+            (v, d_out, q, True, True),
+            (k, q, d_out, True, False),
+        ):
+            if _row(x.shape[3]) == width:
+                shared = (x, y, z, states, log_decay, K**-0.5, chunks)
+                found.append(partial(launch.out_pass, *shared, reverse=reverse, transposed=transposed))
+    return found
+
+
+def neighbours(tiles: Tiles) -> list[Tiles]:
+    """What tuning in use would try, and one width doubled with another halved: as many registers, other traffic."""
+    found: list[Tiles] = list(candidates(tiles))[1:]
+    if isinstance(tiles, tile_table.OutTiles):
+        for up, down in (("bz", "bm"), ("bm", "bz"), ("bn", "bx"), ("bx", "bn"), ("bs", "bn")):
+            more, less = getattr(tiles, up) * 2, getattr(tiles, down) // 2
+            if more <= 512 and less >= 32:
+                found.append(tiles._replace(**{up: more, down: less}))
+    else:
+        found += [tiles._replace(bz=tiles.bz * 2, ba=tiles.ba // 2), tiles._replace(bt=tiles.bt * 2)]
+    return list(dict.fromkeys(found))
+
+
+def search(kind: str, place: Place) -> Found:
+    """Climbs from the row in use as long as there is time; compiles candidates in several processes beforehand."""
+    until, device = time.time() + 60 * place.minutes, place.device
+    shapes, tokens, heads = (((16, 32),), 32, 1) if place.rehearsal else (HEADS, TOKENS, NUM_HEADS)
+    name = capability.architecture(device)
+    start = _in_use(kind, tile_table.table(name))
+    runs = passes(kind, device, tokens, heads, shapes)
+    if not runs:
+        return {
+            "architecture": name,
+            "kind": kind,
+            "start": list(start),
+            "best": list(start),
+            "tried": [],
+            "gain": 1.0,
+        }
+    began = _times(runs, device, name, kind, start)
+    assert began is not None
+    tried, best, ratio = {start: 1.0}, start, 1.0
+    most = 2 if place.rehearsal else 1000
+    with _compilers(place) as compilers:
+        while time.time() < until:
+            waiting = [tiles for tiles in neighbours(best) if tiles not in tried][:most]
+            if not waiting:
+                break
+            if compilers is not None:
+                ready: Iterator[Any] = compilers.map(
+                    partial(_compile, kind, device.type, shapes),
+                    map(list, waiting),
+                    timeout=max(1, until - time.time()),
+                )
+            else:
+                ready = iter(waiting)
+            before = best
+            try:
+                for tiles, _ in zip(waiting, ready, strict=True):
+                    times = _times(runs, device, name, kind, tiles)
+                    tried[tiles] = _mean(times, began) if times else math.inf
+                    if tried[tiles] < GAIN * ratio:
+                        best, ratio = tiles, tried[tiles]
+                    if time.time() > until:
+                        break
+            except TimeoutError:
+                break
+            if best == before or place.rehearsal:
+                break
+    again = _times(runs, device, name, kind, start)  # the beginning once more: how far times wander
+    return {
+        "architecture": name,
+        "kind": kind,
+        "start": list(start),
+        "best": list(best),
+        "ratio": ratio,
+        "start again": _mean(again, began) if again else None,
+        "milliseconds": [1e3 * t for t in began],
+        "tried": [{"tiles": list(tiles), "ratio": ratio} for tiles, ratio in tried.items()],
+    }
+
+
+def checked(place: Place) -> Found:
+    """The winners at the head shapes they were found at, against fp64."""
+    rows = winners(
+        {part: found["found"] for part, found in place.notebook.parts().items() if "found" in found}
+    )
+    if not rows["state"] and not rows["out"]:
+        return {"cases": 0, "skipped": "nothing faster was found, so there is nothing to check"}
+    cases = [base(K=K, V=V, T=600, tiles=rows, state=state) for K, V in HEADS for state in (False, True)]
+    return check(place, iter(cases))
+
+
+def winners(parts: dict[str, Found]) -> dict[str, Any]:
+    """The rows that are faster than those in use: ``{"state": […] or None, "out": {width: […]}}``."""
+    found = {kind: x for kind, x in parts.items() if "best" in x and x["best"] != x["start"]}
+    out = {kind.removeprefix("out-"): x["best"] for kind, x in found.items() if kind != "state"}
+    return {"state": found["state"]["best"] if "state" in found else None, "out": out}
+
+
+def patch(name: str, parts: dict[str, Found]) -> str:
+    """The table with the winners in it, as source to be put in the place of the old one."""
+    table = replaced(tile_table.table(name), winners(parts))
+    lines = [f'    "{name}": Table(', f"        {_written(table.state)},", "        {"]
+    lines += [f"            {width}: {_written(tiles)}," for width, tiles in table.out.items()]
+    return "\n".join([*lines, "        },", f"        {_written(table.step)},", "    ),"])
+
+
+def _written(tiles: tuple[int, ...]) -> str:
+    return f"{type(tiles).__name__}({', '.join(map(str, tiles))})"
+
+
+def _row(width: int) -> int:
+    return min(row for row in WIDTHS if row >= width)
+
+
+def _in_use(kind: str, table: tile_table.Table) -> Tiles:
+    if kind == "state":
+        return table.state
+    width = int(kind.removeprefix("out-"))
+    return table.out[min(row for row in table.out if row >= width)]
+
+
+def _times(runs: list[Pass], device: torch.device, name: str, kind: str, tiles: Tiles) -> list[float] | None:
+    """Seconds of each pass with these tiles in the table; None if they do not fit."""
+    with _changed(name, kind, tiles):
+        try:
+            return [_seconds(run, device) for run in runs]
+        except Exception as error:  # out of resources, or the compiler gave up: these tiles are out
+            print(f"{kind} {tuple(tiles)}: {type(error).__name__}: {str(error)[:200]}")
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return None
+
+
+def _seconds(run: Pass, device: torch.device) -> float:
+    measure = stopwatch(run, device, budget=0.02)
+    measure()
+    return measure()
+
+
+def _mean(times: list[float], began: list[float]) -> float:
+    return math.exp(sum(math.log(a / b) for a, b in zip(times, began, strict=True)) / len(times))
+
+
+class _changed:  # noqa: N801
+    """The table with one row replaced."""
+
+    def __init__(self, name: str, kind: str, tiles: Tiles) -> None:
+        self.name, self.before = name, tile_table.table(name)
+        rows: dict[str, Any] = (
+            {"state": list(tiles)} if kind == "state" else {"out": {kind.removeprefix("out-"): list(tiles)}}
+        )
+        self.after = replaced(self.before, rows)
+
+    def __enter__(self) -> None:
+        tile_table.TABLES[self.name] = self.after
+
+    def __exit__(self, *error: object) -> None:
+        tile_table.TABLES[self.name] = self.before
+
+
+class _compilers:  # noqa: N801
+    """Processes that compile a candidate into Triton's cache while another is timed; none in a rehearsal."""
+
+    def __init__(self, place: Place) -> None:
+        count = min(8, (os.cpu_count() or 2) // 2)
+        self.pool = None if place.rehearsal or count < 2 else ProcessPoolExecutor(count, get_context("spawn"))
+
+    def __enter__(self) -> ProcessPoolExecutor | None:
+        return self.pool
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles: list[int]) -> None:
+    """Runs every pass once on few tokens, which leaves its kernel in the cache."""
+    interpret_exactly()
+    where = torch.device(device)
+    name = capability.architecture(where)
+    one = tile_table.StateTiles(*tiles) if kind == "state" else tile_table.OutTiles(*tiles)
+    with _changed(name, kind, one):
+        for run in passes(kind, where, 512, NUM_HEADS, shapes):
+            try:
+                run()
+            except Exception as error:
+                print(f"{kind} {tuple(tiles)}: {type(error).__name__}")
+                return
+
+
+PARTS: dict[str, Run] = {
+    "state": partial(search, "state"),
+    **{f"out-{width}": partial(search, f"out-{width}") for width in WIDTHS},
+    "verify": checked,
+}
+
+
+def summarise(parts: dict[str, Found]) -> Summary:
+    """What was found for each row, and the patch."""
+    searched = {kind: found for kind, found in parts.items() if "best" in found}
+    rows = tuple(
+        (
+            kind,
+            "×".join(map(str, found["start"])),
+            "×".join(map(str, found["best"])),
+            f"{found.get('ratio', 1.0):.3f}",
+            str(len(found["tried"])),
+        )
+        for kind, found in searched.items()
+    )
+    columns = ("row", "in use", "best", "time of the best ÷ in use", "tried")
+    notes = (
+        "Geometric mean over all passes that the row serves. Tiles: tokens, rows, columns, warps, stages (STATE); rows, "
+        "columns, contraction of scores, of the state, columns of the output, warps, stages (OUT).",
+    )
+    findings, tables = [], [Table("Tiles", columns, rows, notes)]
+    if checked_ := parts.get("verify"):
+        wrong = len(checked_.get("wrong", []))
+        findings.append(
+            checked_.get("skipped") or f"The winners: {checked_['cases']} cases against fp64, {wrong} wrong."
+        )
+    if any(found["best"] != found["start"] for found in searched.values()):
+        name = next(iter(searched.values()))["architecture"]
+        source = patch(name, searched).splitlines()
+        tables.append(
+            Table(
+                "For src/retnet/ops/triton/tile_table.py",
+                ("line", "source"),
+                tuple((str(n + 1), line.strip()) for n, line in enumerate(source)),
+            )
+        )
+    else:
+        findings.append("No tiles were faster than those in the table by more than 2 %.")
+    return Summary(tuple(tables), (), tuple(findings))
