@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs: dict[str, Run] = import_module(f"tools.gpu_day.{given.step}").PARTS
     for name in given.parts:
         print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
-        seconds = 6.0 if given.rehearse else find(given.step, name).seconds
+        seconds = 20.0 if given.rehearse else find(given.step, name).seconds
         if find(given.step, name).least and not given.rehearse:
             seconds = given.until - time.time()
         notebook.begin(name)
