@@ -191,7 +191,11 @@ def test_wrong_results_are_seen(monkeypatch):
     ]
     wrong = right._replace(name="wrong", forward=lambda q, k, v: right.forward(q, k, v) * 1.5)
     broken = right._replace(name="broken", forward=lambda q, k, v: right.forward(q, k, v) * math.nan)
-    errors = ops._errors({shape: [*found, wrong, broken]}, torch.float32, CPU, lambda _: None)
+    fails = right._replace(name="fails", forward=lambda q, k, v: 1 / 0)
+    contenders = {shape: [*found, wrong, broken, fails]}
+    errors, left_out = ops._errors(contenders, torch.float32, CPU, lambda _: None)
+    assert left_out == ["fails cannot run H1 K4 V4 on cpu: ZeroDivisionError: division by zero"]
+    assert fails not in contenders[shape]
     assert errors[OURS] < 1e-6
     assert errors["wrong"] == pytest.approx(0.5, rel=1e-3)
     assert errors["broken"] == math.inf

@@ -56,6 +56,32 @@ def test_jobs_leave_all_that_the_summary_reads(tmp_path):
     assert all(line.y for panel in summary.figures[0].panels for line in panel.lines)
 
 
+def test_memory_beside_the_time(tmp_path):
+    """One job a size, which says what its steps took; compiled, and with blocks computed again."""
+    study = measure(memory="step", activation_checkpointing=True)
+    jobs = study.jobs(tmp_path, {}, ())
+    assert list(jobs) == ["speed-tiny"]
+    assert study.count() == 1
+    found = json.loads(json.dumps(jobs["speed-tiny"].run(tmp_path, lambda _: None)))
+    weights = 4 * found["parameters"][OURS]
+    assert all(row["peak_bytes"] >= 3 * weights for row in found["rows"])  # weights and two moments, at least
+    summary = study.summarise({"speed-tiny": found})
+    assert all(cell != "–" for row in summary.tables[0].rows for cell in row)
+    assert any(note.startswith("Activation checkpointing") for note in summary.tables[0].notes)
+
+
+def test_models_for_which_there_is_no_room_together_are_measured_in_turn(tmp_path, monkeypatch):
+    study = measure(memory="step", lengths=[64])
+    size = study.steps.sizes[0]
+    most = max(sum(need(study.steps, size, kind, 64, CPU)) for kind in training.KINDS)
+    monkeypatch.setattr(training, "free_memory", lambda device: (most + 1) / training.SHARE)
+    found = study.jobs(tmp_path, {}, ())["speed-tiny"].run(tmp_path, lambda _: None)
+    assert not found["interleaved"]
+    assert {row["kind"] for row in found["rows"]} == set(TRAINED)
+    notes = study.summarise({"speed-tiny": found}).tables[0].notes
+    assert any("one after the other" in note for note in notes)
+
+
 def test_needs_grow_as_the_models_do():
     """Equal tokens a step: only plain attention needs more of longer sequences, by its scores."""
     study = shipped("laptop")

@@ -31,7 +31,7 @@ PACKAGES = (
 WITHOUT = {
     "triton": "nothing of this library's GPU kernels can run",
     "transformers": "no Llama stands beside decoding",
-    "fla": "flash-linear-attention does not stand beside the op",
+    "fla": "flash-linear-attention, of which it is a part, does not stand beside the op",
     "pytest": "verify borrows its comparisons from the tests, which import pytest",
     "jinja2": "there is no report of the study of quality",
     "matplotlib": "pages have no pictures",
@@ -115,7 +115,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         rows += [("CUDA of torch", str(about["cuda"] or about["hip"] or MISSING))]
         rows += [(name, version or MISSING) for name, version in about["versions"].items()]
         tables.append(Table("Card and versions", ("what", "is"), tuple(rows)))
-        findings += [sentence[:1].upper() + sentence[1:] + "." for sentence in about["missing"]]
+        findings += [f"{sentence}." for sentence in about["missing"]]
     if top := parts.get("ceilings"):
         products = {name: _spread(seen, 1e-12) for name, seen in top["flops_per_s"].items()}
         bytes_ = {name: _spread(seen, 1e-9) for name, seen in top["bytes_per_s"].items()}

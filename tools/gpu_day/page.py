@@ -54,7 +54,7 @@ def _page(out: Path, rehearsal: bool) -> Page:
         line=" · ".join(
             [
                 str(host.get("gpu") or host.get("cpu", "")),
-                *(dates[:1] or [time.strftime("%Y-%m-%d")]),
+                (dates[0] if dates else time.strftime("%Y-%m-%d"))[:10],
                 f"{done} parts",
             ]
         ),
@@ -64,7 +64,7 @@ def _page(out: Path, rehearsal: bool) -> Page:
         else "Not everything was done",
         missing=" ".join(missing),
         failures=failures,
-        summary=_summary(records),
+        chapters=[_chapter(step, record) for step, record in records.items()],
         settings=(),
         lists=(),
         machine=machine(host),
@@ -72,22 +72,17 @@ def _page(out: Path, rehearsal: bool) -> Page:
     )
 
 
-def _summary(records: dict[str, dict[str, Any]]) -> Summary:
-    """Of all steps together, each finding with the name of its step."""
-    tables, figures, findings = [], [], []
-    for step, record in records.items():
-        parts = {name: part["found"] for name, part in record["parts"].items() if "found" in part}
-        try:
-            shown: Summary = import_module(f"tools.gpu_day.{step}").summarise(parts)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            StopIteration,
-        ) as error:  # a record of another version, or cut short
-            findings.append(f"{step}: its record cannot be shown: {type(error).__name__}: {error}.")
-            continue
-        tables += shown.tables
-        figures += shown.figures
-        findings += [f"{step}: {sentence}" for sentence in shown.findings]
-    return Summary(tuple(tables), tuple(figures), tuple(findings))
+def _chapter(step: str, record: dict[str, Any]) -> tuple[str, Summary]:
+    """A step as a chapter."""
+    parts = {name: part["found"] for name, part in record["parts"].items() if "found" in part}
+    title = f"{step.capitalize()}: {plan.STEPS[step]}"
+    try:
+        shown: Summary = import_module(f"tools.gpu_day.{step}").summarise(parts)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        StopIteration,
+    ) as error:  # a record of another version, or cut short
+        return title, Summary(findings=(f"Its record cannot be shown: {type(error).__name__}: {error}.",))
+    return title, shown

@@ -43,7 +43,7 @@ PARTS = (
     Part(
         "machine", "ceilings", 15, 1, "matrix products in bf16, fp16, TF32, fp32; reading, updating, copying"
     ),
-    Part("verify", "heads", 40, 1, "K/V 64/128, 128/256, 256/512 in every type, forward and backward"),
+    Part("verify", "heads", 35, 1, "K/V 64/128, 128/256, 256/512 in every type, forward and backward"),
     Part(
         "verify", "layouts", 35, 1, "ragged, packed, cut, carried, strided, γ = 1, kept states, short chunks"
     ),
@@ -51,19 +51,19 @@ PARTS = (
     Part("verify", "rows", 20, 1, "rotation, head norm with gate, and a whole model"),
     Part("verify", "torch", 45, 1, "opcheck, one graph under torch.compile, CUDA graphs, export"),
     Part("verify", "far", 20, 2, "tensors of more than 2³¹ numbers"),
-    Part("verify", "sizes", 70, 2, "K from 16 to 256 and V from 16 to 512, odd ones too"),
-    Part("verify", "tiles", 45, 3, "the tiles of every other architecture in the table that fit this card"),
-    Part("verify", "fuzz", 45, 3, "anything at all, from fresh seeds"),
-    Part("tune", "state", 35, 2, "tiles of STATE, for all head shapes together"),
-    Part("tune", "out-256", 40, 2, "tiles of OUT for scores contracted over 256"),
-    Part("tune", "out-1024", 40, 2, "over 512"),
-    Part("tune", "out-128", 40, 3, "over 128"),
-    Part("tune", "out-64", 40, 3, "over 64"),
+    Part("verify", "sizes", 60, 2, "K from 16 to 256 and V from 16 to 512, odd ones too"),
+    Part("verify", "tiles", 30, 3, "the tiles of every other architecture in the table that fit this card"),
+    Part("verify", "fuzz", 30, 3, "anything at all, from fresh seeds"),
+    Part("tune", "state", 30, 2, "tiles of STATE, for all head shapes together"),
+    Part("tune", "out-256", 35, 2, "tiles of OUT for scores contracted over 256"),
+    Part("tune", "out-1024", 35, 2, "over 512"),
+    Part("tune", "out-128", 30, 3, "over 128"),
+    Part("tune", "out-64", 30, 3, "over 64"),
     Part("tune", "verify", 30, 2, "the winners against fp64"),
     Part("ops", "kernels", 45, 1, "TFLOP/s and GB/s of every kernel beside the ceilings"),
     Part("ops", "256-512", 75, 1, "the op at K 256, V 512, from 512 to 131,072 tokens, beside its peers"),
-    Part("ops", "128-256", 60, 2, "at K 128, V 256"),
-    Part("ops", "64-128", 60, 2, "at K 64, V 128"),
+    Part("ops", "128-256", 50, 2, "at K 128, V 256"),
+    Part("ops", "64-128", 50, 2, "at K 64, V 128"),
     Part("decode", "steps", 30, 1, "the step of the op, batch 1 to 256, share of bandwidth"),
     Part(
         "decode", "1.3B", 60, 1, "a model of 1.3 B parameters, batch 1 to 256, beside a Llama at 2k, 8k, 32k"
@@ -73,7 +73,7 @@ PARTS = (
     Part("train", "350M", 30, 2, "350 M parameters, eagerly"),
     Part("train", "1.3B-compiled", 75, 2, "1.3 B at 8,192 tokens under torch.compile"),
     Part("train", "350M-compiled", 60, 3, "350 M at 8,192 tokens under torch.compile"),
-    Part("quality", "architectures", 480, 3, "nine architectures, two learning rates", least=150),
+    Part("quality", "architectures", 330, 3, "nine architectures, two learning rates", least=150),
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from retnet.io import write_text
 from retnet.measure.clock import stopwatch
 from retnet.measure.summary import Summary
 from retnet.ops import log_decays
@@ -24,7 +25,7 @@ from retnet.ops.triton import capability, launch, tile_table
 from retnet.ops.triton.autotune import candidates
 from retnet.tables import Table
 from tools.gpu_day.cases import replaced
-from tools.gpu_day.notebook import Found
+from tools.gpu_day.notebook import Found, file_name
 from tools.gpu_day.place import Place, Run, interpret_exactly
 from tools.gpu_day.verify import HEADS, base, check
 
@@ -146,6 +147,10 @@ def checked(place: Place) -> Found:
     )
     if not rows["state"] and not rows["out"]:
         return {"cases": 0, "skipped": "nothing faster was found, so there is nothing to check"}
+    name = capability.architecture(place.device)
+    source = patch(name, {part: x["found"] for part, x in place.notebook.parts().items() if "found" in x})
+    write_text(place.out / file_name("tile_table.txt", place.rehearsal), source + "\n")
+    print(source)
     cases = [base(K=K, V=V, T=600, tiles=rows, state=state) for K, V in HEADS for state in (False, True)]
     return check(place, iter(cases))
 

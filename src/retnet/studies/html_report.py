@@ -47,7 +47,7 @@ class Page:
         alarm: heading of what has to be said first; shown if there is anything `missing`.
         missing: what that is.
         failures: what failed → why.
-        summary: findings, tables and figures.
+        chapters: a title and what stands below it; one without a title has a heading for each kind of result instead.
         settings: captions and rows of plain settings.
         lists: settings that are lists of tables.
         machine: names and values.
@@ -60,7 +60,7 @@ class Page:
     alarm: str
     missing: str
     failures: Mapping[str, str]
-    summary: Summary
+    chapters: Sequence[tuple[str, Summary]]
     settings: Sequence[tuple[str, list[tuple[str, str]]]]
     lists: Sequence[Table]
     machine: Sequence[tuple[str, str]]
@@ -82,7 +82,7 @@ def html_page(found: StudyState) -> str:
             alarm="This study is not complete",
             missing=found.missing,
             failures=found.failures,
-            summary=found.summary,
+            chapters=[("", found.summary)],
             settings=settings,
             lists=lists,
             machine=machine(found.environment),
@@ -102,20 +102,6 @@ def render(page: Page) -> str:
     except ImportError:
         raise UserError("reports need Jinja2, which is missing; pip install 'retnet[study]'") from None
     source = resources.files("retnet.studies").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    drawn = [
-        {
-            "title": _heading(figure.name),
-            "panels": [
-                (panel.title, markup(svg))
-                for panel, svg in zip(
-                    figure.panels, figures.panels_as_svg(figure, f"drawing{number}"), strict=True
-                )
-            ],
-            "legend": [(name, markup(svg)) for name, svg in figures.legend_as_svg(figure, f"key{number}")],
-            "notes": figure.notes,
-        }
-        for number, figure in enumerate(page.summary.figures)
-    ]
     text: str = (
         jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, keep_trailing_newline=True)
         .from_string(source)
@@ -126,9 +112,7 @@ def render(page: Page) -> str:
             alarm=page.alarm,
             missing=page.missing,
             failures=page.failures,
-            findings=page.summary.findings,
-            tables=[_grid(table) for table in page.summary.tables],
-            figures=drawn,
+            chapters=[_chapter(n, *chapter, markup) for n, chapter in enumerate(page.chapters)],
             settings=page.settings,
             lists=[_grid(table, results=False) for table in page.lists],
             machine=page.machine,
@@ -138,6 +122,31 @@ def render(page: Page) -> str:
         )
     )
     return text
+
+
+def _chapter(number: int, title: str, summary: Summary, markup: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Findings, tables and drawn figures as the template wants them, with names of their own on the page."""
+    drawn = []
+    for n, figure in enumerate(summary.figures):
+        name = f"{number}-{n}"
+        svgs = figures.panels_as_svg(figure, f"drawing{name}")
+        drawn.append(
+            {
+                "id": f"figure-{name}",
+                "title": _heading(figure.name),
+                "panels": [(p.title, markup(svg)) for p, svg in zip(figure.panels, svgs, strict=True)],
+                "legend": [(key, markup(svg)) for key, svg in figures.legend_as_svg(figure, f"key{name}")],
+                "notes": figure.notes,
+            }
+        )
+    tables = [{"id": f"table-{number}-{n}", **_grid(table)} for n, table in enumerate(summary.tables)]
+    return {
+        "id": f"chapter-{number}",
+        "title": title,
+        "findings": summary.findings,
+        "tables": tables,
+        "figures": drawn,
+    }
 
 
 def _grid(table: Table, results: bool = True) -> dict[str, Any]:
