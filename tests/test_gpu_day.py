@@ -162,7 +162,10 @@ def test_winners_become_rows_of_the_table():
         "out-256": {"start": list(table.out[256]), "best": [64, 32, 256, 64, 512, 8, 2]},
     }
     assert tune.winners(found) == {"state": None, "out": {"256": [64, 32, 256, 64, 512, 8, 2]}}
-    namespace = {name: getattr(tile_table, name) for name in ("Table", "StateTiles", "OutTiles", "StepTiles")}
+    namespace = {
+        name: getattr(tile_table, name)
+        for name in ("ArchitectureTiles", "StateTiles", "OutTiles", "StepTiles")
+    }
     rows = eval("{" + tune.patch("sm_90", found) + "}", namespace)
     assert rows["sm_90"].out[256] == tile_table.OutTiles(64, 32, 256, 64, 512, 8, 2)
     assert rows["sm_90"]._replace(out=table.out) == table

@@ -121,7 +121,7 @@ def _tiles(named: str | dict[str, Any] | None, device: torch.device) -> Iterator
             tile_table.TABLES[name] = before
 
 
-def replaced(table: tile_table.Table, rows: dict[str, Any]) -> tile_table.Table:
+def replaced(table: tile_table.ArchitectureTiles, rows: dict[str, Any]) -> tile_table.ArchitectureTiles:
     """The table with other rows: ``{"state": […], "out": {width: […]}}``, as JSON has them."""
     state = tile_table.StateTiles(*rows["state"]) if rows.get("state") else table.state
     out = {int(width): tile_table.OutTiles(*tiles) for width, tiles in rows.get("out", {}).items()}

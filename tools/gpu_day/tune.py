@@ -165,7 +165,7 @@ def winners(parts: dict[str, Found]) -> dict[str, Any]:
 def patch(name: str, parts: dict[str, Found]) -> str:
     """The table with the winners in it, as source to be put in the place of the old one."""
     table = replaced(tile_table.table(name), winners(parts))
-    lines = [f'    "{name}": Table(', f"        {_written(table.state)},", "        {"]
+    lines = [f'    "{name}": ArchitectureTiles(', f"        {_written(table.state)},", "        {"]
     lines += [f"            {width}: {_written(tiles)}," for width, tiles in table.out.items()]
     return "\n".join([*lines, "        },", f"        {_written(table.step)},", "    ),"])
 
@@ -178,7 +178,7 @@ def _row(width: int) -> int:
     return min(row for row in WIDTHS if row >= width)
 
 
-def _in_use(kind: str, table: tile_table.Table) -> Tiles:
+def _in_use(kind: str, table: tile_table.ArchitectureTiles) -> Tiles:
     if kind == "state":
         return table.state
     width = int(kind.removeprefix("out-"))
