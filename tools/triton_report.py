@@ -63,6 +63,8 @@ class KernelNeeds(NamedTuple):
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     matrix: bool  # runs on the matrix units
+    copies: str  # how loads reach shared memory: "bulk" (TMA), "async" (cp.async), or they do not
+    programs: int  # that fit one multiprocessor at a time; 0: not known of this architecture
     miscompiled: bool  # the transposed result of a product goes into a product
     faults: tuple[str, ...]
 
@@ -197,6 +199,22 @@ def resources(compiled: CompiledKernel) -> tuple[int, int]:
     return registers, stack + local
 
 
+def copies(compiled: CompiledKernel) -> str:
+    """How NVIDIA's kernels bring tiles into shared memory: by the bulk copy engine, asynchronous copies, or not at all."""
+    text = compiled.asm.get("ptx", "")
+    kinds = {"bulk": "cp.async.bulk", "async": "cp.async.c"}  # cp.async.ca and cp.async.cg
+    return next((kind for kind, instruction in kinds.items() if instruction in text), MISSING)
+
+
+def programs_at_once(target: Target, registers: int, shared: int, warps: int) -> int:
+    """Programs that one multiprocessor of an NVIDIA GPU holds: bounded by registers, shared memory and warps."""
+    if target.gpu.backend != "cuda":
+        return 0
+    each = -(-registers * 32 // 256) * 256 * warps  # registers are handed out to warps in 256s
+    room = target.shared + 1024  # of which every program takes a KB more than it asks for
+    return min(65_536 // each, room // (shared + 1024), 64 // warps)
+
+
 def transposes_a_product(compiled: CompiledKernel) -> bool:
     """Whether the result of a product is transposed in registers, the pattern that Hopper miscompiled."""
     return re.search(r"tt\.trans .*#mma\w*> ->", compiled.asm["ttgir"]) is not None
@@ -233,6 +251,8 @@ def examine(
                 spilled,
                 shared,
                 matrix,
+                copies(compiled),
+                programs_at_once(target, registers, shared, options["num_warps"]),
                 miscompiled,
                 tuple(faults),
             )
@@ -257,6 +277,8 @@ def print_report(architectures: Sequence[str]) -> int:
         "spilled, B",
         "shared, KB",
         "matrix units",
+        "copies",
+        "programs a multiprocessor",
         "faults",
     )
     rows = tuple(
@@ -269,6 +291,8 @@ def print_report(architectures: Sequence[str]) -> int:
             str(row.spilled),
             f"{row.shared / 1024:.0f}",
             TARGETS[row.architecture].instruction if row.matrix else MISSING,
+            row.copies,
+            str(row.programs or MISSING),
             "; ".join(row.faults),
         )
         for row in found
