@@ -52,7 +52,12 @@ def _run_command(name: str) -> click.Command:
     """The command of one study."""
 
     @click.command(name, context_settings={"ignore_unknown_options": True})
-    @click.option("--scale", default="laptop", show_default=True, help="laptop, small or paper; of two studies also gpu.")
+    @click.option(
+        "--scale",
+        default="laptop",
+        show_default=True,
+        help="laptop, small or paper; of two studies also gpu.",
+    )
     @options(
         "retnet.studies.quality:QualityMeasure",
         "seeds",
