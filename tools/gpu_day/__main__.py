@@ -58,10 +58,23 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     whole = day.run()
-    from tools.gpu_day.page import write_page
-
-    _say(f"wrote {write_page(out, given.rehearse)}")
+    _tell(out, given.rehearse)
     return 0 if whole else 1
+
+
+def _tell(out: Path, rehearsal: bool) -> None:
+    """Prints what was found, and writes the page."""
+    from retnet.settings import UserError
+    from tools.gpu_day.page import chapters, write_page
+
+    for title, summary in chapters(out, rehearsal):
+        print(f"\n{title}")
+        for sentence in summary.findings:
+            print(f"* {sentence}")
+    try:
+        _say(f"wrote {write_page(out, rehearsal)}")
+    except UserError as error:
+        _say(f"no page: {error}")
 
 
 def _no_gpu() -> str:

@@ -32,9 +32,18 @@ def write_page(out: Path, rehearsal: bool) -> Path:
     return path
 
 
+def chapters(out: Path, rehearsal: bool) -> list[tuple[str, Summary]]:
+    """Every step that left a record: its title, and what it found."""
+    return [_chapter(step, record) for step, record in _records(out, rehearsal).items()]
+
+
+def _records(out: Path, rehearsal: bool) -> dict[str, dict[str, Any]]:
+    found = {step: Notebook(out, step, rehearsal).read() for step in plan.STEPS}
+    return {step: record for step, record in found.items() if record}
+
+
 def _page(out: Path, rehearsal: bool) -> Page:
-    records = {step: Notebook(out, step, rehearsal).read() for step in plan.STEPS}
-    records = {step: record for step, record in records.items() if record}
+    records = _records(out, rehearsal)
     states = [
         (f"{part.step} {part.name}", records.get(part.step, {}).get("parts", {}).get(part.name, {}))
         for part in plan.PARTS
@@ -64,7 +73,7 @@ def _page(out: Path, rehearsal: bool) -> Page:
         else "Not everything was done",
         missing=" ".join(missing),
         failures=failures,
-        chapters=[_chapter(step, record) for step, record in records.items()],
+        chapters=chapters(out, rehearsal),
         settings=(),
         lists=(),
         machine=machine(host),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -30,6 +30,7 @@ from tools.gpu_day.place import Place, Run, interpret_exactly
 from tools.gpu_day.verify import HEADS, base, check
 
 TOKENS, NUM_HEADS = 16384, 8
+AT_ONCE = 8  # candidates compiled at a time
 GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
 WIDTHS = (64, 128, 256, 1024)
 Tiles = tile_table.StateTiles | tile_table.OutTiles
@@ -89,44 +90,24 @@ def search(kind: str, place: Place) -> Found:
     start = _in_use(kind, tile_table.table(name))
     runs = passes(kind, device, tokens, heads, shapes)
     if not runs:
-        return {
-            "architecture": name,
-            "kind": kind,
-            "start": list(start),
-            "best": list(start),
-            "tried": [],
-            "gain": 1.0,
-        }
+        return {"architecture": name, "kind": kind, "start": list(start), "best": list(start), "tried": []}
     began = _times(runs, device, name, kind, start)
     assert began is not None
     tried, best, ratio = {start: 1.0}, start, 1.0
-    most = 2 if place.rehearsal else 1000
-    with _compilers(place) as compilers:
-        while time.time() < until:
-            waiting = [tiles for tiles in neighbours(best) if tiles not in tried][:most]
-            if not waiting:
+    compile_all = partial(_compile, kind, device.type, shapes)
+    while waiting := [tiles for tiles in neighbours(best) if tiles not in tried]:
+        before = best
+        for first in range(0, 2 if place.rehearsal else len(waiting), AT_ONCE):
+            batch = waiting[first : first + (2 if place.rehearsal else AT_ONCE)]
+            if not _compiled(compile_all, batch, place, until):
                 break
-            if compilers is not None:
-                ready: Iterator[Any] = compilers.map(
-                    partial(_compile, kind, device.type, shapes),
-                    map(list, waiting),
-                    timeout=max(1, until - time.time()),
-                )
-            else:
-                ready = iter(waiting)
-            before = best
-            try:
-                for tiles, _ in zip(waiting, ready, strict=True):
-                    times = _times(runs, device, name, kind, tiles)
-                    tried[tiles] = _mean(times, began) if times else math.inf
-                    if tried[tiles] < GAIN * ratio:
-                        best, ratio = tiles, tried[tiles]
-                    if time.time() > until:
-                        break
-            except TimeoutError:
-                break
-            if best == before or place.rehearsal:
-                break
+            for tiles in batch:
+                times = _times(runs, device, name, kind, tiles)
+                tried[tiles] = _mean(times, began) if times else math.inf
+                if tried[tiles] < GAIN * ratio:
+                    best, ratio = tiles, tried[tiles]
+        if best == before or place.rehearsal or time.time() > until:
+            break
     again = _times(runs, device, name, kind, start)  # the beginning once more: how far times wander
     return {
         "architecture": name,
@@ -224,19 +205,25 @@ class _changed:  # noqa: N801
         tile_table.TABLES[self.name] = self.before
 
 
-class _compilers:  # noqa: N801
-    """Processes that compile a candidate into Triton's cache while another is timed; none in a rehearsal."""
+def _compiled(
+    compile_all: Callable[[list[int]], None], batch: Sequence[Tiles], place: Place, until: float
+) -> bool:
+    """Compiles candidates before any of them is timed; whether there was time for it."""
+    if time.time() > until:
+        return False
+    if (pool := _compilers(place.rehearsal)) is not None:
+        try:
+            list(pool.map(compile_all, map(list, batch), timeout=max(1.0, until - time.time())))
+        except (TimeoutError, BrokenExecutor):
+            return False
+    return True
 
-    def __init__(self, place: Place) -> None:
-        count = min(8, (os.cpu_count() or 2) // 2)
-        self.pool = None if place.rehearsal or count < 2 else ProcessPoolExecutor(count, get_context("spawn"))
 
-    def __enter__(self) -> ProcessPoolExecutor | None:
-        return self.pool
-
-    def __exit__(self, *error: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+@cache
+def _compilers(rehearsal: bool) -> ProcessPoolExecutor | None:
+    """Processes that compile candidates into Triton's cache; none in a rehearsal, which interprets."""
+    count = min(AT_ONCE, (os.cpu_count() or 2) // 2)
+    return None if rehearsal or count < 2 else ProcessPoolExecutor(count, get_context("spawn"))
 
 
 def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles: list[int]) -> None:

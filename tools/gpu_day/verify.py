@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from threading import Lock, Timer
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from retnet.measure.memory import free_memory
 from retnet.measure.summary import Summary
 from retnet.ops.triton import tile_table
+from retnet.settings import UserError
 from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import Answer, Case
 from tools.gpu_day.notebook import Found
@@ -205,6 +207,8 @@ def _workers(device: torch.device, count: int) -> list[Worker]:
 
 def check(place: Place, cases: Iterator[Case], most: int | None = None) -> Found:
     """Checks cases until they or the time of the part are used up; what was found, as plain data."""
+    if find_spec("pytest") is None:
+        raise UserError("the comparisons of the tests need pytest, which is not installed")
     until = time.time() + 60 * place.minutes
     if most is not None:
         cases = itertools.islice(cases, most)
