@@ -22,6 +22,7 @@ from retnet.ops.cpu.tile import LANES, RegisterTile, compile_sweep
 
 MAX_ROWS = 64  # of x in one product
 PANEL_BYTES = 1 << 17  # of weights, which stay in the second-level cache while all rows of x pass by
+FETCH_BYTES = 1 << 13  # how far ahead memory is asked for where all rows of x pass by at once
 
 
 class TileChoice(NamedTuple):
@@ -37,14 +38,13 @@ class TileChoice(NamedTuple):
 WIDE = (
     TileChoice(1, 1, 1, False),
     TileChoice(2, 1, 2, False),
-    TileChoice(3, 4, 6, True),
-    TileChoice(7, 3, 8, True),
+    TileChoice(3, 3, 8, True),
     TileChoice(9, 2, 12, True),
     TileChoice(13, 4, 6, True),
 )
 NARROW = (TileChoice(1, 1, 1, False), TileChoice(2, 1, 2, False), TileChoice(3, 2, 3, True))
 # int8 numbers come so fast that the sums of one row, which wait for each other, would be what takes the time.
-WIDE_INT8 = (TileChoice(1, 4, 6, True), *WIDE[3:])
+WIDE_INT8 = (TileChoice(1, 4, 6, True), TileChoice(7, 3, 8, True), *WIDE[3:])
 NARROW_INT8 = (TileChoice(1, 4, 1, True), TileChoice(2, 2, 3, True))
 
 
@@ -132,9 +132,11 @@ def compile_skinny_gemm(compiler: Compiler, number: type) -> SkinnyGemm:
         address, scales, N, K = weight
         R, most = shapes[B]
         tiles = (B + most - 1) // most
-        panel = R if tiles == 1 else max(R, PANEL_BYTES // (K * item) // R * R)
         i, n = thread(), threads()
         begin, stop, width = N * i // n, N * (i + 1) // n, out.shape[1]
+        panel = later = max(R, PANEL_BYTES // (K * item) // R * R)
+        if tiles == 1:  # one sweep over all: a call for each tile took half as long again as the tile
+            panel, later = max(1, stop - begin), max(R, FETCH_BYTES // (K * item))
         for r in range(begin, stop, panel):
             end = min(r + panel, stop)
             middle = r + (end - r) // R * R
@@ -142,7 +144,7 @@ def compile_skinny_gemm(compiler: Compiler, number: type) -> SkinnyGemm:
                 low, high = bounds(B, tile)
                 x, to = packed.ctypes.data + 4 * low * padded(K), out.ctypes.data + 4 * (low * width + first)
                 C = high - low
-                sweep(R, C, address, scales, K, x, to, width, r, middle, panel, tile, tiles)
+                sweep(R, C, address, scales, K, x, to, width, r, middle, later, tile, tiles)
                 sweep(1, C, address, scales, K, x, to, width, middle, end, 0, 0, 1)
 
     return SkinnyGemm(matrix, padded, pack, rows)
