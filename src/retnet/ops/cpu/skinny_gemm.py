@@ -21,7 +21,7 @@ from retnet.ops.cpu.numba_private import has_feature
 from retnet.ops.cpu.tile import LANES, RegisterTile, compile_sweep
 
 MAX_ROWS = 64  # of x in one product
-PANEL_BYTES = 1 << 17  # of weights, which stay in the second-level cache while all rows of x pass by
+PANEL_BYTES = 1 << 18  # of weights, which stay in the second-level cache while all rows of x pass by
 FETCH_BYTES = 1 << 13  # how far ahead memory is asked for where all rows of x pass by at once
 
 
