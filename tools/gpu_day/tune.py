@@ -29,7 +29,7 @@ from tools.gpu_day.notebook import Found, file_name
 from tools.gpu_day.place import Place, Run, interpret_exactly
 from tools.gpu_day.verify import HEADS, base, check
 
-TOKENS, NUM_HEADS = 16384, 8
+SEQUENCES, TOKENS, NUM_HEADS = 4, 4096, 8  # as in training: a single sequence has few programs
 AT_ONCE = 8  # candidates compiled at a time
 GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
 WIDTHS = (64, 128, 256, 1024)
@@ -44,7 +44,7 @@ def passes(
     found = []
     for K, V in shapes:
         q, k, v, d_out = (
-            torch.randn(1, tokens, heads, width, device=device, dtype=torch.bfloat16)
+            torch.randn(SEQUENCES, tokens, heads, width, device=device, dtype=torch.bfloat16)
             for width in (K, K, V, V)
         )
         log_decay = log_decays("paper", heads).to(device)
@@ -77,8 +77,10 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
             more, less = getattr(tiles, up) * 2, getattr(tiles, down) // 2
             if more <= 512 and less >= 32:
                 found.append(tiles._replace(**{up: more, down: less}))
-    else:
-        found += [tiles._replace(bz=tiles.bz * 2, ba=tiles.ba // 2), tiles._replace(bt=tiles.bt * 2)]
+    else:  # larger tiles of the state read less and are fewer: which counts depends on the card
+        for ba, bz in ((2 * tiles.ba, tiles.bz), (tiles.ba, 2 * tiles.bz), (tiles.ba // 2, 2 * tiles.bz)):
+            found += [tiles._replace(ba=ba, bz=bz, warps=warps) for warps in (4, 8) if ba >= 32 and bz <= 256]
+        found.append(tiles._replace(bt=tiles.bt * 2))
     return list(dict.fromkeys(found))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from retnet.ops.triton import tile_table
 from tools import triton_report as report
 from tools.compile_report import ARCHITECTURES, main
 
@@ -50,6 +51,18 @@ def test_the_tiles_that_fit_any_gpu(monkeypatch):
     small = report.TARGETS["sm_80"]._replace(gpu=report.GPUTarget("cuda", 89, 32), shared=65_536)
     monkeypatch.setitem(report.TARGETS, "sm_89", small)
     assert not [(row.kernel, row.faults) for row in report.examine("sm_89", 128, 256) if row.faults]
+
+
+@pytest.mark.slow
+def test_scores_shared_by_all_columns_compile_for_hopper(monkeypatch):
+    """The row of the table that docs/kernels.md proposes for a card to judge."""
+    table = tile_table.table("sm_90")
+    row = tile_table.OutTiles(64, 32, 256, 32, 512, 8, 3)
+    monkeypatch.setitem(tile_table.TABLES, "sm_90", table._replace(out={**table.out, 256: row}))
+    rows = [row for row in report.examine("sm_90", 256, 512) if row.kernel in ("OUT o", "OUT dv")]
+    assert [(row.faults, row.matrix, row.copies, row.programs) for row in rows] == 2 * [
+        ((), True, "async", 1)
+    ]
 
 
 def test_kernels_around_retention_spill_nothing():

@@ -234,3 +234,29 @@ class TestFarAddresses:
         launch.out_pass(q, k, v, snapshots, log_decay, 0.25, chunks, **direction, out=out)
         assert relative(final, want_final) < UNIT[torch.bfloat16]
         assert relative(out, want) < UNIT[torch.bfloat16]
+
+
+def test_the_checks_of_a_gpu_day_see_a_wrong_kernel(monkeypatch):
+    """Right as it is, with scores shared by all columns of V 512 as well; wrong by a percent, or not written to the end."""
+    from tools.gpu_day import verify
+    from tools.gpu_day.cases import answer
+
+    cpu = torch.device("cpu")
+    wide = {"out": {"256": [64, 32, 256, 32, 512, 8, 3]}}
+    for case in (
+        verify.tiny(verify.base(state=True)),
+        verify.base(K=256, V=512, T=130, H=1, chunk=128, tiles=wide),
+    ):
+        assert not verify.faults(answer(case, cpu))
+    plain = launch.out_pass
+    monkeypatch.setattr(launch, "out_pass", lambda *args, **more: plain(*args, **more) * 1.01)
+    case = verify.tiny(verify.base(dtype="float32"))
+    assert verify.faults(answer(case, cpu))
+
+    def unfinished(*args, **more):
+        out = plain(*args, **more)
+        out[:, -1] = torch.empty_like(out[:, -1])
+        return out
+
+    monkeypatch.setattr(launch, "out_pass", unfinished)
+    assert verify.faults(answer(case, cpu))
