@@ -1,10 +1,14 @@
 """The measure `quality`: its plan of work, what it says of results, and the shipped studies."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from retnet import paper
+from retnet.measure.memory import kept_for_backward
+from retnet.model import LanguageModel
 from retnet.settings import UserError, dump, load
 from retnet.studies import estimate
 from retnet.studies.quality import QualityMeasure, Variant
@@ -211,6 +215,23 @@ def test_plans_count_what_a_model_keeps():
     learned = load(RunConfig, "configs/smoke.toml", {"data.tokenizer": "bpe:1257"})
     grown = estimate.plan("smoke", learned, runs=3).parameters - plan.parameters
     assert grown == 1000 * config.model.d_model  # embedding and head are tied
+
+
+def test_what_all_blocks_share_is_counted_once():
+    model = load(RunConfig, "configs/smoke.toml").model
+    model = replace(model, vocab_size=257, num_layers=5)
+    each, shared = estimate._kept_bytes(model, 128)
+    with torch.device("meta"):
+        whole, x = LanguageModel(model), torch.empty(1, 128, model.d_model, requires_grad=True)
+
+    def blocks():
+        y, positions = x, whole.blocks[0].mixer.positions(x)
+        for block in whole.blocks:
+            y = block(y, None, positions)
+        return y
+
+    assert kept_for_backward(blocks, whole.parameters()) == 5 * each + shared
+    assert shared == 2 * 4 * 128 * whole.blocks[0].mixer.key_dim // 2  # cos and sin
 
 
 def test_a_budget_that_cannot_be_met_is_refused(monkeypatch):

@@ -7,17 +7,20 @@ weights are as fast as learned ones: nothing that a forward pass does depends on
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from retnet.measure.sizes import TOLERANCE, equal_width
 from retnet.settings import UserError
 
 FORMATS = ("fp32", "8 bits")
-TOLERANCE = 0.02  # of the number of parameters
 HEAD = 64  # width of a head, in all three
 STATE, CONVOLUTION = 128, 4  # of Mamba-2: numbers a channel keeps, taps of its convolution (as in its paper)
 BLOCK = 32  # weights that share a scale; rows of quantised matrices are multiples of it
@@ -86,22 +89,24 @@ def equal_size(family: Family, count: int, vocab_size: int, width: int, layers: 
     """
     depth, (step, unit) = layers * family.depth, family.units
     found: list[tuple[float, PeerSize]] = []
-    for one_width in _around(width, step):
-        inner = family.expansion * one_width
-        for one_inner in _around(inner, unit):
-            one, two = (parameters(family, PeerSize(n, one_width, one_inner), vocab_size) for n in (1, 2))
-            for one_depth in _around(depth, 1):
-                wrong = abs((one + (one_depth - 1) * (two - one)) / count - 1)
-                if wrong <= TOLERANCE:
-                    ratios = (one_depth / depth, one_width / width, one_inner / inner)
-                    odd = sum(abs(math.log(ratio)) for ratio in ratios)
-                    found.append((10 * wrong + odd, PeerSize(one_depth, one_width, one_inner)))
+    for one_depth, one_width in itertools.product(_around(depth, 1), _around(width, step)):
+        shape = PeerSize(one_depth, one_width, 0)
+        with suppress(UserError):
+            inner = equal_width(count, partial(_with_inner, family, shape, vocab_size), family.title, unit)
+            wrong = abs(_with_inner(family, shape, vocab_size, inner) / count - 1)
+            ratios = (one_depth / depth, one_width / width, inner / (family.expansion * one_width))
+            odd = sum(abs(math.log(ratio)) for ratio in ratios)
+            found.append((10 * wrong + odd, shape._replace(inner=inner)))
     if not found:
         raise UserError(
             f"no {family.title} of about {depth} layers of width {width} comes within {TOLERANCE:.0%} of "
             f"{count:,} parameters; take a larger model"
         )
     return min(found)[1]
+
+
+def _with_inner(family: Family, shape: PeerSize, vocab_size: int, inner: int) -> int:
+    return parameters(family, shape._replace(inner=inner), vocab_size)
 
 
 def write(family: Family, size: PeerSize, vocab_size: int, kind: str, path: Path) -> None:

@@ -11,22 +11,23 @@ from retnet.model.cost import cost
 from retnet.settings import UserError
 
 TOLERANCE = 0.02  # of the number of parameters
-UNIT = 8  # a width is a multiple of it
+UNIT = 8  # a width is usually a multiple of it
 
 
-def equal_width(parameters: int, count: Callable[[int], int], what: str) -> int:
-    """The width, a multiple of 8, whose `count` of parameters comes closest to `parameters`.
+def equal_width(parameters: int, count: Callable[[int], int], what: str, unit: int = UNIT) -> int:
+    """The width, a multiple of `unit`, whose `count` of parameters comes closest to `parameters`.
 
     Args:
         parameters: of the model to be compared with.
         count: width → parameters, linear.
         what: is made wider or narrower, for the message.
+        unit: what the width is a multiple of.
 
     Raises:
         UserError: none comes within 2 %.
     """
-    first, each = count(UNIT), count(2 * UNIT) - count(UNIT)
-    width = UNIT * max(1, 1 + round((parameters - first) / each))
+    first, each = count(unit), count(2 * unit) - count(unit)
+    width = unit * max(1, 1 + round((parameters - first) / each))
     if abs(count(width) - parameters) > TOLERANCE * parameters:
         raise UserError(
             f"no {what} has about {parameters:,} parameters; the nearest has {count(width):,}. Take a wider model"

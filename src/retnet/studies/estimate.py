@@ -68,20 +68,33 @@ def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
     c = config.train
     rows = c.batch_size * c.seq_len
     assert model.vocab_size is not None
-    block = _block_bytes(replace(model, num_layers=1), c.seq_len) * c.batch_size
-    block = block // 2 if c.precision == "bf16" else block
+    each, shared = _kept_bytes(model, c.seq_len)
+    block = each * c.batch_size // (2 if c.precision == "bf16" else 1)
     inputs = rows * model.d_model * 4
     kept = model.num_layers * inputs + block if c.activation_checkpointing else model.num_layers * block
-    return kept + 3 * rows * model.vocab_size * 4  # logits in fp32, their logarithms, their gradient
+    return (
+        kept + shared * c.batch_size + 3 * rows * model.vocab_size * 4
+    )  # logits in fp32, their logarithms, their gradient
 
 
 @lru_cache
-def _block_bytes(model: ModelConfig, length: int) -> int:
-    """What one block keeps of one sequence for its backward pass, in fp32: each tensor once, weights left out."""
+def _kept_bytes(model: ModelConfig, length: int) -> tuple[int, int]:
+    """What each block keeps of a sequence for its backward pass, and what all share (cos, sin); fp32, weights left out."""
     with torch.device("meta"):
-        block = LanguageModel(model).blocks[0]
+        two = LanguageModel(replace(model, num_layers=2)).blocks
         x = torch.empty(1, length, model.d_model, requires_grad=True)
-    return kept_for_backward(lambda: block(x), block.parameters())
+
+    def kept(count: int) -> int:
+        def run() -> torch.Tensor:
+            y, positions = x, two[0].mixer.positions(x)
+            for block in two[:count]:
+                y = block(y, None, positions)
+            return y
+
+        return kept_for_backward(run, two.parameters())
+
+    each = kept(2) - kept(1)
+    return each, kept(1) - each
 
 
 def rate() -> float:
