@@ -24,8 +24,8 @@ def test_auto_takes_the_first_that_can_and_is_not_slow(monkeypatch):
         numba=Implementation(named("numba"), slow=lambda x: "too few numbers"),
         reference=Implementation(named("reference")),
     )
-    assert toy("auto", X) == "reference"
-    assert toy("numba", X) == "numba"  # slow, but asked for
+    assert toy.choose("auto", X)(X) == "reference"
+    assert toy.choose("numba", X)(X) == "numba"  # slow, but asked for
 
 
 def test_what_cannot_run_says_why(monkeypatch):
@@ -37,13 +37,13 @@ def test_what_cannot_run_says_why(monkeypatch):
     with pytest.raises(
         ValueError, match=r"backend 'triton' cannot run toy: no GPU; or use backend 'auto' or"
     ):
-        toy("triton", X)
+        toy.choose("triton", X)(X)
     with pytest.raises(
         ValueError, match=r"'torch' cannot run toy: its row of the table has no such cell; or"
     ):
-        toy("torch", X)
+        toy.choose("torch", X)(X)
     with pytest.raises(ValueError, match="no backend can run toy: triton: no GPU; numba: no numba"):
-        toy("auto", X)
+        toy.choose("auto", X)(X)
 
 
 def test_every_row_has_the_law():

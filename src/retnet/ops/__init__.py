@@ -10,12 +10,13 @@ Legend, used in every shape comment of the project:
 `log_decays` makes the γ of each head.
 """
 
+from retnet.ops.chunkwise import CHUNK
 from retnet.ops.decay import Decay, log_decays
 from retnet.ops.dispatch import BACKENDS
 from retnet.ops.linear import product
 from retnet.ops.norm import NORMS, head_norm
 from retnet.ops.recompute import Remade, product_of
-from retnet.ops.retention import CHUNK, FORMS, retention, retention_step, retention_steps
+from retnet.ops.retention import FORMS, retention, retention_step, retention_steps
 from retnet.ops.rotary import (
     LAYOUTS,
     SPACINGS,

@@ -25,8 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.ops.inputs import RetentionInputs
 from retnet.ops.reference import decay_mask
 
+CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
 KEPT_NUMBERS = (
     1 << 20
 )  # of a mask, at most, for factors that are kept from call to call: 4 MB each, 16 of them
@@ -69,6 +71,11 @@ def _make_factors(log_decay: Tensor, chunk: int, scale: float, dtype: torch.dtyp
     mask, xi = decay_mask(wide, chunk) * scale, powers[:, 1:] * scale
     factors = (mask, xi, powers[:, :chunk].flip(1), powers)
     return DecayFactors(*(x.to(dtype).to(device).contiguous() for x in factors))
+
+
+def chunk_of(form: str, chunk_size: int | None, tokens: int) -> int:
+    """C of a form: all tokens are one chunk in the parallel one, each is one in the recurrent one."""
+    return {"parallel": max(1, tokens), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
 
 
 def chunk_length(chunk: int, tokens: int) -> int:
@@ -205,35 +212,17 @@ def _documents(cu_seqlens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, starts[rows, None] + torch.arange(length, device=starts.device)
 
 
-def initial_state(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The state to start from, fresh memory that may be changed: [B,H,K,V], or [N,H,K,V] if packed."""
-    if state is not None:
-        return state.clone(memory_format=torch.contiguous_format)
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=wide)
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    keep_states: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: RetentionInputs, chunk: int, keep_states: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B,T,H,V] in v's type, final state, and nothing in place of states at chunk boundaries."""
-    final = initial_state(q, v, state, cu_seqlens)
+    q, k, v = x.q, x.k, x.v
+    final = x.fresh_state()
     chunk = chunk_length(chunk, q.shape[1])
-    factors = decay_factors(log_decay, chunk, scale, final.dtype)
+    factors = decay_factors(x.log_decay, chunk, x.scale, final.dtype)
     out = v.new_empty(v.shape)
-    if cu_seqlens is None:
+    if x.cu_seqlens is None:
         _forward(q, k, v, final, factors, chunk, out)
         return out, final, final.new_empty(0)
-    for rows, places in _documents(cu_seqlens):
+    for rows, places in _documents(x.cu_seqlens):
         part, part_state = v.new_empty(*places.shape, *v.shape[2:]), final[rows]
         _forward(q[0, places], k[0, places], v[0, places], part_state, factors, chunk, part)
         out[0, places], final[rows] = part, part_state
@@ -241,29 +230,19 @@ def forward(
 
 
 def backward(
-    d_out: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    snapshots: Tensor | None,
-    scale: float,
-    chunk: int,
+    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state, given those of the output and the final state."""
-    before = initial_state(q, v, state, cu_seqlens)
-    d_state = initial_state(q, v, d_final, cu_seqlens)
+    q, k, v = x.q, x.k, x.v
+    before, d_state = x.fresh_state(), x._replace(state=d_final).fresh_state()
     chunk = chunk_length(chunk, q.shape[1])
-    factors = decay_factors(log_decay, chunk, scale, before.dtype)
+    factors = decay_factors(x.log_decay, chunk, x.scale, before.dtype)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if cu_seqlens is None:
+    if x.cu_seqlens is None:
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
         return *grads, d_state
-    for rows, places in _documents(cu_seqlens):
-        qd, kd, vd = (x[0, places] for x in (q, k, v))
+    for rows, places in _documents(x.cu_seqlens):
+        qd, kd, vd = (y[0, places] for y in (q, k, v))
         parts = torch.empty_like(qd), torch.empty_like(kd), torch.empty_like(vd)
         part_d_state = d_state[rows]
         _backward(d_out[0, places], part_d_state, qd, kd, vd, before[rows], factors, chunk, parts)

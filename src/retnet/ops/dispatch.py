@@ -51,22 +51,17 @@ class Op:
         self.name, self.implementations = name, implementations
         TABLE[name] = self
 
-    def __call__(self, backend: str, *arguments: Any) -> Any:  # noqa: ANN401
-        """Runs the op.
+    def choose(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
+        """The function that is to run these arguments, of a backend, or by ``"auto"``, whose choice is logged once.
 
         Raises:
-            ValueError: `backend` is unknown, or cannot run these arguments here.
+            ValueError: `backend` is unknown, or cannot run them here.
         """
-        return self.choose(backend, *arguments)(*arguments)
-
-    def choose(self, backend: str, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401
-        """The function that is to run, by the name of a backend, or by ``"auto"``, whose choice is logged once."""
         if backend != "auto":
             return self._named(backend, *arguments)
-        here = f"tensors on {arguments[0].device.type}"
-        passed = ""
+        device, passed = arguments[0].device.type, ""
         for name, (run, unfit, slow, auto_on, differentiable) in self.implementations.items():
-            why = here if auto_on and auto_on != arguments[0].device.type else None
+            why = f"tensors on {device}" if auto_on and auto_on != device else None
             if why is None and not differentiable and torch.is_grad_enabled():
                 why = "a gradient may be wanted"
             if why is None and slow is not None:
@@ -75,7 +70,7 @@ class Op:
                 why = unfit(*arguments)
             if why is None:
                 if not torch.compiler.is_compiling():
-                    _say_once(self.name, name, passed or here)
+                    _say_once(self.name, name, passed or f"tensors on {device}")
                 return run
             passed = f"{passed}; {name}: {why}" if passed else f"{name}: {why}"
         raise ValueError(f"no backend can run {self.name}: {passed}")

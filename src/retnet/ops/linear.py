@@ -25,10 +25,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     With a `scale` [N] in fp32, the weight is int8, and W is its rows times their scales.
     """
-    run = _LINEAR.choose(
-        "auto", x, weight, scale
-    )  # the op that is called most: a call less than `_LINEAR(…)`
-    out: Tensor = run(x, weight, scale)
+    out: Tensor = _LINEAR.choose("auto", x, weight, scale)(x, weight, scale)
     return out
 
 

@@ -45,7 +45,8 @@ def head_norm(
         ValueError: an unknown `norm`, shapes that do not fit, or a backend that cannot run.
     """
     _check(o, gate, norm, weight, bias, sums)
-    y: Tensor = _HEAD_NORM(backend, o, gate, weight, bias, sums, norm, eps, dtype)
+    arguments = (o, gate, weight, bias, sums, norm, eps, dtype)
+    y: Tensor = _HEAD_NORM.choose(backend, *arguments)(*arguments)
     return y
 
 

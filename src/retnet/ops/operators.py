@@ -7,15 +7,15 @@ backward pass again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retnet.ops import chunkwise, library
-from retnet.ops.chunkwise import initial_state
 from retnet.ops.cpu import chunkwise_numba, decode
+from retnet.ops.inputs import RetentionInputs
 from retnet.ops.torch_private import keep
 from retnet.ops.triton import operators as triton
 from retnet.ops.triton import tile_table
@@ -23,10 +23,11 @@ from retnet.ops.triton import tile_table
 ANY = "CompositeExplicitAutograd"
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of q, k, v and the state
 
+INPUTS = len(RetentionInputs._fields)
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens"
 _FORWARD = f"({_INPUTS}, float scale, SymInt chunk, bool keep_states) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor d_out, Tensor? d_final, {_INPUTS}, Tensor? snapshots, float scale, SymInt chunk)"
+    f"({_INPUTS}, float scale, SymInt chunk, Tensor d_out, Tensor? d_final, Tensor? snapshots)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _STEP = (
@@ -40,7 +41,7 @@ class Operators(NamedTuple):
     Attributes:
         forward: forward(q, k, v, log_decay, state, cu_seqlens, scale, chunk, keep_states): output [B,T,H,V] in v's type,
             final state, and the states at chunk boundaries, empty unless they are kept.
-        backward: backward(d_out, d_final, q, k, v, log_decay, state, cu_seqlens, snapshots, scale, chunk): gradients of
+        backward: backward(q, k, v, log_decay, state, cu_seqlens, scale, chunk, d_out, d_final, snapshots): gradients of
             q, k, v and the state.
         step: step(q, k, v, log_decay, state, slots, scale): output; the state changes in place.
     """
@@ -51,65 +52,57 @@ class Operators(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What forward and backward pass of one call share, besides q, k, v and the state."""
+    """One call of the operators of a backend, to be made again with some of its tensors changed."""
 
     ops: Operators
-    log_decay: Tensor
-    cu_seqlens: Tensor | None
-    scale: float
+    inputs: RetentionInputs
     chunk: int
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        shared = (self.log_decay, state, self.cu_seqlens, self.scale, self.chunk)
-        out, final, _ = self.ops.forward(q, k, v, *shared, False)
+    def forward(self, **changed: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        out, final, _ = self.ops.forward(*self.inputs._replace(**changed), self.chunk, False)
         return out, final
 
     def backward(
         self,
         d_out: Tensor,
         d_final: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
         snapshots: Tensor | None = None,
+        **changed: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shared = (self.log_decay, state, self.cu_seqlens, snapshots, self.scale, self.chunk)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.backward(d_out, d_final, q, k, v, *shared)
+        inputs = self.inputs._replace(**changed)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.backward(
+            *inputs, self.chunk, d_out, d_final, snapshots
+        )
         return found
 
-    def forward_along(self, inputs: Gradients, directions: Gradients) -> list[Tensor | None]:
+    def forward_along(self, directions: Gradients) -> list[Tensor | None]:
         """The change of output and final state, when q, k, v and the state change in these directions."""
-        q, k, v, state = inputs
         a, b, c, e = directions
-        assert q is not None and k is not None and v is not None  # noqa: PT018
         found: list[tuple[Tensor | None, Tensor | None]] = []
         if a is not None:
-            found.append((self.forward(a, k, v, state)[0], None))
+            found.append((self.forward(q=a)[0], None))
         if b is not None or e is not None:
-            found.append(self.forward(q, torch.zeros_like(k) if b is None else b, v, e))
+            found.append(self.forward(k=torch.zeros_like(self.inputs.k) if b is None else b, state=e))
         if c is not None:
-            found.append(self.forward(q, k, c, None))
+            found.append(self.forward(v=c, state=None))
         return [_sum(part) for part in zip(*found, strict=True)] if found else [None, None]
 
     def backward_along(
-        self, d_out: Tensor | None, d_final: Tensor | None, inputs: Gradients, directions: Gradients
+        self, d_out: Tensor | None, d_final: Tensor | None, directions: Gradients
     ) -> list[Tensor | None]:
         """The change of the gradients of q, k, v and the state, when these change in these directions."""
-        q, k, v, state = inputs
         a, b, c, e = directions
-        assert q is not None and k is not None and v is not None  # noqa: PT018
-        d_out = torch.zeros_like(v) if d_out is None else d_out
+        d_out = torch.zeros_like(self.inputs.v) if d_out is None else d_out
         found: list[Gradients] = []
         if a is not None:
-            _, dk, dv, d_state = self.backward(d_out, None, a, k, v, state)
-            found.append((None, dk, dv, None if state is None else d_state))
+            _, dk, dv, d_state = self.backward(d_out, None, q=a)
+            found.append((None, dk, dv, None if self.inputs.state is None else d_state))
         if b is not None or e is not None:
-            along = torch.zeros_like(k) if b is None else b
-            dq, _, dv, _ = self.backward(d_out, d_final, q, along, v, e)
+            along = torch.zeros_like(self.inputs.k) if b is None else b
+            dq, _, dv, _ = self.backward(d_out, d_final, k=along, state=e)
             found.append((dq, None, dv if b is not None else None, None))
         if c is not None:
-            dq, dk, _, _ = self.backward(d_out, d_final, q, k, c, None)
+            dq, dk, _, _ = self.backward(d_out, d_final, v=c, state=None)
             found.append((dq, dk, None, None))
         return [_sum(part) for part in zip(*found, strict=True)] if found else [None] * 4
 
@@ -132,8 +125,14 @@ def _define(
     def each(kernel: Callable[..., Any]) -> Mapping[str, Callable[..., Any]]:
         return dict.fromkeys(keys, kernel)
 
-    def call(ctx: Any, log_decay: Tensor, cu_seqlens: Tensor | None) -> _Call:  # noqa: ANN401
-        return _Call(made, log_decay, cu_seqlens, ctx.scale, ctx.chunk)
+    def recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *flat: kernel(RetentionInputs(*flat[:INPUTS]), *flat[INPUTS:])
+
+    def call(ctx: Any) -> tuple[_Call, Sequence[Any]]:  # noqa: ANN401
+        """The call whose derivative is wanted, and what else it saved; saved tensors may be looked at once."""
+        saved = ctx.saved_tensors
+        inputs = RetentionInputs(*(*saved[: INPUTS - 1], ctx.scale))
+        return _Call(made, inputs, ctx.chunk), saved[INPUTS - 1 :]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
         *tensors, ctx.scale, ctx.chunk, keep_states = inputs
@@ -141,67 +140,68 @@ def _define(
         keep(ctx, *tensors, output[2] if keep_states else None)
 
     def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:  # noqa: ANN401
-        q, k, v, log_decay, state, cu_seqlens, snapshots = ctx.saved_tensors
         _refuse_decay(ctx.needs_input_grad[3])
-        d_out = torch.zeros_like(v) if d_out is None else d_out
-        run = call(ctx, log_decay, cu_seqlens)
-        dq, dk, dv, d_state = run.backward(d_out, d_final, q, k, v, state, snapshots)
-        return dq, dk, dv, None, None if state is None else d_state, *[None] * 4
+        run, (snapshots,) = call(ctx)
+        d_out = torch.zeros_like(run.inputs.v) if d_out is None else d_out
+        dq, dk, dv, d_state = run.backward(d_out, d_final, snapshots)
+        return dq, dk, dv, None, None if run.inputs.state is None else d_state, *[None] * 4
 
     def tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
-        q, k, v, log_decay, state, cu_seqlens, _ = ctx.saved_tensors
         a, b, c, d_log_decay, e, *_ = along
         _refuse_decay(d_log_decay is not None)
-        run = call(ctx, log_decay, cu_seqlens)
-        out, final = run.forward_along((q, k, v, state), (a, b, c, e))
-        zeros = initial_state(q, v, None, cu_seqlens) if final is None else final
-        return torch.zeros_like(v) if out is None else out, zeros, None
+        run, _ = call(ctx)
+        out, final = run.forward_along((a, b, c, e))
+        zeros = run.inputs._replace(state=None).fresh_state() if final is None else final
+        return torch.zeros_like(run.inputs.v) if out is None else out, zeros, None
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
-        *tensors, _, ctx.scale, ctx.chunk = (
-            inputs  # but for the snapshots, which k, v and the state determine
+        *tensors, ctx.scale, ctx.chunk, d_out, d_final, _ = (
+            inputs  # the snapshots follow from k, v and the state
         )
-        keep(ctx, *tensors)
+        keep(ctx, *tensors, d_out, d_final)
 
     def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401
-        d_out, d_final, q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-        _refuse_decay(ctx.needs_input_grad[5])
-        run, inputs = call(ctx, log_decay, cu_seqlens), (q, k, v, state)
+        _refuse_decay(ctx.needs_input_grad[3])
+        run, (d_out, d_final) = call(ctx)
         a, b, c, e = cotangents
-        out, final = run.forward_along(inputs, (a, b, c, e))
-        dq, dk, dv, d_state = run.backward_along(d_out, d_final, inputs, (a, b, c, e))
+        out, final = run.forward_along((a, b, c, e))
+        dq, dk, dv, d_state = run.backward_along(d_out, d_final, (a, b, c, e))
         final = None if d_final is None else final
-        return out, final, dq, dk, dv, None, d_state, *[None] * 4
+        return dq, dk, dv, None, d_state, None, None, None, out, final, None
 
     def second_tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
-        d_out, d_final, q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-        t_out, t_final, a, b, c, d_log_decay, e, *_ = along
+        a, b, c, d_log_decay, e, _, _, _, t_out, t_final, _ = along
         _refuse_decay(d_log_decay is not None)
-        run, inputs = call(ctx, log_decay, cu_seqlens), (q, k, v, state)
-        changes = run.backward_along(d_out, d_final, inputs, (a, b, c, e))
+        run, (d_out, d_final) = call(ctx)
+        changes = run.backward_along(d_out, d_final, (a, b, c, e))
+        like = (*run.inputs[:3], run.inputs.fresh_state())
         if t_out is not None or t_final is not None:
-            linear = run.backward(torch.zeros_like(v) if t_out is None else t_out, t_final, *inputs)
+            linear = run.backward(torch.zeros_like(like[2]) if t_out is None else t_out, t_final)
             changes = [_sum(pair) for pair in zip(changes, linear, strict=True)]
-        like = (q, k, v, initial_state(q, v, state, cu_seqlens))
         return tuple(torch.zeros_like(x) if y is None else y for x, y in zip(like, changes, strict=True))
 
-    def fake_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Any) -> Any:  # noqa: ANN401
-        state, cu_seqlens, _, chunk, keep_states = rest
-        final = initial_state(q, v, state, cu_seqlens)
+    def fake_forward(x: RetentionInputs, chunk: int, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+        final, out = x.fresh_state(), x.v.new_empty(x.v.shape)
         if not (keep_states and backend == "triton"):
-            return v.new_empty(v.shape), final, final.new_empty(0)
-        documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        total = tile_table.count_chunks(q.shape[0], q.shape[1], documents, chunk)
-        kept = q.new_empty(total, *final.shape[1:], dtype=tile_table.snapshot_dtype(q.dtype))
-        return v.new_empty(v.shape), final, kept
+            return out, final, final.new_empty(0)
+        documents = None if x.cu_seqlens is None else x.sequences
+        total = tile_table.count_chunks(x.q.shape[0], x.q.shape[1], documents, chunk)
+        kept = x.q.new_empty(total, *final.shape[1:], dtype=tile_table.snapshot_dtype(x.q.dtype))
+        return out, final, kept
 
     rules = library.Derivatives(save, gradients, tangents, lambda *x: _fold(made.forward, _SIDES, *x))
     rules_of_backward = library.Derivatives(
         save_backward, second_gradients, second_tangents, lambda *x: _fold(made.backward, _SIDES_BACKWARD, *x)
     )
     made = Operators(
-        library.define(name, _FORWARD, each(forward), fake_forward, rules, casts=3),
-        library.define(f"{name}_backward", _BACKWARD, each(backward), _fake_backward, rules_of_backward),
+        library.define(name, _FORWARD, each(recorded(forward)), recorded(fake_forward), rules, casts=3),
+        library.define(
+            f"{name}_backward",
+            _BACKWARD,
+            each(recorded(backward)),
+            recorded(_fake_backward),
+            rules_of_backward,
+        ),
         library.define(f"retention_step_{backend}", _STEP, each(step), _fake_step),
     )
     return made
@@ -216,7 +216,7 @@ def _refuse_decay(wanted: bool) -> None:
 
 # Where the heads of each tensor are: under vmap the batch becomes more heads, which takes any packing and any decay along.
 _SIDES = (2, 2, 2, 0, 1, None, None, None, None), (2, 1, 1)
-_SIDES_BACKWARD = (2, 1, 2, 2, 2, 0, 1, None, 1, None, None), (2, 2, 2, 1)
+_SIDES_BACKWARD = (2, 2, 2, 0, 1, None, None, None, 2, 1, 1), (2, 2, 2, 1)
 
 
 def _fold(op: Any, sides: Any, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # noqa: ANN401
@@ -240,9 +240,8 @@ def _with(shape: torch.Size, place: int, size: int) -> list[int]:
     return [*shape[:place], size, *shape[place:]]
 
 
-def _fake_backward(d_out: Tensor, d_final: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    q, k, v, _, _, cu_seqlens, *_ = inputs
-    return *(x.new_empty(x.shape) for x in (q, k, v)), initial_state(q, v, None, cu_seqlens)
+def _fake_backward(x: RetentionInputs, *_: object) -> tuple[Tensor, ...]:
+    return *(y.new_empty(y.shape) for y in x[:3]), x._replace(state=None).fresh_state()
 
 
 def _fake_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ BLOCK_ROWS = (
 )
 
 Function = Callable[..., Tensor]
-Precision = Callable[[], AbstractContextManager[object]]
+Precision = Callable[
+    [], AbstractContextManager[object]
+]  # the autocast around the forward pass, to be entered again
 
 
 class Remade(NamedTuple):
@@ -118,7 +121,9 @@ class _ProductOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, weight: Tensor, *inputs: Tensor | None) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(weight, *inputs)
-        ctx.plan, ctx.precision = plan, _autocast(weight.device.type)
+        device, ctx.plan = "cpu" if weight.is_meta else weight.device.type, plan
+        surrounding = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.precision = partial(torch.autocast, device, *surrounding, cache_enabled=False)
         rows, shared = plan.arguments(inputs)
         parts = []
         for block in plan.blocks(rows):
@@ -231,10 +236,3 @@ def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
         total.addmm_(grad, x)
     else:
         total += grad @ x
-
-
-def _autocast(device: str) -> Precision:
-    """The autocast that surrounds the caller, to be entered once more in the backward pass."""
-    device = "cpu" if device == "meta" else device
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from retnet.ops.inputs import RetentionInputs
+
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
 
 
@@ -73,41 +75,25 @@ def chunkwise(
 _FORMS: dict[str, Form] = {"parallel": parallel, "recurrent": recurrent, "chunkwise": chunkwise}
 
 
-def retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    form: str,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """One of the three forms; with `cu_seqlens`, document by document, each from its own row of `state`.
+def retention(x: RetentionInputs, form: str, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """One of the three forms; with `cu_seqlens`, document by document, each from its own row of the state.
 
-    Types below fp32 are computed in fp32. Arguments are those of `retnet.ops.retention`, already checked.
+    Types below fp32 are computed in fp32.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    run = _FORMS[form]
-    rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if state is None:
-        state = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=wide)
-    narrow = v.dtype
-    q, k, v, log_decay = (x.to(wide) for x in (q, k, v, log_decay))
-    if cu_seqlens is None:
-        out, state = run(q, k, v, log_decay, state, scale, chunk_size)
-        return out.to(narrow), state
+    run, state = _FORMS[form], x.fresh_state() if x.state is None else x.state
+    q, k, v, log_decay = (y.to(state.dtype) for y in x[:4])
+    if x.cu_seqlens is None:
+        out, state = run(q, k, v, log_decay, state, x.scale, chunk_size)
+        return out.to(x.v.dtype), state
     outputs, states = [], []
-    bounds = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for i, (start, end) in enumerate(itertools.pairwise(x.cu_seqlens.tolist())):
         part = slice(start, end)
-        out, after = run(q[:, part], k[:, part], v[:, part], log_decay, state[i : i + 1], scale, chunk_size)
+        out, after = run(q[:, part], k[:, part], v[:, part], log_decay, state[i : i + 1], x.scale, chunk_size)
         outputs.append(out)
         states.append(after)
     if not states:
-        return (v * scale).to(narrow), state
-    return torch.cat(outputs, dim=1).to(narrow), torch.cat(states)
+        return (v * x.scale).to(x.v.dtype), state
+    return torch.cat(outputs, dim=1).to(x.v.dtype), torch.cat(states)
 
 
 def retention_step(

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from retnet.ops import operators, reference
+from retnet.ops.chunkwise import CHUNK, chunk_of
 from retnet.ops.cpu import chunkwise_numba, decode
 from retnet.ops.dispatch import Implementation, Op
+from retnet.ops.inputs import RetentionInputs
 from retnet.ops.torch_private import is_differentiated, plain
 from retnet.ops.triton import capability, tile_table
 from retnet.ops.validation import check_documents, check_inputs, check_pool, check_state, plainly_right
 
 FORMS = ("parallel", "recurrent", "chunkwise")
-
-CHUNK = 64  # default C: work inside a chunk grows with it, the calls shrink; measured best or near it from K 64 to 256
 
 NO_DECAY_GRADIENT = "log_decay requires a gradient, which explicit backward passes do not compute"
 
@@ -71,9 +71,9 @@ def retention(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    out: tuple[Tensor, Tensor] = _RETENTION(
-        backend, q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size, keep_states
-    )
+    inputs = RetentionInputs(q, k, v, log_decay, state, cu_seqlens, scale)
+    arguments = (inputs, form, chunk_size, keep_states)
+    out: tuple[Tensor, Tensor] = _RETENTION.choose(backend, *arguments)(*arguments)
     return out
 
 
@@ -110,7 +110,8 @@ def retention_step(
         check_inputs(q, k, v, log_decay, time=False)
         check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = _STEP(backend, q, k, v, log_decay, state, slots, scale)
+    arguments = (q, k, v, log_decay, state, slots, scale)
+    out: Tensor = _STEP.choose(backend, *arguments)(*arguments)
     return out
 
 
@@ -147,82 +148,57 @@ def retention_steps(
     check_inputs(q, k, v, log_decay, time=True)
     check_pool(q, v, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = _STEPS(backend, q, k, v, log_decay, state, slots, scale)
+    arguments = (q, k, v, log_decay, state, slots, scale)
+    out: Tensor = _STEPS.choose(backend, *arguments)(*arguments)
     return out
 
 
-# The rows of the table. Arguments of the first: those of `retention`, but for the backend.
+# The rows of the table; arguments of the first: inputs, form, chunk_size, keep_states.
 
 
 def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    form: str,
-    chunk_size: int | None,
-    keep_states: bool,
+    x: RetentionInputs, form: str, chunk_size: int | None, keep_states: bool
 ) -> tuple[Tensor, Tensor]:
-    return reference.retention(q, k, v, log_decay, state, cu_seqlens, scale, form, chunk_size or CHUNK)
+    return reference.retention(x, form, chunk_size or CHUNK)
 
 
-def _chunkwise(ops: operators.Operators, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _chunkwise(
+    ops: operators.Operators, x: RetentionInputs, form: str, chunk_size: int | None, keep_states: bool
+) -> tuple[Tensor, Tensor]:
     """All three forms are the chunkwise one: in chunks of the whole sequence, of one token, or of `chunk_size`."""
-    q, *inputs, form, chunk_size, _ = arguments
-    chunk = {"parallel": max(1, q.shape[1]), "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
-    out, final, _ = ops.forward(q, *inputs, chunk, False)
+    out, final, _ = ops.forward(*x, chunk_of(form, chunk_size, x.q.shape[1]), False)
     return out, final
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    q, *inputs, form, chunk_size, keep_states = arguments
-    length = q.shape[1] if form == "parallel" else chunk_size or tile_table.CHUNK
+def _triton(
+    x: RetentionInputs, form: str, chunk_size: int | None, keep_states: bool
+) -> tuple[Tensor, Tensor]:
+    length = x.q.shape[1] if form == "parallel" else chunk_size or tile_table.CHUNK
     chunk = tile_table.round_up(length, 128 if form == "parallel" else 16)
-    out, final, _ = operators.TRITON.forward(q, *inputs, chunk, keep_states)
+    out, final, _ = operators.TRITON.forward(*x, chunk, keep_states)
     return out, final
 
 
-def _no_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
-    return NO_DECAY_GRADIENT if is_differentiated(log_decay) else None
+def _no_torch(x: RetentionInputs, *_: object) -> str | None:
+    return NO_DECAY_GRADIENT if is_differentiated(x.log_decay) else None
 
 
-def _no_numba(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *_: object) -> str | None:
-    if not q.is_cpu:
-        return f"tensors are on {q.device}; numba compiles for the CPU"
-    if is_differentiated(log_decay):
-        return NO_DECAY_GRADIENT
-    return chunkwise_numba.hindrance(torch.promote_types(q.dtype, torch.float32))
+def _no_numba(x: RetentionInputs, *_: object) -> str | None:
+    if not x.q.is_cpu:
+        return f"tensors are on {x.device}; numba compiles for the CPU"
+    return NO_DECAY_GRADIENT if is_differentiated(x.log_decay) else chunkwise_numba.hindrance(x.q.dtype)
 
 
-def _slow_numba(q: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
-    """Where torch's batched products would be faster. Not said while tracing, where sizes are not known."""
-    if torch.compiler.is_compiling():
-        return None
-    cu_seqlens, form, chunk_size = rest[4], rest[6], rest[7]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    heads, threads = sequences * q.shape[2], torch.get_num_threads()
-    if 2 * heads < threads:
-        return f"{heads} heads of sequences for {threads} threads"
-    chunk = {"parallel": q.shape[1], "recurrent": 1, "chunkwise": chunk_size or CHUNK}[form]
-    longest = chunkwise_numba.LONGEST
-    return f"chunks of more than {longest} tokens" if min(chunk, q.shape[1]) > longest else None
-
-
-def _no_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
-    return (
-        capability.unsupported(q, v, rest[3])
-        or _no_torch(q, k, v, log_decay)
-        or capability.missing(str(q.device))
-    )
+def _no_triton(x: RetentionInputs, form: str, *_: object) -> str | None:
+    return capability.unsupported(x.q, x.v, form) or _no_torch(x) or capability.missing(str(x.device))
 
 
 _RETENTION = Op(
     "retention",
     triton=Implementation(_triton, _no_triton, auto_on="cuda"),
-    numba=Implementation(partial(_chunkwise, operators.NUMBA), _no_numba, _slow_numba, auto_on="cpu"),
+    numba=Implementation(
+        partial(_chunkwise, operators.NUMBA), _no_numba, chunkwise_numba.slower, auto_on="cpu"
+    ),
     torch=Implementation(partial(_chunkwise, operators.TORCH), _no_torch),
     reference=Implementation(_reference),
 )

@@ -136,7 +136,8 @@ def apply_rotary(
         ValueError: shapes that do not fit, an unknown layout, or a backend that cannot run.
     """
     _check(q, k, position, theta, layout)
-    turned: tuple[Tensor, Tensor] = _ROTARY(backend, q, k, position, theta, layout, angles)
+    arguments = (q, k, position, theta, layout, angles)
+    turned: tuple[Tensor, Tensor] = _ROTARY.choose(backend, *arguments)(*arguments)
     return turned
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from retnet.host import product_rate
 from retnet.measure.memory import GIB, kept_for_backward, total_memory
-from retnet.model import LanguageModel, ModelConfig
+from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
@@ -81,13 +81,14 @@ def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
 def _kept_bytes(model: ModelConfig, length: int) -> tuple[int, int]:
     """What each block keeps of a sequence for its backward pass, and what all share (cos, sin); fp32, weights left out."""
     with torch.device("meta"):
-        two = LanguageModel(replace(model, num_layers=2)).blocks
+        two = LanguageModel(replace(model, num_layers=2))
         x = torch.empty(1, length, model.d_model, requires_grad=True)
 
     def kept(count: int) -> int:
         def run() -> torch.Tensor:
-            y, positions = x, two[0].mixer.positions(x)
-            for block in two[:count]:
+            y, blocks = x, cast("list[Block]", list(two.blocks))
+            positions = blocks[0].mixer.positions(x)
+            for block in blocks[:count]:
                 y = block(y, None, positions)
             return y
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from retnet.ops import chunkwise
-from retnet.ops.chunkwise import DecayFactors, chunk_length, decay_factors, initial_state
+from retnet.ops.chunkwise import chunk_length, decay_factors
 from retnet.ops.cpu import jit, openmp
 from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, PackedGemm, compile_packed_gemm
+from retnet.ops.inputs import RetentionInputs
 from retnet.ops.torch_private import constant_in_traces
 
 CACHE = 1 << 19  # bytes of states that a thread keeps at hand: half of a usual second-level cache
@@ -66,60 +67,49 @@ class ChunkwiseKernels(NamedTuple):
 
 @constant_in_traces
 def hindrance(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on states of this type; None if they can. Compiles them at the first call."""
-    if _kernels(dtype) is not None:
+    """Why the kernels cannot run on inputs of this type; None if they can. Compiles them at the first call."""
+    if _kernels(torch.promote_types(dtype, torch.float32)) is not None:
         return None
     return jit.hindrance() or "the kernels could not be compiled"
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    keep_states: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def slower(x: RetentionInputs, form: str, chunk_size: int | None, keep_states: bool) -> str | None:
+    """Why torch's batched products would be faster; None if they would not, or while tracing, where sizes are not known."""
+    if torch.compiler.is_compiling():
+        return None
+    heads, threads = x.sequences * x.q.shape[2], torch.get_num_threads()
+    if 2 * heads < threads:
+        return f"{heads} heads of sequences for {threads} threads"
+    T = x.q.shape[1]
+    long = T > LONGEST and chunkwise.chunk_of(form, chunk_size, T) > LONGEST
+    return f"chunks of more than {LONGEST} tokens" if long else None
+
+
+def forward(x: RetentionInputs, chunk: int, keep_states: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunkwise.forward`, which takes over where the kernels cannot run: a program may have been exported elsewhere."""
-    final, C = initial_state(q, v, state, cu_seqlens), chunk_length(chunk, q.shape[1])
+    final = x.fresh_state()
     if (kernels := _kernels(final.dtype)) is None:
-        return chunkwise.forward(q, k, v, log_decay, state, cu_seqlens, scale, chunk)
-    qr, kr, vr = _rows(final, q, k, v)
-    out = torch.empty_like(vr)
-    tensors = {"q": qr, "k": kr, "v": vr, "state": final, "out": out}
-    _run(kernels.forward, tensors, q, cu_seqlens, decay_factors(log_decay, C, scale, final.dtype))
-    return out.view(v.shape).to(v.dtype), final, final.new_empty(0)
+        return chunkwise.forward(x, chunk)
+    q, k, v = _rows(final, x.q, x.k, x.v)
+    out = torch.empty_like(v)
+    _run(kernels.forward, {"q": q, "k": k, "v": v, "state": final, "out": out}, x, chunk)
+    return out.view(x.v.shape).to(x.v.dtype), final, final.new_empty(0)
 
 
 def backward(
-    d_out: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    snapshots: Tensor | None,
-    scale: float,
-    chunk: int,
+    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `chunkwise.backward`, which takes over where the kernels cannot run."""
-    before, C = initial_state(q, v, state, cu_seqlens), chunk_length(chunk, q.shape[1])
+    before = x.fresh_state()
     if (kernels := _kernels(before.dtype)) is None:
-        return chunkwise.backward(
-            d_out, d_final, q, k, v, log_decay, state, cu_seqlens, snapshots, scale, chunk
-        )
-    d_state = initial_state(q, v, d_final, cu_seqlens)
-    qr, kr, vr, gr = _rows(before, q, k, v, d_out)
-    dq, dk, dv = (torch.empty_like(x) for x in (qr, kr, vr))
-    inputs = {"q": qr, "k": kr, "v": vr, "state": before, "d_out": gr, "d_state": d_state}
-    tensors = inputs | {"dq": dq, "dk": dk, "dv": dv}
-    _run(kernels.backward, tensors, q, cu_seqlens, decay_factors(log_decay, C, scale, before.dtype))
-    return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), d_state
+        return chunkwise.backward(x, chunk, d_out, d_final)
+    d_state = x._replace(state=d_final).fresh_state()
+    q, k, v, g = _rows(before, x.q, x.k, x.v, d_out)
+    grads = [torch.empty_like(y) for y in (q, k, v)]
+    inputs = {"q": q, "k": k, "v": v, "state": before, "d_out": g, "d_state": d_state}
+    _run(kernels.backward, inputs | dict(zip(("dq", "dk", "dv"), grads, strict=True)), x, chunk)
+    dq, dk, dv = (d.view_as(y).to(y.dtype) for d, y in zip(grads, x[:3], strict=True))
+    return dq, dk, dv, d_state
 
 
 def _rows(like: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -127,16 +117,11 @@ def _rows(like: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [x.to(like.dtype).contiguous().flatten(0, 1) for x in tensors]
 
 
-def _run(
-    kernel: Any,  # noqa: ANN401
-    tensors: dict[str, Tensor],
-    q: Tensor,
-    cu_seqlens: Tensor | None,
-    factors: DecayFactors,
-) -> None:
-    """Runs a kernel on these tensors of its table; `q` is as the caller gave it, [B,T,H,K] or packed."""
-    B, T = q.shape[:2]
-    bounds = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.long()
+def _run(kernel: Any, tensors: dict[str, Tensor], x: RetentionInputs, chunk: int) -> None:  # noqa: ANN401
+    """Runs a kernel on these tensors of its table."""
+    B, T = x.q.shape[:2]
+    factors = decay_factors(x.log_decay, chunk_length(chunk, T), x.scale, tensors["state"].dtype)
+    bounds = torch.arange(B + 1) * T if x.cu_seqlens is None else x.cu_seqlens.long()
     lengths = bounds.diff()
     order = lengths.argsort(descending=True, stable=True)
     N, H, K, V = tensors["state"].shape

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from retnet.ops.inputs import RetentionInputs
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+
+def forward(x: RetentionInputs, chunk: int, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B,T,H,V] in v's type, final state fp32, and the states at chunk boundaries (none unless `keep_states`)."""
     from retnet.ops.triton import launch
 
+    q, k, v, log_decay, state, cu_seqlens, scale = x
     chunks = launch.cut(q, cu_seqlens, chunk)
     snapshots, final = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)
     out = launch.out_pass(q, k, v, snapshots, log_decay, scale, chunks, reverse=False, transposed=False)
@@ -29,21 +22,12 @@ def forward(
 
 
 def backward(
-    d_out: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    snapshots: Tensor | None,
-    scale: float,
-    chunk: int,
+    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state; `snapshots` of the forward pass are used, or computed again."""
     from retnet.ops.triton import launch
 
+    q, k, v, log_decay, state, cu_seqlens, scale = x
     chunks = launch.cut(q, cu_seqlens, chunk)
     if snapshots is None:
         snapshots = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)[0]

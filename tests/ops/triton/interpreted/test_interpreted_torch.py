@@ -32,17 +32,8 @@ def test_opcheck_training(state, cu_seqlens, keep):
     opcheck(
         ops.retention_chunkwise_triton_backward,
         (
-            out,
-            final if state else None,
-            q,
-            k,
-            v,
-            LOG_DECAY,
-            s,
-            cu_seqlens,
-            snapshots if keep else None,
-            0.25,
-            16,
+            *(q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16),
+            *(out, final if state else None, snapshots if keep else None),
         ),
     )
 
