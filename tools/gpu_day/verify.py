@@ -340,6 +340,11 @@ PARTS: dict[str, Run] = {
 }
 
 
+def _written(error: float | None) -> str:
+    """An error as text; JSON has no word for what is no number, and holds nothing instead."""
+    return "no number" if error is None else f"{error:.1e}"
+
+
 def shown(case: Case) -> str:
     """A case in a line."""
     return ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False, []))
@@ -355,7 +360,8 @@ def summarise(parts: dict[str, Found]) -> Summary:
             f"{len(found.get('wrong', [])):,}",
             f"{len(found.get('refused', [])):,}",
             f"{found.get('missed', 0):,}",
-            "; ".join(f"{kind} {error:.1e}" for kind, error in found.get("worst", {}).items()) or MISSING,
+            "; ".join(f"{kind} {_written(error)}" for kind, error in found.get("worst", {}).items())
+            or MISSING,
         )
         for name, found in parts.items()
     )
