@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -121,11 +123,19 @@ class TestRunner:
         assert not one.run()
         assert any("was not reached (status 5)" in line for line in self.said)
 
-    def test_it_ends_in_time(self, day):
-        one = day("    time.sleep(30)", seconds=12.6)
+    @pytest.mark.parametrize("how", ["time", "stopped"])
+    def test_it_ends_in_time_and_when_it_is_told_to(self, day, monkeypatch, how):
+        monkeypatch.setattr(plan, "START", 0.0)
+        monkeypatch.setattr(runner, "AT_LEAST", 60.0)
+        one = day("    time.sleep(30)", seconds=2.6 if how == "time" else 600)
+        if how == "stopped":
+            threading.Timer(0.5, one.stop).start()
         begin = time.monotonic()
         assert not one.run()
-        assert time.monotonic() - begin < 14
+        assert time.monotonic() - begin < 10
+        why = "the call's time was over" if how == "time" else "the call was stopped"
+        assert Notebook(one.out, "ops", False).parts() == {"a": ANY}
+        assert Notebook(one.out, "ops", False).parts()["a"]["why"] == why
 
 
 def test_the_smallest_case_that_still_fails(tmp_path):
