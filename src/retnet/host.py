@@ -154,6 +154,12 @@ def _git(*words: str) -> str | None:
 
 
 def _cpu() -> str:
+    """The maker's name; where torch is kept from newer instructions by ATEN_CPU_CAPABILITY, with those that are left."""
+    kept = os.environ.get("ATEN_CPU_CAPABILITY")
+    return f"{_maker()} as {torch.backends.cpu.get_cpu_capability()}" if kept else _maker()
+
+
+def _maker() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from retnet import host
 from retnet.bench import decoding, long_generation, training
 from retnet.bench.decoding import DecodingBench
 from retnet.bench.training import TrainingBench
@@ -175,11 +176,19 @@ def test_a_generation_goes_on_through_its_blocks():
         ("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", 16, "intel-xeon-platinum-8488c-16c"),
         ("AMD Ryzen 7 5800X 8-Core Processor", 16, "amd-ryzen-7-5800x-16c"),
         ("Apple M2", 8, "apple-m2-8c"),
+        ("AMD EPYC as AVX2", 2, "amd-epyc-as-avx2-2c"),
         ("", None, "unknown-0c"),
     ],
 )
 def test_names_of_machines(cpu, cores, slug):
     assert machine_slug(cpu, cores) == slug
+
+
+def test_a_machine_kept_to_older_instructions_says_so(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    cpu = host.describe()["cpu"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert host.describe()["cpu"] == f"{cpu} as {torch.backends.cpu.get_cpu_capability()}"
 
 
 @pytest.mark.parametrize(
