@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,20 +55,12 @@ def head_norm(
 # The row of the dispatch table; arguments: o, gate, weight, bias, sums, norm, eps, dtype.
 
 
-def _by_triton(
-    o: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    norm: str,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _by_triton(o: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:  # noqa: ANN401
+    *rest, dtype = rest
     # transforms of torch.func and forward-mode differentiation see the formula
     opaque = not transforming() and not differentiating_forwards()
     compute = rotary_norm_operators.head_norm if opaque else rotary_norm_operators.norm_by_torch
-    y: Tensor = compute(o, gate, weight, bias, sums, norm, eps)[0]
+    y: Tensor = compute(o, gate, *rest)[0]
     return y if gate is not None or dtype is None else y.to(dtype)
 
 

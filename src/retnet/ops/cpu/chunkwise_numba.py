@@ -170,25 +170,38 @@ def _compile_chunk_at(compiler: jit.Compiler) -> Any:  # noqa: ANN401
     return chunk_at
 
 
-def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
-    array, thread, threads = compiler.array, compiler.thread, compiler.threads
-    empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
-    chunk_at = _compile_chunk_at(compiler)
+def _compile_inputs(compiler: jit.Compiler, number: type) -> Any:  # noqa: ANN401
+    """inputs(table): its sizes H, N, C, K, V and heads together; then as arrays what both directions read."""
+    array = compiler.array
 
-    @compiler.kernel
-    def retention_chunkwise_forward_numba(table: Any) -> None:  # noqa: ANN401
+    @compiler.function
+    def inputs(table: Any) -> Any:  # noqa: ANN401
         M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
         K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
         q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
         v = array(table[AT.v], (M, H, V), number)
         state = array(table[AT.state], (N * H, K, 1, V), number)
-        out = array(table[AT.out], (M, H, V), number)
         starts = array(table[AT.starts], (N,), np.int64)
         lengths = array(table[AT.lengths], (N,), np.int64)
         order = array(table[AT.order], (N,), np.int64)
         mask, xi = array(table[AT.mask], (H, C, C), number), array(table[AT.xi], (H, C), number)
         zeta = array(table[AT.zeta], (H, C), number)
         carry = array(table[AT.carry], (H, C + 1), number)
+        return (H, N, C, K, V, together), (q, k, v, state), (starts, lengths, order), (mask, xi, zeta, carry)
+
+    return inputs
+
+
+def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
+    array, thread, threads = compiler.array, compiler.thread, compiler.threads
+    empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
+    inputs, chunk_at = _compile_inputs(compiler, number), _compile_chunk_at(compiler)
+
+    @compiler.kernel
+    def retention_chunkwise_forward_numba(table: Any) -> None:  # noqa: ANN401
+        (H, N, C, K, V, together), (q, k, v, state), (starts, lengths, order), factors = inputs(table)
+        mask, xi, zeta, carry = factors
+        out = array(table[AT.out], v.shape, number)
         ones = np.ones(max(C, K), number)
         scores, values, outs = empty(1, C, C)[0], empty(1, C, V)[0], empty(1, C, V)[0]
         queries, keys, keys_t = empty(1, C, K)[0], empty(1, C, K)[0], empty(1, K, C)[0]
@@ -226,27 +239,15 @@ def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> 
 def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
-    chunk_at = _compile_chunk_at(compiler)
+    inputs, chunk_at = _compile_inputs(compiler, number), _compile_chunk_at(compiler)
 
     @compiler.kernel
     def retention_chunkwise_backward_numba(table: Any) -> None:  # noqa: ANN401
-        M, H, N, C = table[AT.tokens], table[AT.heads], table[AT.sequences], table[AT.chunk]
-        K, V, together = table[AT.key_dim], table[AT.value_dim], table[AT.together]
-        q, k = array(table[AT.q], (M, H, K), number), array(table[AT.k], (M, H, K), number)
-        v = array(table[AT.v], (M, H, V), number)
-        state = array(table[AT.state], (N * H, K, 1, V), number)
-        g, d_state = (
-            array(table[AT.d_out], (M, H, V), number),
-            array(table[AT.d_state], (N * H, K, 1, V), number),
-        )
-        dq, dk = array(table[AT.dq], (M, H, K), number), array(table[AT.dk], (M, H, K), number)
-        dv = array(table[AT.dv], (M, H, V), number)
-        starts = array(table[AT.starts], (N,), np.int64)
-        lengths = array(table[AT.lengths], (N,), np.int64)
-        order = array(table[AT.order], (N,), np.int64)
-        mask, xi = array(table[AT.mask], (H, C, C), number), array(table[AT.xi], (H, C), number)
-        zeta = array(table[AT.zeta], (H, C), number)
-        carry = array(table[AT.carry], (H, C + 1), number)
+        (H, N, C, K, V, together), (q, k, v, state), (starts, lengths, order), factors = inputs(table)
+        mask, xi, zeta, carry = factors
+        g, d_state = array(table[AT.d_out], v.shape, number), array(table[AT.d_state], state.shape, number)
+        dq, dk = array(table[AT.dq], q.shape, number), array(table[AT.dk], k.shape, number)
+        dv = array(table[AT.dv], v.shape, number)
         ones = np.ones(max(C, K), number)
         scores, d_scores = empty(1, C, C)[0], empty(1, C, C)[0]
         queries, keys, keys_t, d_keys = (

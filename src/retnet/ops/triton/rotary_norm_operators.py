@@ -19,44 +19,15 @@ from retnet.ops.torch_private import keep
 DEVICES = ("cuda", "cpu")  # on the CPU in Triton's interpreter
 
 
-def _rotary(
-    q: Tensor, k: Tensor, position: Tensor, theta: Tensor, interleaved: bool, backwards: bool
-) -> tuple[Tensor, Tensor]:
-    """q and k [...,H,K] turned by position [...] · θ [K/2], or back by it."""
-    from retnet.ops.triton import rotary_norm_launch
+def _launched(name: str) -> Callable[..., Any]:
+    """A pass of `rotary_norm_launch`, which imports Triton."""
 
-    return rotary_norm_launch.rotary_pass(q, k, position, theta, interleaved, backwards)
+    def run(*arguments: Any) -> Any:  # noqa: ANN401
+        from retnet.ops.triton import rotary_norm_launch
 
+        return getattr(rotary_norm_launch, name)(*arguments)
 
-def _norm(
-    o: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    kind: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads o [...,H,V] normalised and gated, [...,H·V] in the type of the gate (else of o), and the fp32 statistics."""
-    from retnet.ops.triton import rotary_norm_launch
-
-    return rotary_norm_launch.norm_pass(o, gate, weight, bias, sums, kind, eps)
-
-
-def _norm_backward(
-    d_out: Tensor,
-    o: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, gate, weight and bias; empty for what is not there."""
-    from retnet.ops.triton import rotary_norm_launch
-
-    return rotary_norm_launch.norm_backward_pass(d_out, o, gate, weight, bias, mean, rstd, kind)
+    return run
 
 
 def _fake_rotary(
@@ -65,35 +36,16 @@ def _fake_rotary(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _fake_norm(
-    o: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor | None,
-    kind: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_norm(o: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    kind = rest[3]
     rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
     mean = rstd.new_empty(rstd.shape if kind == "group" else (0,))
     y = o.flatten(-2) if gate is None else gate
     return y.new_empty(y.shape), mean, rstd
 
 
-def _fake_norm_backward(
-    d_out: Tensor,
-    o: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_o, d_gate, d_weight, d_bias = (
-        o.new_empty(0) if x is None else x.new_empty(x.shape) for x in (o, gate, weight, bias)
-    )
-    return d_o, d_gate, d_weight, d_bias
+def _fake_norm_backward(d_out: Tensor, o: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    return tuple(o.new_empty(0) if x is None else x.new_empty(x.shape) for x in (o, *rest[:3]))
 
 
 def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
@@ -211,14 +163,14 @@ def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor 
 rotary = library.define(
     "rotary_triton",
     "(Tensor q, Tensor k, Tensor position, Tensor theta, bool interleaved, bool backwards) -> (Tensor, Tensor)",
-    dict.fromkeys(DEVICES, _rotary),
+    dict.fromkeys(DEVICES, _launched("rotary_pass")),
     _fake_rotary,
     library.Derivatives(_save_rotary, _turn_back, _turn_along, _rotary_of_many),
 )
 head_norm = library.define(
     "head_norm_triton",
     "(Tensor o, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? sums, str kind, float eps) -> (Tensor, Tensor, Tensor)",
-    dict.fromkeys(DEVICES, _norm),
+    dict.fromkeys(DEVICES, _launched("norm_pass")),
     _fake_norm,
     library.Derivatives(_save_norm, _norm_gradients, *library.refusals("head_norm_triton")[2:]),
 )
@@ -226,6 +178,6 @@ head_norm_backward = library.define(
     "head_norm_triton_backward",
     "(Tensor d_out, Tensor o, Tensor? gate, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str kind)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(DEVICES, _norm_backward),
+    dict.fromkeys(DEVICES, _launched("norm_backward_pass")),
     _fake_norm_backward,
 )
