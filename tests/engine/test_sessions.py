@@ -1,50 +1,23 @@
 """Exact results, kept states and sessions: nothing that was kept, lost or moved changes a bit."""
 
 import json
-import random
 import subprocess
 import sys
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling, Session
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, state_size
+from retnet.engine.store import BLOCK, state_size
 from retnet.mixers import MIXERS
-from retnet.model import LanguageModel, ModelConfig
-from retnet.settings import UserError, build
-
-MB = 1 << 20
-GREEDY = Sampling(temperature=0)
-
-
-def make(name="retention", seed=0):
-    torch.manual_seed(seed)
-    config = {"vocab_size": 257, "d_model": 32, "num_layers": 2, "mixer": {"name": name}}
-    return LanguageModel(build(ModelConfig, config)).eval()
+from retnet.settings import UserError
+from tests.helpers.sessions import GREEDY, MB, TURN, bits, engine, fresh, make, words
 
 
 @pytest.fixture(scope="module")
 def model():
     return make()
-
-
-def engine(model, tokenizer, **options):
-    return Engine(model, tokenizer, **{"slots": 4, "exact": True, "cache_bytes": 64 * MB} | options)
-
-
-def words(count, seed=0):
-    return "".join(random.Random(seed).choices("abcdefgh .", k=count))
-
-
-def bits(completion):
-    """What must be the same: tokens, and log-probabilities to the last bit."""
-    return completion.tokens, [(found.logprob, found.top) for found in completion.logprobs]
 
 
 # -- exact ----------------------------------------------------------------------------------------------------
@@ -93,95 +66,6 @@ def test_without_exact_only_rounding_differs(model, tokenizer):
     assert [found.logprob for found in packed.logprobs] == pytest.approx(
         [found.logprob for found in exact.logprobs], abs=1e-4
     )
-
-
-# -- what is kept ---------------------------------------------------------------------------------------------
-
-
-@given(length=st.integers(0, 200_000), place=st.integers(0, 200_000))
-def test_what_is_kept_grows_with_the_logarithm_and_leaves_no_gap_beyond_a_quarter(length, place):
-    kept = kept_positions(length)
-    assert len(kept) <= 9 * max(1, length).bit_length()
-    assert all(p % BLOCK == 0 and 0 < p <= length for p in kept)
-    place = min(place, length)
-    last = max((p for p in kept if p <= place), default=0)
-    assert place - last <= BLOCK + (length - last) // 4
-
-
-@given(length=st.integers(0, 100_000), more=st.integers(0, 100_000))
-def test_what_a_longer_text_wants_kept_the_shorter_one_had_kept(length, more):
-    assert {p for p in kept_positions(length + more) if p <= length} <= set(kept_positions(length))
-
-
-def test_marks_are_kept_at_the_block_before_them():
-    assert {BLOCK * 3, BLOCK * 17} <= set(kept_positions(60_000, [BLOCK * 3 + 5, BLOCK * 17, 70_000, 1]))
-    assert 0 not in kept_positions(60_000, [1])
-
-
-@given(
-    a=st.lists(st.integers(0, 300), min_size=BLOCK * 3, max_size=BLOCK * 3),
-    at=st.integers(0, BLOCK * 3 - 1),
-)
-@settings(max_examples=20)
-def test_keys_tell_texts_and_models_apart(a, at):
-    b = [*a]
-    b[at] += 1
-    keys, others = keys_of("m", a), keys_of("m", b)
-    assert [x == y for x, y in zip(keys, others, strict=True)] == [at >= end for end in (128, 256, 384)]
-    assert keys_of("m", [*a, 1, 2]) == keys
-    assert not set(keys) & set(keys_of("n", a))
-
-
-class Memory(NamedTuple):
-    x: torch.Tensor
-
-
-def test_the_store_keeps_to_its_budget_and_loses_the_least_recently_used(tmp_path):
-    state = (Memory(torch.zeros(1, 250)),)
-    assert state_size(state) == 1000
-    store = StateStore(state, 3000, tmp_path)
-    for key in "abc":
-        store.put(key, (Memory(torch.full((1, 250), float(ord(key)))),))
-    store.hold("me", "ab")
-    assert store.get("a") is not None
-    store.put("d", state)
-    store.put("e", state)
-    assert store.bytes == 3000
-    assert [file.stem for file in tmp_path.iterdir()] == ["b"]  # held, so it went to disk; "c" is gone
-    assert store.get("c") is None
-    assert store.get("b")[0][0][0, 0] == ord("b")
-    assert store.bytes == 3000
-    store.hold("me", ())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_hits_are_reported_and_off_is_off(model, tokenizer):
-    running = engine(model, tokenizer)
-    text = words(1000)
-    ask = {"max_tokens": 2, "sampling": GREEDY}
-    assert [running.complete(Request(text, **ask))[0].cached_tokens for _ in range(2)] == [0, 896]
-    read = running.stats.prefill_tokens
-    (same,) = running.complete(Request(text, **ask))
-    assert running.stats.prefill_tokens - read == 1001 - 896
-    assert running.complete(Request(text, cache=False, **ask))[0] == same._replace(cached_tokens=0)
-    other = text[:600] + "X" + text[601:]
-    assert running.complete(Request(other, **ask))[0].cached_tokens == 512
-    none = engine(model, tokenizer, cache_bytes=0)
-    assert none.store is None
-    assert [none.complete(Request(text, **ask))[0].cached_tokens for _ in range(2)] == [0, 0]
-    unused = engine(model, tokenizer)
-    unused.complete(Request(text, cache=False, **ask))
-    assert len(unused.store) == 0
-
-
-# -- sessions -------------------------------------------------------------------------------------------------
-
-TURN = {"max_tokens": 30, "sampling": Sampling(temperature=0.8), "logprobs": 2}
-
-
-def fresh(model, tokenizer, tokens, **options):
-    """What a new session says that reads the same tokens from their start, with nothing kept."""
-    return bits(engine(model, tokenizer, cache_bytes=0).complete(Request(tokens, **options))[0])
 
 
 def test_a_session_is_one_that_read_the_same_text_from_its_start(model, tokenizer):
@@ -403,105 +287,3 @@ def test_mistakes_are_named(model, tokenizer, tmp_path):
         Session.load(engine(model, tokenizer), tmp_path / "none")
     with pytest.raises(UserError, match="cannot write the session"):
         session.save(tmp_path / "none" / "file")
-
-
-# -- everything at random -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_thousand_random_submissions_cancellations_and_verbs(model, tokenizer, tmp_path):
-    """One engine, free slots full of NaN, a cache of a few states: every text is what it is alone, and nothing is left."""
-    rng = np.random.default_rng(2026)
-    decoder = ComposedDecoder(model, 6)
-    budget = state_size(decoder.read(torch.tensor([0]))) * 8
-    running = engine(decoder, tokenizer, slots=6, cache_bytes=budget, state_directory=tmp_path)
-    sessions, asked, events, cancelled = [Session(running)], {}, [], set()
-    for operation in range(1000):
-        session = sessions[rng.integers(len(sessions))]
-        match rng.integers(12):
-            case 0 | 1 | 2 | 3 | 4:
-                request = Request(
-                    words(600, int(rng.integers(4)))[: int(rng.integers(0, 600))],
-                    max_tokens=int(rng.integers(1, 9)),
-                    seed=int(rng.integers(99)),
-                    sampling=Sampling(temperature=float(rng.uniform(0, 2)), top_p=float(rng.uniform(0.1, 1))),
-                    samples=int(rng.integers(1, 4)),
-                    logprobs=1,
-                    cache=bool(rng.integers(4)),
-                )
-                asked[running.submit(request)] = request
-            case 5 if asked:
-                number = int(rng.integers(max(0, max(asked) - 8), max(asked) + 1))
-                if running.cancel(number):
-                    cancelled.add(number)
-            case 6:
-                session.append(words(int(rng.integers(1, 200)), operation))
-            case 7:
-                tokens, ask = [*session.tokens], TURN | {"seed": operation, "max_tokens": 6}
-                assert bits(session.generate(**ask)) == fresh(model, tokenizer, tokens, **ask)
-            case 8 if len(sessions) < 12:
-                sessions.append(session.fork())
-            case 9:
-                session.rewind(int(rng.integers(1, len(session.tokens) + 1)))
-            case 10 if len(sessions) > 1:
-                content = session.export()
-                session.close()
-                sessions.remove(session)
-                sessions.append(Session.from_bytes(running, content))
-            case _:
-                events += running.step()
-        poison(decoder, running._free)
-        assert running.store.bytes <= budget
-    events += running.events()
-    done = {(event.request, event.sample): event.completion for event in events if event.completion}
-    assert len(done) == sum(request.samples for request in asked.values()) > 500
-    single = engine(model, tokenizer, cache_bytes=0)
-    for number, request in asked.items():
-        for sample, alone in enumerate(single.complete(request)):
-            got = done[number, sample]
-            if got.finish == "interrupted":
-                assert number in cancelled
-                assert got.tokens == alone.tokens[: len(got.tokens)]
-            else:
-                assert bits(got) == bits(alone)
-    for session in sessions:
-        session.close()
-    assert list(tmp_path.iterdir()) == []
-    assert sorted(running._free) == list(range(6))
-    assert not running.busy
-
-
-def poison(decoder, slots):
-    """Fills slots with NaN."""
-    for pool in decoder.pools:
-        for part in pool.state:
-            part[slots] = float("nan") if part.is_floating_point() else 12345
-
-
-@settings(deadline=None, max_examples=8)
-@given(seed=st.integers(0, 1000))
-def test_random_verbs_on_random_sessions(model, tokenizer, tmp_path_factory, seed):
-    rng = np.random.default_rng(seed)
-    directory = tmp_path_factory.mktemp("states")
-    budget = state_size(ComposedDecoder(model, 1).read(torch.tensor([0]))) * 6
-    running = engine(model, tokenizer, cache_bytes=budget, state_directory=directory)
-    sessions = [Session(running)]
-    for _ in range(14):
-        session = sessions[rng.integers(len(sessions))]
-        match rng.integers(7):
-            case 0 | 1:
-                session.append(words(int(rng.integers(1, 400)), int(rng.integers(1000))))
-            case 2 | 3:
-                tokens, ask = [*session.tokens], TURN | {"seed": int(rng.integers(9)), "max_tokens": 8}
-                assert bits(session.generate(**ask)) == fresh(model, tokenizer, tokens, **ask)
-            case 4:
-                sessions.append(session.fork())
-            case 5:
-                session.rewind(int(rng.integers(1, len(session.tokens) + 1)))
-            case 6:
-                sessions.append(Session.from_bytes(running, session.export(), name=f"copy {len(sessions)}"))
-        assert running.store.bytes <= budget
-    for session in sessions:
-        session.close()
-    assert list(directory.iterdir()) == []
-    assert sorted(running._free) == list(range(4))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.decoder_choice import choose_decoder
-from retnet.engine.prompts import Prompt, Snapshot, share
+from retnet.engine.prompts import Prefill, Prompt, Snapshot, index
 from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
+from retnet.engine.store import BLOCK, StateStore, keys_of
 from retnet.engine.streams import Stream
 from retnet.engine.token_choice import TokenChooser
 from retnet.settings import UserError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SLOTS = 64
 PREFILL_TOKENS = 256  # at most, in a step that also decodes
-IDLE_TOKENS = 1024  # at least, in a step that only reads: nobody waits for it
 
 
 class Engine:
@@ -94,26 +93,25 @@ class Engine:
             self._decoder = choose_decoder(model, slots)
         self.stats = Stats()
         self.slots, self.tokenizer, self._exact = slots, tokenizer, exact
-        self._prefill_tokens = (
-            max(prefill_tokens, 2 * BLOCK) if exact else prefill_tokens
-        )  # its half is a block
         self._max_bytes = max_state_bytes
         self.store: StateStore | None = None
         self.fingerprint = ""
         if cache_bytes:
             self.fingerprint = self._decoder.fingerprint()
-            self._decoder.reset(_index(0))
-            template = self._decoder.read(_index(0))
+            self._decoder.reset(index(0))
+            template = self._decoder.read(index(0))
             self.store = StateStore(template, cache_bytes, state_directory)
+        self._prefill = Prefill(
+            self._decoder, self.stats, prefill_tokens, exact, self.store, self.fingerprint
+        )
         self._vocab_size = min(self._decoder.vocab_size, tokenizer.vocab_size)
         self._chooser = TokenChooser(self._decoder, self._vocab_size, tokenizer.bos_id)
         self._free = list(range(slots))  # a heap: the lowest first, so that the used ones lie together
         self._bytes = 0  # that streams with a slot may come to
         self._submitted = 0
         self._queue: list[Prompt] = []  # in the order they came: unread ones, and read ones with samples left
-        self._reading: list[Prompt] = []
         self._live: list[Stream] = []
-        self._slots = _index()  # of the live streams, int64 [B]
+        self._slots = index()  # of the live streams, int64 [B]
         self._tokens = torch.empty(0)  # the last ones of the live streams, [B]
         self._logits: list[Tensor] = []  # of this step: rows after those, then of streams that have come
         self._outbox: deque[Event] = deque()
@@ -146,7 +144,9 @@ class Engine:
         """Ends a request; its streams' last events, "interrupted", come with the next step. False if it had ended."""
         before = len(self._outbox)
         place = bisect.bisect_left(self._queue, request, key=lambda p: p.id)
-        for prompt in [p for p in (*self._queue[place : place + 1], *self._reading) if p.id == request]:
+        for prompt in [
+            p for p in (*self._queue[place : place + 1], *self._prefill.prompts) if p.id == request
+        ]:
             self._remove(prompt, "interrupted")
         for stream in [stream for stream in self._live if stream.request == request]:
             self._outbox.append(stream.end("interrupted"))
@@ -156,7 +156,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would do or say anything."""
-        return bool(self._queue or self._reading or self._live or self._outbox)
+        return bool(self._queue or self._prefill.prompts or self._live or self._outbox)
 
     def events(self) -> Iterator[Event]:
         """Steps until nothing is left to do; whoever leaves the loop early finds the rest with the next step.
@@ -200,7 +200,7 @@ class Engine:
         return [done[sample] for sample in range(request.samples)]
 
     def _run(self) -> None:
-        if self._queue or self._reading or self._live:
+        if self._queue or self._prefill.prompts or self._live:
             try:
                 self._advance()
             except BaseException as error:
@@ -218,8 +218,9 @@ class Engine:
             self._logits.append(self._step())
             self.stats.decode_tokens += len(self._live)
         self._admit()
-        if self._reading:
-            self._read()
+        if self._prefill.prompts:
+            for prompt, logits in self._prefill.read(self._live != []):
+                self._fan_out(prompt, logits)
             self._admit()  # samples of prompts that have been read
         if self._live:
             self._choose()
@@ -237,7 +238,7 @@ class Engine:
                 seen = len(stream.prompt) + len(stream.tokens)
                 if seen % BLOCK == 0 and stream.asked.cache:
                     keys = keys_of(self.fingerprint, (*stream.prompt, *stream.tokens))
-                    self.store.put(keys[-1], self._decoder.read(_index(stream.slot)))
+                    self.store.put(keys[-1], self._decoder.read(index(stream.slot)))
         return logits
 
     def _admit(self) -> None:
@@ -248,60 +249,14 @@ class Engine:
                 return
             if prompt.snapshot is None:
                 prompt.slot = self._take(prompt)
-                self._begin(prompt)
-                self._reading.append(prompt)
+                self._prefill.begin(prompt)
                 self._queue.pop(0)
             else:
                 slot = self._take(prompt)
-                self._decoder.write(_index(slot), prompt.snapshot.state)
+                self._decoder.write(index(slot), prompt.snapshot.state)
                 self._join(prompt, [slot], prompt.snapshot.logits)
                 if not prompt.streams:
                     self._queue.pop(0)
-
-    def _begin(self, prompt: Prompt) -> None:
-        """Fills a prompt's slot: with the longest kept beginning of it, of which at least the last token is read anew."""
-        if self.store is not None and prompt.cache:
-            prompt.keys = keys_of(self.fingerprint, prompt.ids)
-            prompt.position, state = self.store.longest(prompt.keys[: (len(prompt.ids) - 1) // BLOCK])
-            prompt.stops = kept_positions(len(prompt.ids), prompt.marks)
-            prompt.cached = prompt.position
-            if state is not None:
-                self._decoder.write(_index(prompt.slot), state)
-                return
-        self._decoder.reset(_index(prompt.slot))
-
-    def _read(self) -> None:
-        """A part of the prompts that have a slot: one packed call, or with `exact` one for each block."""
-        budget = self._prefill_tokens if self._live else max(self._prefill_tokens, IDLE_TOKENS)
-        shares = share([len(prompt.ids) - prompt.position for prompt in self._reading], budget)
-        parts = [(prompt, count) for prompt, count in zip(self._reading, shares, strict=True) if count]
-        if not self._exact:
-            self._read_pieces([(prompt, prompt.piece(count)) for prompt, count in parts])
-            return
-        for prompt, count in parts:
-            while (block := prompt.block()) and block <= count:
-                self._read_pieces([(prompt, block)])
-                count -= block
-
-    def _read_pieces(self, parts: Sequence[tuple[Prompt, int]]) -> None:
-        """So many tokens of each of these prompts, in one call."""
-        began = time.perf_counter()
-        tokens = [i for prompt, count in parts for i in prompt.ids[prompt.position : prompt.position + count]]
-        bounds = torch.tensor([0, *(count for _, count in parts)]).cumsum(0)
-        device = self._decoder.device
-        slots = _index(*(prompt.slot for prompt, _ in parts))
-        logits = self._decoder.prefill(torch.tensor(tokens, device=device), bounds, slots)
-        for row, (prompt, count) in enumerate(parts):
-            prompt.position += count
-            if self.store is not None and prompt.position in prompt.stops:
-                state = self._decoder.read(_index(prompt.slot))
-                self.store.put(prompt.keys[prompt.position // BLOCK - 1], state)
-            if prompt.position == len(prompt.ids):
-                self._fan_out(prompt, logits[row : row + 1])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.stats.prefill_tokens += len(tokens)
-        self.stats.prefill_seconds += time.perf_counter() - began
 
     def _fan_out(self, prompt: Prompt, logits: Tensor) -> None:
         """Starts the samples of a prompt that has been read: its own slot, copies where there is room, the rest later."""
@@ -311,11 +266,11 @@ class Engine:
                 break
             slots.append(self._take(prompt))
         if slots[1:]:
-            self._decoder.copy(_index(*[prompt.slot] * len(slots[1:])), _index(*slots[1:]))
+            self._decoder.copy(index(*[prompt.slot] * len(slots[1:])), index(*slots[1:]))
         if len(slots) < len(prompt.streams):
-            prompt.snapshot = Snapshot(self._decoder.read(_index(prompt.slot)), logits)
+            prompt.snapshot = Snapshot(self._decoder.read(index(prompt.slot)), logits)
             bisect.insort(self._queue, prompt, key=lambda p: p.id)
-        self._reading.remove(prompt)
+        self._prefill.prompts.remove(prompt)
         self._join(prompt, slots, logits)
 
     def _join(self, prompt: Prompt, slots: Sequence[int], logits: Tensor) -> None:
@@ -327,7 +282,7 @@ class Engine:
             self._chooser.start(slot, prompt.ids, stream.asked.sampling)
             self._live.append(stream)
         self._logits.append(logits.expand(len(slots), -1))
-        self._slots = torch.cat([self._slots, _index(*slots)])
+        self._slots = torch.cat([self._slots, index(*slots)])
 
     def _choose(self) -> None:
         """A token for every live stream."""
@@ -393,7 +348,7 @@ class Engine:
         if prompt in self._queue:
             self._queue.remove(prompt)
         else:
-            self._reading.remove(prompt)
+            self._prefill.prompts.remove(prompt)
             self._give_back(prompt.slot, prompt.bytes)
         for stream in prompt.streams:
             stream.prompt = prompt.ids
@@ -412,12 +367,8 @@ class Engine:
 
     def _abandon(self, finish: Finish, error: str) -> None:
         """Ends everything that had a slot, whose states nobody knows any more."""
-        for prompt in [*self._reading]:
+        for prompt in [*self._prefill.prompts]:
             self._remove(prompt, finish, error)
         self._outbox += [stream.end(finish, error) for stream in self._live if stream.finish is None]
-        self._live, self._slots = [], _index()
+        self._live, self._slots = [], index()
         self._free, self._bytes = list(range(self.slots)), 0
-
-
-def _index(*slots: int) -> Tensor:
-    return torch.tensor(slots, dtype=torch.int64)
