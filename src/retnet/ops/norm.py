@@ -56,11 +56,11 @@ def head_norm(
 
 
 def _by_triton(o: Tensor, gate: Tensor | None, *rest: Any) -> Tensor:  # noqa: ANN401
-    *rest, dtype = rest
+    *given, dtype = rest
     # transforms of torch.func and forward-mode differentiation see the formula
     opaque = not transforming() and not differentiating_forwards()
     compute = rotary_norm_operators.head_norm if opaque else rotary_norm_operators.norm_by_torch
-    y: Tensor = compute(o, gate, *rest)[0]
+    y: Tensor = compute(o, gate, *given)[0]
     return y if gate is not None or dtype is None else y.to(dtype)
 
 
