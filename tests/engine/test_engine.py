@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling
-from retnet.engine.engine import IDLE_TOKENS
-from retnet.engine.prompts import share
+from retnet.engine.prompts import IDLE_TOKENS, share
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError, build
