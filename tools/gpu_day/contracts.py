@@ -36,13 +36,11 @@ def _opcheck(device: torch.device) -> dict[str, float]:
     for bounds in (None, torch.tensor([0, 9, 9, 20], device=device)):
         rows = None if bounds is None else 3
         q, k, v, s = random_inputs(1, 20, 2, 16, 32, dtype=torch.float32, rows=rows, device=device)
-        torch.library.opcheck(
-            ops.retention_chunkwise_triton, (q, k, v, log_decay, s, bounds, 0.25, 16, False)
-        )
-        q, k, v, s = (x.detach() for x in (q, k, v, s))
-        out, final, _ = ops.retention_chunkwise_triton(q, k, v, log_decay, s, bounds, 0.25, 16, False)
-        backward = (out, final, q, k, v, log_decay, s, bounds, None, 0.25, 16)
-        torch.library.opcheck(ops.retention_chunkwise_triton_backward, backward)
+        call = (q, k, v, log_decay, s, bounds, 0.25, 16)
+        torch.library.opcheck(ops.retention_chunkwise_triton, (*call, False))
+        call = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
+        out, final, _ = ops.retention_chunkwise_triton(*call, False)
+        torch.library.opcheck(ops.retention_chunkwise_triton_backward, (*call, out, final, None))
     for slots in (None, torch.tensor([4, -1], dtype=torch.int32, device=device)):
         q, k, v = (torch.randn(2, 2, n, device=device) for n in (16, 16, 32))
         pool = torch.randn(5, 2, 16, 32, device=device)

@@ -122,9 +122,13 @@ class Day:
         return [sys.executable, "-m", "tools.gpu_day.step", *words, *rehearse]
 
     def _environment(self) -> dict[str, str]:
-        """Of a step: this checkout's sources, and in a rehearsal the interpreter."""
+        """Of a step: this checkout's sources, and in a rehearsal the interpreter.
+
+        torch keeps compiled backward passes by what the forward pass looks like; those of other sources must not be used.
+        """
         sources = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         more = {"PYTHONPATH": sources, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        more["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
         if self.rehearsal:
             more |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         return {**os.environ, **more}
