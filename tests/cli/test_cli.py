@@ -45,28 +45,61 @@ def test_help_of_a_verb_does_not_import_torch(verb, tmp_path):
     assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["trian"], "no verb 'trian'; did you mean 'train'?"),
-        (["train", "smok"], "no configuration 'smok': not a .toml file, and did you mean 'smoke'"),
-        (["train", "smoke", "--train.stepz", "3"], "unknown setting 'train.stepz'; did you mean 'steps'"),
-        (["train", "smoke", "--train.steps", "x"], "train.steps 'x': Expected `int`"),
-        (["train", "smoke", "--train.steps", "0"], "steps is 0; it must be at least 1"),
-        (["train", "smoke", "--model.mixer.name", "retntion"], "did you mean 'retention'"),
-        (["train", "smoke", "--model.mixer.num_heads", "3"], "d_model 64 is not a multiple of num_heads 3"),
-        (["train", "smoke", "--train.device", "tpu"], "device 'tpu' cannot be used here"),
-        (["train", "smoke", "--data.corpus", "nowhere"], "nowhere"),
-        (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
-        (["config", "show", "paper/9b"], "no configuration 'paper/9b'"),
-    ],
-)
-def test_mistakes_end_in_one_sentence(words, message, tmp_path):
-    done = retnet(*words, cwd=tmp_path)
+MISTAKES = """
+import json, sys
+from retnet.cli import main
+for words in json.loads(sys.stdin.read()):
+    sys.argv = ["retnet", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print("status", end.code, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What each mistake is told, by one process that makes them all."""
+    home = tmp_path_factory.mktemp("mistakes")
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKES],
+        input=json.dumps([words for words, _ in ALL_MISTAKES]),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (home / "runs").exists()
+    return done.stderr.split("status 2\n")
+
+
+ALL_MISTAKES = [
+    (["trian"], "no verb 'trian'; did you mean 'train'?"),
+    (["train", "smok"], "no configuration 'smok': not a .toml file, and did you mean 'smoke'"),
+    (["train", "smoke", "--train.stepz", "3"], "unknown setting 'train.stepz'; did you mean 'steps'"),
+    (["train", "smoke", "--train.steps", "x"], "train.steps 'x': Expected `int`"),
+    (["train", "smoke", "--train.steps", "0"], "steps is 0; it must be at least 1"),
+    (["train", "smoke", "--model.mixer.name", "retntion"], "did you mean 'retention'"),
+    (["train", "smoke", "--model.mixer.num_heads", "3"], "d_model 64 is not a multiple of num_heads 3"),
+    (["train", "smoke", "--train.device", "tpu"], "device 'tpu' cannot be used here"),
+    (["train", "smoke", "--data.corpus", "nowhere"], "nowhere"),
+    (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
+    (["config", "show", "paper/9b"], "no configuration 'paper/9b'"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ALL_MISTAKES)), ids=lambda n: " ".join(ALL_MISTAKES[n][0]))
+def test_mistakes_end_in_one_sentence(number, told):
+    assert len(told) == len(ALL_MISTAKES) + 1  # each ended with status 2
+    assert ALL_MISTAKES[number][1] in told[number]
+    assert "Traceback" not in told[number]
+
+
+def test_a_mistake_ends_the_command(tmp_path):
+    done = retnet("train", "smoke", "--train.steps", "0", cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert "steps is 0; it must be at least 1" in done.stderr
 
 
 def test_config_show(tmp_path):

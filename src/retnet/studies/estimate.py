@@ -17,6 +17,7 @@ from retnet.host import product_rate
 from retnet.measure.memory import GIB, kept_for_backward, total_memory
 from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.model.cost import cost
+from retnet.nn import Positions
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
 
@@ -68,7 +69,7 @@ def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
     c = config.train
     rows = c.batch_size * c.seq_len
     assert model.vocab_size is not None
-    each, shared = _kept_bytes(model, c.seq_len)
+    each, shared = _kept_bytes(replace(model, num_layers=1), c.seq_len)
     block = each * c.batch_size // (2 if c.precision == "bf16" else 1)
     inputs = rows * model.d_model * 4
     kept = model.num_layers * inputs + block if c.activation_checkpointing else model.num_layers * block
@@ -81,21 +82,11 @@ def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
 def _kept_bytes(model: ModelConfig, length: int) -> tuple[int, int]:
     """What each block keeps of a sequence for its backward pass, and what all share (cos, sin); fp32, weights left out."""
     with torch.device("meta"):
-        two = LanguageModel(replace(model, num_layers=2))
+        block = LanguageModel(model).blocks[0]
         x = torch.empty(1, length, model.d_model, requires_grad=True)
-
-    def kept(count: int) -> int:
-        def run() -> torch.Tensor:
-            y, blocks = x, cast("list[Block]", list(two.blocks))
-            positions = blocks[0].mixer.positions(x)
-            for block in blocks[:count]:
-                y = block(y, None, positions)
-            return y
-
-        return kept_for_backward(run, two.parameters())
-
-    each = kept(2) - kept(1)
-    return each, kept(1) - each
+        positions: Positions | None = cast(Block, block).mixer.positions(x)
+    shared = sum(y.nbytes for y in positions or () if y is not None and y.is_floating_point())
+    return kept_for_backward(lambda: block(x, None, positions), block.parameters()) - shared, shared
 
 
 def rate() -> float:
