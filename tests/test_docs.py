@@ -1,17 +1,26 @@
 """Every example in README.md and docs/ runs: Python blocks as they stand, `retnet` commands in one directory, in order."""
 
+import configparser
 import glob
+import json
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from retnet.cli.serve import command
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLLOWED = ROOT / "docs/developing.md"  # changes the library: tests/test_developing.py follows it in a copy
+SERVING = ROOT / "docs/serving.md"
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 # The same commands at sizes that a test can run.
 SMALL = [
@@ -69,6 +78,8 @@ def test_commands(workplace):
         words = [
             path for word in words for path in (glob.glob(word, root_dir=workplace) or [word])
         ]  # as a shell
+        if words[0] == "serve":
+            continue  # it does not end: see test_serving
         if words[0] == "train":
             words += SMALL
         elif words[0] == "bench":
@@ -85,6 +96,55 @@ def test_python(page, workplace):
         run([*RETNET, "train", "smoke", "--run-dir", "runs/smoke", *SMALL], workplace)
     for code in blocks(page, "python"):
         run([sys.executable, "-W", "error", "-c", code], workplace)
+
+
+@pytest.mark.slow
+def test_serving(workplace):
+    """The server that docs/serving.md starts answers its `curl` lines and its Python, and ends in order."""
+    lines = [line for block in blocks(SERVING, "bash") for line in block.splitlines()]
+    (line,) = [line for line in lines if line.startswith("retnet serve")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = [port if word == "8000" else word for word in shlex.split(line)[1:]]
+    server = subprocess.Popen([*RETNET, *words], cwd=workplace, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ready")
+        curls = [line for line in lines if line.startswith("curl")]
+        assert len(curls) >= 5
+        for line in curls:
+            said = run([*shlex.split(line.replace(":8000", f":{port}")), "-sS"], workplace)
+            assert '"error"' not in said, said
+        for code in blocks(SERVING, "python served"):
+            run([sys.executable, "-W", "error", "-c", code.replace(":8000", f":{port}")], workplace)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0, server.stderr.read()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def wait_for(url: str) -> None:
+    """Until it answers 200."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except OSError:  # nobody there yet, or not ready
+            assert time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.1)
+
+
+def test_the_service_of_the_pages_can_be_started():
+    """Options of the systemd unit and of the container are those of the verb."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(blocks(SERVING, "ini")[0])
+    (container,) = re.findall(r"^CMD (.*)$", blocks(SERVING, "dockerfile")[0], re.M)
+    for words in (shlex.split(unit["Service"]["ExecStart"])[1:], json.loads(container)[1:]):
+        assert words[0] == "serve"
+        command.make_context("serve", words[1:])
 
 
 def test_links_lead_somewhere():

@@ -86,6 +86,7 @@ def test_trains_and_generates_without_extras(hidden, tmp_path):
         (["bench", "ops", "--quick", "--out", "records"], "bench"),
         (["study", "complexity", "--out", "study"], "study"),
         (["eval", "perplexity", "r"], "eval"),
+        (["serve", "r"], "serve"),
     ],
 )
 def test_what_is_missing_is_said_with_the_extra_that_brings_it(hidden, tmp_path, words, extra):

@@ -153,6 +153,10 @@ class Engine:
         self._sweep()
         return len(self._outbox) > before
 
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of one text's state after so many tokens; see `Decoder.state_bytes`."""
+        return self._decoder.state_bytes(tokens)
+
     @property
     def busy(self) -> bool:
         """Whether a step would do or say anything."""
@@ -328,12 +332,14 @@ class Engine:
         """Refuses ids outside the vocabulary.
 
         Raises:
-            UserError: naming the largest.
+            UserError: naming the one that is farthest outside.
         """
-        if tokens and not 0 <= max(tokens) < self._vocab_size:
+        if max(tokens, default=0) >= self._vocab_size:
             raise UserError(
                 f"{name} has the token id {max(tokens)}, but the vocabulary ends with {self._vocab_size - 1}"
             )
+        if min(tokens, default=0) < 0:
+            raise UserError(f"{name} has the token id {min(tokens)}; ids are whole numbers of 0 or more")
 
     def _take(self, prompt: Prompt) -> int:
         self._bytes += prompt.bytes

@@ -124,9 +124,15 @@ class Session:
         self.marks = [mark for mark in self.marks if mark < position]
 
     def edit(self, position: int, more: str | Sequence[int]) -> None:
-        """Puts something else in the place of all tokens after the first `position`: a rewind and an append."""
+        """Puts something else in the place of all tokens after the first `position`: a rewind and an append.
+
+        Raises:
+            UserError: a position that is not within the text, or ids outside the vocabulary; nothing has changed.
+        """
+        ids = self._engine.tokenizer.encode(more) if isinstance(more, str) else list(more)
+        self._engine.check_ids("tokens", ids)
         self.rewind(position)
-        self.append(more)
+        self.append(ids)
 
     def close(self) -> None:
         """Lets go of its states; others may still find them until they are dropped."""

@@ -1,0 +1,157 @@
+"""The application: routes, access, errors, and what happens at start and end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from retnet import __version__
+from retnet.engine import Engine, Run
+from retnet.serve import completion_routes, plain_routes, session_routes
+from retnet.serve.access import AccessMiddleware, ApiKeys
+from retnet.serve.chat_template import ChatTemplate
+from retnet.serve.documents import install_openapi
+from retnet.serve.engine_thread import EngineThread
+from retnet.serve.errors import as_api_error, install_handlers
+from retnet.serve.gate import Gate
+from retnet.serve.metrics import ServerMetrics
+from retnet.serve.service import Service
+from retnet.serve.session_store import STATES, SessionStore
+from retnet.serve.settings import ServerSettings
+from retnet.settings import UserError
+
+STOP_SECONDS = 10.0  # for the step that the engine is in
+_log = logging.getLogger("retnet.serve")
+
+
+def make_app(
+    run: Run,
+    name: str,
+    settings: ServerSettings = ServerSettings(),  # noqa: B008 (frozen)
+    *,
+    keys: ApiKeys | None = None,
+    sessions: Path | None = None,
+) -> FastAPI:
+    """The server's application.
+
+    Args:
+        run: model and tokenizer.
+        name: of the model, as clients call it.
+        settings: slots, memory, limits.
+        keys: who may use it; None is everybody.
+        sessions: a directory that nobody else uses, for sessions; None keeps none.
+
+    Raises:
+        UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be made.
+    """
+    engine = Engine(
+        run.model,
+        run.tokenizer,
+        slots=settings.slots,
+        max_state_bytes=settings.max_state_bytes,
+        exact=settings.exact,
+        cache_bytes=settings.cache_bytes,
+        state_directory=None if sessions is None else sessions / STATES,
+    )
+    least = engine.state_bytes(2)
+    if settings.max_state_bytes is not None and settings.max_state_bytes < least:
+        raise UserError(
+            f"max_state_bytes is {settings.max_state_bytes:,}, but one state takes {least:,}; allow at least that"
+        )
+    thread, gate = EngineThread(engine), Gate(settings.slots, settings.queue)
+    service = Service(
+        name=name,
+        tokenizer=run.tokenizer,
+        engine=thread,
+        settings=settings,
+        gate=gate,
+        metrics=ServerMetrics(gate),
+        template=ChatTemplate(run.tokenizer, run.checkpoint),
+        sessions=SessionStore(thread, sessions, settings.max_sessions),
+        state_bytes=engine.state_bytes(1),
+        state_grows=engine.state_bytes(1) != engine.state_bytes(2),
+        created=int(time.time()),
+    )
+    app = FastAPI(
+        title="retnet",
+        version=__version__,
+        description="Text of a retentive network: OpenAI's API, and sessions that can be forked and rewound.",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    for routes in (plain_routes, completion_routes, session_routes):
+        app.include_router(routes.router)
+    install_handlers(app)
+    install_openapi(app)
+    app.add_middleware(AccessMiddleware, keys=keys or ApiKeys())
+    app.add_middleware(CountingMiddleware, metrics=service.metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    service.engine.start()
+    await service.sessions.load()
+    warming = asyncio.ensure_future(_warm_up(service))
+    yield  # a second signal cancels this here, and nothing of what follows is done
+    service.gate.close()
+    warming.cancel()
+    with suppress(asyncio.CancelledError):
+        await warming
+    await service.template.close()
+    await service.sessions.flush()
+    if not await asyncio.to_thread(service.engine.stop, STOP_SECONDS):
+        _log.warning("the engine did not end within %g seconds", STOP_SECONDS)
+
+
+async def _warm_up(service: Service) -> None:
+    try:
+        await service.warm_up()
+    except Exception:
+        _log.exception("the model cannot generate; the server will not be ready")
+
+
+class CountingMiddleware:
+    """Counts answers by path and status; what goes wrong before one has begun is answered with OpenAI's envelope.
+
+    Args:
+        app: whose answers.
+        metrics: where.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if status:
+                raise
+            await as_api_error(error).response()(scope, receive, watched)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", None) or "other"
+            self._metrics.requests.labels(path, str(status)).inc()

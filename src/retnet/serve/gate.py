@@ -1,0 +1,78 @@
+"""Admission control: how many texts may run and wait, and what is said to the others; nobody is let in while it closes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from retnet.serve.engine_thread import Arrivals
+from retnet.serve.errors import ApiError
+
+
+class Gate:
+    """Counts the texts that are under way.
+
+    Args:
+        slots: that run at once.
+        queue: that may wait.
+
+    Attributes:
+        texts: under way now.
+        closed: whether nobody is let in any more.
+    """
+
+    def __init__(self, slots: int, queue: int) -> None:
+        self._slots, self._queue = slots, queue
+        self.texts, self.closed = 0, False
+        self._inside: set[Arrivals] = set()
+
+    @property
+    def running(self) -> int:
+        """Texts with a slot, as far as slots alone decide."""
+        return min(self.texts, self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Texts without one."""
+        return self.texts - self.running
+
+    @contextmanager
+    def enter(self, texts: int, arrivals: Arrivals) -> Iterator[None]:
+        """Lets so many texts of one request in while it lasts.
+
+        Raises:
+            ApiError: there is no room for them, now or ever, or the server is closing.
+        """
+        most = self._slots + self._queue
+        if self.closed:
+            raise ApiError(503, "the server is shutting down; ask again later", retry_after=5)
+        if texts > most:
+            raise ApiError(
+                400, f"the request asks for {texts} texts; this server takes at most {most} at once"
+            )
+        if self.texts + texts > most:
+            raise ApiError(
+                429,
+                f"{self.texts} texts are running or waiting and there is no room for {texts} more (at most {most}); "
+                "ask again later",
+                code="rate_limit_exceeded",
+                retry_after=1,
+            )
+        self.texts += texts
+        self._inside.add(arrivals)
+        try:
+            yield
+        finally:
+            self.texts -= texts
+            self._inside.discard(arrivals)
+
+    def close(self) -> None:
+        """Lets nobody in any more; those inside go on."""
+        self.closed = True
+
+    def end_all(self) -> None:
+        """Ends those that are inside with an error."""
+        for arrivals in self._inside:
+            arrivals.put_nowait(
+                ApiError(503, "the server is shutting down and had no time left for this text")
+            )

@@ -1,0 +1,123 @@
+"""Running the application: a socket, uvicorn, and signals that end it in order, or at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import uvicorn
+from fastapi import FastAPI
+
+from retnet.serve.service import Service
+from retnet.settings import UserError
+
+GRACE = 5  # seconds beyond `shutdown_seconds`, for answers to be written
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = logging.getLogger("retnet.serve")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that nothing else has; port 0 is any that is free.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host} port {port}: {error.strerror}; choose others") from None
+    return found
+
+
+def url_of(found: socket.socket, host: str) -> str:
+    """Where a browser finds it."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{found.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def sole_user(directory: Path) -> Iterator[None]:
+    """Keeps a directory of sessions, which is made if need be, for this process; the system lets go of it when it dies.
+
+    Raises:
+        UserError: another server uses it, or it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file: IO[bytes] = (directory / ".lock").open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write --sessions {directory}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--sessions {directory} is used by another server; give each its own") from None
+        yield
+
+
+class OrderlyServer(uvicorn.Server):
+    """Uvicorn with our signals.
+
+    The first lets nobody new in, gives what runs `shutdown_seconds`, ends the rest with an error that says so, and writes
+    the states of sessions. The second ends everything at once.
+
+    Args:
+        config: of uvicorn.
+        service: what is served.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes the place of uvicorn's, which would raise the signal once more at the end."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._heard)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _heard(self) -> None:
+        gate, seconds = self._service.gate, self._service.settings.shutdown_seconds
+        if self.should_exit:
+            self.force_exit = True
+            gate.end_all()
+            return
+        _log.info("shutting down: %d texts have %g seconds to end", gate.texts, seconds)
+        gate.close()
+        self.should_exit = True
+        asyncio.get_running_loop().call_later(seconds, gate.end_all)
+
+
+def serve(app: FastAPI, found: socket.socket) -> bool:
+    """Answers requests until a signal; whether that was an end in order."""
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(service.settings.shutdown_seconds) + GRACE,
+        ws="none",
+        lifespan="on",
+    )
+    server = OrderlyServer(config, service)
+    server.run(sockets=[found])
+    return server.started and not server.force_exit

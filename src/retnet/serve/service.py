@@ -1,0 +1,201 @@
+"""What the routes share: model, tokenizer, engine, limits, sessions, metrics; and running requests for a client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request as HttpRequest
+
+from retnet.data import Tokenizer
+from retnet.engine import Completion, Event, Request
+from retnet.serve.engine_thread import Arrivals, EngineThread, Feed
+from retnet.serve.errors import ApiError
+from retnet.serve.gate import Gate
+from retnet.serve.metrics import ServerMetrics
+from retnet.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from retnet.serve.chat_template import ChatTemplate
+    from retnet.serve.session_store import SessionStore
+
+TIMEOUT = "the request took longer than the {:g} seconds that this server allows; ask for fewer tokens"
+
+
+@dataclass
+class Service:
+    """A model that is served.
+
+    Attributes:
+        name: of the model, as clients call it.
+        tokenizer: its own.
+        engine: its thread.
+        settings: limits.
+        gate: counts what is under way.
+        metrics: of everything.
+        template: makes a text of a conversation.
+        sessions: of all keys.
+        state_bytes: of one text; of a growing cache, of one token.
+        state_grows: whether it grows with the text.
+        created: seconds since 1970.
+        warm: whether it has generated something.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    engine: EngineThread
+    settings: ServerSettings
+    gate: Gate
+    metrics: ServerMetrics
+    template: ChatTemplate
+    sessions: SessionStore
+    state_bytes: int
+    state_grows: bool
+    created: int
+    warm: bool = False
+
+    def why_not_ready(self) -> str:
+        """Why it cannot serve; empty when it can."""
+        if self.gate.closed:
+            return "the server is shutting down"
+        return self.engine.error or ("" if self.warm else "the model has not said its first token yet")
+
+    async def warm_up(self) -> None:
+        """Generates two tokens, so that whatever is compiled at first use is compiled."""
+        request = Request((self.tokenizer.bos_id,), max_tokens=2, cache=False)
+        async with running(self, [request], count=False) as events:
+            async for _ in events:
+                pass
+        self.warm = True
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses the name of another model.
+
+        Raises:
+            ApiError: it is not this one's.
+        """
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"there is no model {name[:80]!r} here; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_tokens(self, prompt: int, wanted: int) -> None:
+        """Refuses prompts and answers that are longer than allowed.
+
+        Raises:
+            ApiError: naming the length.
+        """
+        if prompt > self.settings.max_prompt_tokens:
+            raise ApiError(
+                400,
+                f"the prompt has {prompt:,} tokens; this server takes {self.settings.max_prompt_tokens:,}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if wanted > self.settings.max_tokens:
+            raise ApiError(
+                400,
+                f"max_tokens is {wanted:,}; this server generates at most {self.settings.max_tokens:,} for a request",
+                param="max_tokens",
+            )
+
+    async def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS; beside the event loop, and the engine."""
+        if len(text) < 1000:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+
+def service_of(request: HttpRequest) -> Service:
+    """What an application serves."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def owner_of(request: HttpRequest) -> str:
+    """Whose key a request was sent with."""
+    return str(request.state.owner)
+
+
+@asynccontextmanager
+async def running(
+    service: Service, requests: Sequence[Request], *, count: bool = True
+) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
+    """Runs requests; whatever has not ended on leaving is cancelled at the engine's next step.
+
+    Args:
+        service: whose engine.
+        requests: that belong together.
+        count: whether they count in metrics.
+
+    Yields:
+        Events, each with the number of its request.
+
+    Raises:
+        ApiError: there is no room; while events are read, also: they took too long, one failed, the server shuts down.
+        UserError: as `Engine.submit`.
+    """
+    arrivals: Arrivals = asyncio.Queue()
+    began = time.monotonic()
+    deadline = asyncio.get_running_loop().time() + service.settings.timeout
+    feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
+    ended = False
+
+    async def events() -> AsyncIterator[tuple[int, Event]]:
+        nonlocal ended
+        left, first = sum(request.samples for request in requests), True
+        while left:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    arrived = await arrivals.get()
+            except TimeoutError:
+                raise ApiError(504, TIMEOUT.format(service.settings.timeout), code="timeout") from None
+            if isinstance(arrived, Exception):
+                raise arrived
+            number, event = arrived
+            if first and count:
+                service.metrics.first_token.observe(time.monotonic() - began)
+            first = False
+            if event.completion is not None:
+                left -= 1
+                _require_whole(requests[number], event.completion)
+                if count:
+                    _tally(service.metrics, event)
+            yield number, event
+        ended = True
+        if count:
+            service.metrics.duration.observe(time.monotonic() - began)
+
+    with service.gate.enter(sum(request.samples for request in requests), arrivals):
+        try:
+            for feed in feeds:
+                await service.engine.submit(feed)
+            yield events()
+        finally:
+            if not ended:
+                for feed in feeds:
+                    service.engine.cancel(feed)
+
+
+def _require_whole(request: Request, completion: Completion) -> None:
+    if completion.finish == "failed":
+        raise ApiError(500 if request.grammar is None else 400, completion.error)
+    if completion.finish == "interrupted":
+        raise ApiError(500, "the engine stopped this text; its log says why")
+
+
+def _tally(metrics: ServerMetrics, event: Event) -> None:
+    completion = event.completion
+    assert completion is not None
+    metrics.generated_tokens.inc(len(completion.tokens))
+    if event.sample == 0:
+        metrics.prompt_tokens.inc(completion.prompt_tokens)
+        metrics.cached_tokens.inc(completion.cached_tokens)

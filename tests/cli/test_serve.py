@@ -1,0 +1,166 @@
+"""`retnet serve` as a process: mistakes in one line, signals, a kill between two saves."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import torch
+
+from retnet.data import Tokenizer
+from retnet.mixers import RetentionConfig
+from retnet.model import LanguageModel, ModelConfig
+from retnet.model.checkpoint import model_files, write_checkpoint
+from tests.helpers.serving import refused
+
+RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
+LONG = {"prompt": "a", "max_tokens": 60_000, "logit_bias": {"256": -1000}, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=257, d_model=32, num_layers=2, mixer=RetentionConfig(num_heads=2))
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = Tokenizer.load("bytes")
+    write_checkpoint(path, {**model_files(LanguageModel(config)), "tokenizer.json": tokenizer.save})
+    return path
+
+
+@contextmanager
+def started(checkpoint, *options):
+    process = subprocess.Popen(
+        [*RETNET, "serve", str(checkpoint), "--port", "0", "--slots", "4", *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url, said = None, ""
+        while url is None:
+            line = process.stderr.readline()
+            said += line
+            assert line, said
+            url = re.search(r"http://127\.0\.0\.1:\d+", line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never blocks
+        with httpx.Client(base_url=url[0], timeout=60) as http:
+            end = time.monotonic() + 120
+            while True:
+                try:
+                    if http.get("/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            yield process, http
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_the_first_signal_lets_streams_end_and_nobody_in(checkpoint):
+    with started(checkpoint, "--shutdown-seconds", "1.5") as (process, http):
+        text = ""
+        with http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            text = "\n".join(lines)
+        assert 1 < time.monotonic() - began < 6
+        assert "the server is shutting down" in text
+        assert text.rstrip().endswith("[DONE]")
+        assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_what_ends_in_time_ends_as_ever(checkpoint):
+    with started(checkpoint) as (process, http):
+        short = {**LONG, "max_tokens": 300}
+        with http.stream("POST", "/v1/completions", json=short) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            text = "\n".join(lines)
+        assert '"finish_reason":"length"' in text
+        assert "error" not in text
+        assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(checkpoint):
+    with (
+        started(checkpoint, "--shutdown-seconds", "60") as (process, http),
+        http.stream("POST", "/v1/completions", json=LONG) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 1
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_killed_between_two_saves_it_has_every_session_again(checkpoint, tmp_path):
+    text, greedy = "It was a dark and stormy night. " * 10, {"temperature": 0, "max_tokens": 20}
+    with started(checkpoint, "--sessions", tmp_path, "--exact") as (process, http):
+        session = http.post("/v1/sessions", json={"text": text}).json()["id"]
+        http.post(f"/v1/sessions/{session}/save", json={})
+        first = http.post(f"/v1/sessions/{session}/generate", json=greedy).json()["choices"][0]["text"]
+        fork = http.post(f"/v1/sessions/{session}/fork", json={}).json()["id"]
+        want = http.post(f"/v1/sessions/{fork}/generate", json=greedy).json()["choices"][0]["text"]
+        done = subprocess.run(
+            [*RETNET, "serve", str(checkpoint), "--port", "0", "--sessions", str(tmp_path)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "is used by another server" in done.stderr
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with started(checkpoint, "--sessions", tmp_path, "--exact") as (process, http):
+        assert http.get(f"/v1/sessions/{session}").json()["text"] == text + first
+        assert http.get(f"/v1/sessions/{fork}").json()["text"] == text + first + want
+        again = http.post(f"/v1/sessions/{session}/generate", json=greedy).json()["choices"][0]["text"]
+        assert again == want
+
+
+@pytest.mark.slow
+def test_keys_of_a_file(checkpoint, tmp_path):
+    (tmp_path / "keys").write_text("sk-0123456789\n")
+    with started(checkpoint, "--api-key-file", tmp_path / "keys") as (_, http):
+        refused(http.get("/v1/models"), 401)
+        assert http.get("/v1/models", headers={"Authorization": "Bearer sk-0123456789"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "no run at nowhere"),
+        (["nowhere", "--slots", "0"], "slots"),
+        (["nowhere", "--port", "70000"], "port"),
+        (["nowhere", "--api-key-file", "missing"], "cannot read --api-key-file missing"),
+        (["nowhere", "--sessions", "s3://bucket"], "is a URL"),
+        (["nowhere", "--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid"),
+    ],
+)
+@pytest.mark.slow
+def test_mistakes_end_in_one_sentence(tmp_path, options, message):
+    done = subprocess.run(
+        [*RETNET, "serve", *options], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,79 @@
+"""A real server on a free port, with a tiny model."""
+
+import threading
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from retnet.data import Tokenizer
+from retnet.engine import ComposedDecoder, Run
+from retnet.mixers import RetentionConfig
+from retnet.model import LanguageModel, ModelConfig
+from retnet.serve.app import make_app
+from retnet.serve.server import listen
+from retnet.serve.settings import ServerSettings
+
+SLOTS = 8
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.load("bytes")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A model of two layers over bytes."""
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=257, d_model=32, num_layers=2, mixer=RetentionConfig(num_heads=2))
+    return LanguageModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def serving(tiny, tokenizer, tmp_path_factory):
+    """Starts a server: `with serving(keys=…, sessions=…, folder=…, **settings) as server`; `server.http` is a client."""
+
+    @contextmanager
+    def start(*, keys=None, sessions=None, folder=None, headers=None, decoder=None, **settings):
+        settings = {"exact": True, "slots": SLOTS, "cache_bytes": 1 << 24} | settings
+        run = Run(
+            decoder or ComposedDecoder(tiny, settings["slots"]),
+            tokenizer,
+            folder or tmp_path_factory.mktemp("checkpoint"),
+            "last",
+        )
+        with ExitStack() as stack:
+            found = stack.enter_context(listen("127.0.0.1", 0))
+            app = make_app(run, "tiny", ServerSettings(**settings), keys=keys, sessions=sessions)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
+            thread.start()
+            url = f"http://127.0.0.1:{found.getsockname()[1]}"
+            http = stack.enter_context(httpx.Client(base_url=url, timeout=60, headers=headers or {}))
+            try:
+                for _ in range(2000):
+                    if server.started and http.get("/ready").status_code == 200:
+                        break
+                    threading.Event().wait(0.005)
+                yield SimpleNamespace(url=url, http=http, service=app.state.service, app=app)
+            finally:
+                server.should_exit = True
+                thread.join(30)
+                assert not thread.is_alive()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def server(serving):
+    with serving() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    return server.http

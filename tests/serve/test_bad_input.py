@@ -1,0 +1,190 @@
+"""Bad input in every field is answered with 4xx and a sentence, while another stream's tokens stay what they are."""
+
+import json
+import threading
+
+import httpx
+import pytest
+
+from retnet.serve.bodies import ChatBody, CompletionBody, SamplingBody, SessionGenerateBody
+from tests.helpers.serving import joined, refused, stream
+
+NAN = float("nan")
+VALUES = [-1, 0, 2**63, 1e12, "abc", True, 1.5, NAN, [], {}, [[]], "\ud800", "\0"]
+# What each field may be, of these values; everything else is refused.
+FINE = {
+    "model": [],
+    "temperature": [0, 1.5],
+    "top_p": [],
+    "top_k": [0],
+    "min_p": [0],
+    "presence_penalty": [-1, 0, 1.5],
+    "frequency_penalty": [-1, 0, 1.5],
+    "repetition_penalty": [1.5],
+    "logit_bias": [{}],
+    "stop": ["abc", "\0", []],
+    "stop_token_ids": [[]],
+    "min_tokens": [0],
+    "seed": [0],
+    "stream": [True],
+    "stream_options": [],  # needs stream
+    "user": ["abc", "\0"],
+    "cache": [True],
+    "json_schema": [{}],
+    "regex": ["abc", "\0"],
+    "choice": [],
+    "prompt": ["abc", "\0"],
+    "max_tokens": [],
+    "n": [],
+    "logprobs": [0],
+    "echo": [True],
+}
+
+
+def is_fine(name, value):
+    return any(type(value) is type(each) and value == each for each in FINE[name])
+
+
+def content(body):
+    return json.dumps(body).encode("utf-8", "surrogatepass")
+
+
+def post(http, url, body, **headers):
+    return http.post(url, content=content(body), headers={"Content-Type": "application/json", **headers})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    """A stream that runs all the while; in the end it has the tokens that it has alone."""
+    body = {"prompt": "abc", "max_tokens": 600, "seed": 9, "logit_bias": {"256": -1000}, "cache": False}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        want = joined(stream(http, "/v1/completions", body))
+        found, enough = [], threading.Event()
+
+        def ask():
+            while not enough.is_set():
+                found.append(joined(stream(http, "/v1/completions", body)))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        yield
+        enough.set()
+        thread.join(60)
+        assert found
+        assert set(found) == {want}
+
+
+def test_every_field_has_its_line():
+    assert FINE.keys() == CompletionBody.model_fields.keys()
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize("name", FINE)
+def test_bad_values_in_every_field(http, name):
+    base = {"prompt": "a", "max_tokens": 1, "seed": 1}
+    for value in VALUES:
+        response = post(http, "/v1/completions", base | {name: value})
+        if is_fine(name, value):
+            assert response.status_code == 200, (value, response.text)
+        else:
+            message = refused(response, 404 if name == "model" and value in ("abc", "\0") else 400)
+            assert name in message or "JSON" in message, (value, message)
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"max_tokns": 3}, "there is no field 'max_tokns'; did you mean 'max_tokens'"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"stop": ["x"] * 1000}, "stop must be a string, or up to 16"),
+        ({"stop": "x" * 10**6, "prompt": 3}, "prompt must be a string, a list of strings"),
+        ({"stop": ["x" * 10**6]}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"logit_bias": {"abc": 1.0}}, "'abc' for a token id"),
+        ({"logit_bias": {"999": 1.0}}, "token id 999"),
+        ({"logit_bias": {"-1": 1.0}}, "'-1' for a token id"),
+        ({"logit_bias": {"1": NAN}}, "logit_bias"),
+        ({"prompt": [257]}, "token id 257"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"stop_token_ids": [257]}, "token id 257"),
+        ({"min_tokens": 17}, "min_tokens 17 is above max_tokens 16"),
+        ({"stream_options": {"include_usage": True}}, "needs stream"),
+        ({"stream": True, "stream_options": {"x": 1}}, "no field 'x'"),
+        ({"echo": True, "logprobs": 1}, "echo with logprobs"),
+    ],
+)
+def test_bad_bodies(http, body, message):
+    assert message in refused(post(http, "/v1/completions", body))
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b'"x"',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"temperature": NaN}',
+        b'{"temperature": 1e999}',
+        b'{"max_tokens": ' + b"9" * 5000 + b"}",
+        b"[" * 10_000,
+        b'{"a":' * 10_000,
+        b'{"json_schema":' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001,
+        b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    ],
+    ids=range(15),
+)
+def test_bodies_that_are_no_request(http, content):
+    refused(http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"}))
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_huge_bodies(http):
+    head = {"Content-Type": "application/json"}
+    most = 16_777_216
+    assert "bytes" in refused(http.post("/v1/completions", content=b"x" * (most + 1), headers=head), 413)
+    refused(http.post("/v1/completions", content=b"[" * most, headers=head))
+    refused(post(http, "/v1/completions", {"prompt": [1] * 1_100_000}))
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages is missing"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{}]}, "messages[0].role is missing"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role must be"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "tool_calls is not supported"),
+        ({"tools": []}, "tools is not supported"),
+        ({"top_logprobs": 3}, "logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "give one"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "no json_schema"),
+        ({"n": 0}, "n must be"),
+    ],
+)
+def test_bad_conversations(http, body, message):
+    good = {} if body in ({},) else {"messages": [{"role": "user", "content": "a"}]}
+    assert message in refused(post(http, "/v1/chat/completions", good | body))
+
+
+def test_all_bodies_share_the_sampling_fields():
+    for kind in (CompletionBody, ChatBody, SessionGenerateBody):
+        assert SamplingBody.model_fields.keys() <= kind.model_fields.keys()
