@@ -47,7 +47,8 @@ def started(checkpoint, *options):
             said += line
             assert line, said
             url = re.search(r"http://127\.0\.0\.1:\d+", line)
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never blocks
+        reading = threading.Thread(target=process.stderr.read)  # so that it never blocks
+        reading.start()
         with httpx.Client(base_url=url[0], timeout=60) as http:
             end = time.monotonic() + 120
             while True:
@@ -62,6 +63,9 @@ def started(checkpoint, *options):
     finally:
         process.kill()
         process.wait()
+        if url is not None:
+            reading.join()
+        process.stderr.close()
 
 
 @pytest.mark.slow

@@ -228,7 +228,9 @@ BAD = {
     "NaN": lambda content: changed(content, poison),
     "another shape": lambda content: changed(content, misshape),
     "a path for a place": lambda content: changed(content, rename),
-    "no states but a path": lambda content: changed(content, lambda t: t.update({"../x.0.kv": t["tokens"].clone()})),
+    "no states but a path": lambda content: changed(
+        content, lambda t: t.update({"../x.0.kv": t["tokens"].clone()})
+    ),
     "negative ids": lambda content: changed(content, lambda t: t["tokens"].neg_()),
     "large ids": lambda content: changed(content, lambda t: t["tokens"].fill_(2**62)),
     "ids of another type": lambda content: changed(content, lambda t: t.update(tokens=t["tokens"].float())),

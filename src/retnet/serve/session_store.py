@@ -105,7 +105,12 @@ class SessionStore:
 
     async def flush(self) -> None:
         """Writes the states of all sessions that memory holds to the directory."""
-        await self._engine.call(lambda engine: engine.store and engine.store.flush())
+
+        def work(engine: Engine) -> None:
+            assert engine.store is not None  # or there were no sessions
+            engine.store.flush()
+
+        await self._engine.call(work)
 
     def list_of(self, owner: str) -> list[SessionEntry]:
         """The sessions of a key, the oldest first."""
