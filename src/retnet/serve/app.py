@@ -14,7 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retnet import __version__
 from retnet.engine import Engine, Run
-from retnet.serve import completion_routes, plain_routes, session_routes
+from retnet.serve import (
+    completion_routes,
+    message_routes,
+    plain_routes,
+    response_routes,
+    session_routes,
+)
 from retnet.serve.access import AccessMiddleware, ApiKeys
 from retnet.serve.chat_template import ChatTemplate
 from retnet.serve.documents import install_openapi
@@ -22,6 +28,7 @@ from retnet.serve.engine_thread import EngineThread
 from retnet.serve.errors import as_api_error, install_handlers
 from retnet.serve.gate import Gate
 from retnet.serve.metrics import ServerMetrics
+from retnet.serve.response_store import ResponseStore
 from retnet.serve.service import Service
 from retnet.serve.session_store import STATES, SessionStore
 from retnet.serve.settings import ServerSettings
@@ -75,6 +82,7 @@ def make_app(
         metrics=ServerMetrics(gate),
         template=ChatTemplate(run.tokenizer, run.checkpoint),
         sessions=SessionStore(thread, sessions, settings.max_sessions),
+        responses=ResponseStore(settings.max_sessions),
         state_bytes=engine.state_bytes(1),
         state_grows=engine.state_bytes(1) != engine.state_bytes(2),
         created=int(time.time()),
@@ -88,7 +96,7 @@ def make_app(
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (plain_routes, completion_routes, session_routes):
+    for routes in (plain_routes, completion_routes, message_routes, response_routes, session_routes):
         app.include_router(routes.router)
     install_handlers(app)
     install_openapi(app)

@@ -270,18 +270,6 @@ class SessionGenerateBody(SamplingBody):
     max_tokens: Whole = 256
 
 
-BODIES: tuple[type[StrictBody], ...] = (
-    CompletionBody,
-    ChatBody,
-    TokenizeBody,
-    DetokenizeBody,
-    SessionBody,
-    AppendBody,
-    RewindBody,
-    EditBody,
-    EmptyBody,
-    SessionGenerateBody,
-)
 Body = TypeVar("Body", bound=StrictBody)
 
 

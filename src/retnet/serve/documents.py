@@ -10,11 +10,12 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request as HttpRequest
 
 from retnet.serve.access import read_body
-from retnet.serve.bodies import BODIES, StrictBody, parse
+from retnet.serve.bodies import StrictBody, parse
 from retnet.serve.service import service_of
 
 Body = TypeVar("Body", bound=StrictBody)
 JSON, BYTES = "application/json", "application/octet-stream"
+_documented: set[type[StrictBody]] = set()  # by the routes, as they are defined
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -50,6 +51,7 @@ def documented(kind: type[StrictBody] | None, summary: str, *, status: int = 200
     if kind is None:
         content = {BYTES: {"schema": {"type": "string", "format": "binary"}}}
     else:
+        _documented.add(kind)
         content = {JSON: {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
     return {
         "summary": summary,
@@ -68,7 +70,8 @@ def install_openapi(app: FastAPI) -> None:
                 title=app.title, version=app.version, description=app.description, routes=app.routes
             )
             template = "#/components/schemas/{model}"
-            _, found = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=template)
+            kinds = sorted(_documented, key=lambda kind: kind.__name__)
+            _, found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=template)
             components = schema.setdefault("components", {})
             components["schemas"] = found["$defs"] | {"Error": _ERROR}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -21,6 +21,7 @@ from retnet.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from retnet.serve.chat_template import ChatTemplate
+    from retnet.serve.response_store import ResponseStore
     from retnet.serve.session_store import SessionStore
 
 TIMEOUT = "the request took longer than the {:g} seconds that this server allows; ask for fewer tokens"
@@ -39,6 +40,7 @@ class Service:
         metrics: of everything.
         template: makes a text of a conversation.
         sessions: of all keys.
+        responses: that may be gone on from, of all keys.
         state_bytes: of one text; of a growing cache, of one token.
         state_grows: whether it grows with the text.
         created: seconds since 1970.
@@ -53,6 +55,7 @@ class Service:
     metrics: ServerMetrics
     template: ChatTemplate
     sessions: SessionStore
+    responses: ResponseStore
     state_bytes: int
     state_grows: bool
     created: int

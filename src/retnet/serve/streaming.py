@@ -26,16 +26,23 @@ class EventStream(Response):
         stack: what is to be closed behind them, whether or not they are read.
         metrics: counts clients that left.
         seconds: that sending may take.
+        done: what ends it.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], stack: AsyncExitStack, metrics: ServerMetrics, seconds: float
+        self,
+        events: AsyncIterator[bytes],
+        stack: AsyncExitStack,
+        metrics: ServerMetrics,
+        seconds: float,
+        done: bytes = DONE,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._stack, self._metrics, self._seconds = events, stack, metrics, seconds
+        self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -53,7 +60,7 @@ class EventStream(Response):
                 except Exception as error:
                     envelope = sse(as_api_error(error).envelope())
                     await send({"type": "http.response.body", "body": envelope, "more_body": True})
-                await send({"type": "http.response.body", "body": DONE, "more_body": True})
+                await send({"type": "http.response.body", "body": self._done, "more_body": True})
         except TimeoutError:
             pass  # a reader this slow has not seen what is missing either
         await send({"type": "http.response.body", "body": b""})

@@ -110,7 +110,7 @@ function branch(id, onPath) {
   const list = document.createElement("ul");
   for (const node of childrenOf(id)) {
     const item = document.createElement("li");
-    const short = (node.role === "model" ? "↳ " : "• ") + (node.text.trim().replace(/\s+/g, " ").slice(0, 48) || "(empty)");
+    const short = (node.role === "model" ? "↳ " : "• ") + (node.text.trim().replace(/\s+/g, " ").slice(0, 48) || "…");
     const made = button(short, `Rewind to: ${short}`, () => choose(node.id));
     if (onPath.has(node.id)) made.classList.add("onpath");
     made.setAttribute("aria-current", String(node.id === current));
@@ -132,6 +132,7 @@ function render() {
   const onPath = new Set(path.map((node) => node.id));
   $("tree").replaceChildren(root, ...branch(0, onPath).childNodes);
   $("input-label").textContent = mode() === "chat" ? "Your message" : "Text to continue";
+  $("input").placeholder = mode() === "chat" ? "What is a generator?" : "def area(width, height):";
   $("send").textContent = mode() === "chat" ? "Send" : "Generate";
   for (const id of ["send", "clear"]) $(id).disabled = running !== null;
   $("stop").disabled = running === null;
@@ -202,7 +203,7 @@ async function generate(from) {
   render();
   $("status").textContent = "generating …";
   const began = performance.now();
-  let first = 0, count = 0, usage = null;
+  let first = 0, shown = 0, count = 0, usage = null;
   const rate = (tokens) => `${(tokens / Math.max(1e-3, (performance.now() - first) / 1000)).toFixed(1)}`;
   try {
     const response = await fetch(url, {method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal});
@@ -214,10 +215,14 @@ async function generate(from) {
         $("first").textContent = `${Math.round(first - began)} ms`;
       }
       for (const choice of event.choices) node.text += choice.text ?? choice.delta?.content ?? "";
-      if (event.choices.length && count++) $("rate").textContent = rate(count - 1);
+      if (event.choices.length && count++ && performance.now() - shown > 50) $("rate").textContent = rate(count - 1);
       if (event.usage) usage = event.usage;
-      node.view.textContent = node.text;
-      $("transcript").scrollTop = $("transcript").scrollHeight;
+      if (performance.now() - shown > 50) { // tokens may come faster than a page can be drawn
+        node.view.textContent = node.text;
+        $("transcript").scrollTop = $("transcript").scrollHeight;
+        await new Promise((resume) => setTimeout(resume));
+        shown = performance.now();
+      }
     }
     if (usage) {
       if (usage.completion_tokens > 1) $("rate").textContent = rate(usage.completion_tokens - 1);

@@ -1,0 +1,100 @@
+"""OpenAI's responses and Anthropic's messages say what chat completions say, and remember what was said."""
+
+import json
+
+import pytest
+
+from tests.helpers.serving import refused
+
+USER = [{"role": "user", "content": "hello"}]
+
+
+def chat(http, messages, **options):
+    body = {"messages": messages, "temperature": 0, "max_tokens": 8, **options}
+    return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+
+
+def events(http, url, body):
+    with http.stream("POST", url, json={**body, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200, lines
+    kinds = [line.removeprefix("event: ") for line in lines[::2]]
+    found = [json.loads(line.removeprefix("data: ")) for line in lines[1::2]]
+    assert kinds == [each["type"] for each in found]
+    return found
+
+
+def test_messages(http):
+    body = {"max_tokens": 8, "messages": USER, "system": "Be brief.", "temperature": 0}
+    want = chat(http, [{"role": "system", "content": "Be brief."}, *USER])
+    whole = http.post("/v1/messages", json=body).json()
+    assert whole["content"] == [{"type": "text", "text": want}]
+    assert (whole["stop_reason"], whole["stop_sequence"]) == ("max_tokens", None)
+    found = events(http, "/v1/messages", body)
+    assert "".join(each["delta"]["text"] for each in found if each["type"] == "content_block_delta") == want
+    assert found[0]["message"]["content"] == []
+    assert found[-2]["usage"]["output_tokens"] == 8
+    assert found[-1]["type"] == "message_stop"
+    counted = http.post("/v1/messages/count_tokens", json={"messages": USER, "system": "Be brief."}).json()
+    assert counted == {"input_tokens": whole["usage"]["input_tokens"]}
+    stop = want[3]
+    cut = http.post("/v1/messages", json={**body, "stop_sequences": [stop]}).json()
+    assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", stop)
+    assert cut["content"][0]["text"] == want.partition(stop)[0]
+
+
+def test_responses_go_on(http):
+    first = http.post(
+        "/v1/responses", json={"input": "hello", "temperature": 0, "max_output_tokens": 8}
+    ).json()
+    said = first["output"][0]["content"][0]["text"]
+    assert said == chat(http, USER)
+    assert first["status"] == "incomplete"
+    assert http.get(f"/v1/responses/{first['id']}").json() == first
+    more = {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "and?"}]}],
+        "temperature": 0,
+    }
+    more |= {"previous_response_id": first["id"], "max_output_tokens": 8}
+    turns = [*USER, {"role": "assistant", "content": said}, {"role": "user", "content": "and?"}]
+    found = events(http, "/v1/responses", more)
+    want = chat(http, turns)
+    assert "".join(each["delta"] for each in found if each["type"] == "response.output_text.delta") == want
+    assert found[-1]["type"] == "response.incomplete"
+    assert found[-1]["response"]["output"][0]["content"][0]["text"] == want
+    assert [each["sequence_number"] for each in found] == list(range(len(found)))
+    assert http.delete(f"/v1/responses/{first['id']}").json()["deleted"]
+    assert "whole conversation" in refused(http.post("/v1/responses", json=more), 404)
+    hidden = http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, "store": False}).json()
+    refused(http.get(f"/v1/responses/{hidden['id']}"), 404)
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "message"),
+    [
+        ("messages", {"messages": USER}, "max_tokens is missing"),
+        ("messages", {"max_tokens": 3}, "messages is missing"),
+        ("messages", {"max_tokens": 3, "messages": USER, "tools": []}, "tools is not supported"),
+        ("messages", {"max_tokens": 3, "messages": USER, "temperature": 2}, "temperature"),
+        ("messages", {"max_tokens": 3, "messages": USER, "system": 3}, "system must be a string"),
+        ("messages", {"max_tokens": 3, "messages": [{"role": "system", "content": "a"}]}, "messages[0].role"),
+        ("messages/count_tokens", {}, "messages is missing"),
+        ("responses", {}, "input is missing"),
+        ("responses", {"input": 3}, "input must be a string, or a list of messages"),
+        ("responses", {"input": "a", "tools": []}, "tools is not supported"),
+        ("responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)
+def test_bad_requests(http, url, body, message):
+    assert message in refused(http.post(f"/v1/{url}", json=body))
+
+
+def test_the_openai_client_goes_on(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    first = client.responses.create(model="tiny", input="hello", temperature=0, max_output_tokens=8)
+    more = {"model": "tiny", "input": "and?", "previous_response_id": first.id, "max_output_tokens": 8}
+    pieces = [each.delta for each in client.responses.create(**more, stream=True) if hasattr(each, "delta")]
+    assert pieces
+    assert first.output_text == chat(server.http, USER)
+    client.close()
