@@ -20,7 +20,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export RUSTUP_HOME              := $(CACHE)/rustup
 export HF_HUB_OFFLINE           ?= 1
 
-.PHONY: setup demo test test-fast lint types layers clean
+.PHONY: setup demo serve test test-fast lint types layers clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN)/retnet demo configs/demo.toml --run-dir runs/demo
+
+serve: setup
+	@$(BIN)/retnet serve runs/demo
 
 test: lint types layers
 	@mkdir -p "$(TMPDIR)"

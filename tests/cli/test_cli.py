@@ -143,7 +143,14 @@ def test_demo_from_an_empty_directory(tmp_path):
     for _ in range(2):  # a finished demo shows its results again
         done = retnet("demo", "smoke", "--run-dir", "d", "--train.steps", "5", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        for part in ("gzip -9", "xz -9", "this RetNet", "A sample, 300 bytes", "retnet generate d"):
+        for part in (
+            "gzip -9",
+            "xz -9",
+            "this RetNet",
+            "A sample, 300 bytes",
+            "retnet generate d",
+            "retnet serve d",
+        ):
             assert part in done.stdout
     assert "finished before: 5 steps" in done.stderr
     assert "step 5/5" not in done.stderr

@@ -42,6 +42,7 @@ def command(config: str, run_dir: Path, overrides: tuple[str, ...]) -> None:
     _report(bits, _text_of(held_out, outcome.prepared.tokenizer))
     _sample(run_dir)
     click.echo(f"\nGo on with:  retnet generate {run_dir} --prompt 'def main(' --max-tokens 200")
+    click.echo(f"Or in a browser:  retnet serve {run_dir}   (make serve), then http://127.0.0.1:8000")
 
 
 def _bits_per_byte(run_dir: Path, held_out: TokenShards, progress: TrainingProgress) -> float:
