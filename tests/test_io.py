@@ -5,14 +5,20 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from retnet.errors import told
 from retnet.io import (
     decode,
+    expanded,
     foreign_encoding,
     nul_byte,
     read_text,
+    require_writable,
     sha256,
     write_bytes,
     write_json,
@@ -136,3 +142,89 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
         read_text(link)
     with pytest.raises(UserError, match=r"no run at .*link.txt \(it is a link to gone.txt\)"):
         find_checkpoint(link)
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    write_text(Path("/dev/null"), "gone")
+    assert not Path("/dev/null").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    code = "from pathlib import Path; from retnet.io import write_text; write_text(Path('/dev/stdout'), 'out'); print('end')"
+    for output in (subprocess.PIPE, (tmp_path / "redirected").open("w")):
+        subprocess.run([sys.executable, "-c", code], stdout=output, check=True)
+        if output is not subprocess.PIPE:
+            output.close()
+    assert "end" in (tmp_path / "redirected").read_text()
+
+
+def test_what_cannot_be_written_is_said_before(tmp_path):
+    (tmp_path / "file").touch()
+    for path, why in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "none" / "a.json", "there is no folder .*none"),
+        (tmp_path / "file" / "a.json", "there is no folder .*file"),
+    ):
+        with pytest.raises(UserError, match=rf"^cannot write .*: {why}$"):
+            require_writable(path)
+    require_writable(tmp_path / "a.json")
+    require_writable(Path("/dev/stdout"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_home_that_nobody_knows(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^~nobody-here/x: no home is known for ~nobody-here; .* \./~nobody-here$"
+    ):
+        expanded("~nobody-here/x")
+    assert expanded("~") == os.path.expanduser("~")
+    assert expanded("./~x") == "./~x"
+
+
+class TestTold:
+    def test_errors_of_files_become_one_sentence(self, tmp_path):
+        cases = (
+            (OSError(28, "No space left on device"), "No space left on device"),
+            (OSError(28, "No space left on device", "b/c"), "b/c: No space left on device"),
+            (
+                FileNotFoundError(2, "No such file or directory", b"caf\xe9"),
+                "caf\ufffd: No such file or directory",
+            ),
+            (EOFError("Compressed file ended"), "it ends too early"),
+            (json.JSONDecodeError("Expecting value", "x", 0), "Expecting value: line 1 column 1 (char 0)"),
+            (
+                UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+                "'utf-8' codec can't decode byte 0xff in position 0: bad",
+            ),
+            (OSError("one\n  two"), "one two"),
+        )
+        for error, reason in cases:
+            with pytest.raises(UserError) as said, told("write a", "b is whole"):
+                raise error
+            assert str(said.value) == f"cannot write a: {reason}; b is whole"
+            assert said.value.__cause__ is error
+
+    def test_libraries_are_known_once_they_are_loaded(self, tmp_path):
+        import safetensors.torch
+
+        (tmp_path / "a").write_bytes(b"x" * 100)
+        with pytest.raises(UserError, match=r"^cannot read a: .*header"), told("read a"):
+            safetensors.torch.load_file(tmp_path / "a")
+
+    def test_the_rest_is_left_as_it_is(self):
+        for error in (
+            UserError("a mistake"),
+            BrokenPipeError(32, "Broken pipe"),
+            KeyError("a"),
+            ValueError("b"),
+        ):
+            with pytest.raises(type(error)) as found, told("write a"):
+                raise error
+            assert found.value is error

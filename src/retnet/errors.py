@@ -1,5 +1,76 @@
-"""`UserError`: a user's mistake, the one error that command lines print without a traceback."""
+"""`UserError`: a user's mistake, printed without a traceback; `told`: makes one of any error of files.
+
+What goes wrong with files after the start (a full disk, a folder that vanished, a library that cannot read what it finds)
+comes in many kinds. `told` makes one sentence of them all, where a file is opened or written and it is known what for;
+the command line holds one around every verb, for whatever nobody expected.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# module → its error; none of them is imported for this: what is not loaded has raised nothing
+_OF_LIBRARIES = {
+    "json": "JSONDecodeError",
+    "lzma": "LZMAError",
+    "msgspec": "MsgspecError",
+    "pyarrow": "ArrowException",
+    "safetensors": "SafetensorError",
+    "sqlite3": "Error",
+    "tomllib": "TOMLDecodeError",
+    "zlib": "error",
+}
 
 
 class UserError(ValueError):
     """A mistake the user can mend. Command lines print its message alone, never a traceback."""
+
+
+@contextmanager
+def told(doing: str, whole: str = "") -> Iterator[None]:
+    """Makes one sentence of every error of files in the block: what could not be done, why, and what is still whole.
+
+    A pipe that nobody reads any more is left as it is: whoever closed it knows.
+
+    Args:
+        doing: what the block does, such as ``"write runs/demo/config.toml"``.
+        whole: what stays usable when it fails, and how to go on.
+
+    Raises:
+        UserError: ``cannot {doing}: {reason}; {whole}``.
+    """
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except file_errors() as error:
+        reason = reason_of(error, without=doing)
+        raise UserError(f"cannot {doing}: {reason}{f'; {whole}' if whole else ''}") from error
+
+
+def file_errors() -> tuple[type[BaseException], ...]:
+    """What the system, and the libraries loaded here, raise for files that cannot be read, written or understood."""
+    found = [
+        getattr(sys.modules[module], name) for module, name in _OF_LIBRARIES.items() if module in sys.modules
+    ]
+    return (OSError, EOFError, UnicodeError, *found)
+
+
+def reason_of(error: BaseException, without: str = "") -> str:
+    """Why, in words: of the system's errors its own, behind the file where that is not in `without` already."""
+    if isinstance(error, OSError) and error.strerror:
+        file = printable(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+        return error.strerror if not file or file in without else f"{file}: {error.strerror}"
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    words = " ".join(printable(str(error)).split())
+    return words[:400] or type(error).__name__
+
+
+def printable(path: str | bytes | os.PathLike[str]) -> str:
+    """A path as it can be printed and stored: names of files need not be UTF-8, and what is not becomes U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", os.fsdecode(path))

@@ -1,5 +1,7 @@
 """File input and output: reading of text, atomic writing (never half a file), SHA-256.
 
+What cannot be written raises OSError with the name of the file, for `retnet.errors.told` to say what it was for.
+
 Text is UTF-8. A byte order mark (BOM) at its beginning is no part of it; UTF-16, UTF-32 and anything with NUL bytes is
 refused instead of being taken for text.
 """
@@ -12,13 +14,17 @@ import json
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from retnet.errors import UserError
+from retnet.errors import UserError, told
 
 BOM = codecs.BOM_UTF8
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
+LFS_ADVICE = "it is a Git LFS pointer, not the file itself; `git lfs pull` in its repository fetches that"
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _FOREIGN_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -44,6 +50,19 @@ def read_text(path: str | Path, name: str | None = None) -> str:
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}{dangling(path)}") from None
     return decode(content, name)
+
+
+def expanded(path: str) -> str:
+    """A path whose leading ``~`` or ``~user`` is replaced by that home.
+
+    Raises:
+        UserError: nobody knows that home.
+    """
+    found = os.path.expanduser(path)
+    if path.startswith("~") and found == path:
+        user = path.partition("/")[0]
+        raise UserError(f"{path}: no home is known for {user}; a file that is called so is written ./{user}")
+    return found
 
 
 def dangling(path: str | Path) -> str:
@@ -101,6 +120,27 @@ def nul_byte(content: bytes, before: int = 0) -> str:
     return f"byte {before + at} is NUL"
 
 
+def lfs_pointer(path: Path) -> str:
+    """Why a file is not what its name says, when it is what Git leaves in place of a large file; else empty."""
+    try:
+        if path.stat().st_size >= 1024:  # no pointer is so long
+            return ""
+        with path.open("rb") as file:
+            return LFS_ADVICE if file.read(len(LFS_POINTER)) == LFS_POINTER else ""
+    except OSError:
+        return ""
+
+
+def require_fetched(path: Path) -> None:
+    """Refuses what Git leaves in place of a large file.
+
+    Raises:
+        UserError: it is a Git LFS pointer.
+    """
+    if why := lfs_pointer(path):
+        raise UserError(f"cannot read {path}: {why}")
+
+
 def not_a_file(mode: int) -> str:
     """What something that is neither file nor folder is called, from its `os.stat_result.st_mode`; empty for a file."""
     kinds = (
@@ -142,10 +182,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with told(f"write {path}"):
         write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401
@@ -157,17 +195,63 @@ def _finite(value: Any) -> Any:  # noqa: ANN401
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step: readers see the old content or the new, whenever the machine stops."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Replaces a file in one step: readers see the old content or the new, whenever the machine stops.
+
+    A link stays one, and what is no file, such as ``/dev/stdout``, is written to as it is.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.partial")
     try:
+        if _is_device(path):
+            path.write_bytes(content)
+            return
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        move(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+        move(partial, target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path is nothing that could be replaced, such as a pipe, or ``/dev/stdout``, whatever that leads to."""
+    place = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    return path.exists() and (place or not (path.is_file() or path.is_dir()))
+
+
+def require_writable(path: Path) -> None:
+    """Says before any work is done that a file could not be written.
+
+    Raises:
+        UserError: it is a folder, or lies in one that is not there or cannot be written.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir() and not _is_device(path):
+        raise UserError(f"cannot write {path}: there is no folder {folder}")
+    if not _is_device(path):
+        with told(f"write {path}"):
+            require_writable_folder(folder)
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Makes a file of one byte in a folder, and removes it.
+
+    Raises:
+        OSError: that cannot be done.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", buffering=0) as file:
+            file.write(b"\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def move(finished: Path, path: Path) -> None:

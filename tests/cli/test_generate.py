@@ -167,7 +167,7 @@ def test_mistakes_end_in_one_sentence(run, tmp_path):
     assert "--prompt-lines needs" in fails(run, "--prompt", "a", "--prompt-lines")
     assert fails(run, stdin=b"ab\xff").startswith("standard input is not UTF-8 text: byte 2")
     assert "UTF-16" in fails(run, stdin="ab".encode("utf-16"))
-    assert fails(run, "--prompt", "a\udcff").startswith("--prompt is not UTF-8 text: byte 1")
+    assert fails(run, "--prompt", "a\udcff").startswith("the argument 'a\ufffd' is not UTF-8 text")
     assert "temperature" in fails(run, "--prompt", "a", "--temperature", "nan")
 
 

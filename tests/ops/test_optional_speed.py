@@ -95,6 +95,20 @@ caching.IndexDataCacheFile.save = refuse
     assert "backend 'auto' is 'numba'" in run(NUMBA_CACHE_DIR=cache)
 
 
+@pytest.mark.slow
+def test_processes_that_compile_at_once_into_one_cache(tmp_path):
+    """Each finds an empty cache, a half-written one, or a whole one: all compute right, and later ones find it whole."""
+    variables = os.environ | {"PYTHONPATH": str(SOURCES), "NUMBA_CACHE_DIR": str(tmp_path)}
+    together = [
+        subprocess.Popen([sys.executable, "-c", WORK], env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in together:
+        said, _ = process.communicate(timeout=300)
+        assert (process.returncode, said.splitlines()[-1]) == (0, "done"), said
+    assert "not kept on disk" not in run(NUMBA_CACHE_DIR=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("numba", "reason"),
     [

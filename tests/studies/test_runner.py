@@ -17,6 +17,7 @@ from retnet.studies import estimate, runner
 from retnet.studies.folder import StudyFolder
 from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study
+from retnet.train.lock import sole_owner
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 # Stands in for the worker: says how far it is, and leaves what a real job would.
@@ -51,6 +52,15 @@ def study(seeds=2, workers=2, rates=(0.5, 0.25), **fields):
         "quality", (Variant("A", "smoke"), Variant("B", "smoke")), learning_rates=rates, seeds=seeds
     )
     return Study("A study", "About it.", measure, workers=workers, **fields)
+
+
+def test_a_study_has_one_owner(tmp_path, monkeypatch):
+    work(monkeypatch)
+    with (
+        sole_owner(tmp_path / "study"),
+        pytest.raises(UserError, match=r"study is in use by process \d+ .*, or choose another --out"),
+    ):
+        run(study(), tmp_path / "study")
 
 
 def run(what, out):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from retnet.convert import convert
@@ -17,6 +19,7 @@ from retnet.model import ModelConfig
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
 from retnet.train.lock import LOCK, sole_owner
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 
 HOLD = """
@@ -109,6 +112,22 @@ class TestBegin:
         with pytest.raises(UserError, match=r"--checkpoint step-1 is of a run that is resumed"):
             train(tiny(config_file), tmp_path / "run", begin="resume-or-start", checkpoint="step-1")
 
+    def test_a_place_inside_a_run(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "run")
+        for inside in ("checkpoints", "checkpoints/step-00000004"):
+            with pytest.raises(UserError, match=r"lies in the run \S*run; --run-dir \S*run names that"):
+                train(tiny(config_file), tmp_path / "run" / inside, begin="resume")
+
+    def test_a_directory_that_vanishes(self, config_file, tmp_path):
+        class Removes(TrainingProgress):
+            def step(self, step, loss, rate, left=None):
+                if step == 2:
+                    shutil.rmtree(tmp_path / "run")
+
+        with pytest.raises(UserError, match=r"run has vanished; nothing of it is left, step 3 is not saved"):
+            train(tiny(config_file), tmp_path / "run", progress=Removes(Console(quiet=True)))
+        assert not (tmp_path / "run").exists()
+
 
 class TestGoingOn:
     def test_a_finished_run_is_made_longer_and_says_so(self, config_file, tmp_path):
@@ -142,6 +161,15 @@ class TestGoingOn:
         other.symlink_to(run.data.corpus)
         run = replace(run, data=replace(run.data, corpus=str(other), cache=str(tmp_path / "cache")))
         assert train(run, tmp_path / "run", begin="resume").finished
+
+    def test_a_copy_that_somebody_keeps_beside_the_checkpoints(self, config_file, tmp_path):
+        constant = {"schedule": "constant"}
+        train(tiny(config_file, **constant), tmp_path / "run")
+        home = tmp_path / "run" / "checkpoints"
+        shutil.copytree(home / "step-00000004", home / "step-00000004.bak")
+        shutil.copytree(home / "step-00000004", home / "step-mine")
+        assert train(tiny(config_file, steps=6, **constant), tmp_path / "run", begin="resume").step == 6
+        assert (home / "step-00000004.bak").is_dir()
 
 
 class TestInit:

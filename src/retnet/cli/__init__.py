@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from retnet import __version__
-from retnet.settings import UserError, nearest
+from retnet.cli import ending
+from retnet.settings import nearest
 
 # verb → (module in this package, one line of help). The module defines `command`.
 VERBS = {
@@ -27,6 +28,14 @@ VERBS = {
 
 class Verbs(click.Group):
     """Lists the verbs without importing them and answers an unknown one with the nearest."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["retnet.arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        with ending.sentence(ctx.meta["retnet.arguments"]):
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(VERBS)
@@ -58,8 +67,4 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `retnet` command: a user's mistake ends in one clear line and exit status 2."""
-    try:
-        cli.main(standalone_mode=True)
-    except UserError as error:
-        click.echo(f"retnet: error: {error}", err=True)
-        sys.exit(2)
+    ending.run(cli.main)

@@ -185,6 +185,6 @@ def _run(
     configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
     record = report.complete(f"{name}-quick" if quick else name, configuration, measured)
     summary = report.summarise(record)
+    report.show(summary, Console(highlight=False))  # first: it is there when nothing can be written any more
     files = records.write(record, out / f"{records.stem(record)}.json", summary.figures)
-    report.show(summary, Console(highlight=False))
     click.echo("wrote " + " and ".join(map(str, files)))

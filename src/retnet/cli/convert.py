@@ -69,10 +69,11 @@ def command(
     opens. It appears complete or not at all, with the SHA-256 of its files and of those it was made from. Nothing in
     SOURCE is ever run: pickles are read as data or refused.
     """
-    from retnet.convert import read, with_clamp, write
+    from retnet.convert import folder_of, read, with_clamp, write
     from retnet.convert.folders import destination
     from retnet.host import choose_dtype
 
+    source = str(folder_of(source))
     destination(dest, Path(source), force=force)  # before reading gigabytes
     found = read(source, kind, config=config)
     _say("found", *_description(found, source), *found.notes)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from retnet.cli.options import HomePath, HomeText, options
+from retnet.errors import told
+from retnet.io import require_writable
 from retnet.settings import UserError, build, config_path, load
 
 if TYPE_CHECKING:
@@ -45,8 +47,7 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
     """Train a byte-level BPE on the text of one or more corpora."""
     from retnet.data import Tokenizer, read_texts
 
-    if not Path(out).absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: there is no folder {Path(out).absolute().parent}")
+    require_writable(Path(out))
     problems = Problems()
     read = 0
 
@@ -59,10 +60,8 @@ def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: s
     trained = Tokenizer.train(counted(), vocab_size)
     if not read:
         raise UserError(f"no text in {', '.join(corpora)}{problems.summary()}")
-    try:
+    with told(f"write {out}"):
         trained.save(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
     click.echo(
         f"{out}: {trained.vocab_size:,} tokens, learned from {read:,} bytes of text; SHA-256 {trained.fingerprint}"
     )

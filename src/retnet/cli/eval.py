@@ -11,7 +11,7 @@ import click
 
 from retnet.cli.data import Problems
 from retnet.cli.options import HomePath, HomeText, opening
-from retnet.io import write_json
+from retnet.io import require_writable, write_json
 from retnet.settings import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def perplexity(
     from retnet.evals.models import check_model
 
     if out is not None:
-        report.check_writable(out)
+        require_writable(out)
     for name in models:
         check_model(name, checkpoint)
     if not data:
@@ -183,7 +183,7 @@ def tasks(
 
     check_tasks(names)
     if out is not None:
-        report.check_writable(out)
+        require_writable(out)
     candidate = open_model(model, checkpoint=checkpoint, device=device, dtype=dtype)
     click.echo("loading lm-evaluation-harness", err=True)
     from retnet.evals.harness import evaluate

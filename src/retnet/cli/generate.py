@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from retnet.cli.options import HomeText, opening, options
+from retnet.errors import UserError, told
 from retnet.io import decode, read_text
-from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from retnet.engine import Completion, Event, Stats
@@ -115,22 +115,22 @@ def command(
 
 def _prompts(prompts: tuple[str, ...], file: str | None, lines: bool) -> list[str]:
     """The prompts of the command line, followed by those of the file or of standard input."""
-    if file is None and not prompts and not sys.stdin.isatty():
+    if file is None and not prompts and (sys.stdin is None or not sys.stdin.isatty()):
         file = "-"
     if file is None:
         if lines:
             raise UserError("--prompt-lines needs --prompt-file, or prompts on standard input")
-        return [decode(prompt.encode(errors="surrogateescape"), "--prompt") for prompt in prompts or ("",)]
+        return list(prompts or ("",))
     text = _standard_input() if file == "-" else read_text(file, f"--prompt-file {file}")
     text = text.replace("\r\n", "\n").removesuffix("\n")
     return [*prompts, *(text.split("\n") if lines else [text])]
 
 
 def _standard_input() -> str:
-    try:
+    if sys.stdin is None:
+        raise UserError("cannot read standard input: it is closed; give --prompt, or --prompt-file")
+    with told("read standard input", "give --prompt, or --prompt-file"):
         return decode(sys.stdin.buffer.read(), "standard input")
-    except OSError as error:
-        raise UserError(f"cannot read standard input: {error.strerror}") from None
 
 
 class AsMade:

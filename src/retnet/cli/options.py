@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 import retnet
+from retnet.io import expanded
 from retnet.settings import PATH, At, Count
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,7 +38,7 @@ class HomePath(click.Path):
     """The path of a file or folder, in which a leading ``~`` stands for a home, also behind ``--option=``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        return super().convert(Path(value).expanduser() if isinstance(value, str) else value, param, ctx)
+        return super().convert(expanded(value) if isinstance(value, str) else value, param, ctx)
 
 
 class HomeText(click.ParamType[str]):
@@ -46,7 +47,7 @@ class HomeText(click.ParamType[str]):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
-        return str(Path(value).expanduser()) if value == "~" or value.startswith("~/") else value
+        return expanded(value)
 
 
 def options(place: str, *names: str, unset: bool = False, **texts: str) -> Callable[[Function], Function]:

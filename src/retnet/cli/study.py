@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retnet.cli.options import HomePath, options
+from retnet.errors import told
 from retnet.settings import parse_overrides
 
 if TYPE_CHECKING:
@@ -127,9 +128,11 @@ def _run(
     require_packages()
     out = out or Path("studies") / f"{path.parent.name}-{path.stem}"
     progress = Console(stderr=True, highlight=False)
-    ended = run_study(study, out, progress)
+    whole = "jobs that finished are whole, and the same command goes on with the others"
+    with told(f"write the study's folder {out}", whole):
+        ended = run_study(study, out, progress)
+    show(read(out), Console(highlight=False))  # first: it is there when nothing can be written any more
     files = write_report(out)
-    show(read(out), Console(highlight=False))
     click.echo("wrote " + " and ".join(map(str, files)))
     if ended.stopped or ended.failed:
         click.echo("the same command goes on where this one ended", err=True)
@@ -188,6 +191,6 @@ def report(folder: Path) -> None:
 
     from retnet.studies.report import read, show, write_report
 
-    files = write_report(folder)
     show(read(folder), Console(highlight=False))
+    files = write_report(folder)
     click.echo("wrote " + " and ".join(map(str, files)))

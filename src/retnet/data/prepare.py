@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter, deque
@@ -28,13 +29,14 @@ from retnet.data.split import Gathered, gather, is_held_out
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_text import learn
 from retnet.data.writer import EXAMPLES, Segments
+from retnet.errors import UserError, told
 from retnet.io import write_bytes
-from retnet.settings import UserError
 
 SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
 _BATCH = max(os.cpu_count() or 1, 2) << 20  # characters tokenised at a time; does not show in the result
 _BATCH_EVENTS = 8192
 _RECOGNISED = 64 << 20  # bytes between words on files that are read to know them
+_log = logging.getLogger("retnet.data")
 _AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or written
 
 
@@ -229,8 +231,9 @@ def _encoded(events: Iterator[_ReadEvent], tokenizer: Tokenizer) -> Iterator[_En
     dtype = _dtype(tokenizer)
 
     def encode(batch: list[_ReadEvent]) -> _Encoded:
-        texts = [event.content.text if isinstance(event.content, Piece) else "" for event in batch]
-        arrays = tokenizer.encode_batch(texts, dtype)
+        pieces = [event.content if isinstance(event.content, Piece) else None for event in batch]
+        texts = [piece.text if piece else "" for piece in pieces]
+        arrays = tokenizer.encode_batch(texts, dtype, [piece.before if piece else "" for piece in pieces])
         if any((tokens == tokenizer.bos_id).any() for tokens in arrays):
             raise UserError("this tokenizer gives its document start for ordinary text; it cannot be used")
         return [(event, a, len(text.encode())) for event, a, text in zip(batch, arrays, texts, strict=True)]
@@ -312,6 +315,8 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
     fraction = config.validation_fraction if config.validation is None else None
     tokenizer = given.fingerprint if given else config.tokenizer
     rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer, config.text_field, fraction]
+    if given and given.marks_beginnings:  # later pieces had such marks before
+        rules.append("pieces know what stands before them")
     return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()
 
 
@@ -336,19 +341,19 @@ def _alone_in(directory: Path) -> Iterator[None]:
     Raises:
         UserError: nothing can be written there, from the start or at some time.
     """
-    try:
+    with told(f"write to {directory}", "set data.cache to another folder"):
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror}; set data.cache to another folder"
-        ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning(
+                "%s cannot be locked (%s); see to it that only one process prepares it",
+                directory,
+                error.strerror,
+            )
+        # of the text come no errors: what cannot be read of it is a problem
+        with told(f"write to {directory}", "what is finished stays, and the next call goes on there"):
             directory.mkdir(exist_ok=True)  # whoever held the lock before may have given up and cleaned up
             yield
-        except OSError as error:  # of the text there is none: what cannot be read is a problem
-            raise UserError(
-                f"cannot write to {directory}: {error.strerror}; what is finished stays, and the next call goes on there"
-            ) from None

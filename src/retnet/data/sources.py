@@ -15,8 +15,8 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from retnet.errors import UserError, printable
 from retnet.io import not_a_file
-from retnet.settings import UserError
 
 TEXT = (".txt", ".md", ".py")  # one document each
 RECORDS = (".jsonl", ".parquet")
@@ -182,7 +182,7 @@ def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        found.problems.append(Problem(shown(path), 0, "unreadable", f"{error.strerror}{_link(path)}"))
+        found.problems.append(Problem(printable(path), 0, "unreadable", f"{error.strerror}{_link(path)}"))
         return
     if what := not_a_file(status.st_mode):
         found.left_out[what] += 1
@@ -195,7 +195,7 @@ def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
 
 def _link(path: Path) -> str:
     try:
-        return f" (a link to {shown(os.readlink(path))})"
+        return f" (a link to {printable(os.readlink(path))})"
     except OSError:  # it is none, or not ours to read
         return ""
 
@@ -213,7 +213,7 @@ def _ending(name: str) -> str:
     """What files of no known kind are counted by: ``.png``, ``.tar.gz``, ``no ending``."""
     suffixes = PurePath(name.lower()).suffixes
     packed = len(suffixes) > 1 and suffixes[-1] in PACKED
-    return shown("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
+    return printable("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
 
 
 def _walk(root: Path, found: CorpusFiles, without: Container[str] = ()) -> Iterator[Path]:
@@ -252,15 +252,10 @@ def _walk(root: Path, found: CorpusFiles, without: Container[str] = ()) -> Itera
 
 def _told(found: CorpusFiles) -> Callable[[OSError], None]:
     def add(error: OSError) -> None:
-        where = shown(error.filename)
+        where = printable(error.filename)
         found.problems.append(Problem(where, 0, "unreadable", f"{error.strerror} (a folder)"))
 
     return add
-
-
-def shown(path: str | Path) -> str:
-    """A path as it can be printed and stored: names of files need not be UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _counted(counts: Counter[str]) -> str:

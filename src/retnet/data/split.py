@@ -11,8 +11,8 @@ from retnet.data import content, sources
 from retnet.data.config import DataConfig, as_tuple
 from retnet.data.content import Contents
 from retnet.data.manifest import CorpusEntry
-from retnet.data.sources import TEXT, Problem, Source, shown
-from retnet.settings import UserError
+from retnet.data.sources import TEXT, Problem, Source
+from retnet.errors import UserError, printable
 
 _KINDS_COUNTED = 100  # by name, of what one corpus leaves out; the manifest would not end otherwise
 Taken = dict[tuple[bool, str], str]  # (text or records, hash of the content) → where it was found first
@@ -87,14 +87,14 @@ def distinct(found: Iterable[Source], contents: Contents, taken: Taken) -> Itera
     for source in found:
         held = contents.of(source)
         if held.refused:
-            yield Problem(shown(source.path), 0, "not text", held.refused)
+            yield Problem(printable(source.path), 0, "not text", held.refused)
             continue
         source = source._replace(digest=held.digest, size=held.size)
         key = (source.kind in TEXT, held.digest)
         if key in taken and (held.size or source.kind == "hf"):  # empty files are told as what they are
-            yield Problem(shown(source.path), 0, "duplicate", f"the same text as {taken[key]}")
+            yield Problem(printable(source.path), 0, "duplicate", f"the same text as {taken[key]}")
             continue
-        taken[key] = shown(source.path)
+        taken[key] = printable(source.path)
         yield source
 
 

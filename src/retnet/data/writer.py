@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data.manifest import Shard, Split
+from retnet.errors import told
 from retnet.io import move, write_bytes
 
 EXAMPLES = 100  # problems kept in words; all are counted
@@ -153,8 +154,9 @@ class Segments:
     def _finished(self) -> list[Segment]:
         """The segments that an earlier run finished. Their shards were on disk before their records."""
         done: list[Segment] = []
-        while self._record(len(done)).is_file():
-            done.append(msgspec.json.decode(self._record(len(done)).read_bytes(), type=Segment))
+        while (record := self._record(len(done))).is_file():
+            with told(f"read {record}", "delete that folder, and the text is prepared anew"):
+                done.append(msgspec.json.decode(record.read_bytes(), type=Segment))
         return done
 
 

@@ -9,8 +9,10 @@ to be right: what is not kept is read again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from retnet.errors import UserError, told
 from retnet.io import write_bytes
-from retnet.settings import UserError
 
 BLOCK = 128  # tokens
+_log = logging.getLogger("retnet.engine")
 
 
 def keys_of(model: str, tokens: Sequence[int]) -> list[str]:
@@ -75,12 +78,10 @@ class StateStore:
         self._states: OrderedDict[str, Any] = OrderedDict()  # the most recently used last
         self._held: dict[str, set[str]] = {}  # owner → keys
         self._owners: defaultdict[str, int] = defaultdict(int)  # key → how many
-        self.bytes = 0
+        self.bytes, self._said = 0, False
         if self._directory is not None:
-            try:
+            with told(f"make the state directory {directory}"):
                 self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the state directory {directory}: {error.strerror}") from None
 
     def get(self, key: str) -> Any | None:  # noqa: ANN401
         """The state of a key, or None. It is shared: whoever changes it must copy it."""
@@ -122,8 +123,7 @@ class StateStore:
             self._owners[key] -= 1
             if not self._owners[key]:
                 del self._owners[key]
-                if self._directory is not None:
-                    self._file(key).unlink(missing_ok=True)
+                self._forget(key)
 
     def flush(self) -> None:
         """Writes all states that are held to the directory, as before the process ends."""
@@ -139,8 +139,14 @@ class StateStore:
         return self._directory / f"{key}.safetensors"
 
     def _save(self, key: str, state: Any) -> None:  # noqa: ANN401
-        if self._directory is not None and not self._file(key).exists():
+        if self._directory is None or self._file(key).exists():
+            return
+        try:
             write_bytes(self._file(key), safetensors.torch.save(to_tensors(state)))
+        except OSError as error:  # it costs time, not text: what it was made of is read again
+            if not self._said:
+                _log.warning("states are not kept in %s: %s", self._directory, error.strerror)
+            self._said = True
 
     def _load(self, key: str) -> Any | None:  # noqa: ANN401
         if self._directory is None:
@@ -151,8 +157,13 @@ class StateStore:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, UserError):  # damaged: as if it were not there
-            self._file(key).unlink(missing_ok=True)
+            self._forget(key)
             return None
+
+    def _forget(self, key: str) -> None:
+        if self._directory is not None:
+            with suppress(OSError):  # no longer there, or not ours to remove
+                self._file(key).unlink()
 
 
 def state_size(state: Any) -> int:  # noqa: ANN401

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +14,6 @@ from retnet import host, paper
 from retnet.evals.models import Candidate
 from retnet.evals.perplexity import Measured, Result
 from retnet.evals.statistics import CONFIDENCE, Estimate
-from retnet.settings import UserError
 from retnet.tables import Table, print_table
 
 if TYPE_CHECKING:
@@ -59,16 +57,6 @@ def perplexity_record(
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that the numbers depend on."""
     return {"python": platform.python_version(), **host.versions(*_PACKAGES)}
-
-
-def check_writable(path: Path) -> None:
-    """Says before any work is done that a record could not be written.
-
-    Raises:
-        UserError: `path` is a directory, or lies in none.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder, or lies in one that does not exist")
 
 
 def show_perplexity(record: dict[str, Any], console: Console) -> None:

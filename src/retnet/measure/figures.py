@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from retnet.errors import UserError, told
 from retnet.measure.summary import Bars, Figure, Line, Panel
-from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,10 +117,8 @@ def write_png(figure: Figure, path: Path) -> None:
         if names:
             handles = [_sample(look) for look in looks.values()]
             image.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
-        try:
+        with told(f"write {path}"):
             image.savefig(path, dpi=130, format="png", metadata={"Software": None})
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def panels_as_svg(figure: Figure, prefix: str) -> list[str]:

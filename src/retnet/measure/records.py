@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from retnet import host
-from retnet.io import write_json
+from retnet.errors import told
+from retnet.io import require_writable_folder, write_json
 from retnet.measure.clock import Spread
 from retnet.measure.figures import write_png
 from retnet.measure.peers import need
 from retnet.measure.summary import Figure
-from retnet.settings import UserError
 
 Record = dict[str, Any]
 VERSION = 2  # of the format; 1 had no number
@@ -51,10 +51,9 @@ def prepare(out: Path) -> None:
         UserError: matplotlib is missing, or the directory cannot be made.
     """
     need("matplotlib.figure")
-    try:
+    with told(f"write to the directory {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {out}: {error.strerror}; choose another --out") from None
+        require_writable_folder(out)
 
 
 def write(record: Mapping[str, Any], path: Path, figures: Iterable[Figure]) -> list[Path]:

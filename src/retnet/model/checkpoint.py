@@ -13,36 +13,55 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retnet.io import flush, sha256
+from retnet.errors import told
+from retnet.io import flush, lfs_pointer, require_fetched, sha256, write_text
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
+from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, dump, load
 
 MANIFEST = "manifest.json"
 Files = Mapping[str, Callable[[Path], None]]  # name → function that writes the file at the path it is given
 
 
-def write_checkpoint(path: Path, files: Files) -> None:
-    """Writes a directory with these files and a manifest, or, stopped at any moment, nothing that could be taken for it."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted write
-    partial.mkdir(parents=True)
-    sums = {}
-    for name, write in files.items():
-        write(partial / name)
-        flush(partial / name)
-        sums[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
-    (partial / MANIFEST).write_text(json.dumps({"files": sums}, indent=2) + "\n", encoding="utf-8")
-    flush(partial / MANIFEST)
-    flush(partial)
-    if path.exists():  # an earlier checkpoint of the same step
-        shutil.rmtree(path)
-    partial.rename(path)
-    flush(path.parent)
+def write_checkpoint(path: Path, files: Files, *, whole: str = "") -> None:
+    """Writes a directory with these files and a manifest, or, stopped at any moment, nothing that could be taken for it.
+
+    Args:
+        path: the directory; what is there is replaced as a whole.
+        files: what it holds.
+        whole: what is still there when it cannot be written, for the message.
+
+    Raises:
+        UserError: it cannot be written; what was there is as it was.
+    """
+    partial, before = (path.with_name(f".{path.name}.{what}") for what in ("partial", "before.partial"))
+    try:
+        with told(f"write {path}", whole):
+            for left in (partial, before):
+                shutil.rmtree(left, ignore_errors=True)  # by an interrupted write
+            partial.mkdir(parents=True)
+            sums = {}
+            for name, write in files.items():
+                write(partial / name)
+                flush(partial / name)
+                sums[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
+            (partial / MANIFEST).write_text(json.dumps({"files": sums}, indent=2) + "\n", encoding="utf-8")
+            flush(partial / MANIFEST)
+            flush(partial)
+            if path.exists():  # an earlier checkpoint of the same step
+                path.rename(before)
+            partial.rename(path)
+            flush(path.parent)
+    except BaseException:
+        if before.exists() and not path.exists():
+            before.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)  # or the space would be missing for the next one
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def verify(path: Path) -> None:
@@ -51,6 +70,11 @@ def verify(path: Path) -> None:
     Raises:
         UserError: no such directory, no manifest, or a file that is missing, cut short or changed; all are listed.
     """
+    with told(f"read the checkpoint {path}", "take another one"):
+        _verify(path)
+
+
+def _verify(path: Path) -> None:
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -64,6 +88,8 @@ def verify(path: Path) -> None:
         file = path / name
         if Path(name).name != name or not file.is_file():
             wrong.append(f"{name} is missing")
+        elif pointer := lfs_pointer(file):
+            wrong.append(f"{name} is not there: {pointer}")
         elif file.stat().st_size != size:
             wrong.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
         elif sha256(file) != digest:
@@ -76,14 +102,14 @@ def model_files(model: LanguageModel) -> Files:
     """The files of a model: ``model.safetensors`` and ``model.toml``."""
     return {
         "model.safetensors": lambda path: save_tensors(weights(model), path),
-        "model.toml": lambda path: _write(path, dump(model.config)),
+        "model.toml": lambda path: write_text(path, dump(model.config)),
     }
 
 
 def weights(model: LanguageModel) -> dict[str, Tensor]:
     """Name → tensor of what a model has learned; a tied head is its embedding and not listed twice."""
     tied = {"head.weight"} if model.config.tie_embeddings else set()
-    return {name: x for name, x in model.state_dict().items() if name not in tied}
+    return {name: x for name, x in unwrapped(model.state_dict()).items() if name not in tied}
 
 
 def load_weights(model: LanguageModel, path: Path) -> None:
@@ -143,11 +169,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no readable safetensors file.
     """
-    try:
+    require_fetched(path)
+    with told(f"read {path}"):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import types
 import typing
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from numbers import Integral, Real
 from typing import Annotated, Any
 
 from retnet.errors import UserError
+from retnet.io import expanded
 
 LARGEST = 1e18  # of a float whose field names no limit: its square still is a number in fp32
 WHOLE = 1 << 63  # of an integer, not included
@@ -117,7 +117,7 @@ def _expanded(kind: Any, value: Any) -> Any:  # noqa: ANN401
     """A value with the ``~`` of its paths expanded."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated and PATH in inner[1:]:
-        return os.path.expanduser(value) if isinstance(value, str) else value
+        return expanded(value) if isinstance(value, str) else value
     if origin in (types.UnionType, typing.Union):
         return functools.reduce(lambda held, each: _expanded(each, held), inner, value)
     if origin is tuple and isinstance(value, tuple) and inner[-1] is Ellipsis:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from retnet.errors import UserError
-from retnet.io import dangling, read_text
+from retnet.io import dangling, expanded, read_text
 from retnet.settings.build import build, nearest
 
 T = TypeVar("T")
@@ -120,11 +120,13 @@ def config_path(name: str) -> Path:
     Raises:
         UserError: neither a file nor a shipped name; answers with the nearest ones.
     """
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.suffix == ".toml" and path.is_file():
         return path
     if (shipped := _shipped(name)) is not None:
         return shipped
+    if (path / "config.toml").is_file():
+        raise UserError(f"{name} is a run; its configuration is {path / 'config.toml'}")
     raise UserError(
         f"no configuration {name!r}{dangling(path)}: not a .toml file, and {nearest(name, shipped_configs())}"
     )
@@ -186,7 +188,7 @@ def _base(path: Path, base: object) -> Path:
         raise UserError(
             f"{path}: base is {base!r}; it must be a shipped configuration or the path of a .toml file, or a list of them"
         )
-    beside = path.parent / Path(base).expanduser()  # an absolute one stays itself
+    beside = path.parent / expanded(base)  # an absolute one stays itself
     if base.endswith(".toml") and beside.is_file():
         return beside
     if (shipped := _shipped(base)) is not None:

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from retnet.errors import UserError, told
 from retnet.io import write_text
-from retnet.settings import UserError, dump, load
+from retnet.settings import dump, load
 from retnet.studies.protocols import Result
 from retnet.studies.study import Study
 
@@ -56,12 +57,10 @@ class StudyFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with told(f"write the study's folder {self.path}"):
             self.jobs.mkdir(parents=True, exist_ok=True)
             write_text(self.environment_file, _json(environment))
             write_text(self.study_file, dump(study))  # the last: it says that a study was begun
-        except OSError as error:
-            raise UserError(f"cannot write the study's folder {self.path}: {error.strerror}") from None
 
     def results(self) -> dict[str, Result]:
         """Name → result of the jobs that have finished, in the order of names.
@@ -132,7 +131,5 @@ def _read(path: Path, hint: str) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with told(f"read {path}"):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import click
 from rich.console import Console
 
+from retnet.errors import told
 from retnet.io import write_text
 from retnet.measure import records
 from retnet.measure.summary import Summary
@@ -112,10 +113,8 @@ def write_report(out: Path) -> list[Path]:
     html, record = out / "report.html", out / "summary.json"
     text = html_page(found)
     files = records.write(_record(found), record, found.summary.figures)
-    try:
+    with told(f"write {html}"):
         write_text(html, text)
-    except OSError as error:
-        raise UserError(f"cannot write {html}: {error.strerror}") from None
     return [html, *files]
 
 

@@ -32,6 +32,7 @@ from retnet.studies.folder import StudyFolder
 from retnet.studies.protocols import Job
 from retnet.studies.study import Study
 from retnet.studies.worker import STOPPED, Order
+from retnet.train.lock import sole_owner
 from retnet.train.run_dir import differences
 
 # What may differ when a study is continued: how it is worked off, and how many seeds there are.
@@ -57,7 +58,7 @@ def run_study(study: Study, out: Path, console: Console) -> Ended:
         console: where progress goes.
 
     Raises:
-        UserError: the folder holds another study, or this machine cannot do this one.
+        UserError: the folder holds another study or another process works in it, or this machine cannot do this one.
     """
     folder = StudyFolder(out)
     if folder.exists:
@@ -73,9 +74,10 @@ def run_study(study: Study, out: Path, console: Console) -> Ended:
     if plans and not folder.exists:  # what is begun was judged before
         hours = estimate.require(plans, study.hours, study.processes, study.workers)
         console.print(f"about {hours:.2g} hours of training on this machine, if it does nothing else")
-    folder.create(study, {**host.describe(), "started": _now(), "seconds": 0.0, **folder.environment()})
-    study.measure.prepare(out, lambda text: console.print(text, markup=False, soft_wrap=True))
-    return _Runner(study, folder, console).run()
+    with sole_owner(out, "study's", "--out"):
+        folder.create(study, {**host.describe(), "started": _now(), "seconds": 0.0, **folder.environment()})
+        study.measure.prepare(out, lambda text: console.print(text, markup=False, soft_wrap=True))
+        return _Runner(study, folder, console).run()
 
 
 def command(place: Path, processes: int) -> list[str]:
@@ -101,18 +103,22 @@ class _Runner:
         begin, before = time.monotonic(), float(self.folder.environment().get("seconds", 0.0))
         futures: dict[Future[None], str] = {}
         with self._signals(), self.progress, ThreadPoolExecutor(self.study.workers) as pool:
-            while True:
-                for name, job in self._next(set(futures.values())):
-                    futures[pool.submit(self._attempt, name, job)] = name
-                if not futures:
-                    break
-                done, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in done:
-                    del futures[future]
-                    future.result()
-                self.progress.show()
-                if done:
-                    self.folder.note(seconds=before + time.monotonic() - begin)
+            try:
+                while True:
+                    for name, job in self._next(set(futures.values())):
+                        futures[pool.submit(self._attempt, name, job)] = name
+                    if not futures:
+                        break
+                    done, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        del futures[future]
+                        future.result()
+                    self.progress.show()
+                    if done:
+                        self.folder.note(seconds=before + time.monotonic() - begin)
+            except BaseException:  # the folder cannot be written: nobody would hear of what the jobs still do
+                self._ask(signal.SIGTERM)
+                raise
         self.folder.note(seconds=before + time.monotonic() - begin, finished=_now())
         return Ended(len(self.folder.results()), self.failed, self.stopping)
 
@@ -180,16 +186,21 @@ class _Runner:
         self.failed[name] = reason
         self.progress.failed(name, reason)
 
+    def _ask(self, to_do: signal.Signals) -> None:
+        """Sends a signal to all jobs; no further one begins."""
+        with self.lock:
+            self.stopping = True
+            jobs = list(self.running.values())
+        for process in jobs:
+            os.killpg(process.pid, to_do)
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGTERM or Ctrl-C asks all jobs to save and stop; a second one, or `GRACE` seconds, kills them."""
 
         def stop(number: int, _: object) -> None:
-            with self.lock:
-                again, self.stopping = self.stopping, True
-                jobs = list(self.running.values())
-            for process in jobs:
-                os.killpg(process.pid, signal.SIGKILL if again else signal.SIGTERM)
+            again = self.stopping
+            self._ask(signal.SIGKILL if again else signal.SIGTERM)
             if not again:
                 self.progress.say(
                     f"{signal.Signals(number).name}: the jobs save and stop; once more ends at once"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.settings import UserError, load
+from retnet.errors import UserError, reason_of, told
+from retnet.settings import load
 from retnet.studies.folder import StudyFolder
 from retnet.studies.protocols import Job
 
@@ -33,7 +35,8 @@ def main(folder: Path) -> int:
     speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, one
     try:
         job = load(Order, folder / "job.toml").job
-        result = job.run(folder, _tell if speaks else lambda done: None)
+        with told("do the job"):
+            result = job.run(folder, _tell if speaks else lambda done: None)
     except UserError as error:
         reason = str(error)
     except MemoryError as error:
@@ -46,10 +49,16 @@ def main(folder: Path) -> int:
             return 0
         if result is None:
             return STOPPED
-        study.write_result(name, result)
-        return 0
+        try:
+            study.write_result(name, result)
+        except OSError as error:
+            reason = reason_of(error)
+        else:
+            return 0
+    print(reason, file=sys.stderr)  # to its log
     if speaks:
-        study.write_failure(name, reason)
+        with suppress(OSError):  # a full disk: the log, or whoever waits, says what there is to say
+            study.write_failure(name, reason)
     return 1
 
 

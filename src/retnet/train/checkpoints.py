@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retnet.data import Prepared
+from retnet.errors import UserError, told
+from retnet.io import write_text
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import Files, load_tensors, load_weights, model_files, save_tensors, weights
-from retnet.settings import UserError
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, collect, own_part, shard
 from retnet.train.initial_weights import fill
@@ -82,7 +82,7 @@ class Checkpoints:
             "tokenizer.json": self._tokenizer.save,
             "optimizer.safetensors": lambda path: save_tensors(memory, path),
             "random.safetensors": lambda path: save_tensors(_random_state(self._device), path),
-            "trainer.json": lambda path: _write_json(path, state),
+            "trainer.json": lambda path: write_text(path, json.dumps(state, indent=2) + "\n"),
         }
         best = standing.best[1] if standing.best else None
         keep = self._config.train.keep
@@ -95,7 +95,8 @@ class Checkpoints:
         if path is None:
             fill(model, self._config, self._run)
             return _Saved(model, {}, Standing())
-        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        with told(f"read the checkpoint {path}", "--resume --checkpoint NAME takes another one"):
+            state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         if state["data"] != self._data:
             raise UserError(
                 f"the corpus has changed since {path} was written, so the run cannot go on as it began; "
@@ -138,7 +139,3 @@ def _restore_random_state(state: dict[str, Tensor], device: torch.device) -> Non
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from retnet import host
+from retnet.errors import UserError, told
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
-from retnet.settings import UserError
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
@@ -81,7 +81,8 @@ class Ranks:
             return act()
         result, mistake = None, None
         try:
-            result = act()
+            with told("go on"):  # an error of files too: the others would wait for ever
+                result = act()
         except UserError as error:
             mistake = str(error)
         mistakes = [found for found in self.gather(mistake) if found is not None]

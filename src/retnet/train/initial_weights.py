@@ -12,7 +12,7 @@ import torch
 from retnet.convert import read
 from retnet.convert.native import TOKENIZER
 from retnet.data.config import DataConfig
-from retnet.io import write_text
+from retnet.io import write_bytes, write_text
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
@@ -63,8 +63,9 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
                 f"--init {source} was trained with a tokenizer of its own, and data.tokenizer is "
                 f"{config.data.tokenizer!r}; leave data.tokenizer out"
             )
-    run.path.mkdir(parents=True, exist_ok=True)
-    (run.path / TOKENIZER).write_bytes(found.tokenizer[TOKENIZER])
+    with run.writing():
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_bytes(run.path / TOKENIZER, found.tokenizer[TOKENIZER])
     return replace(config, data=replace(config.data, tokenizer=str(run.path / TOKENIZER)))
 
 
@@ -87,7 +88,8 @@ def fill(model: LanguageModel, config: RunConfig, run: RunDirectory) -> None:
         for name, tensor in weights(model).items():
             tensor.copy_(found.tensors[name])
     about = {"source": str(source), "kind": found.kind, "sha256": dict(found.hashes)}
-    write_text(record, json.dumps(about, indent=2) + "\n")
+    with run.writing():
+        write_text(record, json.dumps(about, indent=2) + "\n")
 
 
 def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  # noqa: ANN401

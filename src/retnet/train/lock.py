@@ -8,12 +8,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from retnet.settings import UserError
+from retnet.errors import UserError, told
 
 try:
     import fcntl
@@ -29,12 +29,17 @@ _held: dict[Path, str] = {}
 
 
 @contextmanager
-def sole_owner(directory: Path) -> Iterator[None]:
+def sole_owner(directory: Path, what: str = "run", option: str = "--run-dir") -> Iterator[None]:
     """Holds a directory, which is made if need be, for this process; while it lasts, others are refused.
 
     The lock is a POSIX record lock: the system drops it when the process dies, however it dies, NFS knows it, and children
     that are forked meanwhile do not inherit it (`flock`, and libraries on it, live on in a worker that outlives its parent).
     Where a file system has no locks, that is said in the log.
+
+    Args:
+        directory: to be held.
+        what: it is of, in messages.
+        option: that chooses another one, in messages.
 
     Raises:
         UserError: another process holds it, here or on another machine; or the directory cannot be written.
@@ -42,36 +47,43 @@ def sole_owner(directory: Path) -> Iterator[None]:
     path = directory / LOCK
     made = [directory, *(parent for parent in directory.parents if not parent.exists())]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = _locked(path)
-    except OSError as error:
-        raise UserError(f"cannot write the run directory {directory}: {error.strerror}") from None
-    where = path.resolve()
+        with told(f"write the {what} directory {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = _locked(path, option)
+            where = path.resolve()
+    except UserError:
+        _tidy(made)
+        raise
     _held[where] = time.strftime(_TIME)
     try:
         yield
     finally:
         _held.pop(where, None)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # whoever removed the directory has removed this too
+            path.unlink()
         file.close()
+        _tidy(made)
+
+
+def _tidy(made: Sequence[Path]) -> None:
+    """Removes directories in which nothing was begun."""
+    with suppress(OSError):
         for folder in made:
-            if any(folder.iterdir()):
-                break
-            folder.rmdir()  # nothing was begun
+            folder.rmdir()
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, option: str) -> IO[str]:
     """The lock file, open, locked and saying whose it is."""
     while True:
         if (since := _held.get(path.resolve())) is not None:
-            raise UserError(_in_use(path, _owner(since)))
+            raise UserError(_in_use(path, _owner(since), option))
         file = path.open("a+", encoding="utf-8")
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = _in_use(path, _read(path))
+                message = _in_use(path, _read(path), option)
                 file.close()
                 raise UserError(message) from None
             _log.warning(
@@ -84,9 +96,15 @@ def _locked(path: Path) -> IO[str]:
         if current:
             break
         file.close()
-    file.truncate(0)
-    json.dump(_owner(time.strftime(_TIME)), file)
-    file.flush()
+    try:
+        file.truncate(0)
+        json.dump(_owner(time.strftime(_TIME)), file)
+        file.flush()
+    except OSError:
+        path.unlink()
+        with suppress(OSError):  # what was not written before is not written now either
+            file.close()
+        raise
     return file
 
 
@@ -101,6 +119,6 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _in_use(path: Path, owner: dict[str, Any]) -> str:
+def _in_use(path: Path, owner: dict[str, Any], option: str) -> str:
     by = "process {process} on {host} since {since}".format(**owner) if owner else "another process"
-    return f"{path.parent} is in use by {by}; wait for it, stop it, or choose another --run-dir"
+    return f"{path.parent} is in use by {by}; wait for it, stop it, or choose another {option}"

@@ -7,13 +7,16 @@ files `best` and `last` in `checkpoints/` name one each.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from retnet.errors import told
 from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
 from retnet.model.runs import find_checkpoint
@@ -35,6 +38,7 @@ HARMLESS = frozenset(
     )
 ) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
 PLAN = "plan.json"
+_STEP = re.compile(r"step-\d{8,}")  # a copy that somebody keeps beside them is none of ours
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
 
 
@@ -50,48 +54,81 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self.path / "config.toml").is_file()
 
+    @property
+    def around(self) -> Path | None:
+        """The run whose folder of checkpoints this is, or lies in, if any."""
+        for folder in (self.path, self.path.parent):
+            if folder.name == "checkpoints" and RunDirectory(folder.parent).exists:
+                return folder.parent
+        return None
+
     def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
         """Begins a run: writes what it is made from and where it runs.
 
         Raises:
             UserError: the directory cannot be written.
         """
-        try:
+        with self.writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "env.json", environment)
             write_text(self.path / "config.toml", dump(config))
-        except OSError as error:
-            raise UserError(f"cannot write the run directory {self.path}: {error.strerror}") from None
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run."""
         return load(RunConfig, self.path / "config.toml")
 
     def save(self, step: int, best_step: int | None, files: Files, *, keep: int) -> None:
-        """Writes the checkpoint of a step, and removes all but the last `keep` and the best."""
-        write_checkpoint(self.checkpoints / _name(step), files)
+        """Writes the checkpoint of a step, and removes all but the last `keep` and the best.
+
+        Raises:
+            UserError: it cannot be written; says which one is whole.
+        """
+        if not self.exists:
+            raise UserError(
+                f"the run directory {self.path} has vanished; nothing of it is left, step {step} is not saved"
+            )
+        write_checkpoint(self.checkpoints / _name(step), files, whole=self.whole)
         self.point(step, best_step)
-        for old in self._steps()[:-keep]:
-            if best_step is None or old.name != _name(best_step):
-                hidden = old.with_name(f".{old.name}.partial")  # gone at once, however long removing takes
-                old.rename(hidden)
-                shutil.rmtree(hidden)
+        with self.writing():
+            for old in self._steps()[:-keep]:
+                if best_step is None or old.name != _name(best_step):
+                    hidden = old.with_name(
+                        f".{old.name}.partial"
+                    )  # gone at once, however long removing takes
+                    old.rename(hidden)
+                    shutil.rmtree(hidden)
 
     def point(self, last_step: int, best_step: int | None) -> None:
         """Makes `last` and `best` name the checkpoints of these steps."""
-        write_text(self.checkpoints / "last", _name(last_step) + "\n")
-        if best_step is not None:
-            write_text(self.checkpoints / "best", _name(best_step) + "\n")
+        with self.writing():
+            write_text(self.checkpoints / "last", _name(last_step) + "\n")
+            if best_step is not None:
+                write_text(self.checkpoints / "best", _name(best_step) + "\n")
+
+    @property
+    def whole(self) -> str:
+        """What can be gone on with when nothing more can be written, for messages."""
+        steps = self._steps()
+        return (
+            f"{steps[-1].name} is whole, and --resume goes on from it"
+            if steps
+            else "nothing was saved before"
+        )
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Around what is written here: when it cannot be, the message says what is whole."""
+        return told(f"write the run directory {self.path}", self.whole)
 
     def change(self, config: RunConfig, step: int, changes: list[str]) -> None:
         """Goes on with other settings: `config.toml` says the new ones, `changes.jsonl` what changed and when."""
         line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
-        with (self.path / "changes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.has_plan:
-            plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
-            write_json(self.path / PLAN, {**plan, "steps": config.train.steps})
-        write_text(self.path / "config.toml", dump(config))
+        with self.writing():
+            with (self.path / "changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.has_plan:
+                plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+                write_json(self.path / PLAN, {**plan, "steps": config.train.steps})
+            write_text(self.path / "config.toml", dump(config))
 
     def plan(self, asked: TrainConfig, chosen: TrainConfig, step: int) -> None:
         """Notes how many steps fit into `train.minutes`: `plan.json` decides, `config.toml` follows.
@@ -107,8 +144,9 @@ class RunDirectory:
             "steps": chosen.steps,
             "warmup_steps": chosen.warmup_steps,
         }
-        write_json(self.path / PLAN, plan)
-        write_text(self.path / "config.toml", dump(self.planned(self.config())))
+        with self.writing():
+            write_json(self.path / PLAN, plan)
+            write_text(self.path / "config.toml", dump(self.planned(self.config())))
 
     @property
     def has_plan(self) -> bool:
@@ -148,12 +186,13 @@ class RunDirectory:
         """
         chosen, _ = find_checkpoint(self.path, name)
         verify(chosen)
-        for later in self._steps():
-            if later.name > chosen.name:
-                aside = self.checkpoints / "aside"
-                aside.mkdir(exist_ok=True)
-                number = sum(path.name.startswith(later.name) for path in aside.iterdir())
-                later.rename(aside / (f"{later.name}.{number}" if number else later.name))
+        aside = self.checkpoints / "aside"
+        with self.writing():
+            for later in self._steps():
+                if later.name > chosen.name:
+                    aside.mkdir(exist_ok=True)
+                    number = sum(path.name.startswith(later.name) for path in aside.iterdir())
+                    later.rename(aside / (f"{later.name}.{number}" if number else later.name))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, verified; None if there is none yet. What an interrupted write left is removed.
@@ -161,8 +200,9 @@ class RunDirectory:
         Raises:
             UserError: the newest one is damaged; says which older one is whole.
         """
-        for partial in self.checkpoints.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        with self.writing():
+            for partial in self.checkpoints.glob(".*.partial"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         steps = self._steps()
         if not steps:
             return None
@@ -180,7 +220,8 @@ class RunDirectory:
         return steps[-1]
 
     def _steps(self) -> list[Path]:
-        return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
+        found = (path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name))
+        return sorted(path for path in found if path.is_dir())
 
 
 def _whole(checkpoint: Path) -> bool:
@@ -200,24 +241,32 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, step: int, tensorboard: bool) -> None:
         path = run.path / "metrics.jsonl"
-        lines = list(_until(path, step)) if path.is_file() else []
-        write_text(path, "".join(lines))  # a continued run repeats the steps after its checkpoint
-        self._file = path.open("a", encoding="utf-8")
+        self._run = run
+        with run.writing():
+            lines = list(_until(path, step)) if path.is_file() else []
+            write_text(path, "".join(lines))  # a continued run repeats the steps after its checkpoint
+            self._file = path.open("a", encoding="utf-8")
         self._board = _board(run.path / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
-        """Appends what was measured at the end of a step; the line is with the system before this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        """Appends what was measured at the end of a step; the line is with the system before this returns.
+
+        Raises:
+            UserError: it cannot be written; says which checkpoint is whole.
+        """
+        with told(f"write {self._file.name}", self._run.whole):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Ends the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # of a line that could not be written, which was said
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def _until(path: Path, step: int) -> Iterable[str]:

@@ -48,6 +48,9 @@ def _check_run(run: RunDirectory, begin: Begin, checkpoint: str | None) -> None:
         raise UserError(
             f"{run.path} already holds a run; --resume continues it, --run-dir chooses another place"
         )
+    around = run.around
+    if not run.exists and around is not None:
+        raise UserError(f"{run.path} lies in the run {around}; --run-dir {around} names that")
     if not run.exists and begin == "resume":
         raise UserError(
             f"there is no run in {run.path} to resume; leave out --resume to begin one there "

@@ -150,8 +150,7 @@ class _Trainer:
                 if last or self.step % c.log_every == 0:
                     rate = (self.step - logged) * c.tokens_per_step / busy
                     lr = learning_rate(self.step - 1, c)
-                    if metrics:
-                        metrics.write(self.step, loss=loss, gradient_norm=norm, lr=lr, tokens_per_s=rate)
+                    self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, tokens_per_s=rate)
                     self.progress.step(self.step, loss, rate, self.pace.left(self.step, c))
                     busy, logged = 0.0, self.step
                 if last or (c.eval_every and self.step % c.eval_every == 0):
@@ -251,13 +250,16 @@ class _Trainer:
         )
         self.pace.validation(time.perf_counter() - begin)
         bits = self.quality.bits_per_byte
-        if metrics:
-            metrics.write(self.step, validation_loss=self.quality.loss, validation_bits_per_byte=bits)
+        self._note(metrics, validation_loss=self.quality.loss, validation_bits_per_byte=bits)
         self.progress.validated(self.step, bits)
         improved = self.best is None or bits < self.best[0]
         if improved:
             self.best = (bits, self.step)
         return improved
+
+    def _note(self, metrics: Metrics | None, **values: float) -> None:
+        """Writes a line of metrics; the first rank has the file, and all hear of it when it cannot be written."""
+        self.ranks.lead(lambda: metrics.write(self.step, **values) if metrics else None)
 
     def _save(self) -> None:
         begin = time.perf_counter()
