@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from retnet.data import Tokenizer
+from retnet.data import DataConfig, Tokenizer, prepare, readers
 from retnet.data.tokenizer import BOS
 from retnet.settings import UserError
 
@@ -154,3 +154,127 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     Library(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no token that starts a document.*<s>"):
         Tokenizer.load(tmp_path)
+
+
+PROSE = (
+    "The quick brown fox jumps over  the lazy dog. It's 12 o'clock,\nsaid Ann;\tand then? Über allen Gipfeln."
+)
+
+
+def with_marks(form):
+    """Tokenizers whose tokens hold a mark for the space before them, and that put one before a text."""
+    mark, specials = "▁", ["<unk>", "<s>"]
+    if form == "Llama 2":  # no pre-tokenizer: merges over the whole text
+        inner = Library(models.BPE(unk_token="<unk>", fuse_unk=True))
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+        words = Library(models.BPE())
+        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        words.train_from_iterator([PROSE] * 9, trainers.BpeTrainer(vocab_size=120, special_tokens=specials))
+        model = json.loads(words.to_str())["model"]
+        merges = [tuple(merge) for merge in model["merges"]]
+        inner.model = models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True)
+        inner.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    else:
+        unigram = form.startswith("Unigram")
+        inner = Library(models.Unigram() if unigram else models.BPE(unk_token="<unk>"))
+        scheme = "first" if "first" in form else "always"
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        if "T5" in form:
+            inner.normalizer = normalizers.Sequence(
+                [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+            )
+            split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+            inner.pre_tokenizer = pre_tokenizers.Sequence(split)
+        if unigram:
+            trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=specials, unk_token="<unk>")
+        else:
+            trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=specials)
+        inner.train_from_iterator([PROSE] * 9, trainer)
+    inner.decoder = decoders.Metaspace()
+    return Tokenizer(inner, "<s>")
+
+
+FORMS = ["Llama 2", "BPE, first", "BPE, always", "Unigram, always", "Unigram as T5"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestMarksOfBeginnings:
+    def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(self, form, monkeypatch):
+        tokenizer, text = with_marks(form), " ".join([PROSE] * 20)
+        assert tokenizer.marks_beginnings != (form == "Unigram as T5")  # which marks every word alike
+        monkeypatch.setattr(readers, "PIECE", 100)
+        before, pieces = zip(*readers.pieces([text]), strict=True)
+        assert len(pieces) > 15
+        whole = tokenizer.encode(text)
+        batch = tokenizer.encode_batch(pieces, np.uint16, before)
+        assert np.concatenate(batch).tolist() == whole
+        assert [
+            i for b, piece in zip(before, pieces, strict=True) for i in tokenizer.encode(piece, b)
+        ] == whole
+        alone = [i for ids in tokenizer.encode_batch(pieces) for i in ids]
+        assert (alone == whole) == (form != "Llama 2")  # the others put no space before one that is there
+
+    def test_prepared_it_is_the_same(self, form, tmp_path, monkeypatch):
+        monkeypatch.setattr(readers, "PIECE", 100)
+        with_marks(form).save(tmp_path / "tokenizer.json")
+        (tmp_path / "a.txt").write_text(" ".join([PROSE] * 20))
+        (tmp_path / "b.txt").write_text(PROSE)
+        config = DataConfig(
+            corpus=str(tmp_path / "a.txt"),
+            validation=str(tmp_path / "b.txt"),
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            cache=str(tmp_path / "cache"),
+        )
+        shards = prepare(config).train
+        found = shards.tokens(0, shards.num_tokens).tolist()
+        tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+        assert found == [1, *tokenizer.encode(" ".join([PROSE] * 20))]
+
+    def test_what_follows_a_prompt_keeps_its_space(self, form):
+        tokenizer = with_marks(form)
+        ids = tokenizer.encode("The quick brown fox")
+        for cut in range(1, len(ids)):
+            stream = tokenizer.stream(ids[:cut])
+            text = "".join(map(stream.push, ids[cut:])) + stream.finish()
+            assert tokenizer.decode(ids[:cut]) + text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_special_tokens_in_a_text_are_text(form):
+    """A Unigram model has them among its pieces, and would take them whatever the library is told."""
+    tokenizer = with_marks(form)
+    text = "say <s> and <s><s>, then </s> <unk"
+    ids = tokenizer.encode(text)
+    assert tokenizer.bos_id not in ids
+    assert tokenizer.encode_batch([text, PROSE])[0].tolist() == ids
+    assert (
+        tokenizer.encode(" and <s>", "say")
+        == tokenizer.encode_batch([" and <s>"], before=["say"])[0].tolist()
+    )
+
+
+def test_a_text_that_no_place_divides_loses_nothing(monkeypatch):
+    tokenizer, text = with_marks("BPE, always"), "thequickbrownfox" * 30
+    monkeypatch.setattr(readers, "PIECE", 100)
+    before, pieces = zip(*readers.pieces([text]), strict=True)
+    found = [i for ids in tokenizer.encode_batch(pieces, before=before) for i in ids]
+    assert tokenizer.decode(found).replace(" ", "") == text
+
+
+def test_another_form_of_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")
+    for spec in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(
+            UserError, match=r"tokenizer\.model is another form of one, which transformers turns"
+        ):
+            Tokenizer.load(spec)
+
+
+def test_a_text_the_tokenizer_has_no_ids_for_is_said(tmp_path):
+    inner = Library(models.WordLevel({"a": 0, "<s>": 1}))  # no token for unknown words
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(inner, "<s>")
+    assert tokenizer.encode("a a") == [0, 0]
+    for call in (lambda: tokenizer.encode("b"), lambda: tokenizer.encode_batch(["a", "b"])):
+        with pytest.raises(UserError, match=r"the tokenizer \(WordLevel\) has no ids for this text"):
+            call()

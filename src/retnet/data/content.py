@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from retnet.data.sources import TEXT, Source, stamp_of
-from retnet.io import BOM, cache_folder, foreign_encoding, nul_byte
+from retnet.io import BOM, cache_folder, foreign_encoding, lfs_pointer, nul_byte, sha256
 from retnet.settings import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -132,7 +132,7 @@ class Contents:
             folder.mkdir(parents=True, exist_ok=True)
             self._memory = sqlite3.connect(folder / "files.sqlite", timeout=5, check_same_thread=False)
             self._memory.execute(  # another number when what is refused changes
-                "CREATE TABLE IF NOT EXISTS contents_1 (stamp TEXT PRIMARY KEY, digest TEXT, size INT, refused TEXT)"
+                "CREATE TABLE IF NOT EXISTS contents_2 (stamp TEXT PRIMARY KEY, digest TEXT, size INT, refused TEXT)"
             )
 
     def __enter__(self) -> Contents:
@@ -144,7 +144,7 @@ class Contents:
             if self._memory is not None:
                 rows = [(stamp, *self._read[stamp]) for stamp in self._settled]
                 with self._memory:
-                    self._memory.executemany("INSERT OR REPLACE INTO contents_1 VALUES (?, ?, ?, ?)", rows)
+                    self._memory.executemany("INSERT OR REPLACE INTO contents_2 VALUES (?, ?, ?, ?)", rows)
                 self._memory.close()
 
     def of(self, source: Source) -> Content:
@@ -171,7 +171,7 @@ class Contents:
         if self._memory is None or self._verify:
             return None
         with contextlib.suppress(sqlite3.Error):
-            query = "SELECT digest, size, refused FROM contents_1 WHERE stamp = ?"
+            query = "SELECT digest, size, refused FROM contents_2 WHERE stamp = ?"
             if row := self._memory.execute(query, [key]).fetchone():
                 return Content(*row)
         return None
@@ -193,6 +193,8 @@ def require_unchanged(source: Source) -> None:
 
 def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
     digest, size, utf8, refused = hashlib.sha256(), 0, _InvalidBytes(), ""
+    if pointer := lfs_pointer(Path(source.path)):  # whatever it should be, packed or not
+        return Content(sha256(Path(source.path)), source.size, pointer)
     try:
         for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
             if refused := _foreign(source, chunk, size):

@@ -1,8 +1,9 @@
 """From a source to a stream of pieces of documents, and of problems: in a fixed order, with flat memory.
 
-A document longer than `PIECE` characters comes in several pieces. They are cut between a letter or digit and white
-space, where the pre-tokenizers of byte-level tokenizers (GPT-2, GPT-4, Llama 3, …) divide the text anyway, so the
-tokens are those of the whole. A text without such a place for a whole piece is cut where the piece is full.
+A document longer than `PIECE` characters comes in several pieces. They are cut between a letter or digit and a space,
+where tokenizers (byte-level as GPT-2's and Llama 3's, SentencePiece's with a mark for each space as Llama 2's and T5's)
+divide the text anyway, and each piece knows what stands before it, so the tokens are those of the whole. A text without
+such a place for a whole piece is cut at other white space, and one without that where the piece is full.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import msgspec
 
 from retnet.data import hub
 from retnet.data.content import BROKEN, CHUNK, chunks, lines
-from retnet.data.sources import TEXT, Problem, Source, shown
+from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import share
-from retnet.settings import UserError
+from retnet.errors import UserError, printable, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,7 +33,11 @@ Row = tuple[int, object, int]  # line, row or record number; its text, or a Prob
 PIECE = 1 << 17  # characters
 _ROWS = 128  # of a table at a time
 _MARK = "\ufeff"  # a byte order mark
-_SAFE_CUT = re.compile(r"[^\W_](?=[ \t\r\n])")
+_SAFE_CUTS = (
+    re.compile(r"[^\W_](?= )"),
+    re.compile(r"[^\W_](?=[\t\r\n])"),
+)  # the second for byte-level ones alone
+_BEFORE = 64  # characters that a piece knows of those before it; no word that is one token is longer
 
 
 class Piece(NamedTuple):
@@ -41,6 +46,7 @@ class Piece(NamedTuple):
     Attributes:
         text: never empty.
         first: whether it begins a document.
+        before: the end of what stands before it in the document; empty for the first.
         share: of its document, in [0, 1): decides the split unless the source has.
         position: bytes of the source read so far, for progress.
     """
@@ -49,6 +55,7 @@ class Piece(NamedTuple):
     first: bool
     share: float
     position: int
+    before: str = ""
 
 
 class Shares:
@@ -78,7 +85,7 @@ def read(source: Source, text_field: str, without: Container[float] = ()) -> Ite
     Raises:
         UserError: a streamed dataset breaks off; what a network lost is not left out of a corpus.
     """
-    name = shown(source.path)
+    name = printable(source.path)
     for content in _read(source, text_field, without):
         yield content._replace(file=name) if isinstance(content, Problem) else content
 
@@ -98,7 +105,7 @@ def _read(source: Source, text_field: str, without: Container[float]) -> Iterato
         raise
     except BROKEN as error:
         where = f"after line {line}: " if line else ""
-        yield Problem(source.path, 0, "unreadable", f"{where}{getattr(error, 'strerror', None) or error}")
+        yield Problem(source.path, 0, "unreadable", f"{where}{reason_of(error, without=source.path)}")
 
 
 def _record(
@@ -133,21 +140,21 @@ def _record(
         yield Problem(source.path, line, "duplicate", "the same text is validated on")
         return
     parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-    for number, piece in enumerate(_pieces(parts)):
-        yield Piece(piece, number == 0, key, position)
+    for before, piece in pieces(parts):
+        yield Piece(piece, not before, key, position, before)
 
 
 def _text_file(source: Source) -> Iterator[Piece | Problem]:
     found: list[Problem] = []
-    key, position, first = share(source.name), source.start, True
-    for piece in _pieces(_decoded(source, found)):
+    key, position = share(source.name), source.start
+    before = piece = ""
+    for before, piece in pieces(_decoded(source, found)):
         yield from found
         found.clear()
         position += len(piece.encode())
-        yield Piece(piece, first, key, min(position, source.size) - source.start)
-        first = False
+        yield Piece(piece, not before, key, min(position, source.size) - source.start, before)
     yield from found
-    if first:
+    if not piece:
         yield Problem(source.path, 0, "empty document", "")
 
 
@@ -278,23 +285,28 @@ def _tables(source: Source, field: str) -> Iterator[tuple[pyarrow.RecordBatch | 
             yield batch, source.size * done // total
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """Cuts a text into pieces of at most `PIECE` characters; where, depends on the text alone, not on the chunks."""
-    buffer = ""
+def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Cuts a text into pieces of at most `PIECE` characters; where, depends on the text alone, not on the chunks.
+
+    Yields:
+        the end of what stands before a piece (empty for the first), and the piece.
+    """
+    before = buffer = ""
     for chunk in chunks:
         buffer += chunk
         while len(buffer) > PIECE:
             cut = _cut(buffer)
-            yield buffer[:cut]
-            buffer = buffer[cut:]
+            yield before, buffer[:cut]
+            before, buffer = buffer[max(cut - _BEFORE, 0) : cut], buffer[cut:]
     if buffer:
-        yield buffer
+        yield before, buffer
 
 
 def _cut(text: str) -> int:
     """The last safe place to cut in the first `PIECE` characters; that many when there is none."""
-    for start in (max(PIECE - 4096, 0), 0):
-        places = [match.end() for match in _SAFE_CUT.finditer(text, start, PIECE + 1)]
-        if places:
-            return places[-1]
+    for safe in _SAFE_CUTS:
+        for start in (max(PIECE - 4096, 0), 0):
+            places = [match.end() for match in safe.finditer(text, start, PIECE + 1)]
+            if places:
+                return places[-1]
     return PIECE

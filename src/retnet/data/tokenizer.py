@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,12 @@ from numpy.typing import DTypeLike, NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from retnet.data.config import BPE_SIZES
-from retnet.settings import UserError
+from retnet.errors import UserError
+from retnet.io import read_text, require_fetched, write_bytes
 
 BOS = "<|bos|>"
+_CONTEXT = 64  # characters before a text that show that it is no beginning
+_OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 
 
@@ -54,10 +60,17 @@ class Tokenizer:
         )
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint: str = hashlib.sha256(self._json.encode()).hexdigest()
-        self._is_bytes = _is_bytes(json.loads(self._json))
-        if self.bos_id in inner.encode(bos, add_special_tokens=False).ids:
+        plan = json.loads(self._json)
+        self._is_bytes = _is_bytes(plan)
+        # Unigram models, and words of WordLevel, have special tokens among the others; their names in a text are divided
+        special = {token["content"]: token["id"] for token in plan["added_tokens"] if token["special"]}
+        special = {
+            name: number for name, number in special.items() if not _is_unknown(plan["model"], name, number)
+        }
+        self._names = [name for name, number in special.items() if self._makes(number, name)]
+        if any(len(name) < 2 or special[name] in self.encode(name) for name in self._names):
             raise UserError(
-                f"this tokenizer turns the text {bos!r} into its document start; it cannot be used"
+                f"this tokenizer turns the text {self._names[0]!r} into a special token; it cannot be used"
             )
 
     @classmethod
@@ -77,12 +90,14 @@ class Tokenizer:
         file = path / "tokenizer.json" if os.path.isdir(path) else path
         if not os.path.isfile(file):
             raise UserError(
-                f"no tokenizer {str(spec)!r}: give 'bytes', a tokenizer.json, or a folder that holds one"
+                f"no tokenizer {str(spec)!r}: give 'bytes', a tokenizer.json, or a folder that holds one{_other(path)}"
             )
+        require_fetched(file)
+        text = read_text(file, f"the tokenizer {file}")
         try:
-            inner = tokenizers.Tokenizer.from_file(str(file))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
-            raise UserError(f"cannot read the tokenizer {file}: {error}") from None
+            raise UserError(f"cannot read the tokenizer {file}: {error}{_other(path)}") from None
         return cls(inner, _find_bos(inner, file, path.is_dir()))
 
     @classmethod
@@ -110,18 +125,100 @@ class Tokenizer:
         inner.train_from_iterator(texts, trainer)
         return cls(inner, BOS)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS."""
+    def encode(self, text: str, before: str = "") -> list[int]:
+        """The ids of a text, without BOS.
+
+        Args:
+            text: to be encoded.
+            before: the end of what it goes on from, if it is no beginning: some tokenizers put a space before a text.
+
+        Raises:
+            UserError: the tokenizer has no ids for it.
+        """
         if self._is_bytes:
             return list(text.encode())
-        return self._inner.encode(text, add_special_tokens=False).ids
+        found: list[int] = []
+        with self._said():
+            for part in self._divided(text):
+                found += (
+                    self._encode_after(before, part) if before and self.marks_beginnings else self._raw(part)
+                )
+                before = (before + part)[-_CONTEXT:]
+        return found
 
-    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.int64) -> list[NDArray[np.integer]]:
-        """The ids of many texts, one array each, without BOS; all cores work unless TOKENIZERS_PARALLELISM=false."""
+    def encode_batch(
+        self, texts: Sequence[str], dtype: DTypeLike = np.int64, before: Sequence[str] = ()
+    ) -> list[NDArray[np.integer]]:
+        """The ids of many texts, one array each, without BOS; all cores work unless TOKENIZERS_PARALLELISM=false.
+
+        Args:
+            texts: to be encoded.
+            dtype: of the arrays.
+            before: the end of what each goes on from, see `encode`; empty where none does.
+
+        Raises:
+            UserError: the tokenizer has no ids for one of them.
+        """
         if self._is_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        ends = before or [""] * len(texts)
+        alone = [
+            len(self._divided(text)) > 1 or bool(end and self.marks_beginnings)
+            for text, end in zip(texts, ends, strict=True)
+        ]
+        together = ["" if apart else text for text, apart in zip(texts, alone, strict=True)]
+        with self._said():
+            encodings = self._inner.encode_batch_fast(together, add_special_tokens=False)
+        ids = [
+            self.encode(text, end) if apart else encoding.ids
+            for text, end, apart, encoding in zip(texts, ends, alone, encodings, strict=True)
+        ]
+        return [np.array(found, dtype=dtype) for found in ids]
+
+    def _raw(self, text: str) -> list[int]:
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _makes(self, number: int, name: str) -> bool:
+        """Whether the model makes a special id of a text that is its name."""
+        try:
+            return number in self._raw(name)
+        except Exception:  # a model that has no ids for it; the library knows no other kind of error
+            return False
+
+    def _divided(self, text: str) -> list[str]:
+        """A text in parts, none of which holds a name that the model would take for a special token."""
+        if not any(name in text for name in self._names):
+            return [text]
+        starts = {found.start() + 1 for name in self._names for found in re.finditer(re.escape(name), text)}
+        return [text[a:b] for a, b in itertools.pairwise([0, *sorted(starts), len(text)])]
+
+    def _encode_after(self, before: str, text: str) -> list[int]:
+        """The ids of a text where it stands behind another; alone where a token would reach over both."""
+        both, cut = self._inner.encode(before + text, add_special_tokens=False), len(before)
+        for number, (start, stop) in enumerate(both.offsets):
+            if stop > cut:
+                return list(both.ids[number:]) if start >= cut else self._raw(text)
+        return []
+
+    @cached_property
+    def marks_beginnings(self) -> bool:
+        """Whether a text has other tokens at the beginning than behind another text, as where a space is put before it."""
+        with self._said():
+            return any(
+                self._raw(a + b) != self._raw(a) + self._raw(b)
+                for a, b in (("a", " a"), ("a", "\na"), ("a", "  a"))
+            )
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the library knows no other
+            kind = json.loads(self._json)["model"]["type"]
+            raise UserError(f"the tokenizer ({kind}) has no ids for this text: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ids have none, and bytes that are not UTF-8 become U+FFFD."""
@@ -143,13 +240,17 @@ class Tokenizer:
                 raise ValueError(f"token id {i} lies outside the vocabulary [0, {self.vocab_size})")
         return b"".join([self._token_bytes[i] for i in ids])
 
-    def stream(self) -> TextStream:
-        """A decoder that takes one id at a time."""
-        return TextStream(self)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder that takes one id at a time; `after` are the ids before those, if it is no beginning."""
+        return TextStream(self, after)
 
     def save(self, path: str | Path) -> None:
-        """Writes a ``tokenizer.json``; `load` of it gives the same fingerprint."""
-        Path(path).write_bytes(self.content)
+        """Writes a ``tokenizer.json``; `load` of it gives the same fingerprint.
+
+        Raises:
+            OSError: it cannot be written; what was there before is as it was.
+        """
+        write_bytes(Path(path), self.content)
 
     @property
     def content(self) -> bytes:
@@ -174,14 +275,23 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text as they come, holding back a character until its last byte is there."""
+    """Turns ids into text as they come, holding back a character until its last byte is there.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: knows the text of each id.
+        after: ids that stand before them, whose text is not given: tokenizers that put a space before a text take it away
+            from the first words they decode.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # Tokenizers that are not byte-level decode with their neighbours in view; the library knows how.
         self._library = decoders.DecodeStream(skip_special_tokens=True)
         self._held: list[int] = []
+        if tokenizer._token_bytes is None:
+            for token in after:
+                self._library.step(tokenizer._inner, int(token))
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
@@ -197,27 +307,51 @@ class TextStream:
         return self._utf8.decode(b"", final=True) + (self._tokenizer.decode(held) if held else "")
 
 
+def _other(path: Path) -> str:
+    """What to do about a tokenizer that is there in another form."""
+    found = [path] if path.is_file() else [path / name for name in _OTHER_FORMS]
+    here = next((file.name for file in found if file.is_file() and file.name in _OTHER_FORMS), None)
+    if here is None:
+        return ""
+    return (
+        f"; {here} is another form of one, which transformers turns into a tokenizer.json: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
 def _find_bos(inner: tokenizers.Tokenizer, file: Path, in_folder: bool) -> str:
-    """What a tokenizer says starts a text: its folder's configuration, its template, or a well-known name."""
+    """What a tokenizer says starts a text: its folder's configuration, its template, or a well-known name; or ends one."""
     known = inner.get_vocab(with_added_tokens=True)
     config = file.with_name("tokenizer_config.json")
     named: list[str] = []
+    end = ""
     if in_folder and config.is_file():
         try:
-            bos = json.loads(config.read_text(encoding="utf-8")).get("bos_token")
-        except (OSError, ValueError, AttributeError) as error:
+            said = json.loads(read_text(config))
+            bos, end = (_content(said.get(name)) for name in ("bos_token", "eos_token"))
+        except (ValueError, AttributeError) as error:
             raise UserError(f"cannot read {config}: {error}") from None
-        named.append(bos.get("content", "") if isinstance(bos, dict) else bos or "")
+        named.append(bos)
     processor = json.loads(inner.to_str())["post_processor"] or {}
     for step in processor.get("processors", [processor]):
         for part in (step.get("single") or [])[:1] if step.get("type") == "TemplateProcessing" else []:
             named.append(part.get("SpecialToken", {}).get("id", ""))
-    for bos in (*named, *_KNOWN_BOS):
+    for bos in (*named, *_KNOWN_BOS, end):
         if bos in known:
             return bos
     raise UserError(
         f"the tokenizer {file} has no token that starts a document; add one of {', '.join(_KNOWN_BOS)}"
     )
+
+
+def _is_unknown(model: dict[str, Any], name: str, number: int) -> bool:
+    """Whether a token is what the model makes of what it does not know."""
+    return name == model.get("unk_token") or number == model.get("unk_id")
+
+
+def _content(token: object) -> str:
+    """The text of a special token, as a ``tokenizer_config.json`` writes it."""
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
 def _byte_characters() -> list[str]:

@@ -323,7 +323,7 @@ class Engine:
                 )
         rule = None if request.grammar is None else request.grammar.compile(self.tokenizer)
         streams = [
-            Stream(number, request, sample, self.tokenizer, rule and rule.copy())
+            Stream(number, request, sample, self.tokenizer, rule and rule.copy(), after=ids)
             for sample in range(request.samples)
         ]
         return Prompt(number, ids, streams, need)

@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 
 from retnet.engine.requests import Completion, Request, require_whole
 from retnet.engine.store import BLOCK, StateStore, from_tensors, kept_positions, keys_of, to_tensors
+from retnet.errors import UserError, told
 from retnet.io import write_bytes
-from retnet.settings import UserError
 
 if TYPE_CHECKING:
     from retnet.engine.engine import Engine
 
 FORMAT = 1  # of exported sessions
+_TAIL = 16  # tokens of a text that tell a tokenizer that what is appended is no beginning
 
 
 class Session:
@@ -72,7 +73,11 @@ class Session:
         Raises:
             UserError: ids outside the vocabulary.
         """
-        ids = self._engine.tokenizer.encode(more) if isinstance(more, str) else list(more)
+        if isinstance(more, str):
+            before = self._engine.tokenizer.decode(self.tokens[-_TAIL:])
+            ids = self._engine.tokenizer.encode(more, before)
+        else:
+            ids = list(more)
         self._engine.check_ids("tokens", ids)
         if self.tokens:
             self.marks.append(len(self.tokens))
@@ -196,18 +201,14 @@ class Session:
         Raises:
             UserError: it cannot be written.
         """
-        try:
+        with told(f"write the session to {path}"):
             write_bytes(Path(path), self.export(every=True))
-        except OSError as error:
-            raise UserError(f"cannot write the session to {path}: {error.strerror}") from None
 
     @classmethod
     def load(cls, engine: Engine, path: str | Path, *, name: str | None = None) -> Session:
         """Reads a session from a file; see `from_bytes`."""
-        try:
+        with told(f"read the session {path}"):
             content = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the session {path}: {error.strerror}") from None
         return cls.from_bytes(engine, content, name=name)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,8 @@ from retnet.engine.stops import StopScanner
 if TYPE_CHECKING:
     from retnet.data import Tokenizer
 
+_TAIL = 16  # tokens of the prompt that tell a decoder that what follows is no beginning
+
 
 class Stream:
     """One sample of one request.
@@ -23,6 +26,7 @@ class Stream:
         sample: which sample, from 0.
         tokenizer: makes text of ids.
         constraint: of the request's grammar, its own.
+        after: the ids of the prompt.
 
     Attributes:
         finish: why it ended; None while it is under way.
@@ -42,6 +46,7 @@ class Stream:
         sample: int,
         tokenizer: Tokenizer,
         constraint: Constraint | None = None,
+        after: Sequence[int] = (),
     ) -> None:
         self.request, self.asked, self.sample = request, asked, sample
         self.finish: Finish | None = None
@@ -53,7 +58,7 @@ class Stream:
         self.slot = -1
         self.chance = np.random.default_rng([asked.seed, sample])
         self.ends: dict[int, Finish] = {tokenizer.bos_id: "end", **dict.fromkeys(asked.stop_tokens, "stop")}
-        self._text, self._scanner = tokenizer.stream(), StopScanner(asked.stop)
+        self._text, self._scanner = tokenizer.stream(after[-_TAIL:]), StopScanner(asked.stop)
         self._unsent = ""
         if asked.echo:
             self._unsent = asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(asked.prompt)

@@ -11,20 +11,29 @@ from typing import NamedTuple
 from retnet.data import DataConfig, Problem, Tokenizer, TokenShards, load
 from retnet.data.config import as_tuple
 from retnet.data.manifest import prepared_folder
-from retnet.data.readers import Piece, read
+from retnet.data.readers import Piece, pieces, read
 from retnet.data.sources import Source
 from retnet.data.split import Taken, found_in, gather, is_held_out
+from retnet.model.runs import meant
 from retnet.settings import UserError, build, read_toml
 
 _CHUNK = 1 << 16  # tokens of a prepared folder turned into text at a time
 
 
 class Text(NamedTuple):
-    """A part of a document: `first` begins one, and `done` is the part of the corpus read so far, 0 to 1."""
+    """A part of a document.
+
+    Attributes:
+        text: never empty.
+        first: whether it begins one.
+        done: the part of the corpus read so far, 0 to 1.
+        before: the end of what stands before it in the document.
+    """
 
     text: str
     first: bool
     done: float
+    before: str = ""
 
 
 class _Part(NamedTuple):
@@ -71,7 +80,7 @@ class Corpus:
                         on_problem(content)
                     elif _counts(content, source, part):
                         done = (before + content.position) / self._bytes if self._bytes else 0.0
-                        yield Text(content.text, content.first, min(done, 1.0))
+                        yield Text(content.text, content.first, min(done, 1.0), content.before)
                 before += _size(source)
 
 
@@ -92,20 +101,20 @@ class TextHash:
 
 def is_run(path: str | Path) -> bool:
     """Whether this is a run directory, which says what it was trained and validated on."""
-    return os.path.isfile(Path(path) / "config.toml")
+    return os.path.isfile(meant(path) / "config.toml")
 
 
 def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
     if is_run(spec):
-        return _validation_of(spec)
+        return _validation_of(meant(spec))
     if (folder := prepared_folder(spec)) is not None:
         return _Part([], text_field, prepared=folder)
     return _Part(list(found_in([spec], on_problem, taken)), text_field)
 
 
-def _validation_of(run: str) -> _Part:
+def _validation_of(run: Path) -> _Part:
     """The documents that training held out; see `retnet.data.prepare`. What is left out was said then."""
-    config = build(DataConfig, read_toml(Path(run) / "config.toml").get("data", {}), "data")
+    config = build(DataConfig, read_toml(run / "config.toml").get("data", {}), "data")
     try:
         if (folder := prepared_folder(config.corpus)) is not None:
             return _Part([], config.text_field, prepared=folder)
@@ -134,10 +143,8 @@ def _decoded(directory: Path) -> Iterator[Text]:
     prepared = load(directory)
     shards = prepared.validation
     for document in range(shards.num_documents):
-        first = True
-        for text in _document(shards, document, prepared.tokenizer):
-            yield Text(text, first, document / shards.num_documents)
-            first = False
+        for before, text in pieces(_document(shards, document, prepared.tokenizer)):
+            yield Text(text, not before, document / shards.num_documents, before)
 
 
 def _document(shards: TokenShards, document: int, tokenizer: Tokenizer) -> Iterator[str]:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import tokenizers
 from torch import nn
 
+from retnet.convert import folder_of
 from retnet.data import Tokenizer
 from retnet.engine import find_checkpoint, open_run
 from retnet.evals.readers import CachedReader, Reader, RecurrentReader
 from retnet.host import choose_device, choose_dtype
+from retnet.io import require_fetched
 from retnet.model import LanguageModel
 from retnet.settings import UserError
 
@@ -68,6 +70,7 @@ def open_model(
     Raises:
         UserError: nothing there that can be used, or no such checkpoint, device or dtype.
     """
+    path = folder_of(path)
     check_model(path, checkpoint)
     if _is_folder(path):
         return _open_folder(Path(path), device, dtype)
@@ -86,6 +89,7 @@ def check_model(path: str | Path, checkpoint: str | None = None) -> None:
     Raises:
         UserError: there is not, or no such checkpoint.
     """
+    path = folder_of(path)
     if not _is_folder(path):
         find_checkpoint(path, checkpoint)
     elif checkpoint is not None:
@@ -105,6 +109,8 @@ def _open_folder(folder: Path, device: str, dtype: str | None) -> Candidate:
     except ImportError as error:
         raise UserError(f"Hugging Face folders need {error.name}; pip install 'retnet[hf]'") from None
     transformers.utils.logging.disable_progress_bar()
+    for file in sorted(folder.glob("*.safetensors")):
+        require_fetched(file)
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

@@ -119,7 +119,8 @@ def measure(
             on_problem(problem)
 
     for batch in _batches(_first(corpus.texts(report), max_documents)):
-        for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+        texts, before = [piece.text for piece in batch], [piece.before for piece in batch]
+        for piece, ids in zip(batch, tokenizer.encode_batch(texts, before=before), strict=True):
             text_hash.add(piece)
             if piece.first:
                 scorer.start(tokenizer.bos_id)
