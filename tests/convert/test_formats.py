@@ -219,7 +219,7 @@ def test_combinations_that_make_no_sense(run, tmp_path):
     with pytest.raises(UserError, match=r"--config gives torchscale's arguments, but .* is of kind 'fla'"):
         read(GOLDEN / "fla", config=tmp_path / "x.json")
     with pytest.raises(UserError, match=r"is a file, but kind 'fla' is a folder"):
-        read(GOLDEN / "fla/config.json", "fla")
+        read(GOLDEN / "torchscale-gelu/config.json", "fla")
     with pytest.raises(UserError, match=r"unknown kind 'onnx'"):
         convert(GOLDEN / "fla", tmp_path / "a", to="onnx")
     with pytest.raises(UserError, match=r"unknown dtype 'int8'"):

@@ -5,11 +5,12 @@ from functools import cache as memo
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from retnet.data import Tokenizer
 from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.hf import RetNetCache, RetNetForCausalLM
+from retnet.model.hf import RetNetCache, RetNetForCausalLM, hf_tokenizer
 from retnet.settings import UserError
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import DIALECTS, V, beam, causal_lm, greedy, language_model, left_padded, tokens
@@ -273,3 +274,71 @@ def test_generation_settings_come_from_the_configuration():
     found = model.generation_config
     assert isinstance(found, GenerationConfig)
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}]
+)
+def test_stop_strings_as_for_a_llama(options, tmp_path):
+    """What `generate` hands on beside the model's own arguments is accepted, as any model of transformers does."""
+    tokenizer = hf_tokenizer(Tokenizer.load("bytes"))
+    sizes = {"vocab_size": 257, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(**sizes, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    )
+    ours = RetNetForCausalLM.from_language_model(
+        LanguageModel(
+            ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=RetentionConfig(num_heads=2))
+        )
+    )
+    batch = tokenizer(["ab"], return_tensors="pt")
+    for model in (llama, ours):
+        plain = {"max_new_tokens": 12, "pad_token_id": 256, "do_sample": False, **options}
+        plain["prefix_allowed_tokens_fn"] = lambda batch, row: list(range(97, 123))  # letters
+        torch.manual_seed(3)
+        whole = model.generate(**batch, **plain)
+        stop = tokenizer.decode(whole[0, 6:8], skip_special_tokens=True)
+        torch.manual_seed(3)
+        cut = model.generate(**batch, **plain, stop_strings=[stop], tokenizer=tokenizer)
+        text = tokenizer.decode(cut[0], skip_special_tokens=True)
+        assert text.endswith(stop) or "num_beams" in options
+        assert cut.shape[1] <= whole.shape[1]
+
+
+def test_everything_that_generate_has_to_hand_on():
+    """A streamer, token healing, guidance, constraints on tokens: asked of the model, they end in text, not in an error."""
+    model = RetNetForCausalLM.from_language_model(
+        LanguageModel(
+            ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=RetentionConfig(num_heads=2))
+        )
+    )
+    tokenizer = hf_tokenizer(Tokenizer.load("bytes"))
+    ids = tokenizer(["ab"], return_tensors="pt").input_ids
+    seen = []
+
+    class Streamer:
+        def put(self, value):
+            seen.append(value)
+
+        def end(self):
+            seen.append(None)
+
+    for options in (
+        {"streamer": Streamer()},
+        {"tokenizer": tokenizer},
+        {"tokenizer": tokenizer, "token_healing": True},
+        {"guidance_scale": 1.5, "negative_prompt_ids": ids},
+        {"prefix_allowed_tokens_fn": lambda batch, row: [97, 98]},
+        {
+            "output_scores": True,
+            "output_logits": True,
+            "output_hidden_states": True,
+            "return_dict_in_generate": True,
+        },
+        {"synced_gpus": False, "bad_words_ids": [[97]], "min_new_tokens": 2, "repetition_penalty": 1.1},
+        {"stop_strings": "zz", "tokenizer": tokenizer, "prefill_chunk_size": 1},
+    ):
+        found = generate(model, ids, pad_token_id=256, **options)
+        assert getattr(found, "sequences", found).shape[1] > ids.shape[1]
+    assert seen[-1] is None

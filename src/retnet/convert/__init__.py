@@ -1,7 +1,7 @@
 """Checkpoints of other libraries, read and written: torchscale, flash-linear-attention, Hugging Face folders, runs."""
 
 from retnet.convert.clamp import clamp_effect, random_tokens, with_clamp
-from retnet.convert.formats import READERS, WRITERS, convert, read, recognise, write
+from retnet.convert.formats import READERS, WRITERS, convert, folder_of, model_type, read, recognise, write
 from retnet.convert.weights import Found
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "Found",
     "clamp_effect",
     "convert",
+    "folder_of",
+    "model_type",
     "random_tokens",
     "read",
     "recognise",

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from retnet.io import sha256
+from retnet.errors import told
+from retnet.io import require_fetched, sha256
 from retnet.model.checkpoint import MANIFEST, verify
+from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError
 
 WEIGHTS = "model.safetensors"
@@ -92,14 +94,14 @@ class Folder:
                 f"{self.path} has both {WEIGHTS} and {INDEX}; remove the one that does not belong to it"
             )
         if single:
-            return self.shard(WEIGHTS)
+            return unwrapped(self.shard(WEIGHTS))
         if not index:
             found = sorted(path.name for path in self.path.glob("*") if path.is_file())
             raise UserError(
                 f"{self.path} has neither {WEIGHTS} nor {INDEX} (it has: {', '.join(found) or 'nothing'}); "
                 "weights in pickles are not read, save them as safetensors first"
             )
-        return self._sharded(self.json(INDEX).get("weight_map"))
+        return unwrapped(self._sharded(self.json(INDEX).get("weight_map")))
 
     def shard(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file."""
@@ -141,11 +143,9 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it cannot be read, or is cut short.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    require_fetched(path)
+    with told(f"read {path}"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
 
 
 def as_object(data: bytes, where: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retnet import __version__
 from retnet.convert import fla, native, torchscale
@@ -16,8 +16,11 @@ from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
 from retnet.convert.weights import TOKENS, Found
+from retnet.errors import told
 from retnet.host import choose_dtype
+from retnet.io import dangling
 from retnet.model.checkpoint import write_checkpoint
+from retnet.model.runs import meant
 from retnet.settings import UserError, nearest
 
 if TYPE_CHECKING:
@@ -37,15 +40,26 @@ WRITERS = {
 PROVENANCE = "provenance.json"
 
 
+def folder_of(source: str | Path) -> Path:
+    """The run, checkpoint or folder that a path means: a file of one stands for all of it; any other path as it is."""
+    path = meant(source)
+    return path.parent if path.is_file() and model_type(path.parent) else path
+
+
+def model_type(folder: Path) -> str:
+    """What a Hugging Face folder says it holds; empty where it says nothing."""
+    return str(_config(folder).get("model_type") or "")
+
+
 def recognise(source: str | Path) -> str:
     """The kind of a checkpoint, a key of `READERS`.
 
     Raises:
         UserError: nothing is there, it is of no kind, or of more than one.
     """
-    path = Path(source)
+    path = folder_of(source)
     if not path.exists():
-        raise UserError(f"there is no {source}; SOURCE is a file or folder on this machine")
+        raise UserError(f"there is no {source}{dangling(source)}; SOURCE is a file or folder on this machine")
     kinds = _kinds(path)
     if len(kinds) == 1:
         return kinds[0]
@@ -61,11 +75,7 @@ def _kinds(path: Path) -> list[str]:
     """Every kind that a file or folder may be of."""
     if path.is_file():
         return ["torchscale"] if path.suffix in SUFFIXES else []
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
+    config = _config(path)
     fla = config.get("model_type") == "retnet" and "hidden_size" in config
     hf = config.get("model_type") == "retentive_network"
     pickles = any(file.suffix in SUFFIXES and file.suffix != ".safetensors" for file in path.iterdir())
@@ -79,6 +89,15 @@ def _kinds(path: Path) -> list[str]:
     return [kind for kind, fit in fits.items() if fit]
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """What a folder's ``config.json`` says; nothing where it cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def read(source: str | Path, kind: str | None = None, *, config: str | Path | None = None) -> Found:
     """The model of a checkpoint.
 
@@ -90,13 +109,13 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
     Raises:
         UserError: it cannot be read, is damaged, asks for what this library does not compute, or its tensors do not fit.
     """
-    path = Path(source)
+    path = folder_of(source)
     if kind is None:
         kind = recognise(path)
     elif kind not in READERS:
         raise UserError(f"unknown kind {kind!r}; {nearest(kind, READERS)}")
     elif not path.exists():
-        raise UserError(f"there is no {source}; SOURCE is a file or folder on this machine")
+        raise UserError(f"there is no {source}{dangling(source)}; SOURCE is a file or folder on this machine")
     if config is not None and kind != "torchscale":
         raise UserError(f"--config gives torchscale's arguments, but {source} is of kind {kind!r}")
     if kind == "torchscale":
@@ -145,17 +164,17 @@ def write(
     if tokenizer is not None:
         given = {key: found.tokens.get(key) for key in TOKENS}
         found = replace(found, tokens={key: tokenizer.bos_id if x is None else x for key, x in given.items()})
-    try:
+    whole = "what was there before is as it was" if path.exists() else "nothing is left there"
+    with told(f"write {dest}", whole):
+        path.parent.mkdir(parents=True, exist_ok=True)
         if to == "run":
-            write_checkpoint(path, {**native.run_files(found, tokenizer), **extra})
+            write_checkpoint(path, {**native.run_files(found, tokenizer), **extra}, whole=whole)
             return path
         extra |= {name: partial(_put, data) for name, data in _tokenizer_files(found, tokenizer).items()}
         if to == "hf":
             native.write_hf(found, path, extra)
         else:
-            write_checkpoint(path, {**fla.files(found), **extra})
-    except OSError as error:
-        raise UserError(f"cannot write {dest}: {error.strerror or error}") from None
+            write_checkpoint(path, {**fla.files(found), **extra}, whole=whole)
     return path
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from retnet.convert.folders import load_safetensors
-from retnet.settings import UserError
+from retnet.errors import UserError, told
+from retnet.io import require_fetched
+from retnet.model.wrapped import unwrapped
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -46,10 +48,9 @@ def load(file: Path) -> dict[str, Any]:
     """
     if file.suffix == ".safetensors":
         return {"model": load_safetensors(file)}
-    try:
+    with told(f"read {file}"):
         file.open("rb").close()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    require_fetched(file)
     try:
         content = _load_data(file)
     except UnpicklingError as error:
@@ -94,7 +95,7 @@ def state_of(content: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
             + (f"; not tensors: {', '.join(others[:10])}" if state is not content else "")
         )
     tensors: dict[str, Tensor] = {}
-    for name, x in state.items():
+    for name, x in unwrapped(state).items():
         short = name.removeprefix("decoder.")
         if short in tensors:
             raise UserError(f"{file} has {short} twice, with and without the prefix 'decoder.'")

@@ -19,6 +19,7 @@ from torch import Tensor
 from retnet.convert.folders import as_object
 from retnet.convert.torch_files import arguments_of, checkpoint_file, load, state_of
 from retnet.convert.weights import Found, Wanted, expected, fit, options, renamed, same
+from retnet.errors import told
 from retnet.io import sha256
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
@@ -117,10 +118,8 @@ def read(path: Path, config: Path | None = None) -> Found:
     if config is None and args is None and beside.is_file():
         config = beside
     if config is not None:
-        try:
+        with told(f"read the arguments {config}"):
             data = config.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the arguments {config}: {error.strerror}") from None
         args = as_object(data, config)
         hashes[config.name] = sha256(config)
     if args is None:

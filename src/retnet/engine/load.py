@@ -1,10 +1,11 @@
-"""Opening a trained run, or one checkpoint of it, for inference."""
+"""Opening a trained run, one checkpoint of it, or a RetNet's folder of another library, for inference."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from retnet.convert import folder_of, model_type, read, recognise
 from retnet.data import Tokenizer
 from retnet.engine.quantise import quantise
 from retnet.host import choose_device, choose_dtype
@@ -25,7 +26,7 @@ class Run(NamedTuple):
         model: in evaluation mode.
         tokenizer: the one it was trained with.
         checkpoint: the directory both were read from.
-        chosen: the name under which it was found: "best", "last" or the directory's own.
+        chosen: the name under which it was found: "best", "last" or the directory's own; empty for another's folder.
     """
 
     model: LanguageModel
@@ -45,15 +46,16 @@ def open_run(
     """Loads model and tokenizer.
 
     Args:
-        path: a run directory, or a checkpoint directory.
-        checkpoint: "best", "last" or a name such as "step-00001000"; None is the best, or the last while
+        path: a run or checkpoint, anything in one, or a folder of Hugging Face or flash-linear-attention.
+        checkpoint: of a run: "best", "last" or a name such as "step-00001000"; None is the best, or the last while
             there is no best yet (`Run.chosen` tells).
         device: what torch calls it, such as "cpu" or "cuda:0"; "auto" is a GPU where there is one.
         dtype: a key of `retnet.host.DTYPES`; None is that of the file.
         weights: "int8" for linear layers with int8 weights, see `retnet.engine.quantise`; None is as `dtype` says.
 
     Raises:
-        UserError: nothing there, no such checkpoint, damaged files, or no such device, dtype or weights.
+        UserError: nothing there, no such checkpoint, damaged files, a model that is no RetNet, or no such device, dtype or
+            weights.
     """
     kind = choose_dtype(dtype)
     if weights is not None and weights not in WEIGHTS:
@@ -62,9 +64,15 @@ def open_run(
         raise UserError(
             f"{weights} weights are computed with in float32, not {dtype}; leave out one of the two"
         )
-    where, chosen = find_checkpoint(path, checkpoint)
-    model = load_model(where, device=choose_device(device), dtype=kind).eval()
-    tokenizer = Tokenizer.load(where / "tokenizer.json")
+    place = choose_device(device)
+    if (folder_of(path) / "config.json").is_file():
+        where, chosen = folder_of(path), ""
+        model, tokenizer = _open_folder(where, checkpoint)
+        model = (model if kind is None else model.to(dtype=kind)).to(place)
+    else:
+        where, chosen = find_checkpoint(path, checkpoint)
+        model = load_model(where, device=place, dtype=kind).eval()
+        tokenizer = Tokenizer.load(where / "tokenizer.json")
     vocab_size = model.config.vocab_size
     assert vocab_size is not None  # no model is built without
     if tokenizer.vocab_size > vocab_size:
@@ -73,3 +81,23 @@ def open_run(
             f"{vocab_size}; they do not belong together"
         )
     return Run(quantise(model) if weights else model, tokenizer, where, chosen)
+
+
+def _open_folder(folder: Path, checkpoint: str | None) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of another library's folder, which say themselves what is wrong with them."""
+    if checkpoint is not None:
+        raise UserError(f"{folder} is no run; leave out the checkpoint name {checkpoint!r}")
+    try:
+        kind = recognise(folder)
+    except UserError:
+        raise UserError(
+            f"{folder} holds no RetNet that can be run here, but a model of type {model_type(folder)!r}; "
+            "`retnet eval` measures any"
+        ) from None
+    found = read(folder, kind)
+    try:
+        return found.model(), Tokenizer.load(folder)
+    except UserError as error:
+        raise UserError(
+            f"{error}; `retnet convert {folder} DEST --to run --tokenizer …` puts one beside the model"
+        ) from None

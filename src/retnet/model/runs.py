@@ -7,6 +7,30 @@ from pathlib import Path
 from retnet.io import dangling
 from retnet.settings import UserError, nearest
 
+HOME, CONFIG = "checkpoints", "config.toml"  # in a run
+POINTERS = ("best", "last")  # files in the folder of checkpoints, which name one each
+MODEL = "model.toml"  # in a checkpoint
+
+
+def meant(path: str | Path) -> Path:
+    """The run or checkpoint that a path inside one means; any other path as it is.
+
+    A file of a checkpoint stands for the checkpoint, ``checkpoints/best`` for the one it names, the folder of checkpoints
+    and what else lies in a run for the run.
+    """
+    path = Path(path)
+    above = path.parent
+    if path.is_dir():
+        return above if path.name == HOME and (above / CONFIG).is_file() else path
+    if not path.is_file():
+        return path
+    if (above / MODEL).is_file():
+        return above
+    if above.name == HOME and path.name in POINTERS:
+        named = above / path.read_text(encoding="utf-8", errors="replace").strip()
+        return named if named.is_dir() and named != above else path
+    return above if (above / HOME).is_dir() else path
+
 
 def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, str]:
     """The checkpoint directory of a run, and the name under which it was found.
@@ -18,19 +42,21 @@ def find_checkpoint(path: str | Path, name: str | None = None) -> tuple[Path, st
     Raises:
         UserError: nothing there, or no such checkpoint.
     """
-    path = Path(path)
+    path = meant(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file, and neither of a run nor of a checkpoint; give the folder of one")
     if not path.is_dir():
         raise UserError(f"no run at {path}{dangling(path)}{_neighbours(path)}")
     if (path / "manifest.json").is_file():
         if name is not None:
             raise UserError(f"{path} is a checkpoint itself; leave out the checkpoint name {name!r}")
         return path, path.name
-    home = path / "checkpoints"
+    home = path / HOME
     if not home.is_dir():
         raise UserError(
             f"{path} is neither a run (no checkpoints directory) nor a checkpoint (no manifest.json)"
         )
-    pointers = [pointer for pointer in ("best", "last") if (home / pointer).is_file()]
+    pointers = [pointer for pointer in POINTERS if (home / pointer).is_file()]
     steps = sorted(step.name for step in home.iterdir() if (step / "manifest.json").is_file())
     known = [*pointers, *steps]
     if not known:

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retnet.io import flush, sha256, write_text
+from retnet.errors import UserError, told
+from retnet.io import flush, require_fetched, sha256, write_text
 from retnet.model.checkpoint import MANIFEST, verify, weights, write_checkpoint
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.tokenizer import SavedTokenizer, hf_tokenizer
 from retnet.model.language_model import LanguageModel
-from retnet.settings import UserError
+from retnet.model.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from retnet.model.hf.modeling import RetNetForCausalLM
@@ -154,18 +155,22 @@ def _check_weights(
     found: dict[str, tuple[int, ...]] = {}
     wrong = []
     for file, promised in files.items():
-        try:
-            with safe_open(folder / file, "pt") as tensors:
-                names = set(tensors.keys())
-                wrong += [
-                    f"{name} is not in {file}, where the index says" for name in (promised or set()) - names
-                ]
-                for name in names:
-                    tensor = tensors.get_tensor(name)
-                    found[name] = tuple(tensor.shape)
-                    wrong += _not_numbers(name, tensor, quantised=hasattr(config, "quantization_config"))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {folder / file}: {error}") from None
+        require_fetched(folder / file)
+        with told(f"read {folder / file}"), safe_open(folder / file, "pt") as tensors:
+            names = set(tensors.keys())
+            wrong += [
+                f"{name} is not in {file}, where the index says" for name in (promised or set()) - names
+            ]
+            for name in names:
+                tensor = tensors.get_tensor(name)
+                found[name] = tuple(tensor.shape)
+                wrong += _not_numbers(name, tensor, quantised=hasattr(config, "quantization_config"))
+    if unwrapped(found).keys() != found.keys():
+        wrapped = next(name for name in found if unwrapped({name: ()}).keys() != {name})
+        raise UserError(
+            f"the weights in {folder} were saved from inside a wrapper, by names such as {wrapped}; "
+            f"`retnet convert {folder} DEST` writes a folder with their own names"
+        )
     if not hasattr(config, "quantization_config"):  # which renames tensors and changes their shapes
         expected = _expected(config, based=not any(name.startswith("model.") for name in found), head=head)
         wrong += [f"{name} is missing" for name in expected.keys() - found.keys()]

@@ -10,6 +10,9 @@ from transformers import GenerationConfig, GenerationMixin
 from retnet.model.hf.cache import RetNetCache, require_states
 from retnet.settings import UserError
 
+# What `generate` keeps for its ways of decoding and hands on with the model's own arguments.
+_MODE_ARGUMENTS = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
+
 
 class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transformers has no types
     """`generate` with a `RetNetCache`: greedy, sampling, beams; prompts padded on the left, read in pieces, continued."""
@@ -28,6 +31,8 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
                 f"the cache has read {input_ids.shape[1] - next_sequence_length} tokens, and the prompt has "
                 f"{input_ids.shape[1]}; give the whole text, and at least one token that is new"
             )
+        for name in _MODE_ARGUMENTS:
+            kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
