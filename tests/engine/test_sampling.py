@@ -174,6 +174,7 @@ def test_logits_without_meaning_are_refused(bad, temperature):
         ("min_p", 1.5),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 5e-324),
     ],
 )
 def test_values_out_of_range_name_field_and_value(field, value):

@@ -97,6 +97,7 @@ def test_bad_values_in_every_field(http, name):
     [
         ({"max_tokns": 3}, "there is no field 'max_tokns'; did you mean 'max_tokens'"),
         ({"best_of": 3}, "best_of is not supported"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty must be greater than or equal to 0.000001"),
         ({"stop": ["x"] * 1000}, "stop must be a string, or up to 16"),
         ({"stop": "x" * 10**6, "prompt": 3}, "prompt must be a string, a list of strings"),
         ({"stop": ["x" * 10**6]}, "stop"),
@@ -119,6 +120,27 @@ def test_bad_values_in_every_field(http, name):
 )
 def test_bad_bodies(http, body, message):
     assert message in refused(post(http, "/v1/completions", body))
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize("temperature", [5e-324, 1000])
+@pytest.mark.parametrize("top_p", [5e-324, 1])
+@pytest.mark.parametrize("repetition_penalty", [1e-6, 1000])
+@pytest.mark.parametrize("penalty", [-1000, 1000])
+def test_extreme_values_are_values(http, temperature, top_p, repetition_penalty, penalty):
+    body = {
+        "prompt": "abc",
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": 2**31 - 1,
+        "min_p": 5e-324,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+        "logit_bias": {"65": penalty, "66": -penalty},
+        "max_tokens": 4,
+    }
+    assert post(http, "/v1/completions", body).status_code == 200
 
 
 @pytest.mark.usefixtures("undisturbed")

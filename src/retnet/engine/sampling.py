@@ -52,7 +52,7 @@ class Sampling(Checked):
     top_k: Annotated[int, At(least=0)] = 0
     top_p: Annotated[float, At(above=0, most=1)] = 1.0
     min_p: Annotated[float, At(least=0, most=1)] = 0.0
-    repetition_penalty: Annotated[float, At(above=0)] = 1.0
+    repetition_penalty: Annotated[float, At(least=1e-6)] = 1.0  # 1 / 5e-324 is infinite
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Bias = ()

@@ -56,7 +56,7 @@ class SamplingBody(StrictBody):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-1000, le=1000)
     frequency_penalty: float = Field(0.0, ge=-1000, le=1000)
-    repetition_penalty: float = Field(1.0, gt=0, le=1000)
+    repetition_penalty: float = Field(1.0, ge=1e-6, le=1000)
     logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000)]] = Field(
         {}, max_length=1024, description="token id → number added to its logit"
     )
