@@ -179,7 +179,7 @@ def test_mistakes_end_in_one_sentence(run, tmp_path):
         ("--top-k", "-1", "x>=0"),
         ("--top-p", "1.5", "0<x<=1"),
         ("--min-p", "-0.1", "0<=x<=1"),
-        ("--repetition-penalty", "0.0", "x>0"),
+        ("--repetition-penalty", "0.0", "x>=1e-06"),
         ("--seed", "-1", "x>=0"),
         ("--samples", "0", "x>=1"),
     ],
