@@ -141,6 +141,22 @@ def test_killed_between_two_saves_it_has_every_session_again(checkpoint, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_hugging_face_folder_with_its_chat_template(checkpoint, tmp_path):
+    folder = tmp_path / "folder"
+    subprocess.run([*RETNET, "convert", str(checkpoint), str(folder)], check=True, capture_output=True)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    with started(folder) as (_, http):
+        (model,) = http.get("/v1/models").json()["data"]
+        assert (model["id"], model["chat_template"]) == ("folder", "of the model")
+        body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 3}
+        assert http.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"] == 1 + len(
+            "[abc]"
+        )
+
+
+@pytest.mark.slow
 def test_keys_of_a_file(checkpoint, tmp_path):
     (tmp_path / "keys").write_text("sk-0123456789\n")
     with started(checkpoint, "--api-key-file", tmp_path / "keys") as (_, http):

@@ -87,7 +87,7 @@ def command(
             stack.enter_context(sole_user(folder))
         found = stack.enter_context(listen(host, port))
         opened = open_run(model, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
-        name = Path(model).resolve().name
+        name = _name(opened.checkpoint.resolve())
         app = make_app(opened, name, settings, keys=keys, sessions=folder)
         if keys is None and host not in LOCAL:
             click.echo(
@@ -98,3 +98,8 @@ def command(
     if not in_order:
         sys.stderr.flush()
         os._exit(1)  # threads that are in the middle of something are not waited for
+
+
+def _name(checkpoint: Path) -> str:
+    """What clients call a model: the name of its run, or of its folder."""
+    return checkpoint.parents[1].name if checkpoint.parent.name == "checkpoints" else checkpoint.name
