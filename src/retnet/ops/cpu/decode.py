@@ -22,6 +22,7 @@ from retnet.ops.cpu.state_update import compile_step, compile_update
 from retnet.ops.cpu.tile import LANES
 from retnet.ops.torch_private import constant_in_traces, plain
 
+SMALL = 1 << 15  # numbers in all states of a step
 MIN_SIZE = 1 << 14  # numbers in a weight; below, torch's overhead is the smaller one
 
 
@@ -82,7 +83,9 @@ def step(
     out = torch.empty_like(inputs[2])
     at = 0 if rows is None else rows.data_ptr()
     pointers = (*[x.data_ptr() for x in inputs], state.data_ptr(), at, out.data_ptr())
-    run(kernels.step, (*pointers, *q.shape, v.shape[2], state.shape[0], bits(scale)))
+    one = v.numel() * q.shape[2] <= SMALL  # waiting for a second thread would take as long as it saves
+    numbers = (*pointers, *q.shape, v.shape[2], state.shape[0], bits(scale))
+    run(kernels.step, numbers, 1 if one else None)
     return out.to(v.dtype)
 
 
