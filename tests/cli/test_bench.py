@@ -124,7 +124,7 @@ def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):
     assert "--shapes is '8x256'" in fails("ops", "--shapes", "8x256")
     assert "device 'abacus' cannot be used" in fails("ops", "--device", "abacus")
     (tmp_path / "file").touch()
-    assert "cannot make the directory" in fails("train", "--quick", "--out", tmp_path / "file" / "below")
+    assert "cannot write to the directory" in fails("train", "--quick", "--out", tmp_path / "file" / "below")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'retnet[bench]'" in fails("train", "--quick", "--out", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
