@@ -74,3 +74,16 @@ def test_ctrl_c_while_kernels_compile_is_not_lost(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "interrupted\n[4.0, 8.0, 12.0]\n"
+
+
+def test_a_package_replaced_under_a_process_does_not_spoil_the_kernels_on_disk(tmp_path):
+    """The file says something else by the time it is hashed: what runs is part of the key."""
+    file = tmp_path / "replaced.py"
+    keys = []
+    for body in ("return x + 1", "return x + 2"):
+        space = {}
+        exec(compile(f"def kernel(x):\n    {body}\n", str(file), "exec"), space)
+        space["kernel"].__module__ = "replaced"
+        file.write_text("the same new text")
+        keys.append(jit._constants(space["kernel"]))
+    assert keys[0] != keys[1]

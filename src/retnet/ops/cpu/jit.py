@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import EnumType
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -187,8 +187,8 @@ def _shared(function: Callable[..., None], arguments: int) -> Any:  # noqa: ANN4
 def _compiled(function: Callable[..., None], integers: int | None) -> Any:  # noqa: ANN401
     """Compiles a function of a table or of so many int64, or finds it on disk: beside its file or in NUMBA_CACHE_DIR.
 
-    The key for what is on disk is the texts of the files it was made from, and the constants that it was made with.
-    Without a place on disk, or with a spoiled one, it is compiled for this process alone.
+    The key for what is on disk is the code and the texts of the files it was made from, and the constants that it was
+    made with. Without a place on disk, or with a spoiled one, it is compiled for this process alone.
     """
     try:
         compiled = numba_private.c_function(function, integers)
@@ -236,8 +236,9 @@ def _uninterrupted() -> Iterator[None]:
 
 def _constants(function: Callable[..., None]) -> list[str]:
     """What a function and all compiled functions that it calls were made of and with."""
-    found = [function.__module__, function.__qualname__, _text_of(function.__code__.co_filename)]
-    for name in function.__code__.co_names:  # constants of other files
+    code = function.__code__
+    found = [function.__module__, function.__qualname__, _text_of(code.co_filename), _code_of(code)]
+    for name in code.co_names:  # constants of other files
         x = function.__globals__.get(name)
         if isinstance(x, EnumType):
             found.append(repr(list(x)))
@@ -252,6 +253,17 @@ def _constants(function: Callable[..., None]) -> list[str]:
         elif hasattr(x, "symbol"):  # a shared function, whose name says what it was made of
             found.append(x.symbol)
     return found
+
+
+def _code_of(code: CodeType) -> str:
+    """What runs in this process: its file may say something else by now, when the package was replaced under it."""
+    constants = [
+        _code_of(x)
+        if isinstance(x, CodeType)
+        else repr(sorted(map(repr, x)) if isinstance(x, frozenset) else x)
+        for x in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants))
 
 
 @cache
