@@ -135,7 +135,7 @@ def compile_skinny_gemm(compiler: Compiler, number: type) -> SkinnyGemm:
         i, n = thread(), threads()
         begin, stop, width = N * i // n, N * (i + 1) // n, out.shape[1]
         panel = later = max(R, PANEL_BYTES // (K * item) // R * R)
-        if tiles == 1:  # one sweep over all: a call for each tile took half as long again as the tile
+        if tiles == 1:  # one sweep over all: entering it for each tile costs a third of the time and more
             panel, later = max(1, stop - begin), max(R, FETCH_BYTES // (K * item))
         for r in range(begin, stop, panel):
             end = min(r + panel, stop)
