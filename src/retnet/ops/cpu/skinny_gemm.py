@@ -21,7 +21,7 @@ from retnet.ops.cpu.numba_private import has_feature
 from retnet.ops.cpu.tile import LANES, RegisterTile, compile_sweep
 
 MAX_ROWS = 64  # of x in one product
-PANEL_BYTES = 1 << 18  # of weights, which stay in the second-level cache while all rows of x pass by
+PANEL_BYTES = 1 << 16  # of weights, which stay in the second-level cache while all rows of x pass by
 FETCH_BYTES = 1 << 13  # how far ahead memory is asked for where all rows of x pass by at once
 
 
@@ -42,10 +42,15 @@ WIDE = (
     TileChoice(9, 2, 12, True),
     TileChoice(13, 4, 6, True),
 )
-NARROW = (TileChoice(1, 1, 1, False), TileChoice(2, 1, 2, False), TileChoice(3, 2, 3, True))
+NARROW = (TileChoice(1, 1, 1, False), TileChoice(2, 1, 2, False), TileChoice(3, 1, 6, True))
 # int8 numbers come so fast that the sums of one row, which wait for each other, would be what takes the time.
 WIDE_INT8 = (TileChoice(1, 4, 6, True), TileChoice(7, 3, 8, True), *WIDE[3:])
-NARROW_INT8 = (TileChoice(1, 4, 1, True), TileChoice(2, 2, 3, True))
+NARROW_INT8 = (
+    TileChoice(1, 4, 1, True),
+    TileChoice(2, 3, 2, True),
+    TileChoice(3, 2, 3, True),
+    TileChoice(4, 1, 6, True),
+)
 
 
 class SkinnyGemm(NamedTuple):
