@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from unittest.mock import ANY
 
+import psutil
 import pytest
 
+from retnet.settings import UserError
 from tools.gpu_day import __main__ as command
 from tools.gpu_day import plan, runner, verify
 from tools.gpu_day.notebook import Notebook
@@ -73,7 +76,8 @@ class TestRunner:
                 "parts = json.load(open(file))['parts'] if os.path.exists(file) else {}\n"
                 "def put(name, **state):\n"
                 "    parts[name] = {'began': time.time(), 'seconds': 0.0, **state}\n"
-                "    json.dump({'parts': parts}, open(file + '.new', 'w'))\n"
+                "    record = {'configuration': {'rehearsal': False}, 'parts': parts}\n"
+                "    json.dump(record, open(file + '.new', 'w'))\n"
                 "    os.replace(file + '.new', file)\n"
                 f"for name in sys.argv[1:]:\n    put(name, state='begun')\n{body}\n"
                 "    put(name, state='done', found={'name': name})\n"
@@ -111,6 +115,24 @@ class TestRunner:
         again = day("")
         assert [p.name for p in again.chosen()] == ["b"]
         assert again.run()
+
+    @pytest.mark.parametrize("left", ["a", "z"])
+    def test_what_a_killed_call_left_open_is_closed(self, day, left):
+        """It is neither taken for what this call does, nor for having hung since then."""
+        one = day("    time.sleep(0.2)")
+        parts = {left: {"state": "begun", "began": time.time() - 9000}}
+        one.out.joinpath("ops.json").write_text(
+            json.dumps({"configuration": {"rehearsal": False}, "parts": parts})
+        )
+        assert one.run()
+        want = dict.fromkeys("abc", "done") | ({"z": "failed"} if left == "z" else {})
+        assert self.states(one) == want
+
+    def test_a_record_that_cannot_be_written_ends_the_day(self, day):
+        one = day("")
+        one.out.joinpath("step.py").write_text("raise SystemExit(4)")
+        with pytest.raises(UserError, match=r"the record of ops cannot be written; \S+ops.log says why"):
+            one.run()
 
     def test_a_poisoned_process_is_replaced(self, day):
         one = day("    if name == 'a':\n        put(name, state='failed', why='card')\n        sys.exit(3)")
@@ -189,6 +211,78 @@ def test_a_rehearsal_is_no_record(tmp_path, capsys, monkeypatch):
         command.main(["--rehearse", "--out", str(tmp_path / "gpu")])
     assert "a rehearsal is none" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[]", "is no record of a step; move it away"),
+        (b'{"parts": {"a": {}}, "configuration": {"rehearsal": true}}', "is no record of a step"),
+        (b'{"parts": {', "cannot read"),
+        (b"\xff\xfe", "cannot read"),
+        (b'{"parts": {}, "configuration": {"rehearsal": true}}', "is a rehearsal's; .* are kept apart"),
+    ],
+)
+def test_records_that_are_none(content, why, tmp_path, capsys):
+    """One sentence, and they stay where they are: a rehearsal's under the name of another, too."""
+    file = tmp_path / "ops.json"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--dry-run", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert re.search(why, capsys.readouterr().err)
+    assert file.read_bytes() == content
+
+
+def test_two_days_in_one_folder(tmp_path, capsys):
+    script = "import sys, time; from pathlib import Path; from retnet.lock import sole_owner\n"
+    script += "with sole_owner(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", script, tmp_path / "day"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit):
+            command.main(["--rehearse", "--out", str(tmp_path / "day")])
+        holder.kill()
+    assert f"is in use by process {holder.pid}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        command.main(["--rehearse", "--out", str(tmp_path / "file" / "day")])
+    assert "cannot write the day's directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_does_not_outlive_the_call_that_was_killed(tmp_path):
+    words = [sys.executable, "-m", "tools.gpu_day", "--rehearse", "--only", "verify", "--out", str(tmp_path)]
+    call = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    record = tmp_path / "rehearsal.verify.json"
+    steps = []
+    for _ in range(600):
+        steps = [process for process in psutil.Process(call.pid).children() if process.is_running()]
+        if record.is_file() and steps:
+            break
+        time.sleep(0.1)
+    family = [*steps, *steps[0].children(recursive=True)]
+    call.kill()
+    call.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    assert Notebook(tmp_path, "verify", True).open() is not None
+    Notebook(tmp_path, "verify", True).close()
+    assert Notebook(tmp_path, "verify", True).open() is None
+
+
+def test_a_bare_checkout_is_enough(tmp_path):
+    """Nothing of ours is installed: the checkout's own sources are found."""
+    code = "import sys; sys.path = [p for p in sys.path if not p.endswith('/src')]; import runpy; "
+    code += "runpy.run_module('tools.gpu_day', run_name='__main__')"
+    words = [sys.executable, "-c", code, "--dry-run", "--out", str(tmp_path / "day")]
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "quality architectures" in done.stdout or "architectures: nine" in done.stdout
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 
 import pytest
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 HEAVY = (
     "retnet.cli.train", "retnet.train.trainer", "retnet.train.progress", "retnet.engine", "retnet.evals.harness",
     "retnet.evals.perplexity", "retnet.model.hf", "retnet.studies.report", "retnet.bench.report", "scipy.stats", "rich.live",
+    "retnet.serve.app", "retnet.serve.server",
 )  # fmt: skip
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n"
 CONFIG = """
@@ -102,6 +104,7 @@ class Shop:
                 "--out", place / "t.json",
             ),
             "generate": ("generate", self.run, "--prompt", "a", "--max-tokens", 4),
+            "serve": ("serve", self.run, "--port", 0, "--sessions", place / "sessions"),
             "study": ("study", self.plan, "--out", place / "study"),
             "study report": ("study", "report", place / "content" / "study"),
             "train": ("train", self.config, "--run-dir", place / "run"),
@@ -111,12 +114,13 @@ class Shop:
 
 WRITING = (
     "bench decode", "bench ops", "bench train", "convert", "convert --to run", "data prepare", "data tokenizer", "demo",
-    "eval perplexity", "eval tasks", "study", "study report", "train", "train --resume",
+    "eval perplexity", "eval tasks", "serve", "study", "study report", "train", "train --resume",
 )  # fmt: skip
 QUICK = ("config list", "config show", "data check", "generate")  # they write nothing but what they print
 READING = ("data prepare", "data tokenizer", "eval perplexity", "train")
 # each is minutes of work that ends in the same few lines of code as the others
 LONG = {"bench decode", "bench train", "study", "eval tasks"}
+ENDLESS = {"serve"}  # once it serves
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +227,7 @@ def test_closed_standard_output(verb, shop, places, tmp_path):
     assert not list(tmp_path.iterdir())  # no work was done for nothing
 
 
-@pytest.mark.parametrize("verb", sorted({*QUICK, *WRITING} - LONG))
+@pytest.mark.parametrize("verb", sorted({*QUICK, *WRITING} - LONG - ENDLESS))
 @pytest.mark.parametrize("fault", ["full", "deaf"])
 def test_standard_output_that_takes_nothing(verb, fault, shop, places, tmp_path):
     words = shop.words(verb, supplied(shop, tmp_path))
@@ -236,7 +240,7 @@ def test_standard_output_that_takes_nothing(verb, fault, shop, places, tmp_path)
         assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("verb", sorted({*QUICK, *WRITING} - LONG))
+@pytest.mark.parametrize("verb", sorted({*QUICK, *WRITING} - LONG - ENDLESS))
 def test_closed_standard_input_and_errors(verb, shop, places, tmp_path):
     """What reads no text from there works, and no file of ours gets the number of the one that is closed."""
     words = shop.words(verb, supplied(shop, tmp_path))
@@ -248,6 +252,60 @@ def test_closed_standard_input_and_errors(verb, shop, places, tmp_path):
 def test_a_prompt_from_closed_standard_input(shop, places):
     done = places.run(["generate", shop.run], shop.home, close=[0])
     assert one_sentence(done) == "cannot read standard input: it is closed; give --prompt, or --prompt-file"
+
+
+SERVING = {
+    "no model": (["nowhere"], r"no run at nowhere"),
+    "a file that is no model": (["keys"], r"keys is a file, and neither of a run nor of a checkpoint"),
+    "slots": (["{run}", "--slots", "0"], r"slots"),
+    "no such port": (["{run}", "--port", "70000"], r"port"),
+    "a port in use": (
+        ["{run}", "--port", "{port}"],
+        r"cannot listen at 127.0.0.1 port \d+: Address already in use",
+    ),
+    "no host": (["{run}", "--host", ""], r"--host is empty"),
+    "unknown host": (
+        ["{run}", "--host", "no.such.host.invalid"],
+        r"cannot listen at no.such.host.invalid port",
+    ),
+    "a host that is no name": (["{run}", "--host", "a" * 80], r"cannot listen at a+ port \d+: .*too long"),
+    "no keys file": (
+        ["{run}", "--api-key-file", "missing"],
+        r"cannot read --api-key-file missing: No such file",
+    ),
+    "a folder of keys": (["{run}", "--api-key-file", "."], r"cannot read --api-key-file \.: Is a directory"),
+    "a file without keys": (["{run}", "--api-key-file", "keys"], r"--api-key-file keys has no keys"),
+    "short keys": (["{run}", "--api-key-file", "short"], r"has a key of 3 characters"),
+    "keys in Latin-1": (
+        ["{run}", "--api-key-file", "latin"],
+        r"--api-key-file latin is not UTF-8 text: byte 3",
+    ),
+    "keys in UTF-16": (["{run}", "--api-key-file", "wide"], r"wide is not UTF-8 text: .* UTF-16"),
+    "sessions elsewhere": (["{run}", "--sessions", "s3://bucket"], r"--sessions s3://bucket is a URL"),
+    "sessions in a file": (
+        ["{run}", "--sessions", "keys"],
+        r"cannot write the sessions directory keys: File exists",
+    ),
+    "no room for sessions": (["nowhere", "--sessions", "new/er"], r"no run at nowhere"),
+}
+
+
+@pytest.mark.parametrize("what", SERVING)
+def test_a_server_that_cannot_start(what, shop, places, tmp_path):
+    """One sentence, and nothing is left behind."""
+    words, want = SERVING[what]
+    for name, content in {"keys": b"# none\n\n", "short": b"abc\n", "latin": b"caf\xe9-0123456\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "wide").write_text("sk-0123456789", encoding="utf-16")
+    before = sorted(tmp_path.iterdir())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        own = [] if "--port" in words else ["--port", "0"]
+        said = one_sentence(
+            places.run(["serve", *(word.format(run=shop.run, port=port) for word in words), *own], tmp_path)
+        )
+    assert re.search(want, said), said
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from retnet.data import DataConfig, Tokenizer, load, prepare
-from retnet.data.split import share
+from retnet.data.split import text_share
 from retnet.settings import UserError, build, dump
 
 DOCUMENTS = [f"document {i} " + "text <|bos|> " * (i % 7) for i in range(200)]
@@ -36,8 +36,8 @@ def files_of(directory):
 def test_every_document_lies_on_one_side_in_order(config, corpus, jsonl, shard_tokens):
     jsonl(corpus / "a.jsonl", DOCUMENTS)
     prepared = prepare(replace(config, validation_fraction=0.2), shard_tokens=shard_tokens)
-    assert texts_of(prepared, prepared.train) == [text for text in DOCUMENTS if share(text) >= 0.2]
-    assert texts_of(prepared, prepared.validation) == [text for text in DOCUMENTS if share(text) < 0.2]
+    assert texts_of(prepared, prepared.train) == [text for text in DOCUMENTS if text_share(text) >= 0.2]
+    assert texts_of(prepared, prepared.validation) == [text for text in DOCUMENTS if text_share(text) < 0.2]
     for shards in (prepared.train, prepared.validation):
         texts = texts_of(prepared, shards)
         assert shards.num_bytes == sum(len(text.encode()) for text in texts)
@@ -63,7 +63,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32(config, corpus, jsonl, tmp_path):
     prepared = prepare(replace(config, tokenizer=str(tmp_path / "large.json"), validation_fraction=0.2))
     assert prepared.train.dtype == np.uint32
     assert prepared.manifest.dtype == "uint32"
-    assert texts_of(prepared, prepared.train) == [text for text in DOCUMENTS if share(text) >= 0.2]
+    assert texts_of(prepared, prepared.train) == [text for text in DOCUMENTS if text_share(text) >= 0.2]
 
 
 def test_a_validation_corpus_of_its_own(config, corpus, jsonl, tmp_path):

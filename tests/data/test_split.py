@@ -217,6 +217,39 @@ def test_records_that_are_validated_on_are_not_trained_on(config, corpus, jsonl,
     assert [problem.line for problem in seen] == [*range(41, 61), 1]
 
 
+def test_a_text_is_one_whether_a_file_or_a_record_holds_it(config, corpus, jsonl, tmp_path):
+    texts = [f"text {i} of many" for i in range(30)]
+    jsonl(corpus / "a.jsonl", texts[:20])
+    for i in range(20, 30):
+        (corpus / f"{i}.txt").write_text(texts[i])
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "v.txt").write_text("\ufeff" + texts[3], encoding="utf-8")
+    (tmp_path / "v" / "empty.txt").touch()
+    jsonl(tmp_path / "v" / "v.jsonl", [texts[25], "another"])
+    seen = []
+    prepared = prepare(replace(config, validation=str(tmp_path / "v")), on_problem=seen.append)
+    assert prepared.train.num_documents == 28
+    assert [str(problem) for problem in seen if problem.kind == "duplicate"] == [
+        f"{corpus / '25.txt'}: duplicate: the same text is validated on",
+        f"{corpus / 'a.jsonl'}:4: duplicate: the same text is validated on",
+    ]
+
+
+def test_without_a_validation_corpus_it_falls_on_one_side_either_way(config, corpus, jsonl):
+    texts = [f"text {i} of many" for i in range(60)]
+    jsonl(corpus / "a.jsonl", texts)
+    for i, text in enumerate(texts):
+        (corpus / f"{i}.txt").write_text(text)
+    prepared = prepare(replace(config, validation_fraction=0.5))
+    sides = []
+    for shards in (prepared.train, prepared.validation):
+        spans = [shards.document_span(i) for i in range(shards.num_documents)]
+        sides.append({bytes(shards.tokens(start + 1, stop).tolist()) for start, stop in spans})
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 60
+    assert min(map(len, sides)) > 15
+
+
 def test_records_that_come_again_in_training_stay(config, corpus, jsonl):
     jsonl(corpus / "a.jsonl", ["twice", "twice", "once"] * 20 + [f"other {i}" for i in range(20)])
     prepared = prepare(replace(config, validation_fraction=0.3))

@@ -6,12 +6,12 @@ from importlib import import_module
 import pytest
 
 from retnet.data import DataConfig, Tokenizer, prepare, tokenizer_text
-from retnet.data.split import share
+from retnet.data.split import share, text_share
 from retnet.settings import UserError
 
 DOCUMENTS = [f"the document {i} of many documents, and the words of document {i} " * 3 for i in range(100)]
-HELD_OUT = [text for text in DOCUMENTS if share(text) < 0.2]
-KEPT = [text for text in DOCUMENTS if share(text) >= 0.2]
+HELD_OUT = [text for text in DOCUMENTS if text_share(text) < 0.2]
+KEPT = [text for text in DOCUMENTS if text_share(text) >= 0.2]
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
 """/v1/sessions: what comes of them is what the engine's sessions give, also after a restart; bad states are refused."""
 
 import json
+import shutil
 import struct
 
 import pytest
 import safetensors.torch
 import torch
 
-from retnet.engine import ComposedDecoder, Engine, Sampling, Session
+from retnet.engine import ComposedDecoder, Engine, Sampling, Session, store
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
+from retnet.serve import session_store
 from tests.helpers.serving import joined, refused, stream, until
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 6  # more than two blocks
@@ -285,3 +287,50 @@ def test_a_name_in_a_state_is_no_path(http, exported, tmp_path):
     assert len(response.json()["id"]) == 32
     assert not list(tmp_path.iterdir())
     assert "application/octet-stream" in refused(http.post("/v1/sessions/import", json={}), 415)
+
+
+def test_a_disk_that_is_full(serving, tmp_path, monkeypatch):
+    """What cannot be written is said (507) and has not happened; everything else goes on."""
+
+    def refuse(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    def full(response):
+        assert "cannot be written to disk: No space left on device" in refused(response, 507)
+
+    with serving(sessions=tmp_path / "sessions") as server:
+        http = server.http
+        name = create(http, text=TEXT)
+        want = written(http, name)
+        before = http.get(f"/v1/sessions/{name}").json()
+        path = f"/v1/sessions/{name}"
+        with monkeypatch.context() as patch:
+            for module in (session_store, store):
+                patch.setattr(module, "write_bytes", refuse)
+            full(http.post("/v1/sessions", json={"text": "abc"}))
+            for verb_, body in (
+                ("append", {"text": "more"}),
+                ("rewind", {"position": 9}),
+                ("edit", {"position": 9, "text": "x"}),
+                ("fork", {}),
+                ("save", {}),
+                ("generate", GREEDY),
+            ):
+                full(http.post(f"{path}/{verb_}", json=body))
+            with http.stream("POST", f"{path}/generate", json={**GREEDY, "stream": True}) as response:
+                text = response.read().decode()
+            assert "cannot be written to disk" in text
+            assert text.rstrip().endswith("[DONE]")
+            assert http.get(path).json() == before
+            assert [each["id"] for each in http.get("/v1/sessions").json()["data"]] == [name]
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        assert verb(http, name, "append", text=" and then")["position"] == before["position"] + len(
+            " and then"
+        )
+        verb(http, name, "save")
+        assert set(server.service.engine._engine.store._held) <= {
+            name
+        }  # nothing is kept for what was refused
+        shutil.rmtree(tmp_path / "sessions")
+        assert "No such file or directory" in refused(http.post(f"{path}/append", json={"text": "more"}), 507)
+        assert want in http.get(path).json()["text"]

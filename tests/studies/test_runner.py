@@ -12,12 +12,12 @@ import time
 import pytest
 from rich.console import Console
 
+from retnet.lock import sole_owner
 from retnet.settings import UserError
 from retnet.studies import estimate, runner
 from retnet.studies.folder import StudyFolder
 from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study
-from retnet.train.lock import sole_owner
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 # Stands in for the worker: says how far it is, and leaves what a real job would.

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from retnet.convert import convert
+from retnet.engine import open_run
+from retnet.lock import LOCK, sole_owner
 from retnet.model import ModelConfig
+from retnet.model.checkpoint import model_files, write_checkpoint
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
-from retnet.train.lock import LOCK, sole_owner
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from retnet.train.lock import sole_owner
+from retnet.lock import sole_owner
 with sole_owner(Path(sys.argv[1])):
     if "fork" in sys.argv:
         import os
@@ -83,13 +88,143 @@ class TestOwner:
                     sole_owner(tmp_path / "run"),
                 ):
                     pass
-            script = "import sys; from pathlib import Path; from retnet.train.lock import sole_owner\n"
+            script = "import sys; from pathlib import Path; from retnet.lock import sole_owner\n"
             script += "with sole_owner(Path(sys.argv[1])): pass"
             done = subprocess.run(
                 [sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True
             )
             assert "is in use by" in done.stderr
         assert not (tmp_path / "run").exists()  # nothing was begun
+
+    def test_of_threads_that_begin_at_once_one_has_it(self, tmp_path):
+        start, done, held, refused = threading.Barrier(8), threading.Event(), [], []
+
+        def begin():
+            start.wait()
+            try:
+                with sole_owner(tmp_path / "run"):
+                    held.append(threading.get_ident())
+                    done.wait(10)
+            except UserError as error:
+                refused.append(str(error))
+            if len(refused) == 7:
+                done.set()
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(held), len(refused)) == (1, 7)
+        assert all(f"in use by process {os.getpid()} " in said for said in refused)
+
+    def test_a_child_of_the_owner_is_refused_and_leaves_it_alone(self, tmp_path):
+        script = """
+import os, sys
+from pathlib import Path
+from retnet.errors import UserError
+from retnet.lock import LOCK, sole_owner
+run = Path(sys.argv[1])
+owner = os.getpid()
+def child(act):
+    number = os.fork()
+    if not number:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+def refused():
+    try:
+        with sole_owner(run):
+            pass
+    except UserError as error:
+        assert f"in use by process {owner} " in str(error), error
+    else:
+        raise AssertionError
+def leaves():
+    holder.__exit__(None, None, None)
+def takes():
+    with sole_owner(run):
+        pass
+holder = sole_owner(run)
+holder.__enter__()
+assert child(refused) == 0
+assert child(leaves) == 0
+assert (run / LOCK).is_file()
+number = os.fork()
+if not number:  # lives on behind its parent's end of the lock
+    os.read(0, 1)
+    refused_by = child(takes)
+    os._exit(refused_by)
+holder.__exit__(None, None, None)
+os.close(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "run"], input="x", capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_a_lock_that_another_machine_left_is_taken_and_said(self, tmp_path, caplog):
+        """Its process died, or the file system has no locks between machines: only people can know."""
+        owner = {"process": 17, "host": "far-away", "since": "2026-01-02 03:04:05"}
+        (tmp_path / LOCK).write_text(json.dumps(owner))
+        with sole_owner(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+        assert (
+            "run.lock was left by process 17 on far-away since 2026-01-02 03:04:05, which has died"
+            in caplog.text
+        )
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"process": 3}', "\0\0", "caf\xe9"])
+    def test_a_lock_file_that_says_nothing(self, content, tmp_path, caplog):
+        (tmp_path / LOCK).write_bytes(content.encode("latin-1"))
+        with sole_owner(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+        assert not caplog.text
+
+    def test_a_folder_that_was_there_stays(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        with sole_owner(tmp_path / "run"):
+            pass
+        assert list((tmp_path / "run").iterdir()) == []
+
+    @pytest.mark.parametrize("how", ["moved", "lock removed"])
+    def test_a_run_that_another_process_got_into(self, how, config_file, tmp_path):
+        """Nothing is written into what is another's now."""
+
+        class Meddles(TrainingProgress):
+            def step(self, step, loss, rate, left=None):
+                if step != 2:
+                    return
+                if how == "moved":
+                    (tmp_path / "run").rename(tmp_path / "moved")
+                    shutil.copytree(tmp_path / "moved", tmp_path / "run")
+                else:
+                    (tmp_path / "run" / LOCK).unlink()
+                    other.append(hold(tmp_path / "run"))
+
+        other: list[subprocess.Popen] = []
+        with pytest.raises(
+            UserError, match=r"is another one now, or in use by another .*; step 3 is not saved"
+        ):
+            train(
+                tiny(config_file, checkpoint_every=3), tmp_path / "run", progress=Meddles(Console(quiet=True))
+            )
+        for holder in other:
+            holder.kill()
+            holder.communicate()
+        assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+    def test_training_in_a_thread(self, config_file, tmp_path):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(train(tiny(config_file), tmp_path / "run")))
+        thread.start()
+        thread.join()
+        assert found[0].finished
 
     def test_a_directory_that_cannot_be_made(self, config_file, tmp_path):
         (tmp_path / "file").touch()
@@ -124,7 +259,7 @@ class TestBegin:
                 if step == 2:
                     shutil.rmtree(tmp_path / "run")
 
-        with pytest.raises(UserError, match=r"run has vanished; nothing of it is left, step 3 is not saved"):
+        with pytest.raises(UserError, match=r"run is gone, moved or removed; step 3 is not saved"):
             train(tiny(config_file), tmp_path / "run", progress=Removes(Console(quiet=True)))
         assert not (tmp_path / "run").exists()
 
@@ -246,3 +381,46 @@ class TestWhole:
         with pytest.raises(UserError, match=rf"{name} is not finite after step 3, so nothing was saved"):
             train(tiny(config_file, checkpoint_every=1), tmp_path / "run")
         assert (tmp_path / "run/checkpoints/last").read_text() == "step-00000002\n"
+
+    def test_weights_that_broke_are_named_instead_of_documents(self, config_file, tmp_path, monkeypatch):
+        plain = torch.optim.AdamW.step
+
+        def broken(self, *args, **options):
+            plain(self, *args, **options)
+            parameter = self.param_groups[0]["params"][1]
+            if self.state[parameter]["step"] == 2:
+                parameter.data.view(-1)[5] = float("inf")
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+        with pytest.raises(
+            UserError, match=r"at step 3, since blocks.0\S+weight is not finite after step 2"
+        ) as told:
+            train(tiny(config_file, checkpoint_every=9, eval_every=0), tmp_path / "run")
+        assert "documents" not in str(told.value)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_checkpoint_that_somebody_made_of_such_numbers_is_not_opened(
+        self, value, config_file, tmp_path
+    ):
+        run = tiny(config_file)
+        train(run, tmp_path / "run")
+        model = open_run(tmp_path / "run").model
+        with torch.no_grad():
+            model.blocks[0].mixer_norm.weight[3] = value
+        path = find_checkpoint(tmp_path / "run")[0]
+        kept = [name for name in os.listdir(path) if name not in ("manifest.json", *model_files(model))]
+        kept_files = {
+            name: partial(lambda name, to: shutil.copy(tmp_path / "kept" / name, to), name) for name in kept
+        }
+        shutil.copytree(path, tmp_path / "kept")
+        write_checkpoint(path, {**model_files(model), **kept_files})
+        for opening in (
+            lambda: open_run(tmp_path / "run"),
+            lambda: train(replace(run, train=replace(run.train, steps=6)), tmp_path / "run", begin="resume"),
+            lambda: convert(tmp_path / "run", tmp_path / "folder"),
+            lambda: train(tiny(config_file, start_from=str(tmp_path / "run")), tmp_path / "new"),
+        ):
+            with pytest.raises(
+                UserError, match=r"blocks.0.mixer_norm.weight has (numbers that are not finite|1 values)"
+            ):
+                opening()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from retnet.errors import UserError, told
+from retnet.io import expanded
+from retnet.lock import sole_owner
 from tools.gpu_day import plan
 from tools.gpu_day.runner import ROOT, Day
 
 MINUTES = 25.0
 RECORDS = ROOT / "benchmarks/results"
+# what no step can do without, by the name it is imported by
+NEEDED = (
+    "click", "msgspec", "numpy", "psutil", "pyarrow", "rich", "safetensors", "tokenizers", "tomli_w", "torch", "triton",
+)  # fmt: skip
+DISK = 12 << 30  # bytes that a day leaves at most: checkpoints of the study, prepared text, compiled kernels
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_day", description="Measures everything on a GPU. Called again, it goes on."
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of records and page; continued if there"
-    )
+    parser.add_argument("--out", required=True, help="folder of records and page; continued if there")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -40,16 +48,46 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not 1 <= given.minutes < 24 * 60:
         parser.error(f"--minutes is {given.minutes:g}; allowed: from 1 to a day's 1,440")
-    out = given.out.resolve()
+    try:
+        return _day(given)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _day(given: argparse.Namespace) -> int:
+    """The whole call; its exit status.
+
+    Raises:
+        UserError: it cannot begin, or records cannot be read or written.
+    """
+    out = Path(expanded(given.out)).resolve()
     if given.rehearse and out.is_relative_to(RECORDS):
-        parser.error(f"{given.out} is where records are kept, and a rehearsal is none; choose another --out")
+        raise UserError(
+            f"{given.out} is where records are kept, and a rehearsal is none; choose another --out"
+        )
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if lacking and not given.dry_run:
+        raise UserError(
+            f"{', '.join(lacking)} cannot be imported by {sys.executable}; docs/gpu.md says what has to be installed"
+        )
     if not given.rehearse and not given.dry_run and (why := _no_gpu()):
-        parser.error(f"{why}; --rehearse runs everything on this machine's CPU, at sizes that say nothing")
+        raise UserError(f"{why}; --rehearse runs everything on this machine's CPU, at sizes that say nothing")
     day = Day(out, given.rehearse, 60 * given.minutes, given.only or list(plan.STEPS), _say)
     _print_plan(day, given.minutes)
     if given.dry_run:
         return 0
-    out.mkdir(parents=True, exist_ok=True)
+    with sole_owner(out, "day's", "--out"):
+        whole = _run(day)
+        _tell(out, given.rehearse)
+    return 0 if whole else 1
+
+
+def _run(day: Day) -> bool:
+    """Whether nothing failed or was stopped."""
+    with told(f"write {day.out}"):
+        free = shutil.disk_usage(day.out).free
+    if free < DISK and not day.rehearsal:
+        _say(f"{free >> 30} GiB are free in {day.out}; the study of quality may take {DISK >> 30}")
 
     def stop(number: int, _: FrameType | None) -> None:
         _say(f"{signal.Signals(number).name}: the step at work is ended; the same command goes on")
@@ -57,14 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    whole = day.run()
-    _tell(out, given.rehearse)
-    return 0 if whole else 1
+    return day.run()
 
 
 def _tell(out: Path, rehearsal: bool) -> None:
     """Prints what was found, and writes the page."""
-    from retnet.settings import UserError
     from tools.gpu_day.page import chapters, write_page
 
     for title, summary in chapters(out, rehearsal):
@@ -72,7 +107,8 @@ def _tell(out: Path, rehearsal: bool) -> None:
         for sentence in summary.findings:
             print(f"* {sentence}")
     try:
-        _say(f"wrote {write_page(out, rehearsal)}")
+        with told("write the page", "records are whole"):
+            _say(f"wrote {write_page(out, rehearsal)}")
     except UserError as error:
         _say(f"no page: {error}")
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from retnet.errors import UserError, told
 from retnet.io import write_json
 
 REHEARSAL = "rehearsal"
@@ -30,15 +31,24 @@ class Notebook:
         self.path = out / file_name(f"{step}.json", rehearsal)
 
     def read(self) -> dict[str, Any]:
-        """The record; empty before anything was written."""
-        try:
-            found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            self.path.replace(self.path.with_suffix(".damaged"))
-            return {}
-        return found
+        """The record; empty before anything was written.
+
+        Raises:
+            UserError: it cannot be read, is no record of this step, or is a rehearsal's under the name of another.
+        """
+        with told(f"read {self.path}", "move it away, and the step is done anew"):
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        if not _is_record(found):
+            raise UserError(f"{self.path} is no record of a step; move it away, and the step is done anew")
+        if found["configuration"]["rehearsal"] is not self.rehearsal:
+            what = "a rehearsal's" if not self.rehearsal else "that of a card"
+            raise UserError(
+                f"{self.path} is {what}; rehearsals and measurements are kept apart: move it away"
+            )
+        return dict(found)
 
     def parts(self) -> dict[str, Found]:
         """Name → how that part stands."""
@@ -52,6 +62,11 @@ class Notebook:
     def open(self) -> str | None:
         """The part that began and did not end."""
         return next((name for name, part in self.parts().items() if part["state"] == "begun"), None)
+
+    def close(self) -> None:
+        """Ends a part that an earlier call left open, for it was killed before it could say so."""
+        if (left := self.open()) is not None:
+            self._change(left, {"state": "failed", "why": "the call that did it was killed"})
 
     def begin(self, part: str) -> None:
         """A part begins; where and with what it is measured is noted with the first of them."""
@@ -88,3 +103,14 @@ class Notebook:
         record = self.read()
         record["parts"].setdefault(part, {}).update(values)
         write_json(self.path, record)
+
+
+def _is_record(found: Any) -> bool:  # noqa: ANN401
+    """Whether JSON has the form of a record."""
+    try:
+        parts = found["parts"]
+        return isinstance(found["configuration"]["rehearsal"], bool) and all(
+            isinstance(part["state"], str) for part in parts.values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False

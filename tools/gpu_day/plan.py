@@ -16,6 +16,10 @@ STEPS = {
 }
 START = 10.0  # seconds until the process of a step has imported torch and woken the card
 PAGE = 20.0  # seconds kept for the page at the end
+GRACE = 75.0  # seconds that a step has to stop in an orderly way; a study has 60 for its jobs
+GLANCE = 0.5  # seconds between looks at another process
+POISONED = 3  # status of a step that has left the card unusable for itself
+UNWRITABLE = 4  # and of one whose record cannot be written
 
 
 class Part(NamedTuple):

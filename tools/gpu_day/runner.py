@@ -10,16 +10,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from retnet.errors import UserError, told
 from tools.gpu_day import plan
 from tools.gpu_day.notebook import Notebook, file_name
-from tools.gpu_day.plan import Part
-from tools.gpu_day.step import POISONED
+from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, Part
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 3.0  # times its estimate that a part may take
 AT_LEAST = 60.0  # seconds that it may take anyhow
-GRACE = 75.0  # seconds to stop in an orderly way; a study has 60 for its jobs
-GLANCE = 0.5  # seconds between looks at a step
 Say = Callable[[str], None]
 
 
@@ -47,7 +45,13 @@ class Day:
         return plan.choose(self.parts, done | self.failed, self.end - time.time())
 
     def run(self) -> bool:
-        """Does all that fits; whether nothing failed or was stopped."""
+        """Does all that fits; whether nothing failed or was stopped.
+
+        Raises:
+            UserError: records cannot be read or written.
+        """
+        for step in plan.STEPS:
+            self._notebook(step).close()
         while todo := self.chosen():
             step = todo[0].step
             self._run(step, [part for part in todo if part.step == step])
@@ -62,7 +66,7 @@ class Day:
         notebook, names = self._notebook(step), [part.name for part in parts]
         self.say(f"{step}: {', '.join(names)}")
         log = self.out / file_name(f"{step}.log", self.rehearsal)
-        with log.open("ab") as file:
+        with told(f"write {log}"), log.open("ab") as file:
             process = subprocess.Popen(
                 self._command(step, names),
                 cwd=ROOT,
@@ -73,6 +77,8 @@ class Day:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the step
             )
             why = self._watch(process, notebook, {part.name: part for part in parts})
+        if process.returncode == UNWRITABLE:
+            raise UserError(f"the record of {step} cannot be written; {log} says why")
         if (cut := notebook.open()) is not None:
             notebook.fail(cut, why or f"the process ended with status {process.returncode}; see {log.name}")
         after = notebook.parts()
@@ -95,19 +101,19 @@ class Day:
             time.sleep(GLANCE)
             now, name = time.time(), book.open()
             if now > self.end - plan.PAGE / 2:
-                self._end_process(process)
+                self._end_process(process, GRACE if self.stopped else plan.PAGE / 2)
                 return "the call was stopped" if self.stopped else "the call's time was over"
             if name is None:
                 continue
             part = parts[name]
             most = max(AT_LEAST, PATIENCE * part.seconds)
             if not part.least and now - book.parts()[name]["began"] > most:
-                self._end_process(process)
+                self._end_process(process, GRACE)
                 return f"it took more than {most:.0f} s, {PATIENCE:g} times what was expected"
         return ""
 
-    def _end_process(self, process: subprocess.Popen[bytes]) -> None:
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+    def _end_process(self, process: subprocess.Popen[bytes], grace: float) -> None:
+        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
             if process.poll() is None:
                 os.killpg(process.pid, number)
                 try:
@@ -117,7 +123,7 @@ class Day:
 
     def _command(self, step: str, names: Sequence[str]) -> list[str]:
         until = f"{self.end - plan.PAGE:.1f}"
-        words = [step, "--out", str(self.out), "--until", until, "--parts", *names]
+        words = [step, "--out", str(self.out), "--until", until, "--of", str(os.getpid()), "--parts", *names]
         rehearse = ["--rehearse"] if self.rehearsal else []
         return [sys.executable, "-m", "tools.gpu_day.step", *words, *rehearse]
 

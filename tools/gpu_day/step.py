@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from importlib import import_module
@@ -16,11 +19,10 @@ from pathlib import Path
 
 import torch
 
+from retnet.errors import UserError
 from tools.gpu_day.notebook import Notebook
 from tools.gpu_day.place import Place, Run, interpret_exactly
-from tools.gpu_day.plan import find
-
-POISONED = 3
+from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, find
 
 
 class StoppedError(Exception):
@@ -34,14 +36,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", required=True)
     parser.add_argument("--until", type=float, required=True)
+    parser.add_argument(
+        "--of", type=int, required=True, help="the process that started it, and without which it ends"
+    )
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(arguments)
+    threading.Thread(target=_end_without, args=(given.of,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
     device = torch.device("cpu" if given.rehearse else "cuda")
     if given.rehearse:
         interpret_exactly()
     notebook = Notebook(given.out, given.step, given.rehearse)
     runs: dict[str, Run] = import_module(f"tools.gpu_day.{given.step}").PARTS
+    try:
+        return _work(given, notebook, runs, device)
+    except UserError as error:  # the record cannot be written: whatever was found would be lost
+        print(error, file=sys.stderr)
+        return UNWRITABLE
+
+
+def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], device: torch.device) -> int:
     for name in given.parts:
         print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
         seconds = 20.0 if given.rehearse else find(given.step, name).seconds
@@ -59,6 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
             if not _usable(device):
                 return POISONED
     return 0
+
+
+def _end_without(starter: int) -> None:
+    """Ends this process when the one that started it is gone: nobody else would, and the card would stay taken."""
+    while os.getppid() == starter:
+        time.sleep(GLANCE)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if os.getpgrp() == os.getpid():  # with its workers
+            os.killpg(0, number)
+        else:
+            os.kill(os.getpid(), number)
+        time.sleep(GRACE)
 
 
 def _usable(device: torch.device) -> bool:

@@ -69,10 +69,11 @@ def command(
     try:
         from retnet.serve.access import ApiKeys
         from retnet.serve.app import make_app
-        from retnet.serve.server import listen, serve, sole_user, url_of
+        from retnet.serve.server import listen, serve, url_of
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; pip install 'retnet[serve]'") from None
     from retnet.engine import open_run
+    from retnet.lock import sole_owner
     from retnet.serve.settings import ServerSettings
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -84,7 +85,7 @@ def command(
         folder = None
         if sessions is not None:
             folder = Path(sessions)
-            stack.enter_context(sole_user(folder))
+            stack.enter_context(sole_owner(folder, "sessions", "--sessions"))
         found = stack.enter_context(listen(host, port))
         opened = open_run(model, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
         name = _name(opened.checkpoint.resolve())

@@ -21,6 +21,7 @@ from retnet.settings import config_path, load, parse_overrides
 @click.option(
     "--init", metavar="FROM", type=HomeText(), help="Begin with the weights of a run, checkpoint or folder."
 )
+@click.option("--verify", is_flag=True, help="Read all text and all shards again; trust no times and sizes.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(
     config: str,
@@ -29,6 +30,7 @@ def command(
     resume_or_start: bool,
     checkpoint: str | None,
     init: str | None,
+    verify: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
@@ -52,6 +54,7 @@ def command(
             run_dir or Path("runs") / path.stem,
             begin="resume-or-start" if resume_or_start else "resume" if resume or checkpoint else "new",
             checkpoint=checkpoint,
+            verify=verify,
             progress=TrainingProgress(),
         )
     if speaks and outcome.finished and outcome.quality is not None:

@@ -205,7 +205,7 @@ def _fill(
 
 
 def _held_out(config: DataConfig, found: list[Source]) -> Container[float]:
-    """The records that must not be trained on. Where hashes decide the split, the same text has the same side anyway."""
+    """The texts that must not be trained on. Where hashes decide the split, the same text has the same side anyway."""
     if config.validation is None:
         return ()
     return Shares((source for source in found if source.validation), config.text_field)
@@ -317,6 +317,8 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
     rules = [manifest.VERSION, PIECE, shard_tokens, tokenizer, config.text_field, fraction]
     if given and given.marks_beginnings:  # later pieces had such marks before
         rules.append("pieces know what stands before them")
+    if any(s.kind not in TEXT for s in found):  # they were known by another hash before
+        rules.append("records are known by SHA-256")
     return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ import msgspec
 from retnet.data import hub
 from retnet.data.content import BROKEN, CHUNK, chunks, lines
 from retnet.data.sources import TEXT, Problem, Source
-from retnet.data.split import share
+from retnet.data.split import content_share, share, text_share
 from retnet.errors import UserError, printable, reason_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Row = tuple[int, object, int]  # line, row or record number; its text, or a Problem; position
 
 PIECE = 1 << 17  # characters
+_VALIDATED = "the same text is validated on"
 _ROWS = 128  # of a table at a time
 _MARK = "\ufeff"  # a byte order mark
 _SAFE_CUTS = (
@@ -59,14 +60,16 @@ class Piece(NamedTuple):
 
 
 class Shares:
-    """The hashes of the records in some sources, 8 bytes each, to find the same records elsewhere."""
+    """The hashes of the documents in some sources, 8 bytes each, to find the same texts elsewhere."""
 
     def __init__(self, sources: Iterable[Source], text_field: str) -> None:
-        records = chain.from_iterable(
-            read(source, text_field) for source in sources if source.kind not in TEXT
-        )
-        found = (piece.share for piece in records if isinstance(piece, Piece) and piece.first)
-        self._sorted = array("d", sorted(array("d", found)))
+        files, others = [], []
+        for source in sources:
+            (files if source.kind in TEXT else others).append(source)
+        records = chain.from_iterable(read(source, text_field) for source in others)
+        found = array("d", (content_share(source.digest) for source in files if source.size))
+        found.extend(piece.share for piece in records if isinstance(piece, Piece) and piece.first)
+        self._sorted = array("d", sorted(found))
 
     def __contains__(self, share: object) -> bool:
         assert isinstance(share, float)
@@ -80,7 +83,7 @@ def read(source: Source, text_field: str, without: Container[float] = ()) -> Ite
     Args:
         source: what to read.
         text_field: the field of records that holds the text.
-        without: hashes of records that are left out and told as duplicates, because they are validated on.
+        without: hashes of texts that are left out and told as duplicates, because they are validated on.
 
     Raises:
         UserError: a streamed dataset breaks off; what a network lost is not left out of a corpus.
@@ -94,7 +97,10 @@ def _read(source: Source, text_field: str, without: Container[float]) -> Iterato
     line = None
     try:
         if source.kind in TEXT:
-            yield from _text_file(source)
+            if source.digest and content_share(source.digest) in without:
+                yield Problem(source.path, 0, "duplicate", _VALIDATED)
+            else:
+                yield from _text_file(source)
             return
         opened = _json_lines if source.kind == ".jsonl" else _table_rows
         for line, text, position in opened(source, text_field):
@@ -135,9 +141,9 @@ def _record(
     if not text:
         yield Problem(source.path, line, "empty document", "")
         return
-    key = share(text)
+    key = text_share(text)
     if key in without:
-        yield Problem(source.path, line, "duplicate", "the same text is validated on")
+        yield Problem(source.path, line, "duplicate", _VALIDATED)
         return
     parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
     for before, piece in pieces(parts):

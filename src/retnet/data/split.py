@@ -122,7 +122,7 @@ def found_in(
 
 
 def hold_out(found: list[Source], fraction: float) -> list[Source]:
-    """Decides the split of text files by a hash of their names.
+    """Decides the split of text files by a hash of their names; beside records, which may hold the same texts, of the text.
 
     Few files may leave one side empty; then the end of the largest is held out, cut at a line.
 
@@ -130,7 +130,9 @@ def hold_out(found: list[Source], fraction: float) -> list[Source]:
         UserError: too little text to have two sides.
     """
     if any(source.kind not in TEXT for source in found):
-        return [s._replace(validation=share(s.name) < fraction) if s.kind in TEXT else s for s in found]
+        return [
+            s._replace(validation=content_share(s.digest) < fraction) if s.kind in TEXT else s for s in found
+        ]
     decided = [s._replace(validation=share(s.name) < fraction) for s in found]
     if len({s.validation for s in decided if s.size}) == 2:
         return decided
@@ -153,10 +155,20 @@ def is_held_out(source: Source, share: float, fraction: float) -> bool:
     return share < fraction if source.validation is None else source.validation
 
 
-def share(text: str) -> float:
-    """A hash in [0, 1): the same text always falls on the same side of a split."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
+def share(name: str) -> float:
+    """A hash in [0, 1) of a name: it always falls on the same side of a split."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
+
+
+def text_share(text: str) -> float:
+    """A hash in [0, 1) of a text: wherever it stands, in a file or a record, it falls on the same side of a split."""
+    return content_share(hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest())
+
+
+def content_share(digest: str) -> float:
+    """The `text_share` of a file, from the SHA-256 of its content in hexadecimal digits."""
+    return int(digest[:12], 16) / 2**48
 
 
 def _listed(spec: str, contents: Contents, taken: Taken) -> _Listed:

@@ -49,7 +49,7 @@ def learn(
         found: its sources, with the split decided as far as names decide it. What is wrong with them is left to be
             told when they are read for their tokens.
         on_piece: called with the number of a source and a piece that was read from it.
-        held_out: hashes of records that are validated on wherever they stand.
+        held_out: hashes of texts that are validated on wherever they stand.
     """
     assert config.learned_vocab is not None
 

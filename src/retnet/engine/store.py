@@ -110,7 +110,7 @@ class StateStore:
             oldest, dropped = self._states.popitem(last=False)
             self.bytes -= state_size(dropped)
             if self._owners.get(oldest):
-                self._save(oldest, dropped)
+                self._save_or_drop(oldest, dropped)
 
     def hold(self, owner: str, keys: Iterable[str]) -> None:
         """Says which states an owner wants kept from now on, instead of those it named before."""
@@ -126,7 +126,11 @@ class StateStore:
                 self._forget(key)
 
     def flush(self) -> None:
-        """Writes all states that are held to the directory, as before the process ends."""
+        """Writes all states that are held to the directory, as before the process ends.
+
+        Raises:
+            OSError: one of them could not be written; those after it have not been tried.
+        """
         for key in self._owners:
             if key in self._states:
                 self._save(key, self._states[key])
@@ -141,8 +145,11 @@ class StateStore:
     def _save(self, key: str, state: Any) -> None:  # noqa: ANN401
         if self._directory is None or self._file(key).exists():
             return
+        write_bytes(self._file(key), safetensors.torch.save(to_tensors(state)))
+
+    def _save_or_drop(self, key: str, state: Any) -> None:  # noqa: ANN401
         try:
-            write_bytes(self._file(key), safetensors.torch.save(to_tensors(state)))
+            self._save(key, state)
         except OSError as error:  # it costs time, not text: what it was made of is read again
             if not self._said:
                 _log.warning("states are not kept in %s: %s", self._directory, error.strerror)

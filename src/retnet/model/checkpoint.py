@@ -8,6 +8,7 @@ changed is refused. Weights are safetensors, configurations TOML; nothing is eve
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -112,11 +113,19 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
     return {name: x for name, x in unwrapped(model.state_dict()).items() if name not in tied}
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity: of one fused pass, and only where it fails, one by one."""
+    numbers = [x for x in tensors.values() if x.is_floating_point() and x.numel()]
+    if all(bool(x.isfinite()) for x in torch._foreach_norm(numbers, math.inf)):
+        return None
+    return next(name for name, x in tensors.items() if not x.isfinite().all())
+
+
 def load_weights(model: LanguageModel, path: Path) -> None:
     """Copies ``model.safetensors`` of a verified checkpoint into a model.
 
     Raises:
-        UserError: tensors that are missing, unknown or misshapen; all are listed.
+        UserError: tensors that are missing, unknown or misshapen, and all are listed; or numbers that are not finite.
     """
     found, own = load_tensors(path / "model.safetensors"), weights(model)
     wrong = [f"{name} is missing" for name in own.keys() - found.keys()]
@@ -128,6 +137,8 @@ def load_weights(model: LanguageModel, path: Path) -> None:
     ]
     if wrong:
         raise UserError(f"{path} does not fit its configuration: {'; '.join(sorted(wrong))}")
+    if (name := first_not_finite(found)) is not None:
+        raise UserError(f"{path} is damaged: {name} has numbers that are not finite; take another checkpoint")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])

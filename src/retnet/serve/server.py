@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO
 
 import uvicorn
 from fastapi import FastAPI
 
+from retnet.errors import reason_of
 from retnet.serve.service import Service
 from retnet.settings import UserError
 
+BACKLOG = 2048  # connections that wait, as uvicorn has it
 GRACE = 5  # seconds beyond `shutdown_seconds`, for answers to be written
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger("retnet.serve")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that nothing else has; port 0 is any that is free.
+    """A socket that nothing else has; port 0 is any that is free. Clients that come early wait until the server is ready.
 
     Raises:
         UserError: the address cannot be used.
     """
+    if not host:
+        raise UserError(
+            "--host is empty; 0.0.0.0 is every address of this machine, 127.0.0.1 this machine alone"
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -36,8 +39,12 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except OSError as error:
-        raise UserError(f"cannot listen at {host} port {port}: {error.strerror}; choose others") from None
+        found.listen(BACKLOG)  # two sockets may have an address until one of them listens
+    except (OSError, UnicodeError) as error:
+        why = reason_of(error)
+        raise UserError(
+            f"cannot listen at {host} port {port}: {why}; choose another --host or --port"
+        ) from None
     return found
 
 
@@ -45,26 +52,6 @@ def url_of(found: socket.socket, host: str) -> str:
     """Where a browser finds it."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{found.getsockname()[1]}"
-
-
-@contextlib.contextmanager
-def sole_user(directory: Path) -> Iterator[None]:
-    """Keeps a directory of sessions, which is made if need be, for this process; the system lets go of it when it dies.
-
-    Raises:
-        UserError: another server uses it, or it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file: IO[bytes] = (directory / ".lock").open("ab")
-    except OSError as error:
-        raise UserError(f"cannot write --sessions {directory}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--sessions {directory} is used by another server; give each its own") from None
-        yield
 
 
 class OrderlyServer(uvicorn.Server):

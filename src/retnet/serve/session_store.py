@@ -104,8 +104,13 @@ class SessionStore:
                 _log.warning("session %s was left out: %s", file.name, error)
 
     async def flush(self) -> None:
-        """Writes the states of all sessions that memory holds to the directory."""
+        """Writes the states of all sessions that memory holds to the directory, as before the process ends."""
+        try:
+            await self._flush()
+        except OSError as error:
+            _log.warning("states are not kept (%s): texts will be read again", error.strerror)
 
+    async def _flush(self) -> None:
         def work(engine: Engine) -> None:
             assert engine.store is not None  # or there were no sessions
             engine.store.flush()
@@ -151,7 +156,7 @@ class SessionStore:
         """Keeps a session that is made in the engine's thread, of the engine and a new name.
 
         Raises:
-            ApiError: there are too many.
+            ApiError: there are too many, or it cannot be written.
             UserError: as `make`.
         """
         if len(self._entries) >= self._most:
@@ -159,21 +164,39 @@ class SessionStore:
                 429, f"this server keeps {self._most} sessions; delete one first", code="too_many_sessions"
             )
         name = uuid.uuid4().hex
-        entry = SessionEntry(
-            await self._engine.call(lambda engine: make(engine, name)), owner, int(time.time())
-        )
-        await self.change(entry, lambda session: None)
-        self._entries[name] = entry
+
+        def work(engine: Engine) -> SessionEntry:
+            entry = SessionEntry(make(engine, name), owner, int(time.time()))
+            try:
+                self._write(engine, entry)
+            except ApiError:
+                entry.session.close()
+                raise
+            entry.session.hold()
+            return entry
+
+        self._entries[name] = entry = await self._engine.call(work)
         return entry
 
     async def change(self, entry: SessionEntry, verb: Callable[[Session], Result]) -> Result:
-        """Does something with a session, and writes its record."""
+        """Does something with a session, and writes its record.
+
+        Raises:
+            ApiError: it cannot be written; the session is what it was.
+        """
 
         def work(engine: Engine) -> Result:
-            result = verb(entry.session)
-            entry.session.hold()
-            entry.position, entry.marks = len(entry.session.tokens), list(entry.session.marks)
-            self._write(engine, entry)
+            session = entry.session
+            before = list(session.tokens), list(session.marks)
+            result = verb(session)
+            try:
+                self._write(engine, entry)
+            except ApiError:
+                session.tokens[:], session.marks[:] = before
+                session.hold()
+                raise
+            session.hold()
+            entry.position, entry.marks = len(session.tokens), list(session.marks)
             return result
 
         return await self._engine.call(work)
@@ -186,20 +209,34 @@ class SessionStore:
         """Writes its states to the directory.
 
         Raises:
-            ApiError: there is no directory.
+            ApiError: there is no directory, or it cannot be written.
         """
         if self._directory is None:
             raise ApiError(400, "this server was started without --sessions and keeps nothing; use export")
         await self.change(entry, lambda session: None)
-        await self.flush()
+        try:
+            await self._flush()
+        except OSError as error:
+            raise _not_written(
+                "states", error, "the session's text is kept, and read again after a restart"
+            ) from None
 
     async def delete(self, entry: SessionEntry) -> None:
-        """Forgets a session, in memory and on disk."""
+        """Forgets a session, in memory and on disk.
+
+        Raises:
+            ApiError: it cannot be removed from disk; nothing has changed.
+        """
 
         def work(engine: Engine) -> None:
-            entry.session.close()
             if self._directory is not None:
-                self._file(entry.id).unlink(missing_ok=True)
+                try:
+                    self._file(entry.id).unlink(missing_ok=True)
+                except OSError as error:
+                    raise ApiError(
+                        507, f"the session cannot be removed from disk: {error.strerror}"
+                    ) from None
+            entry.session.close()
 
         await self._engine.call(work)
         self._entries.pop(entry.id, None)
@@ -226,7 +263,11 @@ class SessionStore:
         try:
             write_bytes(self._file(entry.id), msgspec.json.encode(record))
         except OSError as error:
-            raise ApiError(507, f"the session cannot be written to disk: {error.strerror}") from None
+            raise _not_written("session", error, "no session has changed") from None
+
+
+def _not_written(what: str, error: OSError, whole: str) -> ApiError:
+    return ApiError(507, f"the {what} cannot be written to disk: {error.strerror}; {whole}", code="disk")
 
 
 def _load(engine: Engine, file: Path) -> SessionEntry:

@@ -117,9 +117,9 @@ class QualityMeasure(Measure):
         return len(self.rows) * (len(self.learning_rates) + self.seeds - 1)
 
     def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
-        """Seed 0 at every rate for all rows; then the other seeds at each row's best."""
+        """Seed 0 of all rows, rate by rate: a study that is cut short has each of them once. Then the other seeds."""
         named = {
-            self._name(row, rate, 0): (row, rate, 0) for row in self.rows for rate in self.learning_rates
+            self._name(row, rate, 0): (row, rate, 0) for rate in self.learning_rates for row in self.rows
         }
         for row in self.rows:
             best = self._best(row, results, failed)

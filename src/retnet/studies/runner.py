@@ -26,13 +26,13 @@ from rich.progress import Progress as Bar
 
 from retnet import host
 from retnet.io import write_text
+from retnet.lock import sole_owner
 from retnet.settings import UserError, dump
 from retnet.studies import estimate
 from retnet.studies.folder import StudyFolder
 from retnet.studies.protocols import Job
 from retnet.studies.study import Study
 from retnet.studies.worker import STOPPED, Order
-from retnet.train.lock import sole_owner
 from retnet.train.run_dir import differences
 
 # What may differ when a study is continued: how it is worked off, and how many seeds there are.

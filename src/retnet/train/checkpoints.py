@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,15 @@ from retnet.data import Prepared
 from retnet.errors import UserError, told
 from retnet.io import write_text
 from retnet.model import LanguageModel
-from retnet.model.checkpoint import Files, load_tensors, load_weights, model_files, save_tensors, weights
+from retnet.model.checkpoint import (
+    Files,
+    first_not_finite,
+    load_tensors,
+    load_weights,
+    model_files,
+    save_tensors,
+    weights,
+)
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, collect, own_part, shard
 from retnet.train.initial_weights import fill
@@ -70,7 +78,12 @@ class Checkpoints:
         Raises:
             UserError: a weight or the optimiser's memory is not a finite number, which no checkpoint may hold.
         """
-        self._ranks.together(lambda: _require_finite(model, optimizer, standing.step, self._ranks))
+        bad = spoiled({**weights(model), **optimizer_tensors(model, optimizer)}, self._ranks)
+        if bad is not None:
+            raise UserError(
+                f"{bad} is not finite after step {standing.step}, so nothing was saved; the last checkpoint is whole. "
+                "Try a lower train.learning_rate or more train.warmup_steps"
+            )
         whole = model
         if not self._ranks.alone:
             whole = _hollow(self._config)
@@ -109,17 +122,10 @@ class Checkpoints:
         return _Saved(model, load_tensors(path / "optimizer.safetensors"), standing)
 
 
-def _require_finite(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, ranks: Ranks) -> None:
-    """One fused pass over what is about to be saved; only where it fails, tensor by tensor, for the name of the first."""
-    tensors = {**weights(model), **optimizer_tensors(model, optimizer)}
+def spoiled(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
+    """The name of a tensor that is not finite, the same on all ranks; all must ask."""
     own = {name: own_part(x, ranks) for name, x in tensors.items()}
-    if all(bool(x.isfinite()) for x in torch._foreach_norm(list(own.values()), math.inf)):
-        return
-    name = next(name for name, x in own.items() if not x.isfinite().all())
-    raise UserError(
-        f"{name} is not finite after step {step}, so nothing was saved; the last checkpoint is whole. "
-        "Try a lower train.learning_rate or more train.warmup_steps"
-    )
+    return next((name for name in ranks.gather(first_not_finite(own)) if name is not None), None)
 
 
 def _hollow(config: RunConfig) -> LanguageModel:

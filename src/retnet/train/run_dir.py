@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from retnet import lock
 from retnet.errors import told
 from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
@@ -81,11 +82,16 @@ class RunDirectory:
         """Writes the checkpoint of a step, and removes all but the last `keep` and the best.
 
         Raises:
-            UserError: it cannot be written; says which one is whole.
+            UserError: it cannot be written, and says which one is whole; or the directory is not this process's any more.
         """
         if not self.exists:
             raise UserError(
-                f"the run directory {self.path} has vanished; nothing of it is left, step {step} is not saved"
+                f"the run directory {self.path} is gone, moved or removed; step {step} is not saved"
+            )
+        if lock.lost(self.path):
+            raise UserError(
+                f"the run directory {self.path} is another one now, or in use by another process too: it was moved, or its "
+                f"{lock.LOCK} removed, while training went on; step {step} is not saved"
             )
         write_checkpoint(self.checkpoints / _name(step), files, whole=self.whole)
         self.point(step, best_step)

@@ -13,12 +13,12 @@ import torch
 
 from retnet import host
 from retnet.data import Prepared, load, prepare
+from retnet.lock import sole_owner
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
-from retnet.train.lock import sole_owner
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 
@@ -83,10 +83,12 @@ def start_from(config: RunConfig, run: RunDirectory, ranks: Ranks) -> RunConfig:
     return adopted or build(RunConfig, tomllib.loads(text))
 
 
-def prepare_data(config: RunConfig, progress: TrainingProgress, ranks: Ranks) -> Prepared:
+def prepare_data(config: RunConfig, progress: TrainingProgress, ranks: Ranks, verify: bool) -> Prepared:
     """Prepares the data, on the first rank; the others wait and open what it made."""
     made = ranks.lead(
-        lambda: prepare(config.data, on_progress=progress.preparing, on_problem=progress.problem)
+        lambda: prepare(
+            config.data, on_progress=progress.preparing, on_problem=progress.problem, verify=verify
+        )
     )
     directory = ranks.tell(str(made.directory) if made else "")
     return ranks.together(lambda: made or load(directory))

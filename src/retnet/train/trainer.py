@@ -11,6 +11,7 @@ import functools
 import math
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -25,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from retnet.data import Batch, Batches, Prepared
 from retnet.model import LanguageModel
+from retnet.model.checkpoint import weights
 from retnet.settings import UserError
-from retnet.train.checkpoints import Checkpoints, Standing
+from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, complete, processes
 from retnet.train.objective import Objective, Quality, count, evaluate
@@ -55,6 +57,7 @@ def train(
     *,
     begin: Begin = "new",
     checkpoint: str | None = None,
+    verify: bool = False,
     progress: TrainingProgress | None = None,
 ) -> Outcome:
     """Trains a model into a run directory, in this process or in all those that torchrun started.
@@ -65,6 +68,7 @@ def train(
         begin: ``"new"``: a run that is not there yet; ``"resume"``: go on with the run in `run_dir` from its newest
             checkpoint, or from the start if it has none yet; ``"resume-or-start"``: whichever fits.
         checkpoint: a checkpoint of the run to go on from instead; later ones are set aside.
+        verify: read all text and all shards again, and trust no times and sizes; see `retnet.data.prepare`.
         progress: where to show how it goes, of several processes the first; default: nowhere.
 
     Raises:
@@ -85,7 +89,7 @@ def train(
             progress.say(
                 f"{ranks.world} processes, each with {share} of the {config.train.accumulate} passes of a step"
             )
-        prepared = prepare_data(config, progress, ranks)
+        prepared = prepare_data(config, progress, ranks, verify)
         config = resolve(config, run, prepared, device, ranks, progress)
         trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
         with _signals() as stopped:
@@ -228,6 +232,11 @@ class _Trainer:
         """Ends the run where a number, the same on all ranks, is not finite; names the documents of all."""
         if math.isfinite(number):
             return
+        if (bad := spoiled(weights(self.model), self.ranks)) is not None:  # not the documents' doing
+            raise UserError(
+                f"the {what} became {number} at step {self.step + 1}, since {bad} is not finite after step {self.step}; "
+                "the last checkpoint is whole. Try a lower train.learning_rate or more train.warmup_steps"
+            )
         mine = [d for batch in batches for d in batch.documents if d >= 0]
         documents = sorted({d for documents in self.ranks.gather(mine) for d in documents})
         raise UserError(
@@ -280,7 +289,10 @@ def change_blocks(model: LanguageModel, change: Callable[[Forward], Forward]) ->
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and Ctrl-C, to end after the step in hand; a second one ends at once."""
+    """Collects SIGTERM and Ctrl-C, to end after the step in hand; a second one ends at once.
+
+    In another thread than the main one there are none, and who started the thread has to see to them.
+    """
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:
@@ -288,6 +300,9 @@ def _signals() -> Iterator[list[signal.Signals]]:
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
 
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield received
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
