@@ -133,15 +133,13 @@ def _print_plan(day: Day, minutes: float) -> None:
         for part in (part for part in chosen if part.step == step):
             print(f"    {part.seconds:4.0f} s  {part.name}: {part.what}")
     print(f"about {plan.expected(chosen) / 60:.1f} minutes in all")
-    notebooks = {step: day._notebook(step).done() for step in plan.STEPS}
-    for part in day.parts:
-        if part not in chosen:
-            why = (
-                "done before"
-                if part.name in notebooks[part.step]
-                else f"left out (rank {part.rank}): no time"
-            )
+    for part in plan.PARTS:
+        if part in day.parts and part not in chosen:
+            done = (part.step, part.name) in day.done()
+            why = "done before" if done else f"left out (rank {part.rank}): no time"
             print(f"  {part.step} {part.name}: {why}")
+        elif not plan.is_possible(part):
+            print(f"  {part.step} {part.name}: left out: {part.needs} is not installed")
     sys.stdout.flush()
 
 

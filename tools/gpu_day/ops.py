@@ -6,11 +6,22 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
 from retnet.bench import kernels, ops_summary
-from retnet.bench.implementations import HeadShape, OpsBench, for_device
+from retnet.bench.implementations import (
+    FLA,
+    INDEXED,
+    NARROW,
+    PARALLEL,
+    SPLIT,
+    WIDE,
+    HeadShape,
+    OpsBench,
+    for_device,
+)
 from retnet.bench.ops import measure_ops
 from retnet.measure.records import seen
 from retnet.measure.summary import Figure, Summary
@@ -25,7 +36,8 @@ SHAPES = {
     "64-128": HeadShape(16, 64, 128),
 }
 LENGTHS = (512, 2048, 8192, 32768, 131072)
-FLA = "flash-linear-attention"
+OTHERS = (INDEXED, SPLIT, PARALLEL, NARROW, WIDE)
+WITH_FLA = "fla-"  # what the names of parts begin with that stand beside it
 TINY = HeadShape(1, 16, 32)
 
 
@@ -40,20 +52,24 @@ def measured_kernels(place: Place) -> Found:
         return kernels.measure_kernels(place.device, tuple(SHAPES.values()), say, until=until)
 
 
-def measured_op(name: str, place: Place) -> Found:
-    """The op at one head shape, over lengths."""
+def measured_op(name: str, without: tuple[str, ...], place: Place) -> Found:
+    """The op at one head shape, over lengths, beside some of its peers."""
+    options: dict[str, Any] = {"without": without, "steps": False}
     if place.rehearsal:
-        tiny = {"shapes": (TINY,), "lengths": (128,), "tokens": 128, "rounds": 2, "product_size": 256}
-        bench = OpsBench(**tiny, steps=False)
+        options |= {"shapes": (TINY,), "lengths": (128,), "tokens": 128, "rounds": 2, "product_size": 256}
+        bench = OpsBench(**options)
     else:
-        bench = for_device(
-            place.device, shapes=(SHAPES[name],), lengths=LENGTHS, minutes=place.minutes, steps=False
-        )
+        options |= {"shapes": (SHAPES[name],), "lengths": LENGTHS, "minutes": place.minutes}
+        bench = for_device(place.device, **options)
     with shown(Console(file=sys.stderr, highlight=False)) as say:
         return {"configuration": asdict(bench), **measure_ops(bench, say)}
 
 
-PARTS: dict[str, Run] = {"kernels": measured_kernels, **{name: partial(measured_op, name) for name in SHAPES}}
+PARTS: dict[str, Run] = {
+    "kernels": measured_kernels,
+    **{name: partial(measured_op, name, (FLA,)) for name in SHAPES},
+    **{WITH_FLA + name: partial(measured_op, name, OTHERS) for name in SHAPES},
+}
 
 
 def summarise(parts: dict[str, Found]) -> Summary:
@@ -64,7 +80,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         of_kernels, bars = kernels.parts(found)
         tables += of_kernels
         figures.append(Figure("kernels", tuple(bars)))
-    named = {name: found for name, found in parts.items() if name in SHAPES}
+    named = {name: found for name, found in parts.items() if name.removeprefix(WITH_FLA) in SHAPES}
     panels, targets = [], []
     for found in named.values():
         of_shape, drawn = ops_summary.parts(found)
@@ -80,5 +96,5 @@ def summarise(parts: dict[str, Found]) -> Summary:
         tables.append(Table("Targets of the op", ("what", "wanted", "seen", "met"), rows))
         findings.append(f"Targets of the op: {sum(t['met'] for t in targets)} of {len(targets)} met.")
     if named and not any(row["name"].startswith(FLA) for found in named.values() for row in found["rows"]):
-        findings.append(f"{FLA} is not here, so nothing is said about it.")
+        findings.append(f"{FLA} was not measured, so nothing is said about it.")
     return Summary(tuple(tables), tuple(figures), tuple(findings))

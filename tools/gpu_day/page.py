@@ -47,6 +47,7 @@ def _page(out: Path, rehearsal: bool) -> Page:
     states = [
         (f"{part.step} {part.name}", records.get(part.step, {}).get("parts", {}).get(part.name, {}))
         for part in plan.PARTS
+        if plan.is_possible(part) or part.name in records.get(part.step, {}).get("parts", {})
     ]
     failures = {name: state["why"] for name, state in states if state.get("state") == "failed"}
     done = sum(state.get("state") == "done" for _, state in states)

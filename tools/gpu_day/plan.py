@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 STEPS = {
@@ -29,9 +30,10 @@ class Part(NamedTuple):
         step: that it belongs to.
         name: inside the step.
         seconds: expected on an H100, its kernels compiled anew.
-        rank: 1 is what a day is for, 2 what completes it, 3 what may wait for another day.
+        rank: 1 is what a day is for, 2 what completes it, 3 what may wait for another call, 4 what will have to.
         what: it does, in words.
         least: seconds from which on it is begun, where it can stop at any time and go on later; 0: it cannot.
+        needs: a module without which there is nothing to do.
     """
 
     step: str
@@ -40,6 +42,7 @@ class Part(NamedTuple):
     rank: int
     what: str
     least: float = 0.0
+    needs: str = ""
 
 
 PARTS = (
@@ -65,9 +68,15 @@ PARTS = (
     Part("tune", "out-64", 30, 3, "over 64"),
     Part("tune", "verify", 30, 2, "the winners against fp64"),
     Part("ops", "kernels", 45, 1, "TFLOP/s and GB/s of every kernel beside the ceilings"),
-    Part("ops", "256-512", 75, 1, "the op at K 256, V 512, from 512 to 131,072 tokens, beside its peers"),
+    Part(
+        "ops", "256-512", 75, 1, "the op at K 256, V 512, from 512 to 131,072 tokens, beside FlashAttention"
+    ),
     Part("ops", "128-256", 50, 2, "at K 128, V 256"),
     Part("ops", "64-128", 50, 2, "at K 64, V 128"),
+    # its kernels are each compiled in some 50 ways, one after the other, before the first result
+    Part("ops", "fla-256-512", 300, 2, "beside flash-linear-attention at K 256, V 512", needs="fla"),
+    Part("ops", "fla-128-256", 300, 4, "at K 128, V 256", needs="fla"),
+    Part("ops", "fla-64-128", 300, 4, "at K 64, V 128", needs="fla"),
     Part("decode", "steps", 30, 1, "the step of the op, batch 1 to 256, share of bandwidth"),
     Part(
         "decode", "1.3B", 60, 1, "a model of 1.3 B parameters, batch 1 to 256, beside a Llama at 2k, 8k, 32k"
@@ -77,7 +86,15 @@ PARTS = (
     Part("train", "350M", 30, 2, "350 M parameters, eagerly"),
     Part("train", "1.3B-compiled", 75, 2, "1.3 B at 8,192 tokens under torch.compile"),
     Part("train", "350M-compiled", 60, 3, "350 M at 8,192 tokens under torch.compile"),
-    Part("quality", "architectures", 330, 3, "nine architectures, two learning rates", least=150),
+    # of about 800 seconds: 18 runs, three at a time, of some 40 s of the card each, RWKV-4's 150 and the LSTM's 350
+    Part(
+        "quality",
+        "architectures",
+        330,
+        3,
+        "nine architectures, as far as time goes; called again, on",
+        least=150,
+    ),
 )
 
 
@@ -112,3 +129,8 @@ def expected(chosen: Sequence[Part]) -> float:
 def find(step: str, name: str) -> Part:
     """The part of this name."""
     return next(part for part in PARTS if (part.step, part.name) == (step, name))
+
+
+def is_possible(part: Part) -> bool:
+    """Whether what it needs is installed."""
+    return not part.needs or find_spec(part.needs) is not None

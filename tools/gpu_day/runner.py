@@ -35,14 +35,17 @@ class Day:
     def __init__(self, out: Path, rehearsal: bool, seconds: float, only: Collection[str], say: Say) -> None:
         self.out, self.rehearsal, self.say = out, rehearsal, say
         self.end = time.time() + seconds
-        self.parts = [part for part in plan.PARTS if part.step in only]
+        self.parts = [part for part in plan.PARTS if part.step in only and plan.is_possible(part)]
         self.failed: set[tuple[str, str]] = set()  # in this call; the next one tries again
         self.stopped = False
 
     def chosen(self) -> list[Part]:
         """What is done in the time that is left."""
-        done = {(s, name) for s in plan.STEPS for name in self._notebook(s).done()}
-        return plan.choose(self.parts, done | self.failed, self.end - time.time())
+        return plan.choose(self.parts, self.done() | self.failed, self.end - time.time())
+
+    def done(self) -> set[tuple[str, str]]:
+        """(step, part) of all that need not be done again."""
+        return {(step, name) for step in plan.STEPS for name in self._notebook(step).done()}
 
     def run(self) -> bool:
         """Does all that fits; whether nothing failed or was stopped.

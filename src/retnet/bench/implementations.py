@@ -20,6 +20,7 @@ OURS, LOOP, REFERENCE = "retnet", "retnet, torch operators", "retnet, reference"
 INDEXED, SPLIT, PARALLEL = "autograd, indexed chunks", "autograd, split chunks", "autograd, parallel form"
 NARROW, WIDE = "SDPA, H·K wide", "SDPA, H·V wide"
 FORWARD, BOTH = "forward", "forward + backward"
+FLA = "flash-linear-attention"  # what the names of its kernels begin with
 PEER_CHUNK = 128  # of the chunkwise forms that autograd differentiates
 
 
@@ -95,6 +96,7 @@ class OpsBench(Checked):
         product_size: of the matrices that give the limit.
         buffer_megabytes: that bandwidth is measured with, and that the states of large steps fill.
         steps: whether the decoding step is measured, too.
+        without: contenders whose names begin so are left out.
     """
 
     shapes: tuple[HeadShape, ...] = (HeadShape(16, 64, 128), HeadShape(8, 128, 256), LARGE)
@@ -107,6 +109,7 @@ class OpsBench(Checked):
     product_size: Count = 1536
     buffer_megabytes: Count = 256
     steps: bool = True
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

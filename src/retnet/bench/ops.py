@@ -133,7 +133,10 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
     keep_freed_memory()
     torch.manual_seed(0)
     device = torch.device(bench.device)
-    found = {shape: implementations_on(device, shape) for shape in bench.shapes}
+    found = {
+        shape: [one for one in implementations_on(device, shape) if not one.name.startswith(bench.without)]
+        for shape in bench.shapes
+    }
     _check_memory(_rows(bench, found), bench, device)
     errors, left_out = _errors(found, bench.dtype, device, say)
     rows = _rows(bench, found)
