@@ -74,3 +74,8 @@ def reason_of(error: BaseException, without: str = "") -> str:
 def printable(path: str | bytes | os.PathLike[str]) -> str:
     """A path as it can be printed and stored: names of files need not be UTF-8, and what is not becomes U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", os.fsdecode(path))
+
+
+def one_line(text: str) -> str:
+    """A message as one line: names of files may have line breaks and other control characters, which are escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -254,6 +254,11 @@ def test_a_prompt_from_closed_standard_input(shop, places):
     assert one_sentence(done) == "cannot read standard input: it is closed; give --prompt, or --prompt-file"
 
 
+def test_a_name_with_a_line_break(shop, places, tmp_path):
+    said = one_sentence(places.run(["generate", tmp_path / "a\nb\x1b[31m", "--prompt", "a"], shop.home))
+    assert r"a\nb\x1b[31m" in said
+
+
 SERVING = {
     "no model": (["nowhere"], r"no run at nowhere"),
     "a file that is no model": (["keys"], r"keys is a file, and neither of a run nor of a checkpoint"),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from retnet.errors import UserError, printable, told
+from retnet.errors import UserError, one_line, printable, told
 
 MISTAKE = 2  # exit status after a mistake of the user, as click's own
 STDOUT = 1  # number of the file
@@ -108,5 +108,5 @@ def _forget_output() -> None:
 
 def _say(error: UserError) -> int:
     with suppress(OSError):  # standard error is full, or nobody reads it
-        click.echo(f"retnet: error: {error}", err=True)
+        click.echo(f"retnet: error: {one_line(str(error))}", err=True)
     return MISTAKE

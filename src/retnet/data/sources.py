@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from retnet.errors import UserError, printable
+from retnet.errors import UserError, one_line, printable
 from retnet.io import not_a_file
 
 TEXT = (".txt", ".md", ".py")  # one document each
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place}: {self.kind}: {self.message}" if self.message else f"{place}: {self.kind}"
+        return one_line(f"{place}: {self.kind}: {self.message}" if self.message else f"{place}: {self.kind}")
 
 
 class Source(NamedTuple):
