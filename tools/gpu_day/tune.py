@@ -94,7 +94,8 @@ def search(kind: str, place: Place) -> Found:
     if not runs:
         return {"architecture": name, "kind": kind, "start": list(start), "best": list(start), "tried": []}
     began = _times(runs, device, name, kind, start)
-    assert began is not None
+    if began is None:
+        raise RuntimeError(f"the tiles in use, {tuple(start)}, do not run here; tune.log says why")
     tried, best, ratio = {start: 1.0}, start, 1.0
     compile_all = partial(_compile, kind, device.type, shapes)
     while waiting := [tiles for tiles in neighbours(best) if tiles not in tried]:
