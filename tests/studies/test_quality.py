@@ -55,7 +55,7 @@ def test_first_the_grid_then_the_seeds_of_the_best_rate():
     study = quality()
     first = study.jobs(OUT, {}, [])
     assert list(first) == [
-        f"{row}.lr-{rate}.seed-0" for row in ("a-net", "b-net") for rate in ("0.001", "0.01")
+        f"{row}.lr-{rate}.seed-0" for rate in ("0.001", "0.01") for row in ("a-net", "b-net")
     ]
     tuned = everything({"a-net": {(1e-3, 0): 30.0, (1e-2, 0): 20.0}})
     then = study.jobs(OUT, tuned, [])
