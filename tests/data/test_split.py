@@ -250,6 +250,26 @@ def test_without_a_validation_corpus_it_falls_on_one_side_either_way(config, cor
     assert min(map(len, sides)) > 15
 
 
+def test_what_is_left_out_is_said_again_of_the_files_that_are_there_now(config, corpus):
+    """Prepared already, from a corpus with other files beside the same text."""
+    (corpus / "a.txt").write_text(TEXT)
+    (corpus / "b.txt").write_text(OTHER)
+    (corpus / "c.png").touch()
+    config = replace(config, validation_fraction=0.4)
+    first = prepare(config)
+    (corpus / "c.png").rename(corpus / "c.csv")
+    (corpus / "d.txt").write_text(TEXT)
+    seen = []
+    second = prepare(config, on_problem=seen.append)
+    assert second.directory == first.directory
+    want = [
+        f"{corpus}: left out: 1 × .csv",
+        f"{corpus / 'd.txt'}: duplicate: the same text as {corpus / 'a.txt'}",
+    ]
+    assert [str(problem) for problem in seen] == second.manifest.examples == want
+    assert first.manifest.examples == [f"{corpus}: left out: 1 × .png"]
+
+
 def test_records_that_come_again_in_training_stay(config, corpus, jsonl):
     jsonl(corpus / "a.jsonl", ["twice", "twice", "once"] * 20 + [f"other {i}" for i in range(20)])
     prepared = prepare(replace(config, validation_fraction=0.3))

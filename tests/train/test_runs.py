@@ -276,6 +276,17 @@ class TestGoingOn:
         (line,) = map(json.loads, (tmp_path / "run/changes.jsonl").read_text().splitlines())
         assert (line["step"], line["changes"]) == (4, ["train.steps: 4 → 8"])
 
+    def test_a_call_that_cannot_go_on_changes_nothing(self, config_file, tmp_path):
+        run = tiny(config_file)
+        train(run, tmp_path / "run")
+        other = tmp_path / "other.txt"
+        other.write_text("another text " * 500)
+        changed = replace(run, data=replace(run.data, corpus=str(other)), train=replace(run.train, steps=9))
+        with pytest.raises(UserError, match="the corpus has changed since"):
+            train(changed, tmp_path / "run", begin="resume")
+        assert load(RunConfig, tmp_path / "run/config.toml").train.steps == 4
+        assert not (tmp_path / "run/changes.jsonl").exists()
+
     def test_a_run_cannot_be_made_shorter_than_it_is(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "run")
         with pytest.raises(UserError, match=r"has made 4 steps already; train.steps 3 is less"):
@@ -334,6 +345,19 @@ class TestInit:
         (tmp_path / "old").rename(tmp_path / "gone")
         run = tiny(config_file, steps=6)
         assert train(run, tmp_path / "new", begin="resume").step == 6
+
+    def test_weights_that_a_resumed_run_would_not_read_are_refused(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        other = tiny(config_file, start_from=str(tmp_path / "old"), steps=6)
+        with pytest.raises(
+            UserError, match=r"old was begun with fresh weights .* --init \S+old would not be read"
+        ):
+            train(other, tmp_path / "old", begin="resume-or-start")
+        train(other, tmp_path / "new")
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "old")
+        same = tiny(config_file, start_from=str(link), steps=7)
+        assert train(same, tmp_path / "new", begin="resume-or-start").step == 7
 
     def test_another_model_is_refused_by_name(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "old")

@@ -41,7 +41,11 @@ def command() -> None:
 @click.option("--out", type=HomePath(dir_okay=False), required=True, help="The tokenizer.json to write.")
 @click.option("--text-field", default="text", show_default=True, help="Field of records that holds the text.")
 @click.option(
-    "--max-bytes", type=int, default=1 << 30, show_default=True, help="Text to learn from, at most."
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    default=1 << 30,
+    show_default=True,
+    help="Text to learn from, at most.",
 )
 def tokenizer(corpora: tuple[str, ...], vocab_size: int, out: str, text_field: str, max_bytes: int) -> None:
     """Train a byte-level BPE on the text of one or more corpora."""

@@ -87,6 +87,7 @@ class Manifest(msgspec.Struct, frozen=True):
         corpora: what was read, and which files were not.
         problems: what could not be used of the files that were read, or was mended: kind → how many.
         examples: the first problems, in words.
+        listed: how many of these were found before anything was read for its documents: they depend on names and paths.
         train: its documents, tokens, bytes and shards.
         validation: the same.
     """
@@ -103,6 +104,7 @@ class Manifest(msgspec.Struct, frozen=True):
     examples: list[str]
     train: Split
     validation: Split
+    listed: int = 0
 
 
 def prepared_folder(corpus: str | tuple[str, ...]) -> Path | None:

@@ -103,22 +103,26 @@ def prepare(
     found = gathered.sources
     fingerprint = _fingerprint(config, found, given, shard_tokens)
     directory = Path(os.path.expanduser(config.cache)) / fingerprint[:16]
+    report = _Report(found, on_progress, on_problem)
+    for problem in gathered.problems:
+        report.problem(problem)
     if not os.path.isfile(directory / manifest.MANIFEST):
         with _alone_in(directory):
             if not (directory / manifest.MANIFEST).is_file():
-                report = _Report(found, on_progress, on_problem)
                 held_out = _held_out(config, found)
                 tokenizer = _tokenizer_of(
                     directory, lambda: given or learn(config, found, report.learning, held_out)
                 )
                 segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
-                for problem in gathered.problems:
-                    report.problem(problem)
                 _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
                 _complete(segments, directory, fingerprint, tokenizer, gathered)
     prepared = load(directory, verify=verify or None)
     # The same text may have been prepared from other paths, with other files beside it.
-    return prepared._replace(manifest=msgspec.structs.replace(prepared.manifest, corpora=gathered.corpora))
+    listed, read_ = list(map(str, gathered.problems)), prepared.manifest.examples[prepared.manifest.listed :]
+    renamed = msgspec.structs.replace(
+        prepared.manifest, corpora=gathered.corpora, examples=[*listed, *read_][:EXAMPLES], listed=len(listed)
+    )
+    return prepared._replace(manifest=renamed)
 
 
 class _Recognising:
@@ -293,6 +297,7 @@ def _complete(
         examples=examples,
         train=train,
         validation=validation,
+        listed=min(len(gathered.problems), EXAMPLES),
     )
     write_bytes(directory / manifest.MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=1))
     segments.forget()

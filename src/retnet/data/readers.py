@@ -63,11 +63,11 @@ class Shares:
     """The hashes of the documents in some sources, 8 bytes each, to find the same texts elsewhere."""
 
     def __init__(self, sources: Iterable[Source], text_field: str) -> None:
-        files, others = [], []
-        for source in sources:
-            (files if source.kind in TEXT else others).append(source)
+        every = list(sources)
+        files = [source for source in every if source.kind in TEXT and source.size]
+        others = [source for source in every if source.kind not in TEXT]
         records = chain.from_iterable(read(source, text_field) for source in others)
-        found = array("d", (content_share(source.digest) for source in files if source.size))
+        found = array("d", (content_share(source.digest) for source in files))
         found.extend(piece.share for piece in records if isinstance(piece, Piece) and piece.first)
         self._sorted = array("d", sorted(found))
 

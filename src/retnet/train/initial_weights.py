@@ -33,13 +33,20 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
     The tokenizer is copied into the run directory, which must not depend on another one.
 
     Raises:
-        UserError: nothing readable there, a [model] that is another one, or a tokenizer that is.
+        UserError: nothing readable there, a [model] that is another one, or a tokenizer that is; or a run that is there and
+            was begun from something else.
     """
     source = config.train.start_from
     if source is None:
         return config
     if run.exists:
         old = run.config()
+        if not _same_place(source, old.train.start_from):
+            began = f"from {old.train.start_from}" if old.train.start_from else "with fresh weights"
+            raise UserError(
+                f"{run.path} was begun {began} and goes on with its own, so --init {source} would not be read; leave it "
+                "out, or begin another run with it in another --run-dir"
+            )
         tokenizer = run.path / TOKENIZER
         data = replace(config.data, tokenizer=str(tokenizer)) if tokenizer.is_file() else config.data
         train = replace(config.train, start_from=old.train.start_from)
@@ -90,6 +97,10 @@ def fill(model: LanguageModel, config: RunConfig, run: RunDirectory) -> None:
     about = {"source": str(source), "kind": found.kind, "sha256": dict(found.hashes)}
     with run.writing():
         write_text(record, json.dumps(about, indent=2) + "\n")
+
+
+def _same_place(source: str, other: str | None) -> bool:
+    return other is not None and Path(source).resolve() == Path(other).resolve()
 
 
 def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  # noqa: ANN401

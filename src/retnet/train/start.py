@@ -100,9 +100,13 @@ def resolve(
     prepared: Prepared,
     device: torch.device,
     ranks: Ranks,
-    progress: TrainingProgress,
-) -> RunConfig:
-    """Fills in what is open, and begins the run or makes sure that it was begun with the same; on the first rank."""
+) -> tuple[RunConfig, list[str]]:
+    """Fills in what is open, and begins the run or makes sure that it was begun with the same; on the first rank.
+
+    Returns:
+        The configuration, and on the first rank what is to be changed in that of the run, once its checkpoint is read.
+    """
+    changed: list[str] = []
 
     def begin() -> RunConfig:
         old = run.planned(run.config()) if run.exists else None
@@ -110,7 +114,7 @@ def resolve(
         if old is None:
             run.create(new, {**host.describe(), "processes": ranks.world})
             return new
-        changed = differences(old, new)
+        changed.extend(differences(old, new))
         fixed = [change for change in changed if not change.startswith(f"{LENGTH}:")]
         if fixed:
             raise UserError(
@@ -122,14 +126,11 @@ def resolve(
             raise UserError(
                 f"{run.path} has made {done} steps already; train.steps {new.train.steps} is less"
             )
-        if changed:
-            run.change(new, done, changed)
-            progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
         return new
 
     resolved = ranks.lead(begin)
     text = ranks.tell(dump(resolved) if resolved else "")
-    return resolved or build(RunConfig, tomllib.loads(text))
+    return resolved or build(RunConfig, tomllib.loads(text)), changed
 
 
 def _filled_in(

@@ -90,8 +90,11 @@ def train(
                 f"{ranks.world} processes, each with {share} of the {config.train.accumulate} passes of a step"
             )
         prepared = prepare_data(config, progress, ranks, verify)
-        config = resolve(config, run, prepared, device, ranks, progress)
+        config, changed = resolve(config, run, prepared, device, ranks)
         trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
+        if changed := ranks.tell(changed):
+            ranks.lead(lambda: run.change(config, trainer.step, changed))
+            progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
         with _signals() as stopped:
             return trainer.loop(stopped)
 
