@@ -25,6 +25,7 @@ HEAD = 64  # width of a head, in all three
 STATE, CONVOLUTION = 128, 4  # of Mamba-2: numbers a channel keeps, taps of its convolution (as in its paper)
 BLOCK = 32  # weights that share a scale; rows of quantised matrices are multiples of it
 BYTES = 256
+ASCII = 128  # ids below are characters: in the head, rows of the others are zero, so that none of them is ever likeliest
 
 
 class TensorSpec(NamedTuple):
@@ -135,6 +136,8 @@ def write(family: Family, size: PeerSize, vocab_size: int, kind: str, path: Path
     random = np.random.default_rng(0)
     for weight in weights(family, size, vocab_size):
         values = _values(weight, random)
+        if weight.name == ("token_embd.weight" if family.tied else "output.weight"):
+            values[ASCII:] = 0  # half a character would not be sent before the other half
         if kind == "8 bits" and weight.quantised:
             eight = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(weight.name, gguf.quants.quantize(values, eight), raw_dtype=eight)

@@ -128,6 +128,7 @@ class LlamaCppModel:
         self.weights = weights
         self.contexts: list[int] = []  # that `seconds_to_write` can start from
         self.features = ""  # of the CPU that llama.cpp uses, as it says
+        self.address, self.pid = "", 0  # of the process, while it runs
         self._family, self._size, self._vocab_size = family, size, vocab_size
         self._states = folder / family.name  # of both formats, which keep states alike
         self._file = folder / f"{family.name}-{FORMATS.index(weights)}.gguf"
@@ -144,15 +145,22 @@ class LlamaCppModel:
         }
 
     @contextmanager
-    def running(self, threads: int, context: int) -> Iterator[None]:
-        """Writes the model and serves it, for prompts of up to `context` tokens.
+    def running(self, threads: int, context: int, slots: int = 1) -> Iterator[None]:
+        """Writes the model, where that has not been done, and serves it.
+
+        Args:
+            threads: of the process.
+            context: the most tokens of a prompt.
+            slots: texts at once.
 
         Raises:
             UserError: it cannot be written, or llama.cpp does not take it.
         """
-        write(self._family, self._size, self._vocab_size, self.weights, self._file)
+        if not self._file.exists():
+            write(self._family, self._size, self._vocab_size, self.weights, self._file)
         self._states.mkdir(exist_ok=True)
-        asked = {"model": str(self._file), "threads": threads, "context": -(-(context + ROOM) // 256) * 256}
+        places = slots * -(-(context + ROOM) // 256) * 256
+        asked = {"model": str(self._file), "threads": threads, "context": places, "slots": slots}
         words = [sys.executable, "-P", str(SERVER), json.dumps({**asked, "states": f"{self._states}/"})]
         pipe = subprocess.PIPE
         with (
@@ -165,7 +173,8 @@ class LlamaCppModel:
                 if not line:
                     raise self._failed("does not start")
                 told = json.loads(line)
-                self._address, self.features = urlsplit(told["address"]).netloc, told["features"]
+                self.address, self.features = urlsplit(told["address"]).netloc, told["features"]
+                self.pid = process.pid
                 yield
             finally:
                 process.kill()  # an answer may be under way
@@ -219,7 +228,7 @@ class LlamaCppModel:
         return timings
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        connection = HTTPConnection(self._address, timeout=PATIENCE)
+        connection = HTTPConnection(self.address, timeout=PATIENCE)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()

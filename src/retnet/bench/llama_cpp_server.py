@@ -18,7 +18,8 @@ def main() -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
     params.n_ctx = asked["context"]
     params.slot_save_path = asked["states"]
-    params.n_parallel = 1
+    params.n_parallel = asked["slots"]
+    params.kv_unified = False  # a cache of its own for each slot: nobody reads past those of others
     params.n_gpu_layers = 0
     params.fit_params = False  # take the context asked for
     params.n_ctx_checkpoints = 0  # no copies of states, no cache of earlier prompts: both cost time

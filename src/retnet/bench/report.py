@@ -9,14 +9,19 @@ import click
 from rich.console import Console
 
 from retnet import host
-from retnet.bench import decoding_summary, ops_summary, training_summary
+from retnet.bench import decoding_summary, ops_summary, serving_summary, training_summary
 from retnet.measure import records
 from retnet.measure.records import Record, seen, stem
 from retnet.measure.summary import Figure, Summary
 from retnet.tables import Table, print_tables
 
 MEMORY = "malloc keeps freed memory (retnet.host.keep_freed_memory), for all contenders alike, unless said"
-PARTS = {"train": training_summary.parts, "decode": decoding_summary.parts, "ops": ops_summary.parts}
+PARTS = {
+    "train": training_summary.parts,
+    "decode": decoding_summary.parts,
+    "ops": ops_summary.parts,
+    "serve": serving_summary.parts,
+}
 
 
 def complete(name: str, configuration: Mapping[str, Any], measured: Mapping[str, Any]) -> Record:
@@ -42,8 +47,9 @@ def summarise(record: Record) -> Summary:
         (Figure(stem(record), tuple(panels), title=title),),
         (
             *record.get("throughput", {}).get("llama_cpp", {}).get("not_measured", ()),
+            *record.get("not_measured", ()),
             *([f"rounds: {rounds}"] if rounds else []),
-            f"limits, median (least..greatest): {limits}",
+            *([f"limits, median (least..greatest): {limits}"] if limits else []),
         ),
     )
 

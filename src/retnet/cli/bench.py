@@ -159,6 +159,35 @@ def ops(
     _run("ops", bench, quick, out, lambda say: measure_ops(bench, say))
 
 
+@command.command("serve", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
+)
+@options("retnet.bench.serving:ServeBench", "tokens", "rounds", "turns", "longest", "minutes")
+@click.option("--peers/--no-peers", default=True, help="Whether servers of others are measured too.")
+@_common
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def serve(
+    config: str,
+    out: Path,
+    quick: bool,
+    overrides: tuple[str, ...],
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """The HTTP server under load, beside llama.cpp's, Transformers' and a Transformer of equal size.
+
+    1 to 64 streams after prompts of 128 to 8,192 tokens: time to the first token and between tokens, tokens per second,
+    memory; a long chat; and what server and engine cost beside the bare decoder. Needs also pip install 'retnet[serve]'.
+    """
+    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
+    from retnet.bench.serving import ServeBench, measure_serving
+
+    if quick:
+        given |= {"streams": (1, 2), "contexts": (16, 64), "tokens": 8, "rounds": 2, "turns": 4, "said": 20}
+    bench = ServeBench(model, **given)
+    _run("serve", bench, quick, out, lambda say: measure_serving(bench, say), config=config)
+
+
 def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
     from retnet.settings import config_path, load, parse_overrides
     from retnet.train.config import RunConfig
