@@ -7,15 +7,19 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from retnet.settings import UserError, nearest
+
+Result = TypeVar("Result")
 
 DTYPES = {
     "float32": torch.float32,
@@ -40,6 +44,31 @@ def keep_freed_memory() -> None:
         trim_threshold, -1
     )  # never; at 2³¹ − 1, gigabytes of gradients were mapped anew at every step
     libc.mallopt(top_pad, 64 << 20)
+
+
+def in_passing_thread(function: Callable[[], Result]) -> Result:
+    """What a function returns or raises, called in a thread that ends with it, and so does its OpenMP team.
+
+    Every thread that computes has a team of its own. Where the teams of a process have more threads than there are cores,
+    libgomp puts threads to sleep at every barrier instead of letting them spin: measured, a step of a model of 17 M
+    parameters with int8 weights took 2.6 ms instead of 1.1. So whoever computes in a thread for long (a server) has what
+    comes before, such as reading a model, done in a passing one.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="retnet-passing")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def choose_device(name: str) -> torch.device:

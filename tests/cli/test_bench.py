@@ -114,6 +114,25 @@ def test_ops(tmp_path):
     assert "The op, H 2, K 16, V 32" in shown
 
 
+@pytest.mark.slow
+def test_serve(tmp_path, monkeypatch):
+    """Our two servers, and the Transformer behind the same one; others have a test of their own."""
+    record, shown = quick("serve", tmp_path, "--no-peers")
+    points = {(row["name"], row["weights"], row["streams"], row["context"]) for row in record["rows"]}
+    servers = (("retnet", "fp32"), ("retnet", "8 bits"), ("Transformer, retnet serve", "fp32"))
+    assert points == {
+        (*server, streams, context) for server in servers for streams in (1, 2) for context in (16, 64)
+    }
+    for row in record["rows"]:
+        assert all(each["tokens"] == 8 * row["streams"] for each in row["rounds"])
+        assert row["first_token_p50"]["median"] > 0
+        assert row["rss_bytes"] > 1e8
+    assert [len(chat["turns"]) for chat in record["chats"]] == [4, 4]
+    assert {row["streams"] for row in record["overhead"]} == {1, 2}
+    assert "servers of others are not measured: --no-peers" in shown
+    assert "Server and engine beside the bare decoder" in shown
+
+
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):
     assert "no configuration 'laptop/26m'" in fails("train", "--config", "laptop/26m")
     assert "unexpected argument 'please'" in fails("train", "please")

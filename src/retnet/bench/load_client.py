@@ -36,7 +36,9 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, zero: float
 
 def told(times: list[float], lines: list[bytes]) -> Told:
     """What the events of a stream said, and when those with text arrived."""
-    arrivals, parts, usage = [], [], {}
+    arrivals: list[float] = []
+    parts: list[str] = []
+    usage: Told = {}
     for at, line in zip(times, lines, strict=True):
         content = line[5:].strip()
         if content == b"[DONE]":

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +26,7 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.settings import UserError
 
+CB_BLOCK = 32  # tokens of a block of the cache of `transformers serve`
 PATIENCE = 120.0  # seconds until a server answers
 OURS, TRANSFORMER, HF = "retnet", "Transformer, retnet serve", "Llama, transformers serve"
 
@@ -72,6 +72,20 @@ class Served:
             "stream_options": {"include_usage": True},
             **self.extra,
         }
+
+
+class Running(NamedTuple):
+    """A server that is up.
+
+    Attributes:
+        server: which.
+        place: where.
+        contexts: tokens of prompts that it has room for.
+    """
+
+    server: Served
+    place: Listening
+    contexts: Sequence[int] = ()
 
 
 def ours(name: str, config: ModelConfig, weights: str, folder: Path) -> Served:
@@ -154,11 +168,12 @@ def transformers_serve(config: ModelConfig, parameters: int, folder: Path) -> Se
 
 @contextmanager
 def _run_transformers(path: Path, streams: int, context: int) -> Iterator[Listening]:
-    del context
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    batching = ["--continuous-batching"] * (streams > 1)
+    blocks = str(streams * (-(-context // CB_BLOCK) + 2))  # else it takes most of the memory there is
+    options = ["--continuous-batching", "--cb-block-size", str(CB_BLOCK), "--cb-num-blocks", blocks]
+    batching = options if streams > 1 else []
     code = "from transformers.cli.transformers import main; main()"
     words = [
         sys.executable,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from retnet.bench import llama_cpp, served
 from retnet.bench.decoding import weight_bytes
 from retnet.bench.gguf_models import ASCII, FORMATS
 from retnet.bench.load import LoadGenerator, LoadSample, generator
-from retnet.bench.served import HF, OURS, TRANSFORMER, Listening, Served
+from retnet.bench.served import HF, OURS, TRANSFORMER, Running, Served
 from retnet.bench.serving_parts import ChatRow, OverheadRow, measure_chats, measure_overhead
 from retnet.bench.training import cost_vocabulary
 from retnet.measure.clock import Budget, Spread, Target, spread
@@ -121,6 +121,7 @@ def measure_serving(bench: ServeBench, say: Say) -> dict[str, Any]:
     config = replace(bench.model, vocab_size=cost_vocabulary(replace(bench.model, vocab_size=None)))
     parameters = weight_bytes(LanguageModel(config)) // 4
     budget, not_measured = Budget(bench.minutes), list[str]()
+    chats, overhead = list[ChatRow](), list[OverheadRow]()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="retnet-bench-")))
         load = stack.enter_context(generator())
@@ -128,9 +129,15 @@ def measure_serving(bench: ServeBench, say: Say) -> dict[str, Any]:
         own = [served.ours(OURS, config, weights, folder) for weights in FORMATS]
         grown = served.ours(TRANSFORMER, transformer(config, HEAD_WIDTH), FORMATS[0], folder)
         others = _others(bench, config, parameters, folder, not_measured)
-        overhead = measure_overhead(config, own, load, bench.streams, bench.tokens, bench.rounds, say)
-        chats = measure_chats([own[0], grown], load, bench.turns, bench.said, bench.tokens, bench.rounds, say)
-        rows = _Points(bench, load, budget, not_measured, say).measure([*own, grown, *others])
+        points = _Points(bench, load, budget, not_measured, say)
+        for streams in sorted(bench.streams):
+            with points.running([*own, grown, *others], streams) as running:
+                points.measure(running, streams)
+                if streams == min(bench.streams):
+                    chats = measure_chats(_those(running, OURS, TRANSFORMER), load, bench, say)
+                if streams in (min(bench.streams), max(bench.streams)):
+                    overhead += measure_overhead(config, _those(running, OURS), load, bench, streams, say)
+    rows = sorted(points.rows, key=lambda row: (row.context, row.streams))
     return {
         "notes": NOTES,
         "parameters": parameters,
@@ -173,84 +180,81 @@ class _Points:
         self._not_measured = not_measured
         self._random = np.random.default_rng(0)
         self._alone: dict[tuple[str, str, int], float] = {}  # seconds of one stream at a context
+        self._done = 0
+        self.rows: list[ServeRow] = []
 
-    def measure(self, servers: Sequence[Served]) -> list[ServeRow]:
-        """Rows in the order of contexts, then streams."""
-        left, rows = list(servers), list[ServeRow]()
+    @contextmanager
+    def running(self, servers: Sequence[Served], streams: int) -> Iterator[list[Running]]:
+        """The servers that have time for anything with so many streams, warm."""
+        found = []
+        with ExitStack() as stack:
+            for server in servers:
+                contexts = [c for c in sorted(self._bench.contexts) if self._has_time(server, streams, c)]
+                if not contexts:
+                    continue
+                self._say(f"starting {server.name}, {server.weights}, {streams} slots")
+                try:
+                    place = stack.enter_context(server.start(streams, contexts[-1] + self._bench.tokens))
+                    one = Running(server, place, contexts)
+                    self._sample(one, 1, 16)
+                    found.append(one)
+                except UserError as error:
+                    self._leave_out(server, streams, "anything", str(error))
+            yield found
+
+    def measure(self, running: Sequence[Running], streams: int) -> None:
+        """Adds the rows of so many streams."""
         points = len(self._bench.streams) * len(self._bench.contexts)
-        for number, streams in enumerate(sorted(self._bench.streams)):
-            with ExitStack() as stack:
-                running = {}
-                for server in list(left):
-                    self._say(f"starting {server.name}, {server.weights}, {streams} slots")
-                    try:
-                        start = server.start(streams, max(self._bench.contexts) + self._bench.tokens)
-                        found = stack.enter_context(start)
-                        self._sample(server, found, 1, 16)  # it is warm then
-                        running[server.name, server.weights] = found
-                    except UserError as error:
-                        left.remove(server)
-                        self._not_measured.append(
-                            f"{server.name}, {server.weights}, from {streams} streams on: {error}"
-                        )
-                for place, context in enumerate(sorted(self._bench.contexts)):
-                    done = number * len(self._bench.contexts) + place
-                    rows += self._point(left, running, streams, context, done, points)
-        return sorted(rows, key=lambda row: (row.context, row.streams))
+        for context in sorted(self._bench.contexts):
+            entered = [one for one in running if context in one.contexts]
+            rows = self._point(entered, streams, context, points)
+            self.rows += [row for row in rows if row.samples]
+            self._done += 1
 
-    def _point(
-        self,
-        servers: list[Served],
-        running: dict[tuple[str, str], Listening],
-        streams: int,
-        context: int,
-        done: int,
-        points: int,
-    ) -> list[ServeRow]:
-        rows: dict[tuple[str, str], ServeRow] = {}
-        entered = [s for s in servers if self._has_time(s, streams, context)]
-        until = self._budget.deadline(1 / (points - done))
+    def _point(self, entered: list[Running], streams: int, context: int, points: int) -> list[ServeRow]:
+        rows = [ServeRow(one.server.name, one.server.weights, streams, context) for one in entered]
+        pairs = list(zip(entered, rows, strict=True))
+        until = self._budget.deadline(1 / (points - self._done))
         for number in range(self._bench.rounds):
             began = time.monotonic()
-            for server in reversed(entered) if number % 2 else list(entered):
-                where = f"{streams} streams after {context:,} tokens"
-                self._say(f"{where}, round {number + 1}: {server.name}, {server.weights}", done / points)
-                key, row = (
-                    (server.name, server.weights),
-                    ServeRow(server.name, server.weights, streams, context),
-                )
+            for one, row in list(reversed(pairs) if number % 2 else pairs):
+                where = f"{streams} streams after {context:,} tokens, round {number + 1}"
+                self._say(f"{where}: {row.name}, {row.weights}", self._done / points)
                 try:
-                    sample = self._sample(server, running[key], streams, context)
+                    row.samples.append(self._sample(one, streams, context))
                 except UserError as error:
-                    self._not_measured.append(f"{server.name}, {server.weights}, {where}: {error}")
-                    entered.remove(server)
-                    rows.pop(key, None)
+                    self._leave_out(one.server, streams, f"{context:,} tokens", str(error))
+                    pairs.remove((one, row))
+                    row.samples.clear()
                     continue
-                row = rows.setdefault(key, row)
-                row.samples.append(sample)
-                row.rss = peak_memory(running[key].pid)
+                row.rss = peak_memory(one.place.pid)
                 if streams == 1:
-                    self._alone[*key, context] = sample.seconds
+                    self._alone[row.name, row.weights, context] = row.samples[-1].seconds
             now = time.monotonic()
             if now + (now - began) > until:
                 break
-        return list(rows.values())
+        return rows
 
     def _has_time(self, server: Served, streams: int, context: int) -> bool:
-        alone = self._alone.get((server.name, server.weights, context), 0.0)
-        if streams * alone <= self._bench.longest:
-            return True
-        what = f"{server.name}, {server.weights}, {streams} streams after {context:,} tokens"
-        self._not_measured.append(
-            f"{what}: about {streams * alone:.0f} s, and {self._bench.longest:g} are allowed"
-        )
-        return False
+        seconds = streams * self._alone.get((server.name, server.weights, context), 0.0)
+        longest = self._bench.longest
+        if seconds > longest:
+            why = f"it would take up to {seconds:.0f} s, and {longest:g} are allowed"
+            self._leave_out(server, streams, f"{context:,} tokens", why)
+        return seconds <= longest
 
-    def _sample(self, server: Served, found: Listening, streams: int, context: int) -> LoadSample:
+    def _leave_out(self, server: Served, streams: int, after: str, why: str) -> None:
+        self._not_measured.append(f"{server.name}, {server.weights}, {streams} streams after {after}: {why}")
+
+    def _sample(self, one: Running, streams: int, context: int) -> LoadSample:
         prompts = self._random.integers(32, ASCII - 1, (streams, context)).tolist()
-        bodies = [server.body(prompt, self._bench.tokens) for prompt in prompts]
-        who = f"{server.name}, {server.weights}"
-        return self._load.together(f"{found.url}/v1/completions", bodies, self._bench.tokens, who)
+        bodies = [one.server.body(prompt, self._bench.tokens) for prompt in prompts]
+        who = f"{one.server.name}, {one.server.weights}"
+        return self._load.together(f"{one.place.url}/v1/completions", bodies, self._bench.tokens, who)
+
+
+def _those(running: Sequence[Running], *names: str) -> list[Running]:
+    return [one for one in running if one.server.name in names]
 
 
 def peak_memory(pid: int) -> int:

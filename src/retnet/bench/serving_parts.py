@@ -5,22 +5,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from retnet.bench.gguf_models import ASCII
+from retnet.bench.gguf_models import ASCII, FORMATS
 from retnet.bench.load import LoadGenerator
-from retnet.bench.served import Served, ascii_model
+from retnet.bench.served import Running, ascii_model
 from retnet.engine import Decoder, choose_decoder, quantise
 from retnet.measure.clock import Spread, spread
 from retnet.model import ModelConfig
 from retnet.progress import Say
 
+if TYPE_CHECKING:
+    from retnet.bench.serving import ServeBench
+
 STEPS = 192  # tokens a stream writes where the server stands beside the decoder
+PROMPT = 64  # tokens before them
 SECONDS = 1.0  # that the decoder is timed
 NEAR = 2  # turns before and after one, whose median stands for it
 
@@ -78,83 +81,63 @@ class OverheadRow:
 
 
 def measure_chats(
-    servers: Sequence[Served],
-    load: LoadGenerator,
-    turns: int,
-    said: int,
-    tokens: int,
-    rounds: int,
-    say: Say,
+    servers: Sequence[Running], load: LoadGenerator, bench: ServeBench, say: Say
 ) -> list[ChatRow]:
-    """The same conversation with each server, by /v1/chat/completions, in interleaved rounds.
-
-    Args:
-        servers: of ours.
-        load: the generator.
-        turns: of a conversation.
-        said: characters of what is said in each.
-        tokens: of each answer.
-        rounds: conversations with each.
-        say: where progress goes.
-    """
-    rows = [ChatRow(server.name, turns) for server in servers]
+    """The same conversation with each fp32 server, by /v1/chat/completions, in interleaved rounds."""
+    entered = [one for one in servers if one.server.weights == FORMATS[0]]
+    rows = [ChatRow(one.server.name, bench.turns) for one in entered]
     body = {
-        "max_tokens": tokens,
+        "max_tokens": bench.tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    with ExitStack() as stack:
-        found = [stack.enter_context(server.start(1, 0)) for server in servers]
-        for number in range(rounds):
-            random = np.random.default_rng(number)  # nobody has heard the beginning before
-            texts = [bytes(random.integers(97, 123, said).tolist()).decode() for _ in range(turns)]
-            for row, server, place in zip(rows, servers, found, strict=True):
-                say(f"a chat of {turns} turns, {number + 1} of {rounds}: {server.name}")
-                url = f"{place.url}/v1/chat/completions"
-                answers = load.conversation(url, body, texts, tokens, server.name)
-                row.seconds.append([each.arrivals[-1] - each.begin for each in answers])
+    for number in range(bench.rounds):
+        random = np.random.default_rng(number)  # nobody has heard the beginning before
+        said = [bytes(random.integers(97, 123, bench.said).tolist()).decode() for _ in range(bench.turns)]
+        for row, one in zip(rows, entered, strict=True):
+            say(f"a chat of {bench.turns} turns, {number + 1} of {bench.rounds}: {row.name}")
+            url = f"{one.place.url}/v1/chat/completions"
+            answers = load.conversation(url, body, said, bench.tokens, row.name)
+            row.seconds.append([each.arrivals[-1] - each.begin for each in answers])
     return rows
 
 
 def measure_overhead(
     config: ModelConfig,
-    servers: Sequence[Served],
+    servers: Sequence[Running],
     load: LoadGenerator,
-    streams: Sequence[int],
-    steps: int,
-    rounds: int,
+    bench: ServeBench,
+    streams: int,
     say: Say,
 ) -> list[OverheadRow]:
-    """Steps behind the server and in this process, in turns, with the fewest and the most streams.
+    """Steps behind the server and in this process, in turns.
 
     Args:
         config: of the model.
-        servers: of ours, one for each of `gguf_models.FORMATS`.
+        servers: of it, with weights of either kind.
         load: the generator.
-        streams: of which the least and the greatest number count.
-        steps: tokens a stream writes, at least; with many streams more, for they begin one after the other.
-        rounds: of both.
+        bench: tokens a stream writes, at least; with many streams more, for they begin one after the other.
+        streams: at once.
         say: where progress goes.
     """
-    model = ascii_model(config)
-    rows = []
-    for count in sorted({min(streams), max(streams)}):
-        for server, ours in zip(servers, (model, quantise(model)), strict=True):
-            row, decoder = OverheadRow(server.weights, count), choose_decoder(ours, count)
-            random, asked = np.random.default_rng(0), max(steps, min(STEPS, 3 * steps))
-            with server.start(count, 0) as found:
-                for number in range(rounds + 1):  # the first warms up
-                    say(f"server and decoder, {count} streams, {server.weights}, round {number}")
-                    prompts = random.integers(32, ASCII - 1, (count, 64)).tolist()
-                    bodies = [server.body(prompt, asked) for prompt in prompts]
-                    sample = load.together(f"{found.url}/v1/completions", bodies, asked, server.name)
-                    bare = _bare(decoder, count)
-                    if number and sample.together is not None:
-                        row.served.append(sample.together)
-                        row.bare.append(bare)
-            if row.served:
-                rows.append(row)
+    model, rows = ascii_model(config), []
+    for one in servers:
+        weights = one.server.weights
+        ours = model if weights == FORMATS[0] else quantise(model)
+        row, decoder = OverheadRow(weights, streams), choose_decoder(ours, streams)
+        random, tokens = np.random.default_rng(0), max(bench.tokens, min(STEPS, 3 * bench.tokens))
+        for number in range(bench.rounds + 1):  # the first warms up
+            say(f"server and decoder, {streams} streams, {weights}, round {number}")
+            prompts = random.integers(32, ASCII - 1, (streams, PROMPT)).tolist()
+            bodies = [one.server.body(prompt, tokens) for prompt in prompts]
+            sample = load.together(f"{one.place.url}/v1/completions", bodies, tokens, one.server.name)
+            bare = _bare(decoder, streams)
+            if number and sample.together is not None:
+                row.served.append(sample.together)
+                row.bare.append(bare)
+        if row.served:
+            rows.append(row)
     return rows
 
 

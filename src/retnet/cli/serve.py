@@ -7,12 +7,15 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from retnet.cli.options import HomePath, HomeText, opening, options
 from retnet.settings import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -73,6 +76,7 @@ def command(
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; pip install 'retnet[serve]'") from None
     from retnet.engine import open_run
+    from retnet.host import in_passing_thread
     from retnet.lock import sole_owner
     from retnet.serve.settings import ServerSettings
 
@@ -87,9 +91,13 @@ def command(
             folder = Path(sessions)
             stack.enter_context(sole_owner(folder, "sessions", "--sessions"))
         found = stack.enter_context(listen(host, port))
-        opened = open_run(model, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
-        name = _name(opened.checkpoint.resolve())
-        app = make_app(opened, name, settings, keys=keys, sessions=folder)
+
+        def make() -> tuple[str, FastAPI]:
+            opened = open_run(model, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
+            name = _name(opened.checkpoint.resolve())
+            return name, make_app(opened, name, settings, keys=keys, sessions=folder)
+
+        name, app = in_passing_thread(make)  # the engine's thread is to have the only team
         if keys is None and host not in LOCAL:
             click.echo(
                 f"anybody who reaches {host} may use this server; --api-key-file says who may", err=True

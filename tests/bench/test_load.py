@@ -1,0 +1,120 @@
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from retnet.bench import load_client
+from retnet.bench.gguf_models import FORMATS
+from retnet.bench.load import LoadSample, StreamTimes, generator
+from retnet.bench.served import HF, OURS, TRANSFORMER
+from retnet.bench.serving import ServeBench, ServeRow, targets
+from retnet.bench.serving_parts import ChatRow, OverheadRow
+from retnet.mixers import RetentionConfig
+from retnet.model import ModelConfig
+from retnet.settings import UserError
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Streams the tokens that are asked for, as OpenAI's API does; the prompt "wrong" fails, "short" ends early."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("prompt") == "wrong":
+            self.send_error(400, "no such prompt")
+            return
+        count = 1 if body.get("prompt") == "short" else body["max_tokens"]
+        self.send_response(200)
+        self.end_headers()
+        key = "messages" in body
+        for number in range(count):
+            text = f"{len(body['messages'])}" if key else f"{number}"
+            choice = {"delta": {"content": text}} if key else {"text": text}
+            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+        usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}}
+        self.wfile.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def echo():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_the_process_times_streams_and_refuses_what_means_nothing(echo):
+    with generator() as load:
+        sample = load.together(echo, [{"max_tokens": 5}] * 3, 5, "echo")
+        assert sample.tokens == 15
+        assert (len(sample.first), len(sample.between)) == (3, 12)
+        assert 0 < max(sample.first) <= sample.seconds
+        turns = load.conversation(echo, {"max_tokens": 2}, ["a", "b", "c"], 2, "echo")
+        assert [len(turn.arrivals) for turn in turns] == [2, 2, 2]
+        with pytest.raises(UserError, match="echo wrote 1 tokens in 1 pieces, but was to write 5"):
+            load.together(echo, [{"max_tokens": 5, "prompt": "short"}], 5, "echo")
+        with pytest.raises(UserError, match="echo failed: status 400"):
+            load.together(echo, [{"max_tokens": 5, "prompt": "wrong"}], 5, "echo")
+        with pytest.raises(UserError, match="nobody failed: ClientConnectorError"):
+            load.together("http://127.0.0.1:1/v1", [{}], 5, "nobody")
+
+
+def test_a_conversation_says_all_that_was_said_before(echo):
+    job = {"url": echo, "body": {"max_tokens": 1}, "turns": ["a", "b", "c"], "seconds": 60}
+    assert [answer["text"] for answer in asyncio.run(load_client.work(job))] == ["1", "3", "5"]
+
+
+def test_errors_in_a_stream_are_told():
+    assert load_client.told([0.0], [b'data: {"error": {"message": "no"}}']) == {"error": "{'message': 'no'}"}
+
+
+def test_numbers_of_a_sample():
+    streams = [
+        StreamTimes(0.0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 6),
+        StreamTimes(0.5, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 6),
+    ]
+    sample = LoadSample.of(streams)
+    assert (sample.seconds, sample.tokens, list(sample.first)) == (7.0, 12, [1.0, 1.5])
+    assert sample.together == pytest.approx(1.0)
+    assert sample.numbers()["tokens_per_s"] == pytest.approx(12 / 7)
+    assert sample.numbers()["between_tokens_p99"] == 1.0
+    apart = [StreamTimes(0.0, [1.0, 2.0], 2), StreamTimes(0.0, [5.0, 6.0], 2)]
+    assert LoadSample.of(apart).together is None  # they were never written at the same time
+
+
+def row(name, weights, streams, context, *seconds):
+    samples = [LoadSample(s, 100, [0.1], [0.1], None) for s in seconds]
+    return ServeRow(name, weights, streams, context, samples)
+
+
+def test_targets():
+    rows = [
+        row(OURS, "fp32", 1, 128, 1.0, 2.0),
+        row(OURS, "fp32", 16, 128, 0.1, 0.2),
+        row("llama", "fp32", 1, 128, 2.0, 4.0),
+        row("mamba", "fp32", 16, 128, 0.05, 0.1, 0.1),
+        row(OURS, "8 bits", 1, 128, 1.0),
+    ]
+    chats = [
+        ChatRow(OURS, 4, [[9.0, 1.0, 1.0, 1.0]]),
+        ChatRow(TRANSFORMER, 20, [[float(n) for n in range(20)]]),
+    ]
+    overhead = [OverheadRow("fp32", 1, [1.05], [1.0]), OverheadRow("8 bits", 64, [1.3], [1.0])]
+    ahead, many, ours, grown, one, most = targets(rows, chats, overhead)
+    assert "of mamba, the worst point (16 streams, context 128)" in ahead.what
+    assert (ahead.seen.median, ahead.met) == (pytest.approx(0.5), False)
+    assert (many.seen.median, many.met) == (pytest.approx(10), True)
+    assert (ours.seen.median, ours.met) == (1.0, True)
+    assert grown.met
+    assert (one.met, most.met) == (True, False)
+    assert FORMATS == ("fp32", "8 bits")
+    assert HF
+
+
+def test_a_chat_has_turns_to_compare():
+    with pytest.raises(UserError, match="turns is 2"):
+        ServeBench(ModelConfig(257, 64, 1, RetentionConfig(num_heads=1)), turns=2)
