@@ -19,6 +19,8 @@ from retnet.settings import UserError
 class Echo(BaseHTTPRequestHandler):
     """Streams the tokens that are asked for, as OpenAI's API does; the prompt "wrong" fails, "short" ends early."""
 
+    protocol_version = "HTTP/1.1"
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body.get("prompt") == "wrong":
@@ -26,14 +28,20 @@ class Echo(BaseHTTPRequestHandler):
             return
         count = 1 if body.get("prompt") == "short" else body["max_tokens"]
         self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         key = "messages" in body
         for number in range(count):
             text = f"{len(body['messages'])}" if key else f"{number}"
             choice = {"delta": {"content": text}} if key else {"text": text}
-            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
-        usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}}
-        self.wfile.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+            self.write(json.dumps({"choices": [choice]}))
+        self.write(json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}}))
+        self.write("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def write(self, event):
+        line = f"data: {event}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
 
     def log_message(self, *_):
         pass
@@ -59,7 +67,7 @@ def test_the_process_times_streams_and_refuses_what_means_nothing(echo):
             load.together(echo, [{"max_tokens": 5, "prompt": "short"}], 5, "echo")
         with pytest.raises(UserError, match="echo failed: status 400"):
             load.together(echo, [{"max_tokens": 5, "prompt": "wrong"}], 5, "echo")
-        with pytest.raises(UserError, match="nobody failed: ClientConnectorError"):
+        with pytest.raises(UserError, match="nobody failed: ConnectionRefusedError"):
             load.together("http://127.0.0.1:1/v1", [{}], 5, "nobody")
 
 
@@ -68,8 +76,19 @@ def test_a_conversation_says_all_that_was_said_before(echo):
     assert [answer["text"] for answer in asyncio.run(load_client.work(job))] == ["1", "3", "5"]
 
 
+def test_an_answer_may_arrive_in_any_pieces():
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"6\r\ndata: \r\n4\r\n1\n\n2\r\n0\r\n\r\n"
+    pieces = [(float(n), (head + body)[n : n + 1]) for n in range(len(head + body))]
+    answer = load_client.Answer(pieces)
+    assert (answer.status, answer.whole) == (200, True)
+    assert [line for _, line in answer.lines] == [b"data: 1", b"", b"2"]
+    assert answer.lines[0][0] < answer.lines[2][0]
+    assert not load_client.Answer(pieces[:-1]).whole
+
+
 def test_errors_in_a_stream_are_told():
-    assert load_client.told([0.0], [b'data: {"error": {"message": "no"}}']) == {"error": "{'message': 'no'}"}
+    assert load_client.told([(0.0, b'data: {"error": {"message": "no"}}')]) == {"error": "{'message': 'no'}"}
 
 
 def test_numbers_of_a_sample():

@@ -40,15 +40,13 @@ def serving(tiny, tokenizer, tmp_path_factory):
     @contextmanager
     def start(*, keys=None, sessions=None, folder=None, headers=None, decoder=None, **settings):
         settings = {"exact": True, "slots": SLOTS, "cache_bytes": 1 << 24} | settings
-        run = Run(
-            decoder or ComposedDecoder(tiny, settings["slots"]),
-            tokenizer,
-            folder or tmp_path_factory.mktemp("checkpoint"),
-            "last",
-        )
+        run = Run(tiny, tokenizer, folder or tmp_path_factory.mktemp("checkpoint"), "last")
+        decoder = decoder or ComposedDecoder(tiny, settings["slots"])
         with ExitStack() as stack:
             found = stack.enter_context(listen("127.0.0.1", 0))
-            app = make_app(run, "tiny", ServerSettings(**settings), keys=keys, sessions=sessions)
+            app = make_app(
+                run, "tiny", ServerSettings(**settings), keys=keys, sessions=sessions, decoder=decoder
+            )
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
             thread.start()

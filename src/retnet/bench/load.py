@@ -132,11 +132,11 @@ def generator() -> Iterator[LoadGenerator]:
     """Starts the load generator.
 
     Raises:
-        UserError: aiohttp is missing.
+        UserError: httptools is missing.
     """
     from retnet.measure.peers import need
 
-    need("aiohttp")
+    need("httptools")
     words, pipe = [sys.executable, "-P", str(CLIENT)], subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
         try:

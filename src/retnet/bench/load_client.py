@@ -2,7 +2,10 @@
 
 It imports nothing of this package, so that it is a client like any other, in a process of its own. Every line of stdin is
 a job as JSON, answered by a line on stdout: requests that begin together, or the turns of one conversation, one after the
-other. Events are parsed when all have arrived, so that a fast server is not held up. It ends when stdin does.
+other. It ends when stdin does.
+
+A client on the machine that it measures takes from the servers what it needs itself. So it does nothing with what arrives
+but note the time; HTTP (by httptools, uvicorn's own parser) and JSON are read when a stream has ended.
 """
 
 import asyncio
@@ -11,37 +14,89 @@ import json
 import sys
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
+import httptools
 
-HEADERS = {"Content-Type": "application/json"}
 Told = dict[str, Any]
 
 
-async def ask(session: aiohttp.ClientSession, url: str, body: bytes, zero: float) -> Told:
+class Receiver(asyncio.Protocol):
+    """What one connection brings, with the times; `ended` is done when the server has closed it."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See asyncio."""
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+
+class Answer:
+    """An HTTP answer, parsed from what has arrived; `lines` are those of its body, each with the time it was whole.
+
+    Args:
+        pieces: bytes as they came, each with its time.
+    """
+
+    def __init__(self, pieces: list[tuple[float, bytes]]) -> None:
+        self.lines: list[tuple[float, bytes]] = []
+        self._rest, self._now, self.whole = b"", 0.0, False
+        parser = httptools.HttpResponseParser(self)
+        for self._now, data in pieces:
+            parser.feed_data(data)
+        self.status = parser.get_status_code() if pieces else 0
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        *whole, self._rest = (self._rest + body).split(b"\n")
+        self.lines += [(self._now, line) for line in whole]
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self.lines.append((self._now, self._rest))
+        self.whole = True
+
+
+async def ask(url: str, content: bytes, seconds: float, zero: float) -> Told:
     """Sends one request and reads its stream to the end: when what of it arrived, in seconds since `zero`."""
-    begin, times, lines = time.perf_counter(), [], []
+    place = urlsplit(url)
+    head = f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    begin = time.perf_counter()
     try:
-        async with session.post(url, data=body, headers=HEADERS) as answer:
-            if answer.status != 200:
-                return {"error": f"status {answer.status}: {(await answer.text())[:300]}"}
-            async for line in answer.content:
-                if line.startswith(b"data:"):
-                    times.append(time.perf_counter() - zero)
-                    lines.append(line)
-    except (aiohttp.ClientError, TimeoutError) as error:
+        async with asyncio.timeout(seconds):
+            loop = asyncio.get_running_loop()
+            transport, receiver = await loop.create_connection(Receiver, place.hostname, place.port)
+            try:
+                transport.write(head.encode() + content)
+                await receiver.ended
+            finally:
+                transport.close()
+        answer = Answer(receiver.pieces)
+    except (OSError, TimeoutError, httptools.HttpParserError) as error:
         return {"error": f"{type(error).__name__} {error}"}
-    return {"begin": begin - zero, **told(times, lines)}
+    lines = [(at - zero, line) for at, line in answer.lines]
+    if answer.status != 200 or not answer.whole:
+        said = b" ".join(line for _, line in lines).decode(errors="replace")
+        return {"error": f"status {answer.status}{'' if answer.whole else ', cut short'}: {said[:300]}"}
+    return {"begin": begin - zero, **told(lines)}
 
 
-def told(times: list[float], lines: list[bytes]) -> Told:
+def told(lines: list[tuple[float, bytes]]) -> Told:
     """What the events of a stream said, and when those with text arrived."""
     arrivals: list[float] = []
     parts: list[str] = []
     usage: Told = {}
-    for at, line in zip(times, lines, strict=True):
-        content = line[5:].strip()
-        if content == b"[DONE]":
+    for at, line in lines:
+        content = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or content == b"[DONE]":
             continue
         event = json.loads(content)
         if "error" in event:
@@ -62,23 +117,20 @@ def told(times: list[float], lines: list[bytes]) -> Told:
 
 async def work(job: Told) -> list[Told]:
     """The answers of a job: of its `bodies`, sent together, or of its `turns`, each with all that was said before."""
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=job["seconds"])
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        if "turns" in job:
-            return await converse(session, job)
-        bodies, zero = [json.dumps(body).encode() for body in job["bodies"]], time.perf_counter()
-        return await asyncio.gather(*(ask(session, job["url"], body, zero) for body in bodies))
+    if "turns" in job:
+        return await converse(job)
+    bodies, zero = [json.dumps(body).encode() for body in job["bodies"]], time.perf_counter()
+    return await asyncio.gather(*(ask(job["url"], body, job["seconds"], zero) for body in bodies))
 
 
-async def converse(session: aiohttp.ClientSession, job: Told) -> list[Told]:
+async def converse(job: Told) -> list[Told]:
     """One conversation, its answers part of what is asked next."""
     messages: list[Told] = []
     answers: list[Told] = []
     for text in job["turns"]:
         messages.append({"role": "user", "content": text})
         body = json.dumps({**job["body"], "messages": messages}).encode()
-        answer = await ask(session, job["url"], body, time.perf_counter())
+        answer = await ask(job["url"], body, job["seconds"], time.perf_counter())
         answers.append(answer)
         if "error" in answer:
             break

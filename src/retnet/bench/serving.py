@@ -115,7 +115,7 @@ def measure_serving(bench: ServeBench, say: Say) -> dict[str, Any]:
     """Runs all servers at all points; plain data for the record (see `retnet.bench.report`).
 
     Raises:
-        UserError: aiohttp or what serving needs is missing, or a server fails.
+        UserError: httptools or what serving needs is missing, or a server fails.
     """
     host.keep_freed_memory()
     config = replace(bench.model, vocab_size=cost_vocabulary(replace(bench.model, vocab_size=None)))
@@ -141,7 +141,7 @@ def measure_serving(bench: ServeBench, say: Say) -> dict[str, Any]:
     return {
         "notes": NOTES,
         "parameters": parameters,
-        "versions": host.versions("xllamacpp", "gguf", "transformers", "uvicorn", "aiohttp"),
+        "versions": host.versions("xllamacpp", "gguf", "transformers", "uvicorn", "httptools", "uvloop"),
         "not_measured": not_measured,
         "limits": {},
         "rows": [row.record() for row in rows],

@@ -13,9 +13,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retnet import __version__
-from retnet.engine import Engine, Run
+from retnet.engine import Decoder, Engine, Run
 from retnet.serve import (
     completion_routes,
+    embedding_routes,
     message_routes,
     plain_routes,
     response_routes,
@@ -45,6 +46,7 @@ def make_app(
     *,
     keys: ApiKeys | None = None,
     sessions: Path | None = None,
+    decoder: Decoder | None = None,
 ) -> FastAPI:
     """The server's application.
 
@@ -54,12 +56,13 @@ def make_app(
         settings: slots, memory, limits.
         keys: who may use it; None is everybody.
         sessions: a directory that nobody else uses, for sessions; None keeps none.
+        decoder: of the model, that generates; None is the fastest there is.
 
     Raises:
         UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be made.
     """
     engine = Engine(
-        run.model,
+        decoder or run.model,
         run.tokenizer,
         slots=settings.slots,
         max_state_bytes=settings.max_state_bytes,
@@ -75,6 +78,7 @@ def make_app(
     thread, gate = EngineThread(engine), Gate(settings.slots, settings.queue)
     service = Service(
         name=name,
+        model=run.model,
         tokenizer=run.tokenizer,
         engine=thread,
         settings=settings,
@@ -96,7 +100,14 @@ def make_app(
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (plain_routes, completion_routes, message_routes, response_routes, session_routes):
+    for routes in (
+        plain_routes,
+        completion_routes,
+        embedding_routes,
+        message_routes,
+        response_routes,
+        session_routes,
+    ):
         app.include_router(routes.router)
     install_handlers(app)
     install_openapi(app)

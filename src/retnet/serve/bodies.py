@@ -217,6 +217,21 @@ class ChatBody(SamplingBody):
         return Grammar(json_schema=form.json_schema.schema_)
 
 
+class EmbeddingBody(StrictBody):
+    """POST /v1/embeddings."""
+
+    NOT_SUPPORTED = frozenset({"dimensions"})
+    model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
+    input: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    ) = Field(description=PROMPT)
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = Field(None, description="is not used")
+
+
 class TokenizeBody(StrictBody):
     """POST /tokenize."""
 

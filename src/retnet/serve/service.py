@@ -20,6 +20,7 @@ from retnet.serve.metrics import ServerMetrics
 from retnet.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from retnet.model import LanguageModel
     from retnet.serve.chat_template import ChatTemplate
     from retnet.serve.response_store import ResponseStore
     from retnet.serve.session_store import SessionStore
@@ -33,6 +34,7 @@ class Service:
 
     Attributes:
         name: of the model, as clients call it.
+        model: it; used in the engine's thread alone.
         tokenizer: its own.
         engine: its thread.
         settings: limits.
@@ -48,6 +50,7 @@ class Service:
     """
 
     name: str
+    model: LanguageModel
     tokenizer: Tokenizer
     engine: EngineThread
     settings: ServerSettings
@@ -89,7 +92,7 @@ class Service:
                 code="model_not_found",
             )
 
-    def check_tokens(self, prompt: int, wanted: int) -> None:
+    def check_tokens(self, prompt: int, wanted: int, param: str = "prompt") -> None:
         """Refuses prompts and answers that are longer than allowed.
 
         Raises:
@@ -98,8 +101,8 @@ class Service:
         if prompt > self.settings.max_prompt_tokens:
             raise ApiError(
                 400,
-                f"the prompt has {prompt:,} tokens; this server takes {self.settings.max_prompt_tokens:,}",
-                param="prompt",
+                f"the {param} has {prompt:,} tokens; this server takes {self.settings.max_prompt_tokens:,}",
+                param=param,
                 code="context_length_exceeded",
             )
         if wanted > self.settings.max_tokens:
@@ -148,7 +151,8 @@ async def running(
     """
     arrivals: Arrivals = asyncio.Queue()
     began = time.monotonic()
-    deadline = asyncio.get_running_loop().time() + service.settings.timeout
+    timeout = service.settings.timeout
+    too_long = ApiError(504, TIMEOUT.format(timeout), code="timeout")
     feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
     ended = False
 
@@ -156,11 +160,7 @@ async def running(
         nonlocal ended
         left, first = sum(request.samples for request in requests), True
         while left:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    arrived = await arrivals.get()
-            except TimeoutError:
-                raise ApiError(504, TIMEOUT.format(service.settings.timeout), code="timeout") from None
+            arrived = await arrivals.get()
             if isinstance(arrived, Exception):
                 raise arrived
             number, event = arrived
@@ -178,11 +178,13 @@ async def running(
             service.metrics.duration.observe(time.monotonic() - began)
 
     with service.gate.enter(sum(request.samples for request in requests), arrivals):
+        timer = asyncio.get_running_loop().call_later(timeout, arrivals.put_nowait, too_long)
         try:
             for feed in feeds:
                 await service.engine.submit(feed)
             yield events()
         finally:
+            timer.cancel()
             if not ended:
                 for feed in feeds:
                     service.engine.cancel(feed)
