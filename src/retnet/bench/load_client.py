@@ -73,7 +73,9 @@ async def ask(url: str, content: bytes, seconds: float, zero: float) -> Told:
     try:
         async with asyncio.timeout(seconds):
             loop = asyncio.get_running_loop()
-            transport, receiver = await loop.create_connection(Receiver, place.hostname, place.port)
+            transport, receiver = await loop.create_connection(
+                Receiver, place.hostname or "", place.port or 80
+            )
             try:
                 transport.write(head.encode() + content)
                 await receiver.ended

@@ -67,7 +67,8 @@ async def embed(service: Service, tokens: list[int]) -> Tensor:
         await service.engine.call(lambda engine, ids=ids: piece(ids))  # type: ignore[misc]
     if not bool(torch.isfinite(total).all()):
         raise ApiError(500, "the model's numbers are not finite; its weights may be damaged")
-    return (total / total.norm().clamp_min(1e-30)).float()
+    vector: Tensor = total / total.norm().clamp_min(1e-30)
+    return vector.float()
 
 
 async def _inputs(service: Service, body: EmbeddingBody) -> list[list[int]]:
