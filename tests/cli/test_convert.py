@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from retnet.cli import cli
 from retnet.convert import read
@@ -20,7 +21,7 @@ from tests.helpers.checkpoints import (
     GOLDEN,
     TORCHSCALE,
     fla_weights,
-    save_fla,
+    save_folder,
     save_torchscale,
     torchscale_weights,
 )
@@ -83,8 +84,20 @@ def test_the_clamp_and_a_sample(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_folder_of_syncdoth_and_back(tmp_path):
+    out = call(GOLDEN / "syncdoth", tmp_path / "a", "--to", "run").splitlines()
+    assert out[0].startswith("found    syncdoth: ")
+    assert "5 heads of 8 (values 14), decay experiments, rotation interleaved inclusive, gated" in out[2]
+    assert out[4].startswith("clamp    ")
+    out = call(tmp_path / "a", tmp_path / "b", "--to", "syncdoth")
+    assert "with modeling_retnet.py of github.com/syncdoth/RetNet:" in out
+    one, other = load_file(tmp_path / "b/model.safetensors"), load_file(GOLDEN / "syncdoth/model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], x, rtol=1e-5, atol=1e-7) for name, x in other.items())
+
+
 def test_what_was_converted_generates(tmp_path):
-    source = save_fla(tmp_path / "a", fla_weights({**FLA, "vocab_size": 257}), {**FLA, "vocab_size": 257})
+    source = save_folder(tmp_path / "a", fla_weights({**FLA, "vocab_size": 257}), {**FLA, "vocab_size": 257})
     call(source, tmp_path / "b", "--to", "run", "--tokenizer", "bytes", "--dtype", "bfloat16")
     words = ["generate", str(tmp_path / "b"), "--prompt", "x", "--max-tokens", "5", "--json"]
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
@@ -93,7 +106,7 @@ def test_what_was_converted_generates(tmp_path):
 
 def test_a_tokenizer_of_a_folder_becomes_that_of_the_run(tmp_path):
     config = {**FLA, "vocab_size": 257}
-    source = save_fla(tmp_path / "a", fla_weights(config), config)
+    source = save_folder(tmp_path / "a", fla_weights(config), config)
     Tokenizer.load("bytes").save(source / "tokenizer.json")
     out = call(source, tmp_path / "b", "--to", "run")
     assert f"next     retnet generate {tmp_path / 'b'}" in out
@@ -118,7 +131,7 @@ def test_a_run_and_back(tmp_path):
     assert (tmp_path / "c/model.safetensors").read_bytes() == (tmp_path / "a/model.safetensors").read_bytes()
     assert "import fla" in call(GOLDEN / "fla", tmp_path / "d", "--to", "fla")
     for flag in (["--clamp"], ["--sample", "x"]):
-        assert "are for checkpoints of torchscale; this one is of kind 'run'" in refused(
+        assert "are for checkpoints of kind torchscale and syncdoth; this one is of kind 'run'" in refused(
             tmp_path / "a", tmp_path / "e", *flag
         )
 

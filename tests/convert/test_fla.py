@@ -8,14 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from retnet.convert import Found, convert, fla, read, write
+from retnet.convert import Found, convert, fla, folders, read, write
 from retnet.convert.weights import expected
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import verify, weights
 from retnet.settings import UserError
 from tests.helpers import fla as judge
-from tests.helpers.checkpoints import FLA, GOLDEN, fla_weights, golden, save_fla
+from tests.helpers.checkpoints import FLA, GOLDEN, fla_weights, golden, save_folder
 from tests.helpers.parity import assert_three_ways_agree, relative
 
 
@@ -66,7 +66,7 @@ def test_the_golden_folder():
 def test_every_option_it_can_express(options, tmp_path):
     config = {**FLA, **options}
     state = fla_weights(config)
-    folder = save_fla(tmp_path / "a", state, config)
+    folder = save_folder(tmp_path / "a", state, config)
     if "fuse_norm" in options:  # the judge knows one name
         state = {name.replace("g_norm.", "g_norm_swish_gate."): x for name, x in state.items()}
     tokens = torch.randint(53, (2, 29))
@@ -99,7 +99,7 @@ def test_defaults_are_those_of_flash_linear_attention(tmp_path):
     ids=lambda o: next(iter(o)),
 )
 def test_what_cannot_be_run_is_refused_by_name(option, tmp_path):
-    folder = save_fla(tmp_path / "a", fla_weights(FLA), {**FLA, **option})
+    folder = save_folder(tmp_path / "a", fla_weights(FLA), {**FLA, **option})
     with pytest.raises(UserError, match=rf"cannot be run here, .*{next(iter(option))} = "):
         read(folder)
 
@@ -117,12 +117,12 @@ def test_what_cannot_be_run_is_refused_by_name(option, tmp_path):
 )
 def test_sizes_that_make_no_sense(option, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        read(save_fla(tmp_path / "a", fla_weights(FLA), {**FLA, **option}))
+        read(save_folder(tmp_path / "a", fla_weights(FLA), {**FLA, **option}))
 
 
 def test_unknown_options_are_noted(tmp_path):
     config = {**FLA, "logit_scale": 2.0, "unused": None, "transformers_version": "5.0"}
-    (note,) = read(save_fla(tmp_path / "a", fla_weights(FLA), config)).notes
+    (note,) = read(save_folder(tmp_path / "a", fla_weights(FLA), config)).notes
     assert note.endswith("without effect: logit_scale")
 
 
@@ -242,7 +242,7 @@ def test_frequencies_that_coincide_are_the_same(tmp_path):
 
 
 def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(fla, "SHARD", 100_000)
+    monkeypatch.setattr(folders, "SHARD", 100_000)
     convert(GOLDEN / "fla", tmp_path / "a", to="fla")
     assert len(list((tmp_path / "a").glob("model-0000*.safetensors"))) > 2
     again, found = read(tmp_path / "a"), read(GOLDEN / "fla")

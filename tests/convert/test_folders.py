@@ -12,13 +12,13 @@ from retnet.convert import convert, folders, read
 from retnet.convert.folders import INDEX, WEIGHTS, Folder, destination
 from retnet.model.checkpoint import write_checkpoint
 from retnet.settings import UserError
-from tests.helpers.checkpoints import FLA, GOLDEN, fla_weights, save_fla
+from tests.helpers.checkpoints import FLA, GOLDEN, fla_weights, save_folder
 
 
 @pytest.fixture
 def sharded(tmp_path):
     """A folder whose weights are in two shards, with their index."""
-    folder = save_fla(tmp_path / "model", fla_weights(FLA), FLA)
+    folder = save_folder(tmp_path / "model", fla_weights(FLA), FLA)
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     halves = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
@@ -36,7 +36,7 @@ def change_index(folder, change):
 
 
 def test_shards_are_one_model(sharded, tmp_path):
-    whole = save_fla(tmp_path / "whole", fla_weights(FLA), FLA)
+    whole = save_folder(tmp_path / "whole", fla_weights(FLA), FLA)
     one, other = read(sharded), read(whole)
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.tensors[name], x) for name, x in other.tensors.items())
@@ -115,7 +115,7 @@ def test_two_sets_of_weights_or_none(sharded):
 
 
 def test_truncated_weights(tmp_path):
-    folder = save_fla(tmp_path / "a", fla_weights(FLA), FLA)
+    folder = save_folder(tmp_path / "a", fla_weights(FLA), FLA)
     data = (folder / WEIGHTS).read_bytes()
     for content in (data[:-1], data[:4], b"", b"\xff" * 100):
         (folder / WEIGHTS).write_bytes(content)
@@ -130,7 +130,7 @@ def test_tensors_that_do_not_fit_are_all_listed(tmp_path):
     weights["model.layers.10.attn.q_proj.weight"][0, 0] = float("inf")
     weights["model.layers.3.attn.q_conv1d.weight"] = torch.zeros(24, 1, 4)
     with pytest.raises(UserError) as error:
-        read(save_fla(tmp_path / "a", weights, {**FLA, "num_hidden_layers": 11}))
+        read(save_folder(tmp_path / "a", weights, {**FLA, "num_hidden_layers": 11}))
     wrong = str(error.value).partition("configuration: ")[2].split("; ")
     assert wrong == [  # layer 10 after layer 2
         "model.layers.2.mlp.up_proj.weight is missing",
@@ -146,7 +146,7 @@ def test_a_tied_head_with_nan_is_told_as_nan(tmp_path):
     weights["model.embeddings.weight"][0, 0] = float("nan")
     weights["lm_head.weight"] = weights["model.embeddings.weight"].clone()
     with pytest.raises(UserError, match=r"model.embeddings.weight has 1 values that are NaN"):
-        read(save_fla(tmp_path / "a", weights, config))
+        read(save_folder(tmp_path / "a", weights, config))
 
 
 def test_a_manifest_is_verified(tmp_path):
@@ -163,7 +163,7 @@ def test_a_manifest_is_verified(tmp_path):
 
 
 def test_a_configuration_that_is_no_object(tmp_path):
-    folder = save_fla(tmp_path / "a", fla_weights(FLA), FLA)
+    folder = save_folder(tmp_path / "a", fla_weights(FLA), FLA)
     for text, message in (
         ("[1]", "holds list, not a JSON object"),
         ("{", "is not valid JSON"),
@@ -188,12 +188,12 @@ def test_a_destination_that_cannot_be_written(to, tmp_path):
 
 
 def test_destinations(tmp_path):
-    source = save_fla(tmp_path / "source" / "model", fla_weights(FLA), FLA)
+    source = save_folder(tmp_path / "source" / "model", fla_weights(FLA), FLA)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    model = save_fla(tmp_path / "old", fla_weights(FLA), FLA)
+    model = save_folder(tmp_path / "old", fla_weights(FLA), FLA)
     for free in ("empty", "new", "deep/er/new"):
         assert destination(tmp_path / free, source, force=False) == tmp_path / free
     assert destination(model, source, force=True) == model

@@ -20,7 +20,7 @@ from tests.helpers.checkpoints import (
     FLA,
     TORCHSCALE,
     fla_weights,
-    save_fla,
+    save_folder,
     save_torchscale,
     torchscale_weights,
 )
@@ -96,7 +96,7 @@ def test_a_hugging_face_folder_is_the_run_it_was_made_of(run, folder):
 
 
 def test_folders_of_others(tmp_path, run):
-    other = save_fla(tmp_path / "fla", fla_weights({**FLA, "vocab_size": 257}), {**FLA, "vocab_size": 257})
+    other = save_folder(tmp_path / "fla", fla_weights({**FLA, "vocab_size": 257}), {**FLA, "vocab_size": 257})
     with pytest.raises(
         UserError, match=r"no tokenizer .*; `retnet convert .* --to run --tokenizer …` puts one"
     ):
@@ -120,7 +120,7 @@ def test_a_git_lfs_pointer_in_place_of_a_file(run, folder, tmp_path):
     checkpoint = pointed(run / "checkpoints/step-00000010", "model.safetensors")
     ours = pointed(folder, "model.safetensors")
     (ours / "manifest.json").unlink()
-    theirs = save_fla(tmp_path / "fla", fla_weights(FLA), FLA)
+    theirs = save_folder(tmp_path / "fla", fla_weights(FLA), FLA)
     (theirs / "model.safetensors").write_text(POINTER)
     scale = save_torchscale(tmp_path / "scale", torchscale_weights(TORCHSCALE), TORCHSCALE)
     scale.write_text(POINTER)
@@ -166,8 +166,8 @@ class TestWrappers:
         other = read(save_torchscale(tmp_path / "b", wrapped(plain), TORCHSCALE))
         assert all(torch.equal(other.tensors[name], x) for name, x in one.tensors.items())
         plain = fla_weights(FLA)
-        one = read(save_fla(tmp_path / "c", plain, FLA))
-        other = read(save_fla(tmp_path / "d", wrapped(plain), FLA))
+        one = read(save_folder(tmp_path / "c", plain, FLA))
+        other = read(save_folder(tmp_path / "d", wrapped(plain), FLA))
         assert all(torch.equal(other.tensors[name], x) for name, x in one.tensors.items())
 
     def test_a_folder_of_ours_is_named_and_converted(self, prefix, folder, tmp_path):

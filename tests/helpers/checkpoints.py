@@ -1,6 +1,7 @@
 """Checkpoints of other libraries: the real ones in tests/golden, and others made like them."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ TORCHSCALE = {
     "decoder_ffn_embed_dim": 20,
     "decoder_layers": 2,
 }
+SYNCDOTH = {**TORCHSCALE, "model_type": "retnet"}
 FLA = {
     "model_type": "retnet",
     "hidden_size": 24,
@@ -72,12 +74,15 @@ def torchscale_weights(args, *, scale=1.0, dtype=torch.float32, seed=0):
 
 
 def torchscale_buffers(args):
-    """What torchscale registers beside its weights."""
+    """What torchscale, and syncdoth/RetNet, register beside their weights."""
     heads = args["decoder_retention_heads"]
     angle = 1.0 / (10000 ** torch.linspace(0, 1, args["decoder_embed_dim"] // heads // 2))
+    decay = torch.log(1 - 2 ** (-5 - torch.arange(heads, dtype=torch.float)))
+    if args.get("use_lm_decay"):
+        decay = torch.log(1 - torch.linspace(math.log(1 / 32), math.log(1 / 512), heads).exp())
     return {
         "retnet_rel_pos.angle": angle.unsqueeze(-1).repeat(1, 2).flatten(),
-        "retnet_rel_pos.decay": torch.log(1 - 2 ** (-5 - torch.arange(heads, dtype=torch.float))),
+        "retnet_rel_pos.decay": decay,
     }
 
 
@@ -88,6 +93,23 @@ def save_torchscale(folder, state, args=None, **content):
     if args is not None:
         (folder / "config.json").write_text(json.dumps(args))
     return folder / "checkpoint.pt"
+
+
+def syncdoth_weights(config, **options):
+    """Weights by the names of syncdoth/RetNet, buffers among them; the options are those of `torchscale_weights`."""
+    tied = config.get("tie_word_embeddings")
+    args = {**config, "share_decoder_input_output_embed": tied}
+    weights = {**torchscale_weights(args, **options), **torchscale_buffers(config)}
+    head = weights.pop("output_projection.weight")
+    return {f"model.{name}": x for name, x in weights.items()} | ({} if tied else {"lm_head.weight": head})
+
+
+def save_folder(folder, weights, config):
+    """Writes a folder in the layout of transformers: its path."""
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def fla_weights(config, *, dtype=torch.float32, seed=0):
@@ -124,14 +146,6 @@ def fla_weights(config, *, dtype=torch.float32, seed=0):
     if not config.get("tie_word_embeddings"):
         weights["lm_head.weight"] = matrix(config["vocab_size"], d)
     return weights
-
-
-def save_fla(folder, weights, config):
-    """Writes a folder of flash-linear-attention: its path."""
-    folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 class Payload:

@@ -15,7 +15,7 @@ from retnet.settings import nearest
 VERBS = {
     "bench": "Measure speed against peers and physical limits.",
     "config": "Show a configuration: parameters, flops, bytes of state.",
-    "convert": "Read and write checkpoints of torchscale, flash-linear-attention and Hugging Face.",
+    "convert": "Read and write checkpoints of torchscale, flash-linear-attention, syncdoth/RetNet and Hugging Face.",
     "data": "Train a tokenizer, prepare token shards.",
     "demo": "Train on the default corpus, compare with gzip and xz, and write a sample.",
     "eval": "Perplexity over lengths and documents; the paper's tasks.",

@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from retnet.data import Tokenizer
 
 LENGTH = 512  # tokens of a sample, at most
+CLAMPED = ("torchscale", "syncdoth")  # kinds whose parallel form clamps sums of scores
 
 
 @click.command()
 @click.argument("source", type=HomeText())
 @click.argument("dest", type=HomeText())
 @click.option(
-    "--from", "kind", type=click.Choice(["torchscale", "fla", "hf", "run"]), help="[default: recognised]"
+    "--from",
+    "kind",
+    type=click.Choice(["torchscale", "fla", "syncdoth", "hf", "run"]),
+    help="[default: recognised]",
 )
-@click.option("--to", type=click.Choice(["hf", "fla", "run"]), default="hf", show_default=True)
+@click.option("--to", type=click.Choice(["hf", "fla", "syncdoth", "run"]), default="hf", show_default=True)
 @click.option(
     "--config",
     type=HomeText(),
@@ -63,11 +67,12 @@ def command(
     sample: str | None,
     force: bool,
 ) -> None:
-    """Convert SOURCE, a checkpoint of torchscale, flash-linear-attention (fla), Hugging Face (hf) or a run, into DEST.
+    """Convert SOURCE, a checkpoint of another library or a run, into DEST.
 
-    DEST becomes a Hugging Face folder, a folder of flash-linear-attention, or a checkpoint that `retnet generate`
-    opens. It appears complete or not at all, with the SHA-256 of its files and of those it was made from. Nothing in
-    SOURCE is ever run: pickles are read as data or refused.
+    SOURCE is of torchscale, of flash-linear-attention (fla), of syncdoth/RetNet (syncdoth), a Hugging Face folder (hf)
+    or a run. DEST becomes a Hugging Face folder, one that flash-linear-attention or syncdoth/RetNet opens, or a
+    checkpoint that `retnet generate` opens. It appears complete or not at all, with the SHA-256 of its files and of
+    those it was made from. Nothing in SOURCE is ever run: pickles are read as data or refused.
     """
     from retnet.convert import folder_of, read, with_clamp, write
     from retnet.convert.folders import destination
@@ -79,8 +84,8 @@ def command(
     _say("found", *_description(found, source), *found.notes)
     tokenizer = _tokenizer(found, source, spec, to)
     if clamp or sample is not None:
-        _only_torchscale(found)
-    if found.kind == "torchscale":
+        _only_clamped(found)
+    if found.kind in CLAMPED:
         _say("clamp", _effect(found, sample, tokenizer))
     if clamp:
         found = with_clamp(found)
@@ -144,10 +149,11 @@ def _tokenizer(found: Found, source: str, spec: str | None, to: str) -> Tokenize
     return tokenizer
 
 
-def _only_torchscale(found: Found) -> None:
-    if found.kind != "torchscale":
+def _only_clamped(found: Found) -> None:
+    if found.kind not in CLAMPED:
         raise UserError(
-            f"--clamp and --sample are for checkpoints of torchscale; this one is of kind {found.kind!r}"
+            f"--clamp and --sample are for checkpoints of kind {' and '.join(CLAMPED)}; this one is of kind "
+            f"{found.kind!r}"
         )
 
 
@@ -203,6 +209,11 @@ def _next(dest: str, to: str, *, has_tokenizer: bool, clamp: bool) -> list[str]:
         return [
             "import fla; from transformers import AutoModelForCausalLM",
             f"model = AutoModelForCausalLM.from_pretrained({dest!r})",
+        ]
+    if to == "syncdoth":
+        return [
+            "with modeling_retnet.py of github.com/syncdoth/RetNet:",
+            f"model = RetNetForCausalLM.from_pretrained({dest!r})",
         ]
     if has_tokenizer and not clamp:
         return [f"retnet generate {dest} --prompt 'Once upon'"]

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, read and written: torchscale, flash-linear-attention, Hugging Face folders, runs."""
+"""Checkpoints read and written: of torchscale, flash-linear-attention, syncdoth/RetNet, Hugging Face folders, runs."""
 
 from retnet.convert.clamp import clamp_effect, random_tokens, with_clamp
 from retnet.convert.formats import READERS, WRITERS, convert, folder_of, model_type, read, recognise, write

@@ -6,7 +6,6 @@ paper's γ, an RMS head norm whose weight all heads share, RMS block norms, SwiG
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,19 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.convert.folders import INDEX, Folder
+from retnet.convert.folders import Folder, folder_files
 from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, options, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import Files
 from retnet.ops import frequencies, log_decays
 from retnet.settings import UserError, build
-
-SHARD = "5GB"
 
 # Ours → theirs, layers with {} for their number.
 NAMES = {
@@ -209,22 +204,7 @@ def files(found: Found) -> Files:
     """
     if reasons := cannot_express(found.config, found.tensors):
         raise UserError(f"flash-linear-attention cannot express this model: {'; '.join(reasons)}")
-    tensors = _theirs(found.config, found.tensors)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
-    config = json.dumps(_config(found), indent=2, sort_keys=True) + "\n"
-    written = {"config.json": lambda path: path.write_text(config, encoding="utf-8")}
-    for file, names in split.filename_to_tensors.items():
-        written[file] = partial(_save, {name: tensors[name] for name in names})
-    if split.is_sharded:
-        index = (
-            json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n"
-        )
-        written[INDEX] = lambda path: path.write_text(index, encoding="utf-8")
-    return written
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file(dict(tensors), path, metadata={"format": "pt"})  # which transformers asks for
+    return folder_files(_config(found), _theirs(found.config, found.tensors))
 
 
 def cannot_express(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,24 +1,28 @@
-"""Folders of safetensors: read without trusting a word of them, written complete or not at all."""
+"""Folders of weights and a ``config.json``: read without trusting a word of them, written in Hugging Face's layout."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 
-from retnet.errors import told
-from retnet.io import require_fetched, sha256
-from retnet.model.checkpoint import MANIFEST, verify
+from retnet.convert.torch_files import load_tensors
+from retnet.io import sha256
+from retnet.model.checkpoint import MANIFEST, Files, verify
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+SHARD = "5GB"
 CONVERSION = "conversion.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,37 +86,42 @@ class Folder:
         """The files of its tokenizer, as they are."""
         return {name: self.read(name) for name in TOKENIZER_FILES if (self.path / name).is_file()}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, *, pickles: bool = False) -> dict[str, Tensor]:
         """All its weights, one file or shards with their index; read from the disk when first used.
+
+        Args:
+            pickles: where there are no safetensors, read ``pytorch_model.bin`` as data.
 
         Raises:
             UserError: no weights, two sets of them, or shards that are missing, damaged or at odds with the index.
         """
-        single, index = (self.path / WEIGHTS).exists(), (self.path / INDEX).exists()
-        if single and index:
-            raise UserError(
-                f"{self.path} has both {WEIGHTS} and {INDEX}; remove the one that does not belong to it"
-            )
-        if single:
-            return unwrapped(self.shard(WEIGHTS))
-        if not index:
-            found = sorted(path.name for path in self.path.glob("*") if path.is_file())
-            raise UserError(
-                f"{self.path} has neither {WEIGHTS} nor {INDEX} (it has: {', '.join(found) or 'nothing'}); "
-                "weights in pickles are not read, save them as safetensors first"
-            )
-        return unwrapped(self._sharded(self.json(INDEX).get("weight_map")))
+        for whole, index in LAYOUTS if pickles else LAYOUTS[:1]:
+            single, sharded = (self.path / whole).exists(), (self.path / index).exists()
+            if single and sharded:
+                raise UserError(
+                    f"{self.path} has both {whole} and {index}; remove the one that does not belong to it"
+                )
+            if single:
+                return unwrapped(self.shard(whole))
+            if sharded:
+                return unwrapped(self._sharded(index))
+        found = sorted(path.name for path in self.path.glob("*") if path.is_file())
+        raise UserError(
+            f"{self.path} has neither {WEIGHTS} nor {INDEX} (it has: {', '.join(found) or 'nothing'})"
+            + ("" if pickles else "; weights in pickles are not read, save them as safetensors first")
+        )
 
     def shard(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file."""
         path = self.file(name)
         self.hashes[name] = self._verified[name]["sha256"] if name in self._verified else sha256(path)
-        return load_safetensors(path)
+        return load_tensors(path)
 
-    def _sharded(self, places: object) -> dict[str, Tensor]:
+    def _sharded(self, index: str) -> dict[str, Tensor]:
+        places = self.json(index).get("weight_map")
         if not isinstance(places, Mapping) or not all(isinstance(place, str) for place in places.values()):
             raise UserError(
-                f"{self.path / INDEX} is damaged: its weight_map does not name a file for every tensor"
+                f"{self.path / index} is damaged: its weight_map does not name a file for every tensor"
             )
         wrong: list[str] = []
         tensors: dict[str, Tensor] = {}
@@ -137,15 +146,26 @@ class Folder:
         return tensors
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Name → tensor of one file, mapped, not copied, into memory.
+def folder_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Files:
+    """``config.json`` and the weights as safetensors, in shards with an index where they are large."""
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD)
+    files: dict[str, Callable[[Path], None]] = {
+        "config.json": partial(_put_json, dict(config), sort_keys=True)
+    }
+    for file, names in split.filename_to_tensors.items():
+        files[file] = partial(_put_tensors, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files[INDEX] = partial(_put_json, index)
+    return files
 
-    Raises:
-        UserError: it cannot be read, or is cut short.
-    """
-    require_fetched(path)
-    with told(f"read {path}"), safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+
+def _put_json(value: Mapping[str, Any], path: Path, *, sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def _put_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})  # which transformers asks for
 
 
 def as_object(data: bytes, where: Path) -> dict[str, Any]:

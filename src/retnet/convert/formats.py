@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet import __version__
-from retnet.convert import fla, native, torchscale
+from retnet.convert import fla, native, syncdoth, torchscale
 from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 READERS = {
     "torchscale": f"a file {', '.join(SUFFIXES)}, or a folder with one and its config.json",
     "fla": "a folder whose config.json has model_type 'retnet' and hidden_size",
+    "syncdoth": "a folder whose config.json has model_type 'retnet' and decoder_embed_dim",
     "hf": "a folder whose config.json has model_type 'retentive_network'",
     "run": "a run (checkpoints/) or one of its checkpoints (manifest.json, model.toml)",
 }
 WRITERS = {
     "hf": "a Hugging Face folder",
     "fla": "a folder of flash-linear-attention",
+    "syncdoth": "a folder of syncdoth/RetNet",
     "run": "a checkpoint of this library",
 }
 PROVENANCE = "provenance.json"
@@ -76,13 +78,15 @@ def _kinds(path: Path) -> list[str]:
     if path.is_file():
         return ["torchscale"] if path.suffix in SUFFIXES else []
     config = _config(path)
-    fla = config.get("model_type") == "retnet" and "hidden_size" in config
+    retnet = config.get("model_type") == "retnet"  # of two libraries, with different keys
+    fla, syncdoth = retnet and "hidden_size" in config, retnet and "decoder_embed_dim" in config
     hf = config.get("model_type") == "retentive_network"
     pickles = any(file.suffix in SUFFIXES and file.suffix != ".safetensors" for file in path.iterdir())
     fits = {
         # The folders of the others may have the optimiser's pickles beside their weights.
-        "torchscale": "decoder_embed_dim" in config or (pickles and not fla and not hf),
+        "torchscale": not (fla or syncdoth or hf) and ("decoder_embed_dim" in config or pickles),
         "fla": fla,
+        "syncdoth": syncdoth,
         "hf": hf,
         "run": (path / "checkpoints").is_dir() or (path / "model.toml").is_file(),
     }
@@ -122,7 +126,8 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
         return torchscale.read(path, None if config is None else Path(config))
     if path.is_file():
         raise UserError(f"{source} is a file, but kind {kind!r} is {READERS[kind]}")
-    return {"fla": fla.read, "hf": native.read_hf, "run": native.read_run}[kind](path)
+    readers = {"fla": fla.read, "syncdoth": syncdoth.read, "hf": native.read_hf, "run": native.read_run}
+    return readers[kind](path)
 
 
 def write(
@@ -174,7 +179,8 @@ def write(
         if to == "hf":
             native.write_hf(found, path, extra)
         else:
-            write_checkpoint(path, {**fla.files(found), **extra}, whole=whole)
+            foreign = {"fla": fla.files, "syncdoth": syncdoth.files}[to](found)
+            write_checkpoint(path, {**foreign, **extra}, whole=whole)
     return path
 
 

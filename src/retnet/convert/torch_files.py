@@ -11,9 +11,9 @@ from pickle import UnpicklingError  # the name of an error alone: nothing is unp
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from retnet.convert.folders import load_safetensors
 from retnet.errors import UserError, told
 from retnet.io import require_fetched
 from retnet.model.wrapped import unwrapped
@@ -38,6 +38,32 @@ def checkpoint_file(path: Path) -> Path:
     raise UserError(
         f"{path} should have one checkpoint ({', '.join(SUFFIXES)}) and has {what}; name the file"
     )
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Name → tensor of one file, mapped, not copied, into memory.
+
+    Raises:
+        UserError: it cannot be read, or is cut short.
+    """
+    require_fetched(path)
+    with told(f"read {path}"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Name → tensor of one file of weights, safetensors or a state dict of torch.
+
+    Raises:
+        UserError: as `load`, or it holds anything but named tensors.
+    """
+    if file.suffix == ".safetensors":
+        return load_safetensors(file)
+    content = load(file)
+    others = [str(key) for key, x in content.items() if not (isinstance(key, str) and isinstance(x, Tensor))]
+    if others:
+        raise UserError(f"{file} should hold named tensors alone; not tensors: {', '.join(others[:10])}")
+    return dict(content)
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -94,13 +120,22 @@ def state_of(content: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
             f"{', '.join(repr(str(name)) for name in content) or 'nothing'}"
             + (f"; not tensors: {', '.join(others[:10])}" if state is not content else "")
         )
-    tensors: dict[str, Tensor] = {}
-    for name, x in unwrapped(state).items():
-        short = name.removeprefix("decoder.")
-        if short in tensors:
-            raise UserError(f"{file} has {short} twice, with and without the prefix 'decoder.'")
-        tensors[short] = x
-    return tensors
+    return without_prefix(unwrapped(state), "decoder.", file)
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str, where: Path) -> dict[str, Tensor]:
+    """The same tensors, names without this prefix.
+
+    Raises:
+        UserError: one of them is there twice.
+    """
+    short: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        plain = name.removeprefix(prefix)
+        if plain in short:
+            raise UserError(f"{where} has {plain} twice, with and without the prefix {prefix!r}")
+        short[plain] = x
+    return short
 
 
 def arguments_of(content: Mapping[str, Any]) -> dict[str, Any] | None:

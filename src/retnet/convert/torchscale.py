@@ -43,6 +43,7 @@ NAMES = {
     "blocks.{}.ffn.gate.weight": "layers.{}.ffn.gate.weight",
     "blocks.{}.ffn.fc2.weight": "layers.{}.ffn.fc2.weight",
 }
+ANGLE, DECAY = "retnet_rel_pos.angle", "retnet_rel_pos.decay"
 _BUFFER = re.compile(r"(^|\.)(retnet_rel_pos\.\w+|version|_float_tensor)$")
 _CANNOT = {
     "multiway": "two sets of weights for two modalities",
@@ -56,7 +57,21 @@ _HEADS = {"base": 2, "medium": 4, "xl": 8, "3b": 10, "7b": 16, "13b": 20, "65b":
 
 
 @dataclass(frozen=True)
-class TorchscaleArguments:
+class Options:
+    """What changes the function of torchscale's decoder and of its heirs, sizes excepted."""
+
+    activation_fn: str = "gelu"
+    no_scale_embedding: bool = True
+    layernorm_embedding: bool = False
+    layernorm_eps: float = 1e-6
+    decoder_normalize_before: bool = True
+    subln: bool | None = None
+    deepnorm: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TorchscaleArguments(Options):
     """torchscale's RetNetConfig: what changes the function, then what does not. None: to be seen in the weights."""
 
     decoder_embed_dim: int | None = None
@@ -65,20 +80,12 @@ class TorchscaleArguments:
     decoder_ffn_embed_dim: int | None = None
     decoder_layers: int | None = None
     vocab_size: int = -1
-    activation_fn: str = "gelu"
-    no_scale_embedding: bool = True
-    layernorm_embedding: bool = False
     share_decoder_input_output_embed: bool = False
-    layernorm_eps: float = 1e-6
-    decoder_normalize_before: bool = True
-    subln: bool | None = None
-    deepnorm: bool = False
     multiway: bool = False
     moe_freq: int = 0
     use_xmoe: bool = False
     no_output_layer: bool = False
     chunkwise_recurrent: bool = False
-    dropout: float = 0.0
     activation_dropout: float = 0.0
     drop_path_rate: float = 0.0
     recurrent_chunk_size: int = 512
@@ -174,12 +181,7 @@ def model_config(
     Raises:
         UserError: options that this library does not compute, all of them; or sizes that cannot be.
     """
-    refused = options(vars(args), _CANNOT)
-    if args.activation_fn not in ("gelu", "swish"):
-        refused.append(f"activation_fn = {args.activation_fn!r} (only gelu and swish are)")
-    if not args.decoder_normalize_before and not args.subln:  # subln makes torchscale forget it
-        refused.append("decoder_normalize_before = False (norms after the residual)")
-    if refused:
+    if refused := cannot_compute(args):
         raise UserError(f"{file} cannot be run here, because its arguments have {'; '.join(refused)}")
 
     def size(given: int | None, tensor: str, dim: int = 0) -> int:
@@ -189,35 +191,85 @@ def model_config(
             )
         return tensors[tensor].shape[dim] if given is None else given
 
+    def buffer(name: str) -> Tensor | None:
+        return next((x for key, x in buffers.items() if key.endswith(name)), None)
+
+    decay, layers = buffer(DECAY), {i[1] for name in tensors if (i := re.match(r"layers\.(\d+)\.", name))}
     width = size(args.decoder_embed_dim, "embed_tokens.weight", 1)
     values = size(args.decoder_value_embed_dim, "layers.0.retention.v_proj.weight")
-    decay = next((x for name, x in buffers.items() if name.endswith("retnet_rel_pos.decay")), None)
-    heads = args.decoder_retention_heads or (None if decay is None else decay.numel())
+    given = args.decoder_retention_heads or (None if decay is None else decay.numel())
+    heads = check_heads(given, width, values, file)
+    model = dialect(
+        args,
+        vocab_size=size(None if args.vocab_size < 0 else args.vocab_size, "embed_tokens.weight"),
+        width=width,
+        values=values,
+        ffn_dim=size(args.decoder_ffn_embed_dim, "layers.0.ffn.fc1.weight"),
+        layers=len(layers) if args.decoder_layers is None else args.decoder_layers,
+        heads=heads,
+        decay=_decay(decay, heads, file),
+        tied=args.share_decoder_input_output_embed,
+    )
+    check_angles(buffer(ANGLE), width // heads, file)
+    return model
+
+
+def cannot_compute(args: Options) -> list[str]:
+    """Options that this library does not compute, with what they would change."""
+    refused = options(vars(args), _CANNOT)
+    if args.activation_fn not in ("gelu", "swish"):
+        refused.append(f"activation_fn = {args.activation_fn!r} (only gelu and swish are)")
+    if not args.decoder_normalize_before and not args.subln:  # subln makes torchscale forget it
+        refused.append("decoder_normalize_before = False (norms after the residual)")
+    return refused
+
+
+def check_heads(heads: int | None, width: int, values: int, where: Path) -> int:
+    """The heads themselves.
+
+    Raises:
+        UserError: they are not known, or do not divide the widths of keys and values.
+    """
     if heads is None or heads < 1 or width % heads or values % heads:
         raise UserError(
-            f"{file}: decoder_retention_heads is {heads}; it must be given, and divide the widths of keys, {width}, "
+            f"{where}: decoder_retention_heads is {heads}; it must be given, and divide the widths of keys, {width}, "
             f"and of values, {values}"
         )
+    return heads
+
+
+def dialect(
+    args: Options,
+    *,
+    vocab_size: int,
+    width: int,
+    values: int,
+    ffn_dim: int,
+    layers: int,
+    heads: int,
+    decay: Decay,
+    tied: bool,
+) -> ModelConfig:
+    """The model that torchscale's code makes of these options and sizes; `width` and `values` are those of all heads."""
     mixer = RetentionConfig(
         num_heads=heads,
         value_dim=values // heads,
-        decay=_decay(decay, heads, file),
+        decay=decay,
         head_norm="rms",
         head_norm_eps=args.layernorm_eps,
         score_norm="decay",
     )
-    _check_angles(buffers, mixer.widths(width)[0], file)
-    layers = {found[1] for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
+    mixer.widths(width)
     return ModelConfig(
-        vocab_size=size(None if args.vocab_size < 0 else args.vocab_size, "embed_tokens.weight"),
+        vocab_size=vocab_size,
         d_model=width,
-        num_layers=len(layers) if args.decoder_layers is None else args.decoder_layers,
+        num_layers=layers,
         mixer=mixer,
         norm="rmsnorm",
         norm_eps=args.layernorm_eps,
         ffn="swiglu" if args.activation_fn == "swish" else "geglu",
-        ffn_dim=size(args.decoder_ffn_embed_dim, "layers.0.ffn.fc1.weight"),
-        tie_embeddings=args.share_decoder_input_output_embed,
+        ffn_dim=ffn_dim,
+        tie_embeddings=tied,
         embedding_scale=not args.no_scale_embedding,
         embedding_norm=args.layernorm_embedding,
         dropout=args.dropout,
@@ -240,20 +292,17 @@ def _decay(buffer: Tensor | None, heads: int, file: Path) -> Decay:
     if torch.allclose(stored, paper, rtol=1e-2, atol=1e-7):
         return "paper"
     if not bool(((stored <= 0) & stored.isfinite()).all()):
-        raise UserError(
-            f"{file}: retnet_rel_pos.decay holds {stored.tolist()}, which are no logarithms of decays"
-        )
+        raise UserError(f"{file}: {DECAY} holds {stored.tolist()}, which are no logarithms of decays")
     return tuple(stored.exp().tolist())
 
 
-def _check_angles(buffers: Mapping[str, Tensor], key_dim: int, file: Path) -> None:
-    """Refuses a checkpoint of a changed torchscale, whose rotation is another."""
-    stored = next((x for name, x in buffers.items() if name.endswith("retnet_rel_pos.angle")), None)
+def check_angles(stored: Tensor | None, key_dim: int, file: Path) -> None:
+    """Refuses a checkpoint of changed code, whose rotation is another."""
     if stored is None:
         return
     angles = frequencies(key_dim).repeat_interleave(2)
     if stored.shape != angles.shape or not torch.allclose(stored.double(), angles, rtol=1e-2, atol=1e-7):
         raise UserError(
-            f"{file}: retnet_rel_pos.angle is not what torchscale computes for heads of width {key_dim}; "
+            f"{file}: {ANGLE} is not what torchscale computes for heads of width {key_dim}; "
             "decoder_retention_heads is wrong, or the model was trained with changed code"
         )

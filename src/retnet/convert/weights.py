@@ -25,7 +25,7 @@ class Found:
     """A model as it was found.
 
     Attributes:
-        kind: where it comes from: "torchscale", "fla", "hf" or "run".
+        kind: where it comes from: "torchscale", "fla", "syncdoth", "hf" or "run".
         config: the model.
         tensors: its weights, by the names of `retnet.model.checkpoint.weights`; all of one floating type.
         hashes: file name → SHA-256 of every file that was read.
