@@ -2,6 +2,7 @@
 
 import pytest
 
+from retnet.serve import plain_routes
 from retnet.serve.access import ApiKeys
 from retnet.settings import UserError
 from tests.helpers.serving import refused
@@ -37,7 +38,7 @@ def test_only_known_keys(guarded):
 
 
 def test_what_needs_no_key(guarded):
-    for path in ("/", "/playground.js", "/playground.css", "/health", "/ready", "/metrics", "/openapi.json"):
+    for path in (*plain_routes.FILES, "/health", "/ready", "/metrics", "/openapi.json"):
         assert guarded.get(path).status_code == 200, path
 
 

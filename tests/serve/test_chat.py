@@ -5,6 +5,7 @@ import json
 import pytest
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling
+from retnet.serve import plain_routes
 from tests.helpers.serving import joined, refused, stream
 
 MESSAGES = [
@@ -164,7 +165,7 @@ def test_the_playground_asks_nobody_else(http):
     page = http.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    parts = page.text + http.get("/playground.js").text + http.get("/playground.css").text
+    parts = "".join(http.get(path).text for path in plain_routes.FILES)
     assert "http://" not in parts
     assert "https://" not in parts
     assert "innerHTML" not in parts

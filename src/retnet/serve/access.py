@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +16,7 @@ from retnet.io import read_text
 from retnet.serve.errors import ApiError
 from retnet.settings import UserError
 
-OPEN = frozenset({"/", "/playground.css", "/playground.js", "/health", "/ready", "/metrics", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ready", "/metrics", "/openapi.json"})  # and the playground's files
 SHORTEST_KEY = 8  # characters
 BODY_SECONDS = 60  # in which a body has to arrive
 NOBODY = ""  # whose everything is where there are no keys
@@ -64,12 +64,13 @@ class AccessMiddleware:
     """Lets in who has a key, and no page of another origin; ``scope["state"]["owner"]`` is whose request it is.
 
     Args:
-        app: what is protected, but for the paths in `OPEN`.
+        app: what is protected, but for the paths in `OPEN`, and `files`.
         keys: that are known.
+        files: paths that are open too.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: ApiKeys, files: Iterable[str] = ()) -> None:
+        self._app, self._keys, self._open = app, keys, OPEN | {*files}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -85,7 +86,7 @@ class AccessMiddleware:
             return ApiError(
                 403, "pages of other origins may not use this server; send the request from a program"
             )
-        if scope["path"] in OPEN:
+        if scope["path"] in self._open:
             return None
         word, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         sent = bearer.strip() if word.lower() == b"bearer" else headers.get(b"x-api-key")

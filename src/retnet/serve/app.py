@@ -111,7 +111,7 @@ def make_app(
         app.include_router(routes.router)
     install_handlers(app)
     install_openapi(app)
-    app.add_middleware(AccessMiddleware, keys=keys or ApiKeys())
+    app.add_middleware(AccessMiddleware, keys=keys or ApiKeys(), files=plain_routes.FILES)
     app.add_middleware(CountingMiddleware, metrics=service.metrics)
     return app
 

@@ -19,10 +19,11 @@ from retnet.settings import UserError
 
 router = APIRouter()
 PAGE = Path(__file__).with_name("playground")
+SCRIPTS = ("playground.js", "conversation.js", "requests.js", "views.js")
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/playground.css": ("playground.css", "text/css; charset=utf-8"),
-    "/playground.js": ("playground.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
 }
 # What the page may do: nothing but talk to this server.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
