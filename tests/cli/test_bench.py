@@ -1,13 +1,16 @@
 import json
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from click.testing import CliRunner
 
-from retnet.bench import llama_cpp
+from retnet.bench import llama_cpp, served
 from retnet.cli import cli
 from retnet.settings import UserError
+from tests.helpers.echo_server import echo_server
 
 
 def quick(verb, out, *options):
@@ -114,9 +117,17 @@ def test_ops(tmp_path):
     assert "The op, H 2, K 16, V 32" in shown
 
 
-@pytest.mark.slow
 def test_serve(tmp_path, monkeypatch):
-    """Our two servers, and the Transformer behind the same one; others have a test of their own."""
+    """Everything but the servers themselves, in whose place one stands that streams without a model."""
+
+    @contextmanager
+    def start(streams, context):
+        with echo_server() as url:
+            yield served.Listening(url, os.getpid())
+
+    monkeypatch.setattr(
+        served, "ours", lambda name, config, weights, folder: served.Served(name, weights, start, {})
+    )
     record, shown = quick("serve", tmp_path, "--no-peers")
     points = {(row["name"], row["weights"], row["streams"], row["context"]) for row in record["rows"]}
     servers = (("retnet", "fp32"), ("retnet", "8 bits"), ("Transformer, retnet serve", "fp32"))

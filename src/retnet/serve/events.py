@@ -103,18 +103,26 @@ def reason(completion: Completion | None) -> Reason | None:
 
 def text_logprobs(tokenizer: Tokenizer, places: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
     """Log-probabilities as completions have them; `offset` is where the first token begins, in characters."""
-    tokens = [tokenizer.decode([place.token]) for place in places]
     offsets = []
-    for token in tokens:
+    for place in places:
         offsets.append(offset)
-        offset += len(token)
-    top = [{tokenizer.decode([token]): logprob for token, logprob in reversed(place.top)} for place in places]
+        offset += len(tokenizer.decode([place.token]))
+    top = [{_named(tokenizer, token): logprob for token, logprob in reversed(place.top)} for place in places]
     return {
-        "tokens": tokens,
+        "tokens": [_named(tokenizer, place.token) for place in places],
         "token_logprobs": [place.logprob for place in places],
         "top_logprobs": top,
         "text_offset": offsets,
     }
+
+
+def _named(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; where it is part of a character its bytes, as OpenAI writes them, so that no two are the same."""
+    content = tokenizer.decode_bytes([token])
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def chat_logprobs(tokenizer: Tokenizer, places: list[TokenLogprobs]) -> dict[str, Any]:

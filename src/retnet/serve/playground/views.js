@@ -51,7 +51,8 @@ function showToken(span, node, place, fork) {
     const bar = element("span", {class: "bar"});
     bar.style.setProperty("--share", Math.exp(logprob));
     const label = `Fork here with ${visible(text)}`;
-    return element("button", {type: "button", class: "choice", title: label, "aria-label": `${label}, ${percent(logprob)}`, onclick: () => { hideToken(); fork(node, place, text); }},
+    const whole = text && !text.startsWith("bytes:") && !text.includes("\ufffd"); // else it is part of a character, or an end
+    return element("button", {type: "button", class: "choice", disabled: !whole, title: label, "aria-label": `${label}, ${percent(logprob)}`, onclick: () => { hideToken(); fork(node, place, text); }},
       bar, element("code", {}, visible(text)), element("span", {}, percent(logprob)));
   });
   const head = element("p", {}, element("code", {}, visible(token.text)), ` chosen at ${percent(token.logprob)}`);
