@@ -84,7 +84,7 @@ def test_a_text_its_probabilities_and_its_branches(browser, server):
         assert columns.count() == 2
         assert all("perplexity" in text for text in columns.all_text_contents())
         assert columns.nth(0).text_content() != columns.nth(1).text_content()
-        page.select_option("[aria-label='Branch B']", index=1)
+        page.select_option("select[aria-label='Branch B']", index=1)
         page.click("text=Go on with B")
         page.wait_for_selector("text=2 / 3")
         # rewinding and editing make branches, and lose none
