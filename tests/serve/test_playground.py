@@ -50,7 +50,7 @@ def generate(page, text, tokens=12):
     page.fill("#max_tokens", str(tokens))
     page.fill("#input", text)
     page.click("#send")
-    page.wait_for_function("document.querySelectorAll('.message.model .token').length > 0")
+    page.locator(".message.model .token").first.wait_for(state="attached")
     is_ready(page)
 
 
@@ -109,14 +109,14 @@ def test_a_conversation_by_keyboard_on_a_phone_in_the_dark(browser, server):
         page.focus("#input")
         page.keyboard.type("Tell a long story")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('.message.model .token').length > 3")
+        page.locator(".message.model .token").nth(3).wait_for(state="attached")
         page.keyboard.press("Escape")
-        page.wait_for_function("document.querySelector('#status').textContent === 'stopped'")
+        page.wait_for_selector("#status:text-is('stopped')")
         page.fill("#max_tokens", "5")
         page.focus("#input")
         page.keyboard.type("Another one")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('article').length === 4")
+        page.locator("article").nth(3).wait_for()
         is_ready(page)
         assert page.evaluate(
             "document.documentElement.scrollWidth <= innerWidth"
