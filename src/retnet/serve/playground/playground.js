@@ -46,7 +46,7 @@ function render() {
   const shown = {model, current, busy, choose, generate, fork, compare, render, keep, change, close: () => choose(current)};
   $("transcript").hidden = compared !== null;
   $("comparison").hidden = compared === null;
-  if (compared) $("comparison").replaceChildren(...comparison(compared, shown));
+  $("comparison").replaceChildren(...(compared ? comparison(compared, shown) : []));
   $("transcript").replaceChildren(...pathTo(current).map((node) => message(node, shown)));
   $("transcript").scrollTop = $("transcript").scrollHeight;
   $("tree").replaceChildren(...tree(shown));
