@@ -1,5 +1,6 @@
 """The playground in a real browser: writing, probabilities, forks, two branches side by side, stopping, a phone's width."""
 
+import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -100,11 +101,17 @@ def test_a_text_its_probabilities_and_its_branches(browser, server):
         assert page.locator("#tree button").count() == 6
 
 
+def endless(route):
+    """Lets nothing but its length end a text."""
+    route.continue_(post_data=json.dumps({**route.request.post_data_json, "logit_bias": {"256": -1000}}))
+
+
 @pytest.mark.slow
 def test_a_conversation_by_keyboard_on_a_phone_in_the_dark(browser, server):
     phone = {"viewport": {"width": 390, "height": 800}, "color_scheme": "dark"}
     with opened(browser, server, **phone) as page:
         page.check("input[value=chat]", force=True)
+        page.route("**/v1/chat/completions", endless, times=1)
         page.fill("#max_tokens", "20000")
         page.focus("#input")
         page.keyboard.type("Tell a long story")

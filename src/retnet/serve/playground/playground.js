@@ -2,7 +2,7 @@
 
 import {add, deepest, pathTo, remove} from "./conversation.js";
 import {asCurl, asPython, errorOf, eventsOf, headers, isChat, requestFor, tokenOf} from "./requests.js";
-import {comparison, hideToken, listenToPopover, message, tokensOf, tree} from "./views.js";
+import {comparison, extend, hideToken, listenToPopover, message, tree} from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 let current = 0; // the end of the path that is shown; the root has no text
@@ -106,7 +106,7 @@ const rate = (clock) => ((clock.count - 1) / Math.max(1e-3, (performance.now() -
 
 /** Adds the tokens of a stream to a piece, drawn no faster than they can be seen; its usage. */
 async function receive(response, node, clock) {
-  let usage = null, shown = 0;
+  let usage = null, shown = 0, drawn = node.tokens.length;
   for await (const event of eventsOf(response)) {
     if (event.error) throw new Error(event.error.message);
     if (event.usage) usage = event.usage;
@@ -120,9 +120,8 @@ async function receive(response, node, clock) {
       if (token.text) node.tokens.push(token);
     }
     if (performance.now() - shown > 50) {
-      const view = tokensOf(node, fork);
-      node.view.replaceWith(view);
-      node.view = view;
+      extend(node.view, node, drawn, fork);
+      drawn = node.tokens.length;
       $("transcript").scrollTop = $("transcript").scrollHeight;
       if (clock.count > 1) $("rate").textContent = rate(clock);
       await new Promise((resume) => setTimeout(resume));

@@ -26,18 +26,24 @@ const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(Math.exp(logpr
 /** A text, its tokens to be pointed at where their probabilities are known. */
 export function tokensOf(node, fork) {
   const box = element("div", {class: "text"});
-  node.tokens.forEach((token, place) => {
+  extend(box, node, 0, fork);
+  return box;
+}
+
+/** Draws the tokens of a piece from a place on, behind those that are there. */
+export function extend(box, node, from, fork) {
+  for (let place = from; place < node.tokens.length; place++) {
+    const token = node.tokens[place];
     if (token.logprob === undefined) {
       box.append(token.text);
-      return;
+      continue;
     }
     const span = element("span", {class: `token likely-${Math.min(4, Math.floor(-token.logprob))}`}, token.text);
     const show = () => showToken(span, node, place, fork);
     span.addEventListener("mouseenter", show);
     span.addEventListener("click", show);
     box.append(span);
-  });
-  return box;
+  }
 }
 
 const popover = () => document.getElementById("token");
