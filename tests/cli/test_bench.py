@@ -97,6 +97,25 @@ def test_decode(tmp_path, monkeypatch):
     assert "llama.cpp is not measured: it is not here" in shown
 
 
+def test_engine(tmp_path):
+    record, shown = quick("engine", tmp_path)
+    check(record, "engine")
+    ways = ("greedy", "sampled", "top-p 0.9", "top-k 40, top-p 0.9")
+    assert [(row["rows"], row["sampling"]) for row in record["rows"]] == [
+        (n, way) for n in (1, 2) for way in ways
+    ]
+    assert [row["what"] for row in record["exact"]] == ["a step of 1", "a step of 2", "reading 400 tokens"]
+    copied, new = record["drafts"]
+    assert copied["ratio"]["median"] < new["ratio"]["median"]
+    assert [(row["what"], row["reused"], row["tokens"]) for row in record["edits"]] == [
+        ("the same prompt", 384, 400),
+        ("edit at 398", 384, 399),
+        ("edit at 200", 128, 201),
+        ("edit at 2", 0, 3),
+    ]
+    assert "A session after a restart" in shown
+
+
 def test_ops(tmp_path):
     record, shown = quick("ops", tmp_path, "--lengths", "100,128", "--device", "cpu")
     check(record, "ops")

@@ -1,12 +1,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet.engine.sampling import Sampling, probabilities, sample
+from retnet.engine.sampling import Sampling, SamplingBatch, probabilities, sample
+from retnet.engine.sampling_kernel import sampler
 from retnet.settings import UserError
 
 inf, nan = math.inf, math.nan
@@ -180,3 +182,73 @@ def test_logits_without_meaning_are_refused(bad, temperature):
 def test_values_out_of_range_name_field_and_value(field, value):
     with pytest.raises(UserError, match=rf"^{field} is {value}; it must be "):
         Sampling(**{field: value})
+
+
+# -- the compiled kernel ----------------------------------------------------------------------------------------
+
+
+def random_logits(rng, rows, vocab_size):
+    """Normal ones, ones with many equals, and ones of which most are forbidden; on fp32's grid."""
+    kinds = [
+        rng.normal(size=(rows, vocab_size)) * rng.choice([0.1, 1, 5, 60]),
+        rng.integers(-3, 3, (rows, vocab_size)).astype(float),
+        np.where(rng.random((rows, vocab_size)) < 0.9, -inf, rng.normal(size=(rows, vocab_size))),
+    ]
+    logits = kinds[rng.integers(3)]
+    logits[:, rng.integers(vocab_size)] = 0.5  # at least one that is allowed
+    return torch.tensor(logits, dtype=torch.float32)
+
+
+def random_samplings(rng, rows):
+    return [
+        Sampling(
+            temperature=float(rng.choice([0, 0.01, 0.7, 1, 1, 3])),
+            top_k=int(rng.choice([0, 0, 1, 2, 40, 10**6])),
+            top_p=float(rng.choice([1, 1, 1e-9, 0.3, 0.9, 0.999999])),
+            min_p=float(rng.choice([0, 0, 0.05, 1])),
+        )
+        for _ in range(rows)
+    ]
+
+
+@pytest.mark.skipif(sampler() is None, reason="needs numba")
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 10**6), vocab_size=st.sampled_from([1, 2, 63, 64, 65, 300, 5000, 150_000]))
+def test_the_compiled_kernel_draws_what_the_definitions_say(seed, vocab_size):
+    rng = np.random.default_rng(seed)
+    rows = 3 if vocab_size > 10_000 else 7
+    logits, samplings = random_logits(rng, rows, vocab_size), random_samplings(rng, rows)
+    draws = torch.tensor(rng.choice([0, 0.5, 1 - 2**-53, *rng.random(4)], rows), dtype=torch.float64)
+    batch = SamplingBatch(samplings, vocab_size)
+    tokens = batch.sample(logits, draws)
+    chances = batch.probabilities(logits)
+    cumulative = chances.cumsum(-1)
+    for row, token in enumerate(tokens.tolist()):
+        assert chances[row, token] > 0
+        if samplings[row].temperature > 0:
+            below = cumulative[row, token - 1] if token else 0.0
+            assert below - 1e-9 <= draws[row] <= cumulative[row, token] + 1e-9
+    assert batch.sample(logits.double(), draws).tolist() == tokens.tolist()
+    wide = torch.randn(rows, vocab_size + 3)
+    wide[:, :vocab_size] = logits
+    assert batch.sample(wide[:, :vocab_size], draws).tolist() == tokens.tolist()
+    for row, token in enumerate(tokens.tolist()):  # alone as in company
+        single = SamplingBatch(samplings[row : row + 1], vocab_size)
+        assert single.sample(logits[row : row + 1], draws[row : row + 1]).tolist() == [token]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_rows_that_are_not_finite_get_no_token(compiled, temperature, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("retnet.engine.sampling.sampler", lambda: None)
+    elif sampler() is None:
+        pytest.skip("needs numba")
+    logits = torch.randn(7, 90)
+    logits[0, 3], logits[1, 4], logits[2], logits[3, 1], logits[4, 5] = nan, inf, -inf, -nan, -inf
+    logits[5] = torch.tensor([-0.0, 0.0] * 45)
+    batch = SamplingBatch([Sampling(temperature=temperature)] * 7, 90)
+    tokens = batch.sample(logits, torch.full((7,), 0.0, dtype=torch.float64)).tolist()
+    assert tokens[:4] == [-1] * 4
+    assert min(tokens[4:]) >= 0
+    assert tokens[5] == 0

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling, Session
-from retnet.engine.store import BLOCK, state_size
+from retnet.engine.store import BLOCK, digest_of, state_size
 from retnet.mixers import MIXERS
 from retnet.settings import UserError
 from tests.helpers.sessions import GREEDY, MB, TURN, bits, engine, fresh, make, words
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,42 @@ print(json.dumps([session.name, got.cached_tokens, got.tokens, [found.logprob fo
     ]
 
 
+@pytest.mark.slow
+def test_a_process_killed_between_two_saves_loses_what_came_after_the_first_alone(model, tokenizer, tmp_path):
+    """SIGKILL while it generates: the file is that of the last save, and goes on as a text that nobody has interrupted."""
+    from retnet.model.checkpoint import model_files, write_checkpoint
+
+    write_checkpoint(tmp_path / "model", {**model_files(model), "tokenizer.json": tokenizer.save})
+    code = f"""
+from retnet.engine import Engine, Sampling, Session, open_run
+from tests.helpers.sessions import TURN, words
+run = open_run({str(tmp_path / "model")!r})
+session = Session(Engine(run.model, run.tokenizer, exact=True, cache_bytes=1 << 26), name="mine")
+for turn in range(10**6):
+    session.append(words(90, turn))
+    session.generate(seed=turn, **TURN)
+    session.save({str(tmp_path / "session")!r})
+    print(turn, flush=True)
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    for turn in range(3):
+        assert writer.stdout.readline() == b"%d\n" % turn
+    writer.kill()
+    writer.wait()
+    writer.stdout.close()
+    found = Session.load(engine(model, tokenizer), tmp_path / "session")
+    again, turn = Session(engine(model, tokenizer)), 0
+    while len(again.tokens) < len(found.tokens):
+        again.append(words(90, turn))
+        again.generate(seed=turn, **TURN)
+        turn += 1
+    assert turn >= 3
+    assert (found.tokens, found.marks) == (again.tokens, again.marks)
+    for session in (found, again):
+        session.append("and then")
+    assert bits(found.generate(**TURN)) == bits(again.generate(**TURN))
+
+
 @pytest.mark.parametrize(("back", "reused"), [(2001, 1920), (1990, 1920), (1000, 896), (10, 0)])
 def test_a_saved_session_is_rewound_as_fast_after_a_restart(model, tokenizer, tmp_path, back, reused):
     session = Session(engine(model, tokenizer))
@@ -217,11 +256,11 @@ def content(model, tokenizer):
 
 def altered(content, change):
     """The session with its tensors and header changed, and the hash made to fit."""
-    from retnet.engine.sessions import _digest, _read
+    from retnet.engine.sessions import _read
 
     header, tensors = _read(content)
     change(header, tensors)
-    header["sha256"] = _digest(tensors)
+    header["sha256"] = digest_of(tensors)
     return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
 
 

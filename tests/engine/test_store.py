@@ -1,5 +1,6 @@
 """The prefix cache: which states are kept, found again and lost."""
 
+import uuid
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.engine import Request
+from retnet.engine.storage import open_storage
 from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, state_size
 from tests.helpers.sessions import GREEDY, engine, make, words
 
@@ -91,3 +93,83 @@ def test_hits_are_reported_and_off_is_off(model, tokenizer):
     unused = engine(model, tokenizer)
     unused.complete(Request(text, cache=False, **ask))
     assert len(unused.store) == 0
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request, tmp_path):
+    return str(tmp_path / "states") if request.param == "folder" else f"memory://{uuid.uuid4().hex}/states"
+
+
+def filled(place, keys="abc"):
+    """A store with room for one state, and its states, of which all but the last lie in files."""
+    states = {key: (Memory(torch.full((1, 250), float(ord(key)))),) for key in keys}
+    store = StateStore(states[keys[0]], 1000, place)
+    store.hold("me", keys)
+    for key, state in states.items():
+        store.put(key, state)
+    return store, states
+
+
+def test_states_come_back_from_any_storage(place):
+    store, states = filled(place)
+    store.flush()
+    other = StateStore(states["a"], 10_000, place)
+    found, state = other.longest(["a", "b", "c", "d"])
+    assert found == 3 * BLOCK
+    assert torch.equal(state[0].x, states["c"][0].x)
+    assert other.longest(["a", "x", "y"])[0] == BLOCK
+    assert other.longest(["x", "y"]) == (0, None)
+    store.hold("me", "c")
+    assert open_storage(place).names() == ["c.safetensors"]
+
+
+def test_the_states_of_one_owner_are_written_alone(place):
+    state = (Memory(torch.zeros(1, 250)),)
+    store = StateStore(state, 10_000, place)
+    for key, owner in (("a", "one"), ("b", "two"), ("c", "one")):
+        store.hold(owner, ["a", "c"] if owner == "one" else [key])
+        store.put(key, state)
+    store.flush("one")
+    store.flush("nobody")
+    assert open_storage(place).names() == ["a.safetensors", "c.safetensors"]
+    store.flush()
+    assert open_storage(place).names() == ["a.safetensors", "b.safetensors", "c.safetensors"]
+
+
+def test_a_damaged_state_is_read_again_from_its_tokens(place):
+    store, states = filled(place)
+    store.flush()
+    content = open_storage(place).read("a.safetensors")
+    for damaged in (b"", content[:-5], content[:-5] + b"\x00\x00\x80\x3f\x00"):
+        open_storage(place).write("a.safetensors", damaged)
+        other = StateStore(states["a"], 10_000, place)
+        assert other.get("a") is None
+        assert open_storage(place).read("a.safetensors") is None
+    assert store.longest(["a", "b", "c"])[0] == 3 * BLOCK
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_wanted_stays(place):
+    filled(place)[0].flush()  # and nobody says any more what is held
+    other = StateStore((Memory(torch.zeros(1, 250)),), 10_000, place)
+    other.hold("one", ["b", "z"])
+    assert other.sweep(3600) == 0  # another may be about to say so
+    assert other.sweep(0) == 2
+    assert open_storage(place).names() == ["b.safetensors"]
+    assert StateStore((Memory(torch.zeros(1, 250)),), 10_000).sweep(0) == 0
+
+
+def test_a_storage_that_fails_costs_time_alone(place, caplog):
+    store, states = filled(place)
+    for verb in ("read", "write", "among", "sweep", "remove"):
+        setattr(store._files, verb, lambda *given, **more: (_ for _ in ()).throw(OSError(5, "no answer")))
+    assert store.get("a") is None
+    assert store.longest(["a", "b", "c"])[0] == 3 * BLOCK
+    store.put("d", states["a"])
+    with pytest.raises(OSError, match="no answer"):  # whoever saves wants to know
+        store.flush()
+    store.hold("me", ())
+    assert store.sweep(0) == 0
+    assert caplog.text.count("no answer") == 1

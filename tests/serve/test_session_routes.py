@@ -191,13 +191,13 @@ def test_ids_that_are_no_session(http, name):
 
 def changed(content, change=lambda tensors: None, header=lambda header: None):
     """An exported session with other tensors or another header, its digest made to fit."""
-    from retnet.engine.sessions import _digest
+    from retnet.engine.store import digest_of
 
     length = struct.unpack("<Q", content[:8])[0]
     about = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["retnet_session"])
     tensors = safetensors.torch.load(content)
     change(tensors)
-    about["sha256"] = _digest(tensors)
+    about["sha256"] = digest_of(tensors)
     header(about)
     return safetensors.torch.save(tensors, {"retnet_session": json.dumps(about)})
 

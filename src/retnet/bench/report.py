@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from retnet import host
-from retnet.bench import decoding_summary, ops_summary, serving_summary, training_summary
+from retnet.bench import decoding_summary, engine_summary, ops_summary, serving_summary, training_summary
 from retnet.measure import records
 from retnet.measure.records import Record, seen, stem
 from retnet.measure.summary import Figure, Summary
@@ -19,6 +19,7 @@ MEMORY = "malloc keeps freed memory (retnet.host.keep_freed_memory), for all con
 PARTS = {
     "train": training_summary.parts,
     "decode": decoding_summary.parts,
+    "engine": engine_summary.parts,
     "ops": ops_summary.parts,
     "serve": serving_summary.parts,
 }

@@ -107,6 +107,33 @@ def decode(
     _run("decode", bench, quick, out, lambda say: measure_decoding(bench, say), config=config)
 
 
+@command.command("engine", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
+)
+@options("retnet.bench.engine:EngineBench", "rounds", "prompt")
+@_common
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def engine(
+    config: str,
+    out: Path,
+    quick: bool,
+    overrides: tuple[str, ...],
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """What the engine costs over its decoder, and what exactness, drafts and edits of a session cost and save.
+
+    Settings of the model are changed as in training: --model.num_layers 4.
+    """
+    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
+    from retnet.bench.engine import EngineBench, measure_engine
+
+    if quick:
+        given |= {"rows": (1, 2), "rounds": 2, "prompt": 400}
+    bench = EngineBench(model, **given)
+    _run("engine", bench, quick, out, lambda say: measure_engine(bench, say), config=config)
+
+
 @command.command("ops")
 @click.option(
     "--lengths",

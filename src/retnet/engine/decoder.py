@@ -55,6 +55,14 @@ class Decoder(ABC):
             ValueError: shapes, types, bounds, slots or tokens that do not fit.
         """
 
+    def prefill_logits(self, tokens: Tensor, slot: Tensor) -> Tensor:
+        """As `prefill` of one piece, int64 [T], in one slot, [1]: logits [T,vocab_size] after each of its tokens.
+
+        Raises:
+            ValueError: shapes, types, slots or tokens that do not fit.
+        """
+        return torch.cat([self.step(token, slot) for token in tokens.split(1)])
+
     @abstractmethod
     def step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """One token a row, which moves the state of its slot on.
@@ -131,15 +139,28 @@ class ComposedDecoder(Decoder):
         )
         if not any(lengths):
             return logits
-        rows, bounds = rows_of(slots, self.device), cu_seqlens.to(self.device, torch.int32)
-        before = tuple(pool.take(rows, max(lengths)) for pool in self.pools)
+        bounds = cu_seqlens.to(self.device, torch.int32)
+        features = self._features(tokens, bounds, slots, max(lengths))
+        full = [i for i, length in enumerate(lengths) if length]
+        last = bounds[1:][full].long() - 1
+        logits[full] = self._model.head(features[last])
+        return logits
+
+    @torch.no_grad()
+    def prefill_logits(self, tokens: Tensor, slot: Tensor) -> Tensor:
+        """See `Decoder.prefill_logits`; one pass."""
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        self._check_prefill(tokens, bounds, slot)
+        return self._model.head(self._features(tokens, bounds.to(self.device), slot, len(tokens)))
+
+    def _features(self, tokens: Tensor, bounds: Tensor, slots: Tensor, longest: int) -> Tensor:
+        """What the head reads after each token, [T,D], of pieces that have been checked; moves their slots on."""
+        rows = rows_of(slots, self.device)
+        before = tuple(pool.take(rows, longest) for pool in self.pools)
         features, after = self._model.read(tokens[None], before, cu_seqlens=bounds)
         for pool, old, new in zip(self.pools, before, after, strict=True):
             pool.put(rows, old, new)
-        full = [i for i, length in enumerate(lengths) if length]
-        last = bounds[1:][full].long() - 1
-        logits[full] = self._model.head(features[0, last])
-        return logits
+        return features[0]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, slots: Tensor) -> Tensor:

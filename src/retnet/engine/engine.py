@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.decoder_choice import choose_decoder
+from retnet.engine.intake import Intake
 from retnet.engine.prompts import Prefill, Prompt, Snapshot, index
 from retnet.engine.requests import Completion, Event, Finish, Request, Stats, require_whole
-from retnet.engine.store import BLOCK, StateStore, keys_of
+from retnet.engine.speculation import Speculation
+from retnet.engine.store import StateStore
 from retnet.engine.streams import Stream
 from retnet.engine.token_choice import TokenChooser
 from retnet.settings import UserError
@@ -55,7 +58,9 @@ class Engine:
             cache counts as long as it may become.
         exact: whether the bits of an outcome must not depend on other requests.
         cache_bytes: what states kept for later requests may take in memory; 0 keeps none. See `StateStore`.
-        state_directory: where states go that sessions hold and memory has no room for.
+        state_directory: where states go that sessions hold and memory has no room for; a directory, or a URL of fsspec.
+        draft_tokens: the most tokens of a text that are guessed from what it repeats, and verified at once, while it runs
+            alone and is greedy; the tokens are the same, they come faster. 0 guesses nothing. Not together with `exact`.
 
     Attributes:
         stats: tokens and seconds so far.
@@ -80,20 +85,21 @@ class Engine:
         exact: bool = False,
         cache_bytes: int = 0,
         state_directory: str | Path | None = None,
+        draft_tokens: int = 0,
     ) -> None:
         require_whole("slots", SLOTS if slots is None else slots, 1)
         require_whole("prefill_tokens", prefill_tokens, 1)
         require_whole("cache_bytes", cache_bytes, 0)
-        if max_state_bytes is not None:
-            require_whole("max_state_bytes", max_state_bytes, 1)
-        if isinstance(model, Decoder):
-            self._decoder, slots = model, min(slots or model.slots, model.slots)
-        else:
-            slots = slots or SLOTS
-            self._decoder = choose_decoder(model, slots)
-        self.stats = Stats()
-        self.slots, self.tokenizer, self._exact = slots, tokenizer, exact
-        self._max_bytes = max_state_bytes
+        require_whole("draft_tokens", draft_tokens, 0)
+        require_whole("max_state_bytes", 1 if max_state_bytes is None else max_state_bytes, 1)
+        if exact and draft_tokens:
+            raise UserError(
+                "draft_tokens is not for exact engines: a pass over a draft rounds as no step does"
+            )
+        self._decoder = model if isinstance(model, Decoder) else choose_decoder(model, slots or SLOTS)
+        self.slots = min(slots or self._decoder.slots, self._decoder.slots)
+        self.stats, self.tokenizer, self._exact = Stats(), tokenizer, exact
+        self._max_bytes = math.inf if max_state_bytes is None else max_state_bytes
         self.store: StateStore | None = None
         self.fingerprint = ""
         if cache_bytes:
@@ -104,9 +110,11 @@ class Engine:
         self._prefill = Prefill(
             self._decoder, self.stats, prefill_tokens, exact, self.store, self.fingerprint
         )
-        self._vocab_size = min(self._decoder.vocab_size, tokenizer.vocab_size)
-        self._chooser = TokenChooser(self._decoder, self._vocab_size, tokenizer.bos_id)
-        self._free = list(range(slots))  # a heap: the lowest first, so that the used ones lie together
+        self._intake = Intake(self._decoder, tokenizer, max_state_bytes)
+        vocab_size = self._intake.vocab_size
+        self._chooser = TokenChooser(self._decoder, vocab_size, tokenizer.bos_id)
+        self._speculation = Speculation(self._decoder, vocab_size, draft_tokens) if draft_tokens else None
+        self._free = list(range(self.slots))  # a heap: the lowest first, so that the used ones lie together
         self._bytes = 0  # that streams with a slot may come to
         self._submitted = 0
         self._queue: list[Prompt] = []  # in the order they came: unread ones, and read ones with samples left
@@ -125,10 +133,9 @@ class Engine:
             UserError: token ids outside the vocabulary, a grammar that means nothing, or a state larger than all that may be
                 used.
         """
-        prompt = self._prompt(self._submitted, request)
+        self._queue.append(self._intake.prompt(self._submitted, request))
         self._submitted += 1
-        self._queue.append(prompt)
-        return prompt.id
+        return self._submitted - 1
 
     def step(self) -> list[Event]:
         """One token for every running stream, after letting waiting ones in; what came of it, in no set order.
@@ -136,17 +143,13 @@ class Engine:
         Where something goes wrong inside, or Ctrl-C is pressed, all streams that had a slot end; the next step says so.
         """
         self._run()
-        events = [*self._outbox]
-        self._outbox.clear()
+        events, self._outbox = [*self._outbox], deque()
         return events
 
     def cancel(self, request: int) -> bool:
         """Ends a request; its streams' last events, "interrupted", come with the next step. False if it had ended."""
         before = len(self._outbox)
-        place = bisect.bisect_left(self._queue, request, key=lambda p: p.id)
-        for prompt in [
-            p for p in (*self._queue[place : place + 1], *self._prefill.prompts) if p.id == request
-        ]:
+        for prompt in [p for p in (*self._queue, *self._prefill.prompts) if p.id == request]:
             self._remove(prompt, "interrupted")
         for stream in [stream for stream in self._live if stream.request == request]:
             self._outbox.append(stream.end("interrupted"))
@@ -156,6 +159,10 @@ class Engine:
     def state_bytes(self, tokens: int) -> int:
         """Bytes of one text's state after so many tokens; see `Decoder.state_bytes`."""
         return self._decoder.state_bytes(tokens)
+
+    def check_ids(self, name: str, tokens: Sequence[int]) -> None:
+        """Refuses ids outside the vocabulary; see `Intake.check_ids`."""
+        self._intake.check_ids(name, tokens)
 
     @property
     def busy(self) -> bool:
@@ -198,9 +205,8 @@ class Engine:
                     done[event.sample] = event.completion
         finally:
             self._outbox.extendleft(reversed(others))
-        for completion in done.values():
-            if completion.finish == "failed":
-                raise UserError(completion.error)
+        if failed := [completion.error for completion in done.values() if completion.finish == "failed"]:
+            raise UserError(failed[0])
         return [done[sample] for sample in range(request.samples)]
 
     def _run(self) -> None:
@@ -218,7 +224,7 @@ class Engine:
     def _advance(self) -> None:
         began, prefill = time.perf_counter(), self.stats.prefill_seconds
         self._logits = []
-        if self._live:
+        if self._live and not self._speculate():
             self._logits.append(self._step())
             self.stats.decode_tokens += len(self._live)
         self._admit()
@@ -226,9 +232,9 @@ class Engine:
             for prompt, logits in self._prefill.read(self._live != []):
                 self._fan_out(prompt, logits)
             self._admit()  # samples of prompts that have been read
-        if self._live:
+        if self._logits:
             self._choose()
-            self._sweep()
+        self._sweep()
         self.stats.decode_seconds += time.perf_counter() - began - (self.stats.prefill_seconds - prefill)
 
     def _step(self) -> Tensor:
@@ -237,36 +243,41 @@ class Engine:
             rows = zip(self._tokens.split(1), self._slots.split(1), strict=True)
             return torch.cat([self._decoder.step(*row) for row in rows])
         logits = self._decoder.step(self._tokens, self._slots)
-        if self.store is not None and not self._exact:  # there, states are those of blocks that were read
-            for stream in self._live:
-                seen = len(stream.prompt) + len(stream.tokens)
-                if seen % BLOCK == 0 and stream.asked.cache:
-                    keys = keys_of(self.fingerprint, (*stream.prompt, *stream.tokens))
-                    self.store.put(keys[-1], self._decoder.read(index(stream.slot)))
+        self._prefill.keep(self._live)
         return logits
+
+    def _speculate(self) -> bool:
+        """Several tokens at once for a stream that runs alone; whether there were any."""
+        if self._speculation is None or len(self._live) > 1 or self._queue or self._prefill.prompts:
+            return False
+        events, tokens = self._speculation.advance(self._live[0])
+        if events:
+            self._outbox += events
+            self._tokens = tokens
+            self.stats.decode_tokens += len(events)
+        return events != []
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, in the order they came."""
         while self._queue and self._free:
             prompt = self._queue[0]
-            if self._max_bytes is not None and self._bytes + prompt.bytes > self._max_bytes:
+            if self._bytes + prompt.bytes > self._max_bytes:
                 return
+            slot = self._take(prompt)
             if prompt.snapshot is None:
-                prompt.slot = self._take(prompt)
+                prompt.slot = slot
                 self._prefill.begin(prompt)
-                self._queue.pop(0)
             else:
-                slot = self._take(prompt)
                 self._decoder.write(index(slot), prompt.snapshot.state)
                 self._join(prompt, [slot], prompt.snapshot.logits)
-                if not prompt.streams:
-                    self._queue.pop(0)
+            if prompt.snapshot is None or not prompt.streams:
+                self._queue.pop(0)
 
     def _fan_out(self, prompt: Prompt, logits: Tensor) -> None:
         """Starts the samples of a prompt that has been read: its own slot, copies where there is room, the rest later."""
         slots = [prompt.slot]
         while self._free and len(slots) < len(prompt.streams):
-            if self._max_bytes is not None and self._bytes + prompt.bytes > self._max_bytes:
+            if self._bytes + prompt.bytes > self._max_bytes:
                 break
             slots.append(self._take(prompt))
         if slots[1:]:
@@ -281,8 +292,7 @@ class Engine:
         """Lets the next samples of a prompt run, one for each slot, from logits [1,V]."""
         for slot in slots:
             stream = prompt.streams.popleft()
-            stream.slot, stream.bytes, stream.prompt = slot, prompt.bytes, prompt.ids
-            stream.cached_tokens = prompt.cached
+            prompt.start(stream, slot)
             self._chooser.start(slot, prompt.ids, stream.asked.sampling)
             self._live.append(stream)
         self._logits.append(logits.expand(len(slots), -1))
@@ -291,9 +301,8 @@ class Engine:
     def _choose(self) -> None:
         """A token for every live stream."""
         logits = torch.cat(self._logits) if len(self._logits) > 1 else self._logits[0]
-        self._tokens, faults = self._chooser.choose(logits, self._live)
-        tokens = self._tokens.tolist()
-        for row, (stream, token) in enumerate(zip(self._live, tokens, strict=True)):
+        self._tokens, ids, faults = self._chooser.choose(logits, self._live)
+        for row, (stream, token) in enumerate(zip(self._live, ids, strict=True)):
             count = stream.asked.logprobs
             try:
                 if row in faults:
@@ -304,42 +313,6 @@ class Engine:
                 self._outbox.append(stream.end("failed", str(error)))
 
     # -- coming and going ---------------------------------------------------------------------------------------
-
-    def _prompt(self, number: int, request: Request) -> Prompt:
-        if isinstance(request.prompt, str):
-            ids = (self.tokenizer.bos_id, *self.tokenizer.encode(request.prompt))
-        else:
-            ids = tuple(request.prompt)
-        self.check_ids("prompt", ids)
-        self.check_ids("stop_tokens", request.stop_tokens)
-        self.check_ids("logit_bias", [token for token, _ in request.sampling.logit_bias])
-        need = 0
-        if self._max_bytes is not None:
-            need = self._decoder.state_bytes(len(ids) + request.max_tokens)
-            if need > self._max_bytes:
-                raise UserError(
-                    f"a state of {need:,} bytes for {len(ids)} + {request.max_tokens} tokens is more than the "
-                    f"{self._max_bytes:,} bytes of max_state_bytes; ask for fewer tokens, or allow more"
-                )
-        rule = None if request.grammar is None else request.grammar.compile(self.tokenizer)
-        streams = [
-            Stream(number, request, sample, self.tokenizer, rule and rule.copy(), after=ids)
-            for sample in range(request.samples)
-        ]
-        return Prompt(number, ids, streams, need)
-
-    def check_ids(self, name: str, tokens: Sequence[int]) -> None:
-        """Refuses ids outside the vocabulary.
-
-        Raises:
-            UserError: naming the one that is farthest outside.
-        """
-        if max(tokens, default=0) >= self._vocab_size:
-            raise UserError(
-                f"{name} has the token id {max(tokens)}, but the vocabulary ends with {self._vocab_size - 1}"
-            )
-        if min(tokens, default=0) < 0:
-            raise UserError(f"{name} has the token id {min(tokens)}; ids are whole numbers of 0 or more")
 
     def _take(self, prompt: Prompt) -> int:
         self._bytes += prompt.bytes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.requests import Stats
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
+from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, next_key
 from retnet.engine.streams import Stream
 from retnet.model import ModelState
 
@@ -49,6 +49,12 @@ class Prompt:
         self.keys: list[str] = []
         self.stops: list[int] = []
         self.snapshot: Snapshot | None = None
+
+    def start(self, stream: Stream, slot: int) -> None:
+        """One of its samples runs from here on, in a slot."""
+        stream.slot, stream.bytes = slot, self.bytes
+        stream.prompt, stream.cached_tokens = self.ids, self.cached
+        stream.key, stream.kept = self.keys[-1] if self.keys else "", BLOCK * len(self.keys)
 
     def piece(self, most: int) -> int:
         """How many tokens to read now, at most so many and not beyond the next state that the cache wants."""
@@ -101,6 +107,18 @@ class Prefill:
                 self._decoder.write(index(prompt.slot), state)
                 return
         self._decoder.reset(index(prompt.slot))
+
+    def keep(self, streams: Sequence[Stream]) -> None:
+        """Keeps the states of running streams that are at a block boundary; with `exact` those of blocks that were read."""
+        if self._store is None or self._exact:
+            return
+        for stream in streams:
+            while stream.kept + BLOCK <= stream.length and stream.asked.cache:
+                block = stream.ids(stream.kept, stream.kept + BLOCK)
+                stream.key = next_key(stream.key or self._fingerprint, block)
+                stream.kept += BLOCK
+                if stream.kept == stream.length:
+                    self._store.put(stream.key, self._decoder.read(index(stream.slot)))
 
     def read(self, decoding: bool) -> list[tuple[Prompt, Tensor]]:
         """Reads a part of them: those that came to their end, with the logits [1,V] after it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retnet.engine.sampling_kernel import SamplingCall, sampler
 from retnet.settings import At, Checked, UserError
 
 Bias = tuple[tuple[int, float], ...]
@@ -81,6 +82,8 @@ def _is_number(value: object) -> bool:
 class SamplingBatch:
     """The parameters of B rows as columns, made once for as long as the rows stay the same.
 
+    On a CPU a compiled kernel samples, where there is one; torch's operators here are its law.
+
     Args:
         rows: the parameters of each row.
         vocab_size: V.
@@ -99,6 +102,10 @@ class SamplingBatch:
         self._presence = self._column([row.presence_penalty for row in marked])
         self._frequency = self._column([row.frequency_penalty for row in marked])
         self._drawn = self._where(row.temperature > 0 for row in rows)
+        self._compiled: SamplingCall | None = None
+        if torch.device(device).type == "cpu" and sampler() is not None:
+            columns = [(row.temperature, row.top_k, row.top_p, row.min_p) for row in rows]
+            self._compiled = SamplingCall(columns, vocab_size)
         # What follows is for the drawn rows alone, and counted among them.
         rows = [row for row in rows if row.temperature > 0]
         self._temperature = self._column([row.temperature for row in rows])
@@ -115,26 +122,33 @@ class SamplingBatch:
         """A token a row, by inverting the cumulative distribution, so that a row depends on its own draw alone.
 
         Args:
-            logits: [B,V], any floating type; computed in fp64. −∞ forbids a token. A row that is not finite gets any id.
-            draws: [B] fp64, uniform on [0, 1).
+            logits: [B,V], any floating type; computed in fp64. −∞ forbids a token.
+            draws: [B] fp64, uniform on [0, 1); those of greedy rows are not looked at.
             seen: bool [P,V], for the `penalised` rows: which tokens the repetition penalty is for; None is none.
             counts: [P,V], for the `penalised` rows: how often each token was generated; None is never.
 
         Returns:
-            int64 [B], ids of tokens whose probability is above 0.
+            int64 [B], ids of tokens whose probability is above 0; −1 for a row with NaN, with +∞, or with −∞ alone.
         """
         scores = self._adjusted(logits, seen, counts)
-        if self._drawn is None:
-            return scores.argmax(-1)
-        cumulative = self._filtered(scores[self._drawn]).softmax(-1).cumsum(-1)
-        # The last of them instead of 1, which it is but for rounding.
-        threshold = draws[self._drawn, None].to(cumulative) * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        if self._drawn == _ALL:
-            return chosen
+        if self._compiled is not None:
+            return self._compiled(scores, draws)
+        return self._sample(scores, draws)
+
+    def _sample(self, scores: Tensor, draws: Tensor) -> Tensor:
+        """What the compiled kernel does, of logits that have been adjusted."""
         tokens = scores.argmax(-1)
-        tokens[self._drawn] = chosen
-        return tokens
+        if self._drawn is not None:
+            cumulative = self._filtered(scores[self._drawn]).softmax(-1).cumsum(-1)
+            # The last of them instead of 1, which it is but for rounding.
+            threshold = draws.to(cumulative)[self._drawn, None] * cumulative[:, -1:]
+            tokens[self._drawn] = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        return tokens.masked_fill_(~finite(scores), -1)
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row is drawn, rather than greedy."""
+        return self._drawn is not None
 
     def probabilities(
         self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None

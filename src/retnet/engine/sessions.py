@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections import defaultdict
@@ -10,14 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from retnet.engine.requests import Completion, Request, require_whole
-from retnet.engine.store import BLOCK, StateStore, from_tensors, kept_positions, keys_of, to_tensors
+from retnet.engine.store import (
+    BLOCK,
+    StateStore,
+    digest_of,
+    from_tensors,
+    kept_positions,
+    keys_of,
+    load_tensors,
+    to_tensors,
+)
 from retnet.errors import UserError, told
 from retnet.io import write_bytes
 
@@ -60,6 +65,7 @@ class Session:
         self.name = name or uuid.uuid4().hex
         self.tokens: list[int] = []
         self.marks: list[int] = []
+        self._chain: list[str] = []  # keys of the blocks of the text
         self.append([engine.tokenizer.bos_id] if tokens is None else tokens)
 
     @property
@@ -126,6 +132,7 @@ class Session:
         if position > len(self.tokens):
             raise UserError(f"position {position} is beyond the session's {len(self.tokens)} tokens")
         del self.tokens[position:]
+        del self._chain[position // BLOCK :]
         self.marks = [mark for mark in self.marks if mark < position]
 
     def edit(self, position: int, more: str | Sequence[int]) -> None:
@@ -165,7 +172,7 @@ class Session:
             "tokenizer": self._engine.tokenizer.fingerprint,
             "name": self.name,
             "marks": self.marks,
-            "sha256": _digest(tensors),
+            "sha256": digest_of(tensors),
         }
         return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
 
@@ -182,7 +189,7 @@ class Session:
         for what, own in (("model", engine.fingerprint), ("tokenizer", engine.tokenizer.fingerprint)):
             if header.get(what) != own:
                 raise UserError(f"the session is of another {what}; open it with the one it was made with")
-        if header.get("sha256") != _digest(tensors):
+        if header.get("sha256") != digest_of(tensors):
             raise UserError("the session is damaged: its content is not what was written")
         session = cls(engine, tensors.pop("tokens").tolist(), name=name or header["name"])
         session.marks = [mark for mark in header["marks"] if 0 < mark <= len(session.tokens)]
@@ -217,7 +224,8 @@ class Session:
         return self._engine.store
 
     def _keys(self) -> list[str]:
-        return keys_of(self._engine.fingerprint, self.tokens)
+        self._chain = keys_of(self._engine.fingerprint, self.tokens, self._chain)
+        return self._chain
 
     def _kept(self, every: bool) -> dict[int, Any]:
         """States along the text by their position: the last one that is there, or also all that are worth keeping."""
@@ -231,11 +239,9 @@ class Session:
 def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Header and tensors of an exported session."""
     try:
-        tensors = safetensors.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        tensors, metadata = load_tensors(content)
         header = json.loads(metadata["retnet_session"])
-    except (SafetensorError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         raise UserError("this is no session, or part of one: it cannot be read") from None
     tokens = tensors.get("tokens")
     if not isinstance(header, dict) or tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 1:
@@ -267,12 +273,3 @@ def _state(position: int, parts: dict[str, torch.Tensor], template: Any) -> Any:
     if any(int(part.max()) != position for part in seen):
         raise UserError(f"the session's state is not that after its first {position} tokens")
     return state
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        part = tensors[name].contiguous().cpu()
-        found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
-        found.update(part.reshape(-1).view(torch.uint8).numpy().astype(np.uint8, copy=False).tobytes())
-    return found.hexdigest()

@@ -1,14 +1,21 @@
-"""Prefix cache: states kept at block boundaries of texts, found by token ids, in memory up to a budget and on disk beyond.
+"""Prefix cache: states kept at block boundaries of texts, found by token ids, in memory up to a budget and in files beyond.
 
-A state is kept after a multiple of `BLOCK` tokens under a key that is the hash of the model and of all tokens up to there,
-block by block. So a radix tree is not needed: the longest kept beginning of a text is the last of its keys that is there,
-whoever read it, and a folder of states can be shared by processes that know nothing of each other. Nothing here is needed
-to be right: what is not kept is read again.
+A state is kept after a multiple of `BLOCK` tokens, under a key that is the hash of the model and of all tokens up to there,
+block by block. So two texts have the same key at a boundary if and only if they agree up to it, whoever read them; the
+longest kept beginning of a text is the last of its keys that is there. That is every hit that a radix tree of token ids
+would give which keeps states at the same places: there, too, a state is found where the path from the root, all tokens
+before it, is the text's. What a tree could do beyond is to keep a state between two boundaries, at the very end of a
+message; here the boundary before it is kept, and at most `BLOCK` - 1 tokens are read again. In return prompts are cut at
+the same places whatever is kept, which is what makes a hit change no bit; a lookup is one dictionary access a block,
+without nodes to split and join; and a folder of states can be shared by processes that know nothing of each other.
+
+Nothing here is needed to be right: what is not kept is read again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,29 +29,40 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from retnet.errors import UserError, told
-from retnet.io import write_bytes
+from retnet.engine.storage import open_storage
+from retnet.errors import UserError, reason_of
 
 BLOCK = 128  # tokens
 _log = logging.getLogger("retnet.engine")
 
 
-def keys_of(model: str, tokens: Sequence[int]) -> list[str]:
-    """The keys of the states after BLOCK, 2 BLOCK, … tokens of a text, for the model of this fingerprint."""
-    ids, key, keys = np.asarray(tokens, dtype=np.int64), model, []
-    for end in range(BLOCK, len(ids) + 1, BLOCK):
-        key = hashlib.sha256(key.encode() + ids[end - BLOCK : end].tobytes()).hexdigest()
-        keys.append(key)
+def keys_of(model: str, tokens: Sequence[int], known: Sequence[str] = ()) -> list[str]:
+    """The keys of the states after BLOCK, 2 BLOCK, … tokens of a text, for the model of this fingerprint.
+
+    Args:
+        model: its fingerprint.
+        tokens: of the text.
+        known: the first of the keys, which are not computed again.
+    """
+    keys = [*known]
+    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        keys.append(next_key(keys[-1] if keys else model, tokens[start : start + BLOCK]))
     return keys
+
+
+def next_key(key: str, block: Sequence[int]) -> str:
+    """The key of the state `BLOCK` tokens after that of a key; before the first it is the model's fingerprint."""
+    return hashlib.sha256(key.encode() + np.asarray(block, dtype=np.int64).tobytes()).hexdigest()
 
 
 def kept_positions(length: int, marks: Iterable[int] = ()) -> list[int]:
     """Where states of a text of this length are worth keeping: the last block boundary, those before marks, and a grid.
 
     The grid's spacing grows with the distance from the end: about a quarter of it, a power of two times `BLOCK`, so that
-    what is kept for a longer text was also kept when it was shorter. Their number grows with the logarithm of the length.
+    what is kept for a longer text was also kept when it was shorter. Marks thin out in the same way, to the last one in
+    each span of about a sixteenth of its distance. So the number of states grows with the logarithm of the length.
     """
-    places = {mark // BLOCK * BLOCK for mark in marks if mark <= length}
+    places = _thinned({mark // BLOCK * BLOCK for mark in marks if mark <= length}, length)
     place = length // BLOCK * BLOCK
     while place > 0:
         places.add(place)
@@ -54,34 +72,44 @@ def kept_positions(length: int, marks: Iterable[int] = ()) -> list[int]:
     return sorted(places - {0})
 
 
+def _thinned(places: set[int], length: int) -> set[int]:
+    """Of block boundaries the last in each span, a power of two times `BLOCK` that grows with the distance from the end."""
+    kept, later = set(), -1
+    for place in sorted(places, reverse=True):
+        span = BLOCK << max(0, ((length - place) // (16 * BLOCK)).bit_length() - 1)
+        if place // span != later // span:
+            kept.add(place)
+        later = place
+    return kept
+
+
 class StateStore:
     """Kept states by key, the least recently used ones dropped when they are more than a budget.
 
-    A state that somebody holds is written to `directory` instead of being dropped, and comes back when it is wanted.
-    Without a directory it is dropped too: it can be read again from its tokens.
+    A state that somebody holds is written to `directory` instead of being dropped, and comes back when it is wanted. Its
+    hash lies beside it: what is damaged there is as if it were not. Without a directory it is dropped too: it can be read
+    again from its tokens.
 
     Args:
         template: a state of one row, whose structure all have.
         max_bytes: of the states in memory.
-        directory: where to write; made when it is missing.
+        directory: where to write: a directory, made when it is missing, or a URL of fsspec; several processes may share it.
 
     Attributes:
         bytes: of the states in memory now.
 
     Raises:
-        UserError: a directory that cannot be made.
+        UserError: a directory that cannot be made, or a URL that cannot be opened.
     """
 
     def __init__(self, template: Any, max_bytes: int, directory: str | Path | None = None) -> None:  # noqa: ANN401
         self.template, self._max_bytes = template, max_bytes
-        self._directory = None if directory is None else Path(directory)
+        self._files = None if directory is None else open_storage(directory)
         self._states: OrderedDict[str, Any] = OrderedDict()  # the most recently used last
         self._held: dict[str, set[str]] = {}  # owner → keys
         self._owners: defaultdict[str, int] = defaultdict(int)  # key → how many
+        self._saved: set[str] = set()  # keys that have a file, as far as is known
         self.bytes, self._said = 0, False
-        if self._directory is not None:
-            with told(f"make the state directory {directory}"):
-                self._directory.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Any | None:  # noqa: ANN401
         """The state of a key, or None. It is shared: whoever changes it must copy it."""
@@ -95,10 +123,22 @@ class StateStore:
 
     def longest(self, keys: Sequence[str]) -> tuple[int, Any | None]:
         """Of a text's keys the last one that is kept: its number of tokens and state, or 0 and None."""
-        for i in range(len(keys), 0, -1):
+        inside = next((i for i in range(len(keys), 0, -1) if keys[i - 1] in self._states), 0)
+        for i in reversed(self._written(keys, inside)):
             if (state := self.get(keys[i - 1])) is not None:
                 return i * BLOCK, state
-        return 0, None
+        return (inside * BLOCK, self.get(keys[inside - 1])) if inside else (0, None)
+
+    def _written(self, keys: Sequence[str], after: int) -> list[int]:
+        """How many blocks the keys stand for that come after so many and have a file, rising."""
+        if self._files is None or after == len(keys):
+            return []
+        try:
+            found = self._files.among([_file(key) for key in keys[after:]])
+        except OSError as error:
+            self._say(error)
+            return []
+        return [i + 1 for i in range(after, len(keys)) if _file(keys[i]) in found]
 
     def put(self, key: str, state: Any) -> None:  # noqa: ANN401
         """Keeps a state of one row, which nobody may change any more."""
@@ -125,52 +165,106 @@ class StateStore:
                 del self._owners[key]
                 self._forget(key)
 
-    def flush(self) -> None:
-        """Writes all states that are held to the directory, as before the process ends.
+    def flush(self, owner: str | None = None) -> None:
+        """Writes the states that an owner holds to the directory, or those of all, as before the process ends.
 
         Raises:
             OSError: one of them could not be written; those after it have not been tried.
         """
-        for key in self._owners:
+        for key in list(self._owners) if owner is None else self._held.get(owner, ()):
             if key in self._states:
                 self._save(key, self._states[key])
+
+    def sweep(self, seconds: float) -> int:
+        """Removes files that nobody here holds and that are older than so many seconds, such as those of a killed process.
+
+        Where processes share a directory, whoever sweeps must have said with `hold` what the sessions of all of them want.
+
+        Returns:
+            How many files.
+        """
+        if self._files is None:
+            return 0
+        try:
+            return self._files.sweep({_file(key) for key in self._owners}, seconds)
+        except OSError as error:
+            self._say(error)
+            return 0
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def _file(self, key: str) -> Path:
-        assert self._directory is not None
-        return self._directory / f"{key}.safetensors"
-
     def _save(self, key: str, state: Any) -> None:  # noqa: ANN401
-        if self._directory is None or self._file(key).exists():
+        if self._files is None or key in self._saved:
             return
-        write_bytes(self._file(key), safetensors.torch.save(to_tensors(state)))
+        if not self._files.among([_file(key)]):
+            tensors = to_tensors(state)
+            content = safetensors.torch.save(tensors, {"sha256": digest_of(tensors)})
+            self._files.write(_file(key), content)
+        self._saved.add(key)
 
     def _save_or_drop(self, key: str, state: Any) -> None:  # noqa: ANN401
         try:
             self._save(key, state)
-        except OSError as error:  # it costs time, not text: what it was made of is read again
-            if not self._said:
-                _log.warning("states are not kept in %s: %s", self._directory, error.strerror)
-            self._said = True
+        except OSError as error:
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        """Once; it costs time, not text: what a state was made of is read again."""
+        if not self._said and self._files is not None:
+            _log.warning("states are not kept in %s: %s", self._files.url, reason_of(error))
+        self._said = True
 
     def _load(self, key: str) -> Any | None:  # noqa: ANN401
-        if self._directory is None:
+        if self._files is None:
             return None
         try:
-            tensors = safetensors.torch.load(self._file(key).read_bytes())
+            content = self._files.read(_file(key))
+            if content is None:
+                return None
+            tensors, metadata = load_tensors(content)
+            if metadata.get("sha256") != digest_of(tensors):
+                raise UserError("the state is damaged")
             return from_tensors(tensors, self.template)
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError, UserError):  # damaged: as if it were not there
+        except OSError as error:
+            self._say(error)
+        except UserError:  # damaged: as if it were not there
             self._forget(key)
-            return None
+        return None
 
     def _forget(self, key: str) -> None:
-        if self._directory is not None:
-            with suppress(OSError):  # no longer there, or not ours to remove
-                self._file(key).unlink()
+        self._saved.discard(key)
+        if self._files is not None:
+            with suppress(OSError):  # not ours to remove
+                self._files.remove(_file(key))
+
+
+def _file(key: str) -> str:
+    return f"{key}.safetensors"
+
+
+def load_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: it is none, or part of one.
+    """
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        return tensors, json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"it cannot be read: {reason_of(error)}") from None
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        part = tensors[name].contiguous().cpu()
+        found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
+        found.update(part.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def state_size(state: Any) -> int:  # noqa: ANN401

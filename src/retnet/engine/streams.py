@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from io import StringIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,8 @@ class Stream:
         tokens: the ids generated so far.
         chance: numbers for its draws, its own.
         prompt: its ids; set, as what follows is, by whoever lets it run.
+        key: of the state at the last block boundary that it has passed, in the cache.
+        kept: how many tokens of prompt and text that is.
         cached_tokens: of these, how many were not read.
         slot: where its state lies.
         bytes: what that may come to.
@@ -52,8 +56,9 @@ class Stream:
         self.finish: Finish | None = None
         self.error = ""
         self.constraint = constraint
-        self.tokens: list[int] = []
+        self.tokens: array[int] = array("q")  # 8 bytes a token, however many there are
         self.prompt: tuple[int, ...] = ()
+        self.key, self.kept = "", 0
         self.cached_tokens = self.bytes = 0
         self.slot = -1
         self.chance = np.random.default_rng([asked.seed, sample])
@@ -62,13 +67,33 @@ class Stream:
         self._unsent = ""
         if asked.echo:
             self._unsent = asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(asked.prompt)
-        self._parts: list[str] = []
+        self._sent = StringIO()  # a million small strings take ten times what their text does
         self._logprobs: list[TokenLogprobs] = []
 
     @property
     def must_go_on(self) -> bool:
         """Whether the next token may not end the text."""
         return len(self.tokens) < self.asked.min_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and text."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is the likeliest one, whatever was generated before, and nothing is asked about it."""
+        chosen, plain = self.asked.sampling, self.constraint is None and self.asked.logprobs is None
+        return (
+            chosen.temperature == 0
+            and plain
+            and not (chosen.penalises or chosen.logit_bias or self.must_go_on)
+        )
+
+    def ids(self, start: int, end: int) -> tuple[int, ...]:
+        """The ids of prompt and text from one place to another."""
+        n = len(self.prompt)
+        return (*self.prompt[start:end], *self.tokens[max(0, start - n) : max(0, end - n)])
 
     def push(self, token: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Takes the next token; sets `finish` when it is the last.
@@ -107,14 +132,14 @@ class Stream:
 
     def _event(self, text: str, token: int | None, logprobs: TokenLogprobs | None) -> Event:
         text, self._unsent = self._unsent + text, ""
-        self._parts.append(text)
+        self._sent.write(text)
         return Event(self.request, self.sample, text, token, logprobs, self._completion())
 
     def _completion(self) -> Completion | None:
         if self.finish is None:
             return None
         return Completion(
-            "".join(self._parts),
+            self._sent.getvalue(),
             tuple(self.tokens),
             self.finish,
             len(self.prompt),

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_not
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.requests import TokenLogprobs
-from retnet.engine.sampling import NOT_FINITE, Sampling, SamplingBatch, finite
+from retnet.engine.sampling import NOT_FINITE, Sampling, SamplingBatch
 from retnet.engine.streams import Stream
 from retnet.settings import UserError
+
+
+class Choice(NamedTuple):
+    """The next tokens of some streams.
+
+    Attributes:
+        tokens: int64 [B], where logits are.
+        ids: the same as numbers.
+        faults: by row why there is none, whose token is any.
+    """
+
+    tokens: Tensor
+    ids: list[int]
+    faults: dict[int, UserError]
 
 
 class TokenChooser:
@@ -33,16 +48,14 @@ class TokenChooser:
         """A text with this prompt begins in a slot."""
         self._tallies.start(slot, prompt, sampling)
 
-    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> tuple[Tensor, dict[int, UserError]]:
-        """The next token of each stream, int64 [B], from logits [B,…]; and by row why there is none, whose token is any."""
+    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> Choice:
+        """The next token of each stream, from logits [B,…]."""
         logits = logits[:, : self._vocab_size]
-        sound = finite(logits)
-        faults = {}
-        if not bool(sound.all()):
-            faults = dict.fromkeys((~sound).nonzero()[:, 0].tolist(), UserError(NOT_FINITE))
-        allowed = self._allowed(logits, streams, faults)
-        batch = self._batch(streams)
-        draws = torch.tensor([stream.chance.random() for stream in streams], dtype=torch.float64)
+        faults: dict[int, UserError] = {}
+        allowed, batch = self._allowed(logits, streams, faults), self._batch(streams)
+        draws = torch.empty(0, dtype=torch.float64)
+        if batch.draws:
+            draws = torch.tensor([stream.chance.random() for stream in streams], dtype=torch.float64)
         if batch.penalised is None:
             tokens = batch.sample(allowed, draws)
         else:
@@ -50,7 +63,10 @@ class TokenChooser:
             seen, counts = self._tallies.rows(slots, batch.penalised)
             tokens = batch.sample(allowed, draws, seen, counts)
             self._tallies.add(slots, tokens)
-        return tokens, faults
+        ids = tokens.tolist()
+        if min(ids) < 0:
+            faults = {row: UserError(NOT_FINITE) for row, token in enumerate(ids) if token < 0} | faults
+        return Choice(tokens, ids, faults)
 
     def logprobs(self, logits: Tensor, token: int, count: int) -> TokenLogprobs:
         """Log-probabilities of the chosen token and of the `count` likeliest, from logits [V]."""

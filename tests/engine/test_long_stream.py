@@ -1,0 +1,78 @@
+"""A text of any length: time and memory of a token do not grow, and what is kept of it grows with its logarithm."""
+
+import statistics
+import time
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet.engine import Engine, Request
+from retnet.engine.store import BLOCK, kept_positions
+from retnet.model import LanguageModel, ModelConfig
+from retnet.settings import build
+from tests.helpers.sessions import GREEDY, MB
+
+
+@pytest.mark.slow
+def test_the_last_token_of_a_long_stream_costs_what_the_first_did(tokenizer):
+    """Some thousands of tokens; a million were run by hand."""
+    config = {"vocab_size": 257, "d_model": 128, "num_layers": 1, "mixer": {"name": "retention"}}
+    torch.manual_seed(0)
+    model = LanguageModel(build(ModelConfig, config)).eval()
+    engine = Engine(model, tokenizer, slots=1, cache_bytes=MB)
+    total, block = 12_000, 500
+    engine.submit(Request("a", max_tokens=total, sampling=GREEDY, stop=["\0\0\0"]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a step is no work for two, least of all beside other processes
+    seconds, resident = [], []
+    for _ in range(total // block):
+        began = time.perf_counter()
+        for _ in range(block):
+            assert len(engine.step()) == 1
+        seconds.append(time.perf_counter() - began)
+        resident.append(psutil.Process().memory_info().rss)
+    assert statistics.median(seconds[-8:]) < 1.3 * statistics.median(seconds[1:9])
+    assert resident[-1] - resident[total // block // 4] < 4 * MB  # text and ids: 10 bytes a token
+    torch.set_num_threads(threads)
+    assert not engine.busy
+
+
+@settings(max_examples=30)
+@given(length=st.integers(0, 300_000), every=st.integers(1, 3000))
+def test_marks_thin_out(length, every):
+    marks = range(every, length + 1, every)
+    kept = kept_positions(length, marks)
+    assert len(kept) <= 30 * max(1, length // BLOCK).bit_length() + 30
+    for mark in list(marks)[-3:]:  # the last message boundaries are all there
+        assert mark // BLOCK * BLOCK in {0, *kept}
+
+
+@given(
+    length=st.integers(0, 50_000),
+    more=st.integers(0, 50_000),
+    marks=st.lists(st.integers(1, 100_000), max_size=40),
+)
+def test_marks_kept_for_a_longer_text_were_kept_before(length, more, marks):
+    before = kept_positions(length, marks)
+    assert {p for p in kept_positions(length + more, marks) if p < length // BLOCK * BLOCK} <= {*before}
+
+
+def test_greedy_text_is_flat_in_a_session_too(tokenizer):
+    """Keys of a long text are computed once: a turn hashes what is new."""
+    from retnet.engine import Session
+    from retnet.engine import store as module
+
+    config = {"vocab_size": 257, "d_model": 32, "num_layers": 1, "mixer": {"name": "retention"}}
+    engine = Engine(LanguageModel(build(ModelConfig, config)).eval(), tokenizer, slots=1, cache_bytes=8 * MB)
+    session = Session(engine, [7] * 30_000)
+    session.generate(max_tokens=1, sampling=GREEDY)
+    calls, real = [], module.next_key
+    module.next_key = lambda *given: (calls.append(1), real(*given))[1]
+    try:
+        session.hold()
+    finally:
+        module.next_key = real
+    assert not calls
