@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from retnet.engine import Engine, Request, Sampling, Session, choose_decoder
+from retnet.engine import Engine, Request, Sampling, Session, choose_decoder, speculation
 from retnet.engine.speculation import LEAST, PATIENCE, PromptLookup
 from retnet.engine.streams import Stream
 from retnet.mixers import MIXERS
@@ -32,8 +32,11 @@ def run(model, tokenizer, request, draft_tokens, slots=2):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_every_mixer_says_the_same(name, tokenizer):
+def test_every_mixer_says_the_same(name, tokenizer, monkeypatch):
     """A model with random weights soon repeats itself, which is what drafts are for."""
+    monkeypatch.setattr(
+        speculation.time, "perf_counter", itertools.count(1.0).__next__
+    )  # a pass costs a step
     model = make(name)
     request = Request(words(50), max_tokens=200, sampling=GREEDY, min_tokens=0)
     want, plain = run(model, tokenizer, request, 0)
@@ -154,11 +157,11 @@ def test_wrong_drafts_become_rare(tokenizer):
     for step in range(500):
         if lookup.draft(stream):
             drafts.append(step)
-            lookup.learn(1)
+            lookup.learn(1, 4.0)
     gaps = [b - a for a, b in itertools.pairwise(drafts)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == PATIENCE
     for _ in range(PATIENCE):
         lookup.draft(stream)
-    lookup.learn(8)
+    lookup.learn(8, 4.0)
     assert lookup.draft(stream)

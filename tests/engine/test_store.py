@@ -168,6 +168,7 @@ def test_a_storage_that_fails_costs_time_alone(place, caplog):
     assert store.get("a") is None
     assert store.longest(["a", "b", "c"])[0] == 3 * BLOCK
     store.put("d", states["a"])
+    store.hold("me", "abcd")
     with pytest.raises(OSError, match="no answer"):  # whoever saves wants to know
         store.flush()
     store.hold("me", ())

@@ -305,8 +305,8 @@ def test_a_disk_that_is_full(serving, tmp_path, monkeypatch):
         before = http.get(f"/v1/sessions/{name}").json()
         path = f"/v1/sessions/{name}"
         with monkeypatch.context() as patch:
-            for module in (session_store, store):
-                patch.setattr(module, "write_bytes", refuse)
+            patch.setattr(session_store, "write_bytes", refuse)
+            patch.setattr(storage.DirectoryStorage, "write", lambda self, *file: refuse(*file))
             full(http.post("/v1/sessions", json={"text": "abc"}))
             for verb_, body in (
                 ("append", {"text": "more"}),

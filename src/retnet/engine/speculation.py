@@ -8,6 +8,8 @@ size, so going back to the last accepted token is putting a copy back and readin
 
 from __future__ import annotations
 
+import math
+import time
 from array import array
 from collections.abc import Sequence
 
@@ -22,7 +24,8 @@ GRAM = 3  # tokens that must have stood before
 LEAST = 4  # tokens of a draft; fewer are not worth a pass
 MARGIN = 1e-3  # of the likeliest token's logit before the next one's, relative to its size, that rounding cannot turn
 ROUNDING = 16  # and at least so many units of the logits' type
-PATIENCE = 64  # tokens at most that are decoded as ever, after drafts that were wrong
+PATIENCE = 64  # tokens that are decoded as ever, at most, after drafts that did not pay ...
+LOSS = 0.02  # ... or more, so that drafts which never pay take no larger part of the time
 _PLACES = 1 << 16  # that are remembered
 
 
@@ -59,9 +62,10 @@ class PromptLookup:
         draft = [found[i % len(found)] for i in range(most)]  # what repeats goes on repeating
         return draft if most >= LEAST else []
 
-    def learn(self, decided: int) -> None:
-        """So many tokens came of the last draft; a pass that decided few cost more than steps."""
-        self._pause = 1 if decided > LEAST else min(2 * self._pause, PATIENCE)
+    def learn(self, decided: int, cost: float) -> None:
+        """So many tokens came of the last draft, whose pass took as long as `cost` steps."""
+        most = max(PATIENCE, int(cost / LOSS))
+        self._pause = 1 if decided > cost else min(2 * self._pause, most)
         self._wait = self._pause - 1
 
 
@@ -81,6 +85,7 @@ class Speculation:
         self._decoder, self._vocab_size, self._most = decoder, vocab_size, most
         self._stream: Stream | None = None
         self._lookup = PromptLookup(most)
+        self._step, self._since = 0.0, 0.0  # seconds of a step; when the last one began, 0 if it was none
 
     def advance(self, stream: Stream) -> tuple[list[Event], Tensor]:
         """Pushes the next tokens to a stream, whose slot then lacks the last of them, int64 [1].
@@ -101,10 +106,15 @@ class Speculation:
             return []
         if stream is not self._stream:
             self._stream, self._lookup = stream, PromptLookup(self._most)
+        now, since, self._since = time.perf_counter(), self._since, 0.0
+        if since:  # the least lately: whatever else took time between was no step
+            self._step = min(now - since, 1.05 * self._step or math.inf)
         if not (draft := self._lookup.draft(stream)):
+            self._since = time.perf_counter()
             return []
         decided = self._verify(stream.slot, [stream.tokens[-1], *draft])
-        self._lookup.learn(len(decided))
+        cost = (time.perf_counter() - now) / self._step if self._step else LEAST
+        self._lookup.learn(len(decided), cost)
         return decided
 
     def _verify(self, slot: int, tokens: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from retnet.engine.streams import Stream
 from retnet.settings import UserError
 
 
-class Choice(NamedTuple):
+class ChosenTokens(NamedTuple):
     """The next tokens of some streams.
 
     Attributes:
@@ -48,7 +48,7 @@ class TokenChooser:
         """A text with this prompt begins in a slot."""
         self._tallies.start(slot, prompt, sampling)
 
-    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> Choice:
+    def choose(self, logits: Tensor, streams: Sequence[Stream]) -> ChosenTokens:
         """The next token of each stream, from logits [B,…]."""
         logits = logits[:, : self._vocab_size]
         faults: dict[int, UserError] = {}
@@ -66,7 +66,7 @@ class TokenChooser:
         ids = tokens.tolist()
         if min(ids) < 0:
             faults = {row: UserError(NOT_FINITE) for row, token in enumerate(ids) if token < 0} | faults
-        return Choice(tokens, ids, faults)
+        return ChosenTokens(tokens, ids, faults)
 
     def logprobs(self, logits: Tensor, token: int, count: int) -> TokenLogprobs:
         """Log-probabilities of the chosen token and of the `count` likeliest, from logits [V]."""
