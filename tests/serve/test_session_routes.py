@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from retnet.engine import ComposedDecoder, Engine, Sampling, Session, store
+from retnet.engine import ComposedDecoder, Engine, Sampling, Session, storage
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.serve import session_store
