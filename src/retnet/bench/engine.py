@@ -313,7 +313,7 @@ def _edited(model: LanguageModel, tokenizer: Tokenizer, path: Path, back: int) -
     engine = Engine(model, tokenizer, slots=1, cache_bytes=1 << 30)
     began = time.perf_counter()
     session = Session.load(engine, path)
-    if back < session.marks[-1]:
+    if back < session.marks[-1] - 1:  # of the prompt, after which one token was generated
         session.edit(back, [7])
     else:
         session.rewind(back)
