@@ -327,7 +327,7 @@ def test_a_whole_day_rehearsed(tmp_path):
             assert [p["found"]["wrong"] for p in record["parts"].values()] == [[]] * len(record["parts"])
     assert {file.name.split(".")[0] for file in out.iterdir()} == {"rehearsal"}
     page = (out / "rehearsal.report.html").read_text(encoding="utf-8")
-    assert "A rehearsal: nothing on this page is a measurement" in page
+    assert "A rehearsal: no number of it is a measurement" in page
     assert "cannot be shown" not in page
     assert page.count("<svg") > 10
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

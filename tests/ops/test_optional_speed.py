@@ -135,6 +135,27 @@ def test_a_broken_numba(tmp_path, numba, reason):
     assert "backend 'auto' is 'torch'" in said
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="its module of interpreters has another name and other errors"
+)
+def test_a_second_interpreter_is_refused_and_does_not_hang():
+    """torch and numba cannot be imported in one: torch waits for a lock that nobody gives back."""
+    code = """
+import _xxsubinterpreters as interpreters
+other = interpreters.create()
+for text in ("import retnet", "from retnet.ops import retention"):
+    try:
+        interpreters.run_string(other, text)
+    except interpreters.RunFailedError as error:
+        assert "retnet cannot be used in a second interpreter of a process" in str(error), error
+    else:
+        raise AssertionError(text)
+import retnet
+print("done")
+"""
+    run(code)
+
+
 @pytest.fixture
 def anew(monkeypatch):
     """The compiler and the kernels of a fresh process."""

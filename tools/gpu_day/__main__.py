@@ -100,8 +100,10 @@ def _run(day: Day) -> bool:
 
 def _tell(out: Path, rehearsal: bool) -> None:
     """Prints what was found, and writes the page."""
-    from tools.gpu_day.page import chapters, write_page
+    from tools.gpu_day.page import ALARM, chapters, write_page
 
+    if rehearsal:
+        print(f"\n{ALARM}")
     for title, summary in chapters(out, rehearsal):
         print(f"\n{title}")
         for sentence in summary.findings:

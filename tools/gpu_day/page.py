@@ -19,6 +19,7 @@ ABOUT = (
     "decoding beside peers and ceilings, training beside the paper's table, and the quality of architectures.",
     "Times are medians of interleaved rounds in one process, with the least and the greatest in brackets.",
 )
+ALARM = "A rehearsal: no number of it is a measurement"
 REHEARSED = (
     "Everything here ran on a CPU, kernels in Triton's interpreter, at tiny sizes. It shows that the day runs to its end; "
     "its numbers mean nothing."
@@ -69,9 +70,7 @@ def _page(out: Path, rehearsal: bool) -> Page:
             ]
         ),
         about=ABOUT,
-        alarm="A rehearsal: nothing on this page is a measurement"
-        if rehearsal
-        else "Not everything was done",
+        alarm=ALARM if rehearsal else "Not everything was done",
         missing=" ".join(missing),
         failures=failures,
         chapters=chapters(out, rehearsal),
