@@ -23,6 +23,7 @@ from retnet.model import ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, load
+from retnet.train import run_dir
 from retnet.train.config import RunConfig
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
@@ -218,6 +219,22 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
             holder.kill()
             holder.communicate()
         assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+    def test_a_tensorboard_that_cannot_be_ended(self, config_file, tmp_path, monkeypatch):
+        """What it keeps back until the end is not lost in silence."""
+
+        class Board:
+            def add_scalar(self, name, value, step):
+                pass
+
+            def close(self):
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(run_dir, "_board", lambda path, step: Board())
+        with pytest.raises(
+            UserError, match=r"run/tensorboard: No space left on device; step-00000004 is whole"
+        ):
+            train(tiny(config_file, tensorboard=True), tmp_path / "run")
 
     def test_training_in_a_thread(self, config_file, tmp_path):
         found = []

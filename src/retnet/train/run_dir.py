@@ -268,10 +268,15 @@ class Metrics:
                     self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Ends the files."""
+        """Ends the files.
+
+        Raises:
+            UserError: TensorBoard's, which keep lines back, cannot be written.
+        """
         with suppress(OSError):  # of a line that could not be written, which was said
             self._file.close()
-            if self._board is not None:
+        if self._board is not None:
+            with told(f"write {self._run.path / 'tensorboard'}", self._run.whole):
                 self._board.close()
 
 
