@@ -286,10 +286,10 @@ SERVING = {
         r"--api-key-file latin is not UTF-8 text: byte 3",
     ),
     "keys in UTF-16": (["{run}", "--api-key-file", "wide"], r"wide is not UTF-8 text: .* UTF-16"),
-    "sessions elsewhere": (["{run}", "--sessions", "s3://bucket"], r"--sessions s3://bucket is a URL"),
+    "sessions elsewhere": (["{run}", "--sessions", "s3://bucket"], r"cannot open s3://bucket: "),
     "sessions in a file": (
         ["{run}", "--sessions", "keys"],
-        r"cannot write the sessions directory keys: File exists",
+        r"cannot make the directory keys.*: (File exists|Not a directory)",
     ),
     "no room for sessions": (["nowhere", "--sessions", "new/er"], r"no run at nowhere"),
 }

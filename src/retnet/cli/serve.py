@@ -34,7 +34,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--sessions",
     type=HomeText(),
-    help="Directory where sessions are kept. [default: they end with the server]",
+    help="Directory or URL (s3://…) where sessions are kept; servers of one model may share it. "
+    "[default: they end with the server]",
 )
 @options(
     "retnet.serve.settings:ServerSettings",
@@ -77,25 +78,18 @@ def command(
         raise UserError(f"serving needs {error.name}; pip install 'retnet[serve]'") from None
     from retnet.engine import open_run
     from retnet.host import in_passing_thread
-    from retnet.lock import sole_owner
     from retnet.serve.settings import ServerSettings
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     settings = ServerSettings(**limits)
     keys = None if api_key_file is None else ApiKeys.read(api_key_file)
-    if sessions is not None and "://" in sessions:
-        raise UserError(f"--sessions {sessions} is a URL; sessions are kept in a directory of this machine")
     with ExitStack() as stack:
-        folder = None
-        if sessions is not None:
-            folder = Path(sessions)
-            stack.enter_context(sole_owner(folder, "sessions", "--sessions"))
         found = stack.enter_context(listen(host, port))
 
         def make() -> tuple[str, FastAPI]:
             opened = open_run(model, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
             name = _name(opened.checkpoint.resolve())
-            return name, make_app(opened, name, settings, keys=keys, sessions=folder)
+            return name, make_app(opened, name, settings, keys=keys, sessions=sessions)
 
         name, app = in_passing_thread(make)  # the engine's thread is to have the only team
         if keys is None and host not in LOCAL:

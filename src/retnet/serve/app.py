@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retnet import __version__
 from retnet.engine import Decoder, Engine, Run
+from retnet.engine.storage import open_storage
 from retnet.serve import (
     completion_routes,
     embedding_routes,
@@ -45,7 +46,7 @@ def make_app(
     settings: ServerSettings = ServerSettings(),  # noqa: B008 (frozen)
     *,
     keys: ApiKeys | None = None,
-    sessions: Path | None = None,
+    sessions: str | Path | None = None,
     decoder: Decoder | None = None,
 ) -> FastAPI:
     """The server's application.
@@ -55,11 +56,12 @@ def make_app(
         name: of the model, as clients call it.
         settings: slots, memory, limits.
         keys: who may use it; None is everybody.
-        sessions: a directory that nobody else uses, for sessions; None keeps none.
+        sessions: a directory or a URL of fsspec for sessions, which several servers may share; None keeps none.
         decoder: of the model, that generates; None is the fastest there is.
 
     Raises:
-        UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be made.
+        UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be
+            made, a URL that cannot be opened.
     """
     engine = Engine(
         decoder or run.model,
@@ -68,7 +70,7 @@ def make_app(
         max_state_bytes=settings.max_state_bytes,
         exact=settings.exact,
         cache_bytes=settings.cache_bytes,
-        state_directory=None if sessions is None else sessions / STATES,
+        state_directory=None if sessions is None else f"{str(sessions).rstrip('/')}/{STATES}",
     )
     least = engine.state_bytes(2)
     if settings.max_state_bytes is not None and settings.max_state_bytes < least:
@@ -85,7 +87,9 @@ def make_app(
         gate=gate,
         metrics=ServerMetrics(gate),
         template=ChatTemplate(run.tokenizer, run.checkpoint),
-        sessions=SessionStore(thread, sessions, settings.max_sessions),
+        sessions=SessionStore(
+            thread, None if sessions is None else open_storage(sessions), settings.max_sessions
+        ),
         responses=ResponseStore(settings.max_sessions),
         state_bytes=engine.state_bytes(1),
         state_grows=engine.state_bytes(1) != engine.state_bytes(2),

@@ -21,7 +21,7 @@ from retnet.serve.documents import BYTES, documented, read
 from retnet.serve.errors import ApiError
 from retnet.serve.events import Reply, TextChoice, reason
 from retnet.serve.service import Service, owner_of, service_of
-from retnet.serve.session_store import SessionEntry, described, more_of
+from retnet.serve.session_records import SessionEntry, described, more_of
 from retnet.settings import UserError
 
 router = APIRouter(prefix="/v1/sessions")
@@ -50,7 +50,7 @@ async def create(request: HttpRequest) -> Response:
 async def list_all(request: HttpRequest) -> Response:
     """The sessions of this key, the oldest first."""
     service = service_of(request)
-    entries = service.sessions.list_of(owner_of(request))
+    entries = await service.sessions.list_of(owner_of(request))
     data = [described(entry, service.name, service.state_bytes) for entry in entries]
     return _json({"object": "list", "data": data})
 
@@ -79,7 +79,7 @@ async def bring(request: HttpRequest) -> Response:
 async def show(request: HttpRequest, session: str) -> Response:
     """Its text and tokens, beside position and marks."""
     service = service_of(request)
-    entry = service.sessions.find(owner_of(request), session)
+    entry = await service.sessions.find(owner_of(request), session)
     tokens = await service.engine.call(lambda engine: list(entry.session.tokens))
     text = service.tokenizer.decode(tokens)
     return _json(described(entry, service.name, service.state_bytes) | {"text": text, "tokens": tokens})
@@ -89,7 +89,7 @@ async def show(request: HttpRequest, session: str) -> Response:
 async def delete(request: HttpRequest, session: str) -> Response:
     """Forgets it, in memory and on disk."""
     sessions = service_of(request).sessions
-    with sessions.use(owner_of(request), session) as entry:
+    async with sessions.use(owner_of(request), session) as entry:
         await sessions.delete(entry)
     return _json({"id": session, "object": "session.deleted", "deleted": True})
 
@@ -129,7 +129,7 @@ async def fork(request: HttpRequest, session: str) -> Response:
     """Another session with the same text, and its own id; from here on they know nothing of each other."""
     await read(request, EmptyBody)
     service, owner = service_of(request), owner_of(request)
-    with service.sessions.use(owner, session) as entry:
+    async with service.sessions.use(owner, session) as entry:
         made = await service.sessions.add(owner, lambda engine, name: entry.session.fork(name))
     return _shown(service, made, status=201)
 
@@ -139,7 +139,7 @@ async def save(request: HttpRequest, session: str) -> Response:
     """Writes states to the server's directory, so that after a restart nothing has to be read again."""
     await read(request, EmptyBody)
     service = service_of(request)
-    with service.sessions.use(owner_of(request), session) as entry:
+    async with service.sessions.use(owner_of(request), session) as entry:
         await service.sessions.save(entry)
     return _shown(service, entry)
 
@@ -148,7 +148,7 @@ async def save(request: HttpRequest, session: str) -> Response:
 async def export(request: HttpRequest, session: str, every: bool = False) -> Response:
     """Tokens and the last state as a safetensors file; with `every`, all states that are kept along the text."""
     service = service_of(request)
-    with service.sessions.use(owner_of(request), session) as entry:
+    async with service.sessions.use(owner_of(request), session) as entry:
         content = await service.engine.call(lambda engine: entry.session.export(every=every))
     name = f'attachment; filename="{session}.safetensors"'
     return Response(
@@ -162,7 +162,7 @@ async def generate(request: HttpRequest, session: str) -> Response:
     service = service_of(request)
     body = await read(request, SessionGenerateBody)
     stack = AsyncExitStack()
-    entry = stack.enter_context(service.sessions.use(owner_of(request), session))
+    entry = await stack.enter_async_context(service.sessions.use(owner_of(request), session))
     try:
         service.check_tokens(entry.position + body.max_tokens, body.max_tokens)
         options = body.options() | {"max_tokens": body.max_tokens}
@@ -187,7 +187,7 @@ async def generate(request: HttpRequest, session: str) -> Response:
 
 async def _change(request: HttpRequest, name: str, verb: Callable[[Session], None]) -> Response:
     service = service_of(request)
-    with service.sessions.use(owner_of(request), name) as entry:
+    async with service.sessions.use(owner_of(request), name) as entry:
         await service.sessions.change(entry, verb)
         shown = described(entry, service.name, service.state_bytes) | {"busy": False}
     return _json(shown)

@@ -1,132 +1,125 @@
-"""Sessions of clients: whose they are, what may be done with them now, and their records on disk."""
+"""Sessions of clients: whose they are, what may be done with them now, and storage that replicas of a server share."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
 import msgspec
 
 from retnet.engine import Completion, Engine, Session
-from retnet.io import write_bytes
+from retnet.engine.storage import Storage
+from retnet.engine.versioned_files import ConflictError, Versioned, VersionedFiles
+from retnet.errors import reason_of
 from retnet.serve.engine_thread import EngineThread
 from retnet.serve.errors import ApiError
+from retnet.serve.session_records import SessionEntry, entry_of, is_name, session_of
 from retnet.settings import UserError
 
 Result = TypeVar("Result")
 
-FORMAT = 1  # of records
-STATES = "states"  # the folder of states, within that of sessions
+RECORDS, STATES = "records", "states"  # folders in the place of sessions
+SWEPT_AFTER = 3600.0  # seconds that a file has lain unused when a server starts
 _log = logging.getLogger("retnet.serve")
-
-
-class SessionRecord(msgspec.Struct):
-    """A session on disk: its tokens, for states only spare reading.
-
-    Attributes:
-        format: of this record.
-        model: fingerprint of the model.
-        tokenizer: fingerprint of the tokenizer.
-        id: of the session.
-        owner: of which key it is, by a name that says nothing about it.
-        created: seconds since 1970.
-        tokens: all of them.
-        marks: where something was appended.
-    """
-
-    format: int
-    model: str
-    tokenizer: str
-    id: str
-    owner: str
-    created: int
-    tokens: list[int]
-    marks: list[int]
-
-
-class SessionEntry:
-    """A session of a client.
-
-    Attributes:
-        session: the engine's; touched in its thread alone.
-        owner: whose it is.
-        created: seconds since 1970.
-        busy: whether something is done with it now.
-        position: tokens.
-        marks: where something was appended.
-    """
-
-    def __init__(self, session: Session, owner: str, created: int) -> None:
-        self.session, self.owner, self.created, self.busy = session, owner, created, False
-        self.position, self.marks = len(session.tokens), list(session.marks)
-
-    @property
-    def id(self) -> str:
-        """The session's name."""
-        return self.session.name
 
 
 class SessionStore:
     """All sessions. Each belongs to the key it was made with, and for others it is not there.
 
-    With a directory, a session's tokens are written after every change, whole or not at all, so that a server that is
-    killed has them all when it starts again; its states are written by `save`, when memory has no room for them, and when
-    the server ends. Without one, sessions end with the server.
+    With a storage, a session's record, which has its tokens, is written after every change, whole or not at all, before the
+    change is answered. So a server that is killed has lost nothing, and several servers may share the storage: each looks,
+    before it does something with a session, whether another has changed it, and a change that another has overtaken is
+    refused. States are written by `save`, when memory has no room for them, and when the server ends, and only spare
+    reading. Without a storage, sessions end with the server.
 
     Args:
         engine: the thread they live in.
-        directory: for records; None for none.
-        most: sessions at once.
+        storage: for records; None for none.
+        most: sessions that this server keeps at once.
     """
 
-    def __init__(self, engine: EngineThread, directory: Path | None, most: int) -> None:
-        self._engine, self._directory, self._most = engine, directory, most
+    def __init__(self, engine: EngineThread, storage: Storage | None, most: int) -> None:
+        self._engine, self._most = engine, most
+        self._files = None if storage is None else VersionedFiles(storage, RECORDS)
         self._entries: dict[str, SessionEntry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     async def load(self) -> None:
-        """Takes up the sessions that the directory has; records that cannot be read stay where they are, with a warning."""
-        if self._directory is None:
+        """Takes up the sessions of the storage, and sweeps what belongs to none and has lain there for an hour.
+
+        Records that cannot be read stay where they are, with a warning; then no states are swept, which may be theirs.
+        """
+        if self._files is None:
             return
-        for file in sorted(self._directory.glob("*.session.json")):
+        files = self._files
+        try:
+            sound = await self._load_all(files)
+            swept = await asyncio.to_thread(files.sweep, SWEPT_AFTER)
+        except OSError as error:
+            _log.warning("sessions were not taken up: %s", reason_of(error))
+            return
+
+        def sweep(engine: Engine) -> int:
+            assert engine.store is not None  # or there were no sessions
+            return engine.store.sweep(SWEPT_AFTER)
+
+        swept += await self._engine.call(sweep) if sound else 0
+        if swept:
+            _log.info("swept %d files that no session needs any more", swept)
+
+    async def _load_all(self, files: VersionedFiles) -> bool:
+        """Whether every record could be read."""
+        sound = True
+        for name in await asyncio.to_thread(files.names):
             try:
-                entry = await self._engine.call(lambda engine, file=file: _load(engine, file))  # type: ignore[misc]
-                self._entries[entry.id] = entry
-            except (OSError, UserError, msgspec.DecodeError, ValueError) as error:
-                _log.warning("session %s was left out: %s", file.name, error)
+                found = await asyncio.to_thread(files.load, name)
+                if found is not None:
+                    await self._take(name, found)
+            except (UserError, msgspec.DecodeError, ValueError) as error:
+                _log.warning("session %s was left out: %s", name, error)
+                sound = False
+        return sound
 
     async def flush(self) -> None:
-        """Writes the states of all sessions that memory holds to the directory, as before the process ends."""
+        """Writes the states of all sessions that memory holds, as before the process ends."""
         try:
-            await self._flush()
+            await self._flush(None)
         except OSError as error:
-            _log.warning("states are not kept (%s): texts will be read again", error.strerror)
+            _log.warning("states are not kept (%s): texts will be read again", reason_of(error))
 
-    async def _flush(self) -> None:
+    async def _flush(self, owner: str | None) -> None:
         def work(engine: Engine) -> None:
             assert engine.store is not None  # or there were no sessions
-            engine.store.flush()
+            engine.store.flush(owner)
 
         await self._engine.call(work)
 
-    def list_of(self, owner: str) -> list[SessionEntry]:
-        """The sessions of a key, the oldest first."""
-        return [entry for entry in self._entries.values() if entry.owner == owner]
+    async def list_of(self, owner: str) -> list[SessionEntry]:
+        """The sessions of a key, the oldest first, as they are now."""
+        if self._files is not None:
+            with _told("listed"):
+                names = await asyncio.to_thread(self._files.names)
+            for name in {*names, *self._entries}:
+                if is_name(name):
+                    await self._refresh(name)
+        found = [entry for entry in self._entries.values() if entry.owner == owner]
+        return sorted(found, key=lambda entry: entry.created)
 
-    def find(self, owner: str, name: str) -> SessionEntry:
-        """A session of a key.
+    async def find(self, owner: str, name: str) -> SessionEntry:
+        """A session of a key, as it is now.
 
         Raises:
             ApiError: it has none of this name.
         """
+        if is_name(name):
+            await self._refresh(name)
         entry = self._entries.get(name)
         if entry is None or entry.owner != owner:
             raise ApiError(
@@ -134,14 +127,14 @@ class SessionStore:
             )
         return entry
 
-    @contextmanager
-    def use(self, owner: str, name: str) -> Iterator[SessionEntry]:
-        """A session that nobody else changes meanwhile.
+    @asynccontextmanager
+    async def use(self, owner: str, name: str) -> AsyncIterator[SessionEntry]:
+        """A session that nobody else on this server changes meanwhile.
 
         Raises:
             ApiError: it is not there, or somebody does something with it.
         """
-        entry = self.find(owner, name)
+        entry = await self.find(owner, name)
         if entry.busy:
             raise ApiError(
                 409, f"session {name} is being used; wait until that has ended", code="session_busy"
@@ -164,148 +157,127 @@ class SessionStore:
                 429, f"this server keeps {self._most} sessions; delete one first", code="too_many_sessions"
             )
         name = uuid.uuid4().hex
-
-        def work(engine: Engine) -> SessionEntry:
-            entry = SessionEntry(make(engine, name), owner, int(time.time()))
-            try:
-                self._write(engine, entry)
-            except ApiError:
-                entry.session.close()
-                raise
-            entry.session.hold()
-            return entry
-
-        self._entries[name] = entry = await self._engine.call(work)
+        made = await self._engine.call(lambda engine: make(engine, name))
+        entry = SessionEntry(made, owner, int(time.time()))
+        try:
+            await self.change(entry, lambda session: None)
+        except BaseException:
+            await self._engine.call(lambda engine: entry.session.close())
+            raise
+        self._entries[name] = entry
         return entry
 
     async def change(self, entry: SessionEntry, verb: Callable[[Session], Result]) -> Result:
-        """Does something with a session, and writes its record.
+        """Does something with a session, and writes its record; nothing has changed where that fails.
 
         Raises:
-            ApiError: it cannot be written; the session is what it was.
+            ApiError: another server has changed it meanwhile, or it cannot be written.
         """
+        return await asyncio.shield(self._change(entry, verb))  # a client that leaves must not part the two
 
-        def work(engine: Engine) -> Result:
-            session = entry.session
-            before = list(session.tokens), list(session.marks)
-            result = verb(session)
-            try:
-                self._write(engine, entry)
-            except ApiError:
-                session.tokens[:], session.marks[:] = before
-                session.hold()
-                raise
-            session.hold()
-            entry.position, entry.marks = len(session.tokens), list(session.marks)
+    async def _change(self, entry: SessionEntry, verb: Callable[[Session], Result]) -> Result:
+        before = list[int](), list[int]()
+
+        def work(engine: Engine) -> tuple[Result, bytes]:
+            nonlocal before
+            before = list(entry.session.tokens), list(entry.session.marks)
+            result = verb(entry.session)
+            entry.session.hold()
+            entry.look()
+            return result, entry.record(engine)
+
+        def undo(engine: Engine) -> None:
+            entry.session = session_of(engine, entry.id, *before)
+            entry.look()
+
+        result, content = await self._engine.call(work)
+        if self._files is None:
             return result
-
-        return await self._engine.call(work)
+        try:
+            with _told("written"):
+                entry.generation = await asyncio.to_thread(
+                    self._files.save, entry.id, content, entry.generation
+                )
+        except (ApiError, ConflictError) as error:
+            await self._engine.call(undo)
+            if isinstance(error, ApiError):
+                raise
+            raise ApiError(
+                409,
+                f"session {entry.id} was changed through another server meanwhile; ask again",
+                code="session_conflict",
+            ) from None
+        return result
 
     async def extend(self, entry: SessionEntry, completion: Completion) -> None:
         """Adds what was generated."""
         await self.change(entry, lambda session: session.extend(completion))
 
     async def save(self, entry: SessionEntry) -> None:
-        """Writes its states to the directory.
+        """Writes its states.
 
         Raises:
-            ApiError: there is no directory, or it cannot be written.
+            ApiError: there is no storage, or they cannot be written.
         """
-        if self._directory is None:
+        if self._files is None:
             raise ApiError(400, "this server was started without --sessions and keeps nothing; use export")
-        await self.change(entry, lambda session: None)
-        try:
-            await self._flush()
-        except OSError as error:
-            raise _not_written(
-                "states", error, "the session's text is kept, and read again after a restart"
-            ) from None
+        with _told("written, but its text is kept"):
+            await self._flush(entry.id)
 
     async def delete(self, entry: SessionEntry) -> None:
-        """Forgets a session, in memory and on disk.
+        """Forgets a session, in memory and in the storage.
 
         Raises:
-            ApiError: it cannot be removed from disk; nothing has changed.
+            ApiError: another server has changed it meanwhile, or it cannot be removed.
         """
+        if self._files is not None:
+            try:
+                with _told("removed"):
+                    await asyncio.to_thread(self._files.remove, entry.id, entry.generation)
+            except ConflictError:
+                raise ApiError(
+                    409, f"session {entry.id} was changed meanwhile; ask again", code="session_conflict"
+                ) from None
+        await self._drop(entry.id)
 
-        def work(engine: Engine) -> None:
-            if self._directory is not None:
-                try:
-                    self._file(entry.id).unlink(missing_ok=True)
-                except OSError as error:
-                    raise ApiError(
-                        507, f"the session cannot be removed from disk: {error.strerror}"
-                    ) from None
-            entry.session.close()
-
-        await self._engine.call(work)
-        self._entries.pop(entry.id, None)
-
-    def _file(self, name: str) -> Path:
-        assert self._directory is not None
-        assert re.fullmatch("[0-9a-f]{32}", name)  # names are made here, and are never a path
-        return self._directory / f"{name}.session.json"
-
-    def _write(self, engine: Engine, entry: SessionEntry) -> None:
-        if self._directory is None:
+    async def _refresh(self, name: str) -> None:
+        """Looks whether another server has made, changed or removed a session."""
+        if self._files is None:
             return
-        session = entry.session
-        record = SessionRecord(
-            FORMAT,
-            engine.fingerprint,
-            engine.tokenizer.fingerprint,
-            entry.id,
-            entry.owner,
-            entry.created,
-            session.tokens,
-            session.marks,
-        )
+        entry = self._entries.get(name)
+        if entry is not None and entry.busy:
+            return  # whoever uses it finds out when it writes
+        with _told("read"):
+            last = await asyncio.to_thread(self._files.generation, name)
+            if entry is not None and last == entry.generation:
+                return
+            found = await asyncio.to_thread(self._files.load, name) if last else None
+        if found is None:
+            await self._drop(name)
+            return
         try:
-            write_bytes(self._file(entry.id), msgspec.json.encode(record))
-        except OSError as error:
-            raise _not_written("session", error, "no session has changed") from None
+            await self._take(name, found)
+        except (UserError, msgspec.DecodeError, ValueError) as error:
+            raise ApiError(500, f"session {name} cannot be used: {error}") from None
+
+    async def _take(self, name: str, found: Versioned) -> None:
+        """Puts a session as its record says in the place of what is known of it."""
+        made = await self._engine.call(lambda engine: entry_of(engine, name, found))
+        known = self._entries.setdefault(name, made)
+        if known is not made and known.generation < made.generation and not known.busy:
+            known.session, known.generation = made.session, made.generation
+            known.position, known.marks = made.position, made.marks
+
+    async def _drop(self, name: str) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            await self._engine.call(lambda engine: entry.session.close())
 
 
-def _not_written(what: str, error: OSError, whole: str) -> ApiError:
-    return ApiError(507, f"the {what} cannot be written to disk: {error.strerror}; {whole}", code="disk")
-
-
-def _load(engine: Engine, file: Path) -> SessionEntry:
-    record = msgspec.json.decode(file.read_bytes(), type=SessionRecord)
-    if (
-        record.format != FORMAT
-        or not re.fullmatch("[0-9a-f]{32}", record.id)
-        or not file.name.startswith(record.id)
-    ):
-        raise UserError(f"it is no record of a session of format {FORMAT}")
-    if (record.model, record.tokenizer) != (engine.fingerprint, engine.tokenizer.fingerprint):
-        raise UserError("it is of another model")
-    session = Session(engine, record.tokens, name=record.id)
-    session.marks = [mark for mark in record.marks if 0 < mark <= len(record.tokens)]
-    session.hold()
-    return SessionEntry(session, record.owner, record.created)
-
-
-def described(entry: SessionEntry, model: str, state_bytes: int) -> dict[str, Any]:
-    """A session as clients see it."""
-    return {
-        "id": entry.id,
-        "object": "session",
-        "created": entry.created,
-        "model": model,
-        "position": entry.position,
-        "marks": entry.marks,
-        "state_bytes": state_bytes,
-        "busy": entry.busy,
-    }
-
-
-def more_of(session: Session, text: str | None, tokens: Sequence[int] | None) -> str | Sequence[int]:
-    """What a body adds to a session: one of the two.
-
-    Raises:
-        ApiError: neither or both are given.
-    """
-    if (text is None) == (tokens is None):
-        raise ApiError(400, "give text or tokens, one of the two", param="text")
-    return text if text is not None else tokens or ()
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of the storage as what a client is told."""
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(507, f"the session cannot be {what}: {reason_of(error)}") from None

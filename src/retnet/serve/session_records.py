@@ -1,0 +1,128 @@
+"""Sessions on disk and in memory: their records, and what a server knows of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from retnet.engine import Engine, Session
+from retnet.engine.versioned_files import Versioned
+from retnet.serve.errors import ApiError
+from retnet.settings import UserError
+
+FORMAT = 2  # of records; 1 was one file a session
+
+
+class SessionRecord(msgspec.Struct):
+    """A session in storage: its tokens, for states only spare reading.
+
+    Attributes:
+        format: of this record.
+        model: fingerprint of the model.
+        tokenizer: fingerprint of the tokenizer.
+        id: of the session.
+        owner: of which key it is, by a name that says nothing about it.
+        created: seconds since 1970.
+        tokens: all of them.
+        marks: where something was appended.
+    """
+
+    format: int
+    model: str
+    tokenizer: str
+    id: str
+    owner: str
+    created: int
+    tokens: list[int]
+    marks: list[int]
+
+
+class SessionEntry:
+    """A session of a client.
+
+    Attributes:
+        session: the engine's; touched in its thread alone.
+        owner: whose it is.
+        created: seconds since 1970.
+        generation: of its record that this is; 0 where there are no records.
+        busy: whether something is done with it now.
+        position: tokens.
+        marks: where something was appended.
+    """
+
+    def __init__(self, session: Session, owner: str, created: int, generation: int = 0) -> None:
+        self.session, self.owner, self.created, self.busy = session, owner, created, False
+        self.generation = generation
+        self.look()
+
+    def record(self, engine: Engine) -> bytes:
+        """Its record as it is now; in the engine's thread."""
+        session = self.session
+        about = engine.fingerprint, engine.tokenizer.fingerprint, self.id, self.owner, self.created
+        return msgspec.json.encode(SessionRecord(FORMAT, *about, session.tokens, session.marks))
+
+    def look(self) -> None:
+        """Takes position and marks from the session; in the engine's thread."""
+        self.position, self.marks = len(self.session.tokens), list(self.session.marks)
+
+    @property
+    def id(self) -> str:
+        """The session's name."""
+        return self.session.name
+
+
+def is_name(name: str) -> bool:
+    """Names are made here: 32 hexadecimal digits, never a path."""
+    return re.fullmatch("[0-9a-f]{32}", name) is not None
+
+
+def entry_of(engine: Engine, name: str, found: Versioned) -> SessionEntry:
+    """What a record says; in the engine's thread.
+
+    Raises:
+        UserError: it is of another model, or no record.
+        msgspec.DecodeError: it is no record.
+    """
+    record = msgspec.json.decode(found.content, type=SessionRecord)
+    if record.format != FORMAT or not is_name(name) or record.id != name:
+        raise UserError(f"it is no record of a session of format {FORMAT}")
+    if (record.model, record.tokenizer) != (engine.fingerprint, engine.tokenizer.fingerprint):
+        raise UserError("it is of another model")
+    session = session_of(engine, name, record.tokens, record.marks)
+    return SessionEntry(session, record.owner, record.created, found.generation)
+
+
+def session_of(engine: Engine, name: str, tokens: Sequence[int], marks: Sequence[int]) -> Session:
+    """A session with these tokens and marks, its states held; in the engine's thread."""
+    session = Session(engine, tokens, name=name)
+    session.marks = [mark for mark in marks if 0 < mark <= len(tokens)]
+    session.hold()
+    return session
+
+
+def described(entry: SessionEntry, model: str, state_bytes: int) -> dict[str, Any]:
+    """A session as clients see it."""
+    return {
+        "id": entry.id,
+        "object": "session",
+        "created": entry.created,
+        "model": model,
+        "position": entry.position,
+        "marks": entry.marks,
+        "state_bytes": state_bytes,
+        "busy": entry.busy,
+    }
+
+
+def more_of(session: Session, text: str | None, tokens: Sequence[int] | None) -> str | Sequence[int]:
+    """What a body adds to a session: one of the two.
+
+    Raises:
+        ApiError: neither or both are given.
+    """
+    if (text is None) == (tokens is None):
+        raise ApiError(400, "give text or tokens, one of the two", param="text")
+    return text if text is not None else tokens or ()
