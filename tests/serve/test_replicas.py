@@ -156,7 +156,6 @@ def test_one_of_three_behind_haproxy_is_killed_under_load(tmp_path, tiny, tokeni
 def drive(url, victim, tiny, tokenizer):
     """Six clients write 12 × 20 tokens each, and ask again as client libraries do; the victim is killed meanwhile."""
     turns, failures = 12, []
-    transport = httpx.HTTPTransport(retries=3)
 
     def again(ask):
         """Until it is answered: transport errors, 409, 429 and 5xx are asked again, as `openai` does."""
@@ -174,6 +173,7 @@ def drive(url, victim, tiny, tokenizer):
             time.sleep(0.05)
 
     def write(_):
+        transport = httpx.HTTPTransport(retries=3)  # of connections that are refused
         with httpx.Client(base_url=url, transport=transport, timeout=20) as http:
             name = again(lambda: http.post("/v1/sessions", json={"text": TEXT}))["id"]
             place = f"/v1/sessions/{name}"
