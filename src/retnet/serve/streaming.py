@@ -60,6 +60,7 @@ class EventStream(Response):
                 except Exception as error:
                     envelope = sse(as_api_error(error).envelope())
                     await send({"type": "http.response.body", "body": envelope, "more_body": True})
+                await self._stack.aclose()  # whoever has read the end finds a session free
                 await send({"type": "http.response.body", "body": self._done, "more_body": True})
         except TimeoutError:
             pass  # a reader this slow has not seen what is missing either
