@@ -331,5 +331,5 @@ def test_a_disk_that_is_full(serving, tmp_path, monkeypatch):
             name
         }  # nothing is kept for what was refused
         shutil.rmtree(tmp_path / "sessions")
-        assert "No such file or directory" in refused(http.post(f"{path}/append", json={"text": "more"}), 507)
-        assert want in http.get(path).json()["text"]
+        refused(http.get(path), 404)  # what is in the storage counts: another server may have deleted it
+        assert want in before["text"]
