@@ -63,6 +63,7 @@ def make_app(
         UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be
             made, a URL that cannot be opened.
     """
+    storage = None if sessions is None else open_storage(sessions)
     engine = Engine(
         decoder or run.model,
         run.tokenizer,
@@ -87,9 +88,7 @@ def make_app(
         gate=gate,
         metrics=ServerMetrics(gate),
         template=ChatTemplate(run.tokenizer, run.checkpoint),
-        sessions=SessionStore(
-            thread, None if sessions is None else open_storage(sessions), settings.max_sessions
-        ),
+        sessions=SessionStore(thread, storage, settings.max_sessions),
         responses=ResponseStore(settings.max_sessions),
         state_bytes=engine.state_bytes(1),
         state_grows=engine.state_bytes(1) != engine.state_bytes(2),
