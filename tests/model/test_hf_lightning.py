@@ -1,0 +1,161 @@
+"""transformers' MiniMax with our op in its linear layers: the same function, cache and gradients as its own."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+from retnet.model.hf.lightning import use_retention
+from retnet.settings import UserError
+from tests.helpers.parity import relative
+
+V = 61
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """transformers' own model and the same with our op; three linear layers to one of softmax."""
+    torch.manual_seed(0)
+    config = MiniMaxConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        head_dim=12,
+        block_size=16,
+        layer_types=["full_attention"]
+        + ["linear_attention"] * 3,  # transformers takes positions from layer 0
+        linear_attn_alpha_factor=0.7,
+        linear_attn_beta_factor=1.3,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    theirs = MiniMaxForCausalLM(config).eval()
+    return theirs, use_retention(copy.deepcopy(theirs))
+
+
+def tokens(rows, length):
+    return torch.randint(1, V, (rows, length))
+
+
+def both(pair, *args, **kwargs):
+    with torch.no_grad():
+        return [model(*args, **kwargs) for model in pair]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 50, 300])
+def test_logits_and_states(pair, length):
+    theirs, ours = both(pair, tokens(2, length))
+    assert relative(ours.logits, theirs.logits) <= 1e-5
+    caches = ours.past_key_values.linear_cache, theirs.past_key_values.linear_cache
+    assert [len(cache) for cache in caches] == [4, 4]
+    for one, other in itertools.islice(zip(*caches, strict=True), 1, None):
+        assert one.shape == other.shape
+        assert relative(one, other) <= 1e-5
+
+
+def test_weights_and_buffers_are_the_same(pair, tmp_path):
+    theirs, ours = (model.state_dict() for model in pair)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
+    pair[1].save_pretrained(tmp_path)
+    again = MiniMaxForCausalLM.from_pretrained(tmp_path).eval()
+    want, got = both((pair[0], again), tokens(1, 20))
+    assert torch.equal(want.logits, got.logits)  # what is saved is transformers' own
+    assert use_retention(pair[1]) is pair[1]  # a second time changes nothing
+
+
+def test_prefill_in_chunks_and_steps(pair):
+    ids = tokens(2, 90)
+    want = both(pair[:1], ids)[0].logits
+    for model in pair:
+        cache, logits = None, []
+        with torch.no_grad():
+            for piece in ids.split([40, 1, 1, 37, 11], dim=1):
+                out = model(piece, past_key_values=cache)
+                cache = out.past_key_values
+                logits.append(out.logits)
+        assert relative(torch.cat(logits, 1), want) <= 1e-5
+
+
+def test_a_cache_goes_from_one_to_the_other_and_is_not_changed_behind_its_back(pair):
+    ids = tokens(1, 60)
+    want = both(pair[:1], ids)[0].logits[:, 50:]
+    for first, second in (pair, pair[::-1]):
+        with torch.no_grad():
+            cache = first(ids[:, :50]).past_key_values
+            kept = [x.clone() for x in cache.linear_cache[1:]]
+            fork = copy.copy(cache)
+            fork.linear_cache, fork.layers = list(cache.linear_cache), copy.deepcopy(cache.layers)
+            got = second(ids[:, 50:51], past_key_values=fork).logits
+            rest = second(ids[:, 51:], past_key_values=fork).logits
+        assert relative(torch.cat([got, rest], 1), want) <= 1e-5
+        assert all(torch.equal(x, y) for x, y in zip(cache.linear_cache[1:], kept, strict=True))
+
+
+def test_left_padding(pair):
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :13] = 0
+    theirs, ours = both(pair, ids, attention_mask=mask)
+    assert relative(ours.logits[mask.bool()], theirs.logits[mask.bool()]) <= 1e-5
+    alone = both(pair[1:], ids[1:, 13:])[0].logits
+    assert relative(ours.logits[1:, 13:], alone) <= 1e-5
+
+
+def test_packed_documents_do_not_see_each_other(pair):
+    ids, lengths = tokens(1, 50), [20, 1, 29]
+    bounds = torch.tensor([0, 20, 21, 50], dtype=torch.int32)
+    position = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = both(pair[1:], ids, position_ids=position, cu_seq_lens_q=bounds, use_cache=False)[0].logits
+    alone = [both(pair[:1], piece)[0].logits for piece in ids.split(lengths, dim=1)]
+    assert relative(packed, torch.cat(alone, 1)) <= 1e-5
+    with pytest.raises(ValueError, match=r"cannot continue a cache; set use_cache=False"):
+        pair[1](ids, cu_seq_lens_q=bounds)
+
+
+def test_gradients(pair):
+    ids, mask = tokens(2, 70), torch.ones(2, 70, dtype=torch.long)
+    mask[0, :9] = 0
+    grads = []
+    for model in map(copy.deepcopy, pair):
+        model.train()(ids, attention_mask=mask, labels=ids).loss.backward()
+        grads.append({name: x.grad for name, x in model.named_parameters()})
+    for name, want in grads[0].items():
+        assert relative(grads[1][name], want) <= 1e-4, name
+    with torch.enable_grad():  # through a state and one token after it
+        cache = pair[1](ids[:, :20]).past_key_values
+        pair[1](ids[:, 20:21], past_key_values=cache).logits.sum().backward()
+    assert pair[1].model.layers[1].self_attn.qkv_proj.weight.grad.abs().sum() > 0
+    pair[1].zero_grad()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}])
+def test_generation(pair, options):
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    found = [
+        model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
+        for model in pair
+    ]
+    assert torch.equal(*found)
+
+
+def test_bfloat16_keeps_states_in_fp32(pair):
+    narrow = copy.deepcopy(pair[1]).bfloat16()
+    ids = tokens(1, 40)
+    theirs = both([copy.deepcopy(pair[0]).bfloat16()], ids)[0]
+    out = both([narrow], ids)[0]
+    assert out.logits.dtype == torch.bfloat16
+    assert out.past_key_values.linear_cache[1].dtype == torch.float32
+    exact = both(pair[:1], ids)[0].logits
+    assert relative(out.logits.float(), exact) <= 2 * relative(theirs.logits.float(), exact)
+
+
+def test_a_model_without_such_layers():
+    with pytest.raises(UserError, match=r"Linear has no layer of lightning attention; give transformers'"):
+        use_retention(torch.nn.Linear(2, 2))
