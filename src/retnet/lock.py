@@ -1,4 +1,4 @@
-"""File lock of a directory (a run, a study, sessions of a server): one owner, and it dies with the process that holds it."""
+"""File lock of a directory (a run, a study, a GPU day): one owner, and it dies with the process that holds it."""
 
 from __future__ import annotations
 
