@@ -289,7 +289,7 @@ SERVING = {
     "sessions elsewhere": (["{run}", "--sessions", "s3://bucket"], r"cannot open s3://bucket: "),
     "sessions in a file": (
         ["{run}", "--sessions", "keys"],
-        r"cannot make the directory keys.*: (File exists|Not a directory)",
+        r"cannot write the directory keys.*: (File exists|Not a directory)",
     ),
     "no room for sessions": (["nowhere", "--sessions", "new/er"], r"no run at nowhere"),
 }

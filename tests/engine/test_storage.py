@@ -103,7 +103,7 @@ while True:
 
 def test_a_place_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot make the directory"):
+    with pytest.raises(UserError, match="cannot write the directory"):
         open_storage(tmp_path / "file" / "b")
     with pytest.raises(UserError, match=r"cannot open nothing://x: .*nothing"):
         open_storage("nothing://x")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retnet.errors import UserError, told
-from retnet.io import flush, move
+from retnet.io import flush, move, require_writable_folder
 
 FEW = 2  # files that are asked for one by one
 _NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
@@ -111,13 +111,14 @@ class DirectoryStorage(Storage):
         path: of the directory; made when it is missing.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or nothing can be written there.
     """
 
     def __init__(self, path: Path) -> None:
         self.url, self._path = str(path), path
-        with told(f"make the directory {path}"):
+        with told(f"write the directory {path}"):
             path.mkdir(parents=True, exist_ok=True)
+            require_writable_folder(path)
 
     def read(self, name: str) -> bytes | None:
         """See `Storage.read`."""
