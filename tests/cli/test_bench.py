@@ -135,6 +135,7 @@ def test_ops(tmp_path):
     assert "The op, H 2, K 16, V 32" in shown
 
 
+@pytest.mark.slow
 def test_serve(tmp_path, monkeypatch):
     """Everything but the servers themselves, in whose place one stands that streams without a model."""
 
