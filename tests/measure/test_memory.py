@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,29 @@ def test_a_new_watch_forgets_earlier_peaks():
     large = torch.ones(64 * MIB // 4)
     del large
     assert Watch(torch.device("cpu")).peak() < 20 * MIB
+
+
+GAPS = """
+import torch
+from retnet.host import map_large_tensors
+from retnet.measure.memory import Watch
+
+map_large_tensors()
+MIB = 2**20
+threshold = torch.ones(16 * MIB // 4)
+del threshold  # malloc would now take as much from its heap
+watch = Watch(torch.device("cpu"))
+some = [torch.ones(8 * MIB // 4) for _ in range(16)]
+del some[::2]
+others = [torch.ones(16 * MIB // 4) for _ in range(4)]  # no gap is wide enough
+print(watch.peak() // MIB)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is told")
+def test_gaps_between_tensors_do_not_count():
+    done = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True)
+    assert 125 < int(done.stdout) < 145, done
 
 
 def test_kept_counts_each_storage_once_and_no_weights():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from retnet.host import choose_device, keep_freed_memory
+from retnet.host import choose_device, keep_freed_memory, map_large_tensors
 from retnet.measure.clock import Contender, interleave
 from retnet.measure.memory import Watch, free_memory, in_bytes
 from retnet.measure.sizes import transformer
@@ -293,6 +293,7 @@ def _share(tell: Tell, number: int, parts: int, done: float) -> None:
 
 def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: Tell) -> Result:
     """The most bytes that this process held for a training step, beyond what it held before there was a model."""
+    map_large_tensors()
     device = choose_device(steps.device)
     if reason := why_not(steps, size, kind, length, device, models=1):
         return {"skipped": reason}
