@@ -97,3 +97,14 @@ def test_nothing_heavy_is_imported_to_read_them():
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=True).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--peak", "--utilisation", "--hours"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_no_number_is_refused_by_its_option(option, value):
+    from retnet.cli.study import command
+
+    done = CliRunner().invoke(command, ["architectures", "--dry-run", option, value])
+    assert done.exit_code == 2
+    assert option in done.output
+    assert value in done.output

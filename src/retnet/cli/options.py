@@ -41,6 +41,16 @@ class HomePath(click.Path):
         return super().convert(expanded(value) if isinstance(value, str) else value, param, ctx)
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers, in which NaN, for which no comparison holds, does not lie, and infinity neither."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number; allowed: {self._describe_range()}.", param, ctx)
+        return number
+
+
 class HomeText(click.ParamType[str]):
     """A name that may be a path: a leading ``~`` stands for a home."""
 
@@ -170,7 +180,7 @@ def _type(kind: Any) -> Any:  # noqa: ANN401
     if plain not in (int, float) or limits is None:
         return plain
     low, high = max(limits.least, limits.above), min(limits.most, limits.below)
-    ranged: Any = click.IntRange if plain is int else click.FloatRange
+    ranged: Any = click.IntRange if plain is int else FiniteRange
     bounds = {name: _limit(x) for name, x in (("min", low), ("max", high))}
     return ranged(**bounds, min_open=limits.above > limits.least, max_open=limits.below < limits.most)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retnet.cli.options import HomePath, options
+from retnet.cli.options import FiniteRange, HomePath, options
 from retnet.errors import told
 from retnet.settings import parse_overrides
 
@@ -75,14 +75,14 @@ def _run_command(name: str) -> click.Command:
     @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="For --dry-run.")
     @click.option(
         "--peak",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         default=989.0,
         show_default=True,
         help="Tflop/s of one GPU, for --dry-run.",
     )
     @click.option(
         "--utilisation",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=FiniteRange(0, 1, min_open=True),
         default=0.4,
         show_default=True,
         help="Part of the peak that is reached, for --dry-run.",
