@@ -213,9 +213,15 @@ def _contenders(
     )
     if device.type == "cuda" and batch == bench.batches[0]:
         add(GraphRow(EAGER, batch, 0, weight_bytes(ours), states), lambda: _stepper(ours, batch, device))
-    if peer is None or batch > bench.peer_most:
+    if peer is None:
+        return rows, contenders
+    if batch > bench.peer_most:
+        skipped.append(
+            f"{STATIC}, batch {batch}: not measured, only up to {bench.peer_most} sequences at once"
+        )
         return rows, contenders
     room = SHARE * free_memory(device)
+    # mypy infers no type for a lambda with a default, which binds the context of this turn
     for context in bench.contexts:
         cache = _cache_bytes(peer, batch, context)
         row = GraphRow(STATIC, batch, context, weight_bytes(peer) + cache, 0)
