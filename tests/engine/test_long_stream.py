@@ -1,7 +1,4 @@
-"""A text of any length: time and memory of a token do not grow, and what is kept of it grows with its logarithm."""
-
-import statistics
-import time
+"""A text of any length: memory of a token does not grow, and what is kept of it grows with its logarithm."""
 
 import psutil
 import pytest
@@ -17,8 +14,8 @@ from tests.helpers.sessions import GREEDY, MB
 
 
 @pytest.mark.slow
-def test_the_last_token_of_a_long_stream_costs_what_the_first_did(tokenizer):
-    """Some thousands of tokens; a million were run by hand."""
+def test_memory_of_a_long_stream_does_not_grow(tokenizer):
+    """Some thousands of tokens."""
     config = {"vocab_size": 257, "d_model": 128, "num_layers": 1, "mixer": {"name": "retention"}}
     torch.manual_seed(0)
     model = LanguageModel(build(ModelConfig, config)).eval()
@@ -27,14 +24,11 @@ def test_the_last_token_of_a_long_stream_costs_what_the_first_did(tokenizer):
     engine.submit(Request("a", max_tokens=total, sampling=GREEDY, stop=["\0\0\0"]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a step is no work for two, least of all beside other processes
-    seconds, resident = [], []
+    resident = []
     for _ in range(total // block):
-        began = time.perf_counter()
         for _ in range(block):
             assert len(engine.step()) == 1
-        seconds.append(time.perf_counter() - began)
         resident.append(psutil.Process().memory_info().rss)
-    assert statistics.median(seconds[-8:]) < 1.3 * statistics.median(seconds[1:9])
     assert resident[-1] - resident[total // block // 4] < 4 * MB  # text and ids: 10 bytes a token
     torch.set_num_threads(threads)
     assert not engine.busy
