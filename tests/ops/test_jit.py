@@ -1,4 +1,4 @@
-"""Compiling kernels while somebody presses Ctrl-C."""
+"""Compiling kernels while somebody presses Ctrl-C, and while another process compiles others."""
 
 import os
 import signal
@@ -87,3 +87,38 @@ def test_a_package_replaced_under_a_process_does_not_spoil_the_kernels_on_disk(t
         file.write_text("the same new text")
         keys.append(jit._constants(space["kernel"]))
     assert keys[0] != keys[1]
+
+
+PRODUCTS = """
+import sys
+import torch
+from retnet.ops.cpu import decode
+
+for number in sys.argv[1:]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 200), torch.randint(-9, 9, (300, 200))
+    scales = None if number == "float32" else torch.rand(300)
+    weight = weight.to(getattr(torch, number))
+    expected = x @ weight.float().T * (1 if scales is None else scales)
+    error = (decode.skinny_gemm(x, weight, scales) - expected).norm() / expected.norm()
+    assert error < 1e-6, error
+"""
+
+
+@pytest.mark.slow
+def test_kernels_that_two_processes_compiled_do_not_call_each_others_functions(tmp_path):
+    """numba counts functions from 1 in every process, so their symbols met where one process loaded both from disk.
+
+    Its symbols also hold a set of words in an order that Python's hashes decide.
+    """
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
+
+    for numbers in [("float32",), ("int8",), ("float32", "int8"), ("int8", "float32")]:
+        done = subprocess.run(
+            [sys.executable, "-c", PRODUCTS, *numbers],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode, done.stderr) == (0, "")

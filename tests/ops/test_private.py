@@ -1,7 +1,5 @@
 """Private interfaces of torch and numba that the ops rely on: when a new version moves one, its name is what fails here."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -29,7 +27,6 @@ NUMBA = [
     "numba.extending.intrinsic",
     "numba.core.cgutils.alloca_once_value",
     "numba.core.cgutils.for_range_slice",
-    "llvmlite.binding.get_host_cpu_features",
 ]
 
 
@@ -96,10 +93,5 @@ def test_kernels_of_numba_have_a_cache_with_our_key(tmp_path, monkeypatch):
 
     compiled = numba_private.c_function(kernel)
     numba_private.keep_on_disk(compiled, ["a key"])
-    cache = compiled._cache
-    assert "a key" in repr(cache._index_key(None, type("Codegen", (), {"magic_tuple": lambda self: ()})()))
-    assert list(inspect.signature(type(cache._cache_file)).parameters)[:3] == [
-        "cache_path",
-        "filename_base",
-        "source_stamp",
-    ]
+    key = compiled._cache._index_key(None, type("Codegen", (), {"magic_tuple": lambda self: ()})())
+    assert "a key" in repr(key)

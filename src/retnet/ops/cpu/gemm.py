@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retnet.ops.cpu import jit
+from retnet.ops.cpu.numba_private import has_feature
 
 # Which part of a product is needed where one of its matrices is a lower triangle.
 ALL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT = range(4)
@@ -50,7 +51,7 @@ class PackedGemm(NamedTuple):
 
 def compile_packed_gemm(compiler: jit.Compiler, number: type) -> PackedGemm:
     """The functions for fp32 or fp64, a type of numpy."""
-    registers = _register_bytes()
+    registers = 64 if has_feature("avx512f") else 32
     item = np.dtype(number).itemsize
     W, R = 2 * registers // item, 8 if registers == 64 else 4
     tile = _compile_tile(number, R, W)
@@ -173,12 +174,6 @@ def compile_packed_gemm(compiler: jit.Compiler, number: type) -> PackedGemm:
                 )
 
     return PackedGemm(empty, view, rows, load, store, transpose, scale, mask, product)
-
-
-def _register_bytes() -> int:
-    from llvmlite import binding
-
-    return 64 if binding.get_host_cpu_features().get("avx512f") else 32
 
 
 def _compile_tile(number: type, rows: int, width: int) -> Any:  # noqa: ANN401

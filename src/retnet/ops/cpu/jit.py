@@ -80,8 +80,12 @@ def _compiler() -> tuple[Compiler | None, str | None]:
 def _make_compiler() -> Compiler:
     import numba
 
-    function = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    compiled = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
     pointer, real, prefetch = _intrinsics()
+
+    def function(written: Callable[..., Any]) -> Any:  # noqa: ANN401
+        _name_by_content(written)
+        return compiled(written)
 
     @function
     def array(address: Any, shape: Any, dtype: Any) -> Any:  # noqa: ANN401
@@ -175,12 +179,13 @@ def _intrinsics() -> tuple[Any, Any, Any]:
 
 def _kernel(function: Callable[..., None]) -> Any:  # noqa: ANN401
     """Compiles void(table)."""
+    _name_by_content(function)
     return _compiled(function, None)
 
 
 def _shared(function: Callable[..., None], arguments: int) -> Any:  # noqa: ANN401
     """Compiles void(int64, …) under a name that kernels are linked to: copies would take as long to compile again."""
-    name = f"retnet_{hashlib.sha256(repr(_constants(function)).encode()).hexdigest()[:16]}"
+    name = f"retnet_{_name_by_content(function)}"
     return numba_private.named(name, _compiled(function, arguments), arguments)
 
 
@@ -232,6 +237,18 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if pressed:
             signal.raise_signal(signal.SIGINT)
+
+
+def _name_by_content(function: Callable[..., Any]) -> str:
+    """Puts a hash of what a function was made of into its name, and so into its symbols in machine code.
+
+    numba's symbols hold the function's name, the types of its arguments and a count of the functions compiled in this
+    process. Of two kernels from disk that two processes compiled, functions of one name can differ in constants alone and
+    have one count; the linker takes such symbols for the same function, so one kernel would call the other's.
+    """
+    content = hashlib.sha256(repr(_constants(function)).encode()).hexdigest()[:16]
+    function.__qualname__ = f"{function.__qualname__}_{content}"
+    return content
 
 
 def _constants(function: Callable[..., None]) -> list[str]:

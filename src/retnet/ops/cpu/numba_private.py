@@ -5,7 +5,6 @@ numba's public ways of compiling have no function of one address with its own ca
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,15 +49,11 @@ def keep_on_disk(compiled: Any, key: Sequence[str]) -> None:  # noqa: ANN401
     """Has `compile()` look for the machine code on disk first, and put it there: in NUMBA_CACHE_DIR or beside the source.
 
     numba's own key for what is on disk holds random numbers of the functions that a kernel calls, so it would never be
-    found again. Here it is `key`. Each key has a file of its own: processes that compile at once number their files alike,
-    and one got the other's.
+    found again. Here it is `key`. Each key must have a name of its own, for the file's name is the function's: processes
+    that compile at once number the files of one name alike, and one would get the other's.
 
     Raises:
         RuntimeError: no directory that can be written.
     """
     compiled.enable_caching()
-    cache, key = compiled._cache, tuple(key)
-    cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
-    name = f"{cache._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-    file = cache._cache_file
-    cache._cache_file = type(file)(file._cache_path, name, file._source_stamp)
+    compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), tuple(key))
