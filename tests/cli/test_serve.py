@@ -1,11 +1,13 @@
 """`retnet serve` as a process: mistakes in one line, signals, a kill between two saves."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -13,12 +15,15 @@ import pytest
 import torch
 
 from retnet.data import Tokenizer
+from retnet.engine.storage import DirectoryStorage
+from retnet.engine.versioned_files import VersionedFiles
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
-from tests.helpers.serving import refused
+from tests.helpers.serving import refused, stream, until
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
+NO_PROMPT = {"prompt": None}
 LONG = {"prompt": "a", "max_tokens": 60_000, "logit_bias": {"256": -1000}, "stream": True}
 
 
@@ -67,19 +72,31 @@ def started(checkpoint, *options, **streams):
 
 
 @pytest.mark.slow
-def test_the_first_signal_lets_streams_end_and_nobody_in(checkpoint):
-    with started(checkpoint, "--shutdown-seconds", "1.5") as (process, http):
-        text = ""
+def test_the_first_signal_lets_streams_end_and_nobody_in(checkpoint, tmp_path):
+    options = ("--shutdown-seconds", "1.5", "--sessions", tmp_path)
+    with started(checkpoint, *options) as (process, http), ThreadPoolExecutor(2) as pool:
+        name = http.post("/v1/sessions", json={"text": "abc"}).json()["id"]
+        kept = pool.submit(
+            stream, http, f"/v1/sessions/{name}/generate", {**LONG, "temperature": 0} | NO_PROMPT
+        )
+        whole = pool.submit(http.post, "/v1/completions", json={**LONG, "stream": False})
         with http.stream("POST", "/v1/completions", json=LONG) as response:
             lines = response.iter_lines()
             next(lines)
+            until(lambda: "retnet_texts_running 3.0" in http.get("/metrics").text)
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             text = "\n".join(lines)
         assert 1 < time.monotonic() - began < 6
         assert "the server is shutting down" in text
         assert text.rstrip().endswith("[DONE]")
+        *_, cut, told = kept.result(10)  # a session keeps what it said
+        assert cut["choices"][0]["finish_reason"] == "interrupted"
+        assert "no time left" in refused(whole.result(10), 503)
         assert process.wait(20) == 0
+    content = VersionedFiles(DirectoryStorage(tmp_path), "records").load(name).content
+    assert len(json.loads(content)["tokens"]) == told["session"]["position"] > 4
+    assert any((tmp_path / "states").iterdir())  # and need not read it again
 
 
 @pytest.mark.slow

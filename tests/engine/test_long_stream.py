@@ -1,5 +1,7 @@
 """A text of any length: memory of a token does not grow, and what is kept of it grows with its logarithm."""
 
+import tracemalloc
+
 import psutil
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from retnet.engine import Engine, Request
 from retnet.engine.store import BLOCK, kept_positions
+from retnet.engine.streams import Stream
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import build
 from tests.helpers.sessions import GREEDY, MB
@@ -32,6 +35,19 @@ def test_memory_of_a_long_stream_does_not_grow(tokenizer):
     assert resident[-1] - resident[total // block // 4] < 4 * MB  # text and ids: 10 bytes a token
     torch.set_num_threads(threads)
     assert not engine.busy
+
+
+def test_a_stream_keeps_ids_and_text_and_no_more(tokenizer):
+    """8 bytes an id, and the text as UTF-8; both grow by an eighth at a time."""
+    count, ids = 50_000, [*"äbc ".encode()]
+    stream = Stream(0, Request("a", max_tokens=10**9), 0, tokenizer)
+    tracemalloc.start()
+    for step in range(count):
+        stream.push(ids[step % len(ids)])
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 9 / 8 * (8 + 1) * count + 20_000
+    assert stream.end("interrupted").completion.text == "äbc " * (count // len(ids))
 
 
 @settings(max_examples=30)

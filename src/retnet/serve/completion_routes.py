@@ -177,7 +177,8 @@ async def respond(
         await stack.aclose()
         raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
     try:
-        events = await stack.enter_async_context(running(service, requests))
+        partial = on_done is not None  # what has come is kept, and may be gone on from
+        events = await stack.enter_async_context(running(service, requests, partial=partial))
     except BaseException:
         await stack.aclose()
         raise

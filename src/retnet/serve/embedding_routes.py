@@ -17,6 +17,7 @@ from retnet.engine.engine import PREFILL_TOKENS
 from retnet.serve.bodies import EmbeddingBody
 from retnet.serve.documents import documented, read
 from retnet.serve.errors import ApiError
+from retnet.serve.gate import shut_down
 from retnet.serve.service import TIMEOUT, Service, service_of
 from retnet.serve.streaming import answer
 
@@ -46,7 +47,7 @@ async def embeddings(request: HttpRequest) -> Response:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return msgspec.json.encode({"object": "list", "data": data, "model": service.name, "usage": usage})
 
-    with service.gate.enter(1, asyncio.Queue()):
+    with service.gate.enter(1, lambda: None):  # who reads looks whether it is to end
         return await answer(request, service.metrics, work())
 
 
@@ -63,6 +64,8 @@ async def embed(service: Service, tokens: list[int]) -> Tensor:
         total += x[0].double().sum(0).cpu()
 
     for start in range(0, len(tokens), PREFILL_TOKENS):
+        if service.gate.ended:
+            raise shut_down("the server is shutting down and had no time left for this; ask again")
         ids = tokens[start : start + PREFILL_TOKENS]
         await service.engine.call(lambda engine, ids=ids: piece(ids))  # type: ignore[misc]
     if not bool(torch.isfinite(total).all()):

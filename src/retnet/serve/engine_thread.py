@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -12,10 +13,56 @@ from typing import Any, TypeVar
 from retnet.engine import Engine, Event, Request
 
 Result = TypeVar("Result")
-Arrivals = asyncio.Queue["tuple[int, Event] | Exception"]
+Arrival = tuple[int, Event] | Exception
 
 _log = logging.getLogger("retnet.serve")
 _MOST_FAILURES = 3  # in a row: then nothing that waits has a chance
+APART = 64  # events that wait for a reader before pieces of text are put together
+
+
+class Arrivals(asyncio.Queue[Arrival]):
+    """Events on their way to one reader, each beside the number of its request.
+
+    A reader that is far behind gets what is new of a text in one piece: however slow it is, what waits for it takes no more
+    memory than the texts themselves.
+    """
+
+    def _init(self, maxsize: int) -> None:
+        self._queue: deque[Arrival | _Backlog] = deque()
+        self._open: dict[tuple[int, int], _Backlog] = {}  # in the queue, and the last of their texts there
+
+    def _put(self, item: Arrival) -> None:
+        if isinstance(item, Exception):
+            self._queue.append(item)
+            return
+        number, event = item
+        if len(self._queue) < APART or event.logprobs is not None or event.completion is not None:
+            self._open.pop((number, event.sample), None)
+            self._queue.append(item)
+            return
+        backlog = self._open.get((number, event.sample))
+        if backlog is None:
+            backlog = self._open[number, event.sample] = _Backlog(number)
+            self._queue.append(backlog)
+        backlog.event = event
+        backlog.text += event.text.encode()
+
+    def _get(self) -> Arrival:
+        item = self._queue.popleft()
+        if not isinstance(item, _Backlog):
+            return item
+        assert item.event is not None  # or it were not in the queue
+        if self._open.get((item.number, item.event.sample)) is item:
+            del self._open[item.number, item.event.sample]
+        return item.number, item.event._replace(text=item.text.decode())
+
+
+class _Backlog:
+    """Pieces of a text that wait together: their text, and the last of them."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.text = number, bytearray()  # UTF-8, and no string for each piece
+        self.event: Event | None = None
 
 
 class Feed:
@@ -101,6 +148,14 @@ class EngineThread:
         def work() -> None:
             if self._feeds.pop(feed.id, None) is not None:
                 self._engine.cancel(feed.id)
+
+        self._inbox.put(work)
+
+    def interrupt(self, feed: Feed) -> None:
+        """Ends a request at the next step as it is then; its last events say so."""
+
+        def work() -> None:
+            self._engine.cancel(feed.id)
 
         self._inbox.put(work)
 

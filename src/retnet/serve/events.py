@@ -10,7 +10,7 @@ from retnet.data import Tokenizer
 from retnet.engine import Completion, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "interrupted"]
 
 
 class CachedTokens(msgspec.Struct):
@@ -95,10 +95,10 @@ def usage(done: dict[tuple[int, int], Completion]) -> Usage:
 
 
 def reason(completion: Completion | None) -> Reason | None:
-    """Why a text ended, in OpenAI's words; None while it goes on."""
+    """Why a text ended, in OpenAI's words, and "interrupted" where a shutdown ended it; None while it goes on."""
     if completion is None:
         return None
-    return "length" if completion.finish == "length" else "stop"
+    return completion.finish if completion.finish in ("length", "interrupted") else "stop"
 
 
 def text_logprobs(tokenizer: Tokenizer, places: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from retnet.serve.engine_thread import Arrivals
 from retnet.serve.errors import ApiError
+
+RETRY_SECONDS = 5  # after which another server may be there
 
 
 class Gate:
@@ -19,12 +20,13 @@ class Gate:
     Attributes:
         texts: under way now.
         closed: whether nobody is let in any more.
+        ended: whether those inside have been told to end.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
         self._slots, self._queue = slots, queue
-        self.texts, self.closed = 0, False
-        self._inside: set[Arrivals] = set()
+        self.texts, self.closed, self.ended = 0, False, False
+        self._inside: set[Callable[[], None]] = set()
 
     @property
     def running(self) -> int:
@@ -37,15 +39,19 @@ class Gate:
         return self.texts - self.running
 
     @contextmanager
-    def enter(self, texts: int, arrivals: Arrivals) -> Iterator[None]:
+    def enter(self, texts: int, end: Callable[[], None]) -> Iterator[None]:
         """Lets so many texts of one request in while it lasts.
+
+        Args:
+            texts: how many.
+            end: ends them; called when a server that shuts down has no time left.
 
         Raises:
             ApiError: there is no room for them, now or ever, or the server is closing.
         """
         most = self._slots + self._queue
         if self.closed:
-            raise ApiError(503, "the server is shutting down; ask again later", retry_after=5)
+            raise shut_down("the server is shutting down; ask again later")
         if texts > most:
             raise ApiError(
                 400, f"the request asks for {texts} texts; this server takes at most {most} at once"
@@ -59,20 +65,26 @@ class Gate:
                 retry_after=1,
             )
         self.texts += texts
-        self._inside.add(arrivals)
+        self._inside.add(end)
         try:
             yield
         finally:
             self.texts -= texts
-            self._inside.discard(arrivals)
+            self._inside.discard(end)
 
     def close(self) -> None:
         """Lets nobody in any more; those inside go on."""
         self.closed = True
 
     def end_all(self) -> None:
-        """Ends those that are inside with an error."""
-        for arrivals in self._inside:
-            arrivals.put_nowait(
-                ApiError(503, "the server is shutting down and had no time left for this text")
-            )
+        """Ends those that are inside."""
+        self.ended = True
+        for end in tuple(self._inside):
+            end()
+
+
+def shut_down(
+    message: str = "the server is shutting down and had no time left for this text; ask again",
+) -> ApiError:
+    """What is told to those that a server which shuts down has no time for; client libraries ask again after a while."""
+    return ApiError(503, message, code="shutting_down", retry_after=RETRY_SECONDS)

@@ -17,6 +17,7 @@ from retnet.serve.chat_template import ChatTurn
 from retnet.serve.completion_routes import chat_request
 from retnet.serve.conversation_bodies import CountBody, MessagesBody
 from retnet.serve.documents import documented, read
+from retnet.serve.errors import ApiError
 from retnet.serve.service import Service, running, service_of
 from retnet.serve.streaming import EventStream, answer
 
@@ -60,7 +61,8 @@ async def messages(request: HttpRequest) -> Response:
             )
 
     if body.stream:
-        return EventStream(stream(), stack, service.metrics, service.settings.timeout + 5, done=b"")
+        seconds = service.settings.timeout + 5
+        return EventStream(stream(), stack, service.metrics, seconds, done=b"", failed=_failed)
     return await answer(request, service.metrics, whole())
 
 
@@ -118,6 +120,12 @@ def _reason(service: Service, body: MessagesBody, done: Completion) -> tuple[str
     text = service.tokenizer.decode(done.tokens)
     found = sorted((text.find(stop) + len(stop), stop) for stop in body.stop_sequences if stop in text)
     return ("stop_sequence", found[0][1]) if done.finish == "stop" and found else ("end_turn", None)
+
+
+def _failed(error: ApiError) -> bytes:
+    """What went wrong, in the words that Anthropic's clients raise as an error; others they pass over."""
+    kind = {400: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error"}.get(error.status)
+    return _event("error", error={"type": kind or "api_error", "message": error.message})
 
 
 def _event(kind: str, **fields: Any) -> bytes:  # noqa: ANN401

@@ -15,7 +15,7 @@ from retnet.data import Tokenizer
 from retnet.engine import Completion, Event, Request
 from retnet.serve.engine_thread import Arrivals, EngineThread, Feed
 from retnet.serve.errors import ApiError
-from retnet.serve.gate import Gate
+from retnet.serve.gate import Gate, shut_down
 from retnet.serve.metrics import ServerMetrics
 from retnet.serve.settings import ServerSettings
 
@@ -133,7 +133,7 @@ def owner_of(request: HttpRequest) -> str:
 
 @asynccontextmanager
 async def running(
-    service: Service, requests: Sequence[Request], *, count: bool = True
+    service: Service, requests: Sequence[Request], *, count: bool = True, partial: bool = False
 ) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
     """Runs requests; whatever has not ended on leaving is cancelled at the engine's next step.
 
@@ -141,6 +141,7 @@ async def running(
         service: whose engine.
         requests: that belong together.
         count: whether they count in metrics.
+        partial: whether texts that a shutdown cuts short end as they are, "interrupted", instead of with an error.
 
     Yields:
         Events, each with the number of its request.
@@ -149,7 +150,7 @@ async def running(
         ApiError: there is no room; while events are read, also: they took too long, one failed, the server shuts down.
         UserError: as `Engine.submit`.
     """
-    arrivals: Arrivals = asyncio.Queue()
+    arrivals = Arrivals()
     began = time.monotonic()
     timeout = service.settings.timeout
     too_long = ApiError(504, TIMEOUT.format(timeout), code="timeout")
@@ -169,7 +170,7 @@ async def running(
             first = False
             if event.completion is not None:
                 left -= 1
-                _require_whole(requests[number], event.completion)
+                _require_whole(requests[number], event.completion, partial)
                 if count:
                     _tally(service.metrics, event)
             yield number, event
@@ -177,7 +178,14 @@ async def running(
         if count:
             service.metrics.duration.observe(time.monotonic() - began)
 
-    with service.gate.enter(sum(request.samples for request in requests), arrivals):
+    def end() -> None:
+        if partial:
+            for feed in feeds:
+                service.engine.interrupt(feed)
+        else:
+            arrivals.put_nowait(shut_down())
+
+    with service.gate.enter(sum(request.samples for request in requests), end):
         timer = asyncio.get_running_loop().call_later(timeout, arrivals.put_nowait, too_long)
         try:
             for feed in feeds:
@@ -190,10 +198,10 @@ async def running(
                     service.engine.cancel(feed)
 
 
-def _require_whole(request: Request, completion: Completion) -> None:
+def _require_whole(request: Request, completion: Completion, partial: bool) -> None:
     if completion.finish == "failed":
         raise ApiError(500 if request.grammar is None else 400, completion.error)
-    if completion.finish == "interrupted":
+    if completion.finish == "interrupted" and not partial:
         raise ApiError(500, "the engine stopped this text; its log says why")
 
 

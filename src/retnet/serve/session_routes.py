@@ -158,7 +158,10 @@ async def export(request: HttpRequest, session: str, every: bool = False) -> Res
 
 @router.post("/{session}/generate", **documented(SessionGenerateBody, "Continue a session"))
 async def generate(request: HttpRequest, session: str) -> Response:
-    """Continues a session and adds what was generated; a client that leaves leaves the session as it was."""
+    """Continues a session and adds what was generated; a client that leaves leaves the session as it was.
+
+    What a shutdown cuts short is added too, as far as it was sent; its `finish_reason` is "interrupted".
+    """
     service = service_of(request)
     body = await read(request, SessionGenerateBody)
     stack = AsyncExitStack()

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from retnet.serve.errors import as_api_error
+from retnet.serve.errors import ApiError, as_api_error
 from retnet.serve.events import DONE, sse
 from retnet.serve.metrics import ServerMetrics
 
@@ -27,6 +27,7 @@ class EventStream(Response):
         metrics: counts clients that left.
         seconds: that sending may take.
         done: what ends it.
+        failed: the event that says what went wrong.
     """
 
     media_type = "text/event-stream"
@@ -38,11 +39,12 @@ class EventStream(Response):
         metrics: ServerMetrics,
         seconds: float,
         done: bytes = DONE,
+        failed: Callable[[ApiError], bytes] = lambda error: sse(error.envelope()),
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._stack, self._metrics, self._seconds = events, stack, metrics, seconds
-        self._done = done
+        self._done, self._failed = done, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -58,8 +60,8 @@ class EventStream(Response):
                     async for event in events:
                         await send({"type": "http.response.body", "body": event, "more_body": True})
                 except Exception as error:
-                    envelope = sse(as_api_error(error).envelope())
-                    await send({"type": "http.response.body", "body": envelope, "more_body": True})
+                    said = self._failed(as_api_error(error))
+                    await send({"type": "http.response.body", "body": said, "more_body": True})
                 await self._stack.aclose()  # whoever has read the end finds a session free
                 await send({"type": "http.response.body", "body": self._done, "more_body": True})
         except TimeoutError:

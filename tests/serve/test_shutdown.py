@@ -1,0 +1,137 @@
+"""What is under way when a server that shuts down has no time left: kept by a session, else an error to ask again."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from retnet.serve import gate
+from tests.helpers.serving import refused, until
+
+LONG = {"max_tokens": 60_000, "temperature": 0, "logit_bias": {"256": -1000}}
+TALK = {"messages": [{"role": "user", "content": "abc"}]}
+
+
+def end_all(server):
+    """What a server does when `--shutdown-seconds` have passed since SIGTERM."""
+    gate = server.service.gate
+
+    def end():
+        gate.close()
+        gate.end_all()
+
+    server.service.engine._loop.call_soon_threadsafe(end)
+
+
+def cut_short(server, url, body):
+    """The lines of a stream that has begun when everything is ended."""
+    with server.http.stream("POST", url, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        said = [next(lines) for _ in range(20)]
+        end_all(server)
+        return [*said, *lines]
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/completions", {"prompt": "abc", **LONG}),
+        ("/v1/chat/completions", {**TALK, **LONG}),
+        ("/v1/responses", {"input": "abc", "max_output_tokens": 60_000}),
+    ],
+)
+def test_streams_of_openai_end_with_its_error(serving, url, body):
+    with serving() as server:
+        said = [line.removeprefix("data: ") for line in cut_short(server, url, body) if "data: " in line]
+        error = json.loads(next(line for line in said if line.startswith('{"error"')))["error"]
+        assert (error["code"], error["type"]) == ("shutting_down", "server_error")
+        refused(server.http.post(url, json=body), 503)
+
+
+def test_streams_of_anthropic_end_with_its_error(serving):
+    with serving() as server:
+        said = cut_short(server, "/v1/messages", {**TALK, "max_tokens": 60_000})
+        assert said[-3] == "event: error"
+        error = json.loads(said[-2].removeprefix("data: "))
+        assert (error["type"], error["error"]["type"]) == ("error", "overloaded_error")
+
+
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/embeddings"])
+def test_whole_answers_are_refused_with_a_time_to_come_back(serving, url):
+    body = {"prompt": "abc", **LONG} if url == "/v1/completions" else {"input": "abcd " * 40_000}
+    with serving() as server:
+        found = []
+        thread = threading.Thread(
+            target=lambda: found.append(httpx.post(server.url + url, json=body, timeout=60))
+        )
+        thread.start()
+        until(lambda: server.service.gate.texts == 1)
+        end_all(server)
+        thread.join(30)
+        assert "shutting down" in refused(found[0], 503)
+        assert found[0].headers["retry-after"] == "5"
+        until(lambda: server.service.gate.texts == 0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_session_keeps_what_was_sent(serving, whole, tmp_path):
+    with serving(sessions=tmp_path) as server:
+        name = server.http.post("/v1/sessions", json={"text": "abc"}).json()["id"]
+        place = f"/v1/sessions/{name}"
+        if whole:
+            found = []
+            thread = threading.Thread(
+                target=lambda: found.append(
+                    httpx.post(f"{server.url}{place}/generate", json=LONG, timeout=60).json()
+                )
+            )
+            thread.start()
+            until(lambda: server.service.engine._engine.stats.decode_tokens > 20)
+            end_all(server)
+            thread.join(30)
+            text, last = found[0]["choices"][0]["text"], found[0]
+            assert found[0]["choices"][0]["finish_reason"] == "interrupted"
+        else:
+            said = [
+                line.removeprefix("data: ") for line in cut_short(server, f"{place}/generate", LONG) if line
+            ]
+            assert said.pop() == "[DONE]"
+            events = [json.loads(line) for line in said]
+            assert events[-2]["choices"][0]["finish_reason"] == "interrupted"
+            text, last = "".join(event["choices"][0]["text"] for event in events[:-1]), events[-1]
+        tokens = server.http.get(place).json()["tokens"]
+        assert last["session"]["position"] == len(tokens) == 4 + last["usage"]["completion_tokens"]
+        assert bytes(tokens[4:]).decode("utf-8", "replace").startswith(text)
+        assert len(text) > 10
+    with serving(sessions=tmp_path) as server:  # and goes on as if nothing had happened
+        kept = server.http.get(place).json()["tokens"]
+        assert kept == tokens
+        server.http.post(f"{place}/generate", json=LONG | {"max_tokens": 20})
+        more = server.http.get(place).json()["tokens"]
+        server.http.post(f"{place}/rewind", json={"position": 4})
+        server.http.post(f"{place}/generate", json=LONG | {"max_tokens": len(more) - 4})
+        assert server.http.get(place).json()["tokens"] == more
+
+
+def test_the_openai_client_asks_again_until_the_server_is_back(serving, monkeypatch):
+    """By its own retries, of a whole answer; of a stream, half of which has been read, it raises the error."""
+    openai = pytest.importorskip("openai")
+    monkeypatch.setattr(gate, "RETRY_SECONDS", 1)
+    ask = {"model": "tiny", "prompt": "a", "logit_bias": {"256": -100}}
+    with ThreadPoolExecutor(1) as pool:
+        with serving() as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=8)
+            whole = pool.submit(client.completions.create, max_tokens=1000, **ask)
+            broken = client.completions.create(max_tokens=60_000, stream=True, **ask)
+            next(iter(broken))
+            until(lambda: server.service.gate.texts == 2)
+            end_all(server)
+            with pytest.raises(openai.APIError, match="no time left") as error:
+                list(broken)
+            assert error.value.code == "shutting_down"
+        with serving(port=int(server.url.rpartition(":")[2])):
+            assert whole.result(60).usage.completion_tokens == 1000
+        client.close()
