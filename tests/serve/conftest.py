@@ -14,8 +14,9 @@ from retnet.engine import ComposedDecoder, Run
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.serve.app import make_app
-from retnet.serve.server import listen
+from retnet.serve.server import config_of, listen
 from retnet.serve.settings import ServerSettings
+from tests.helpers.serving import joined, stream
 
 SLOTS = 8
 
@@ -38,16 +39,16 @@ def serving(tiny, tokenizer, tmp_path_factory):
     """Starts a server: `with serving(keys=…, sessions=…, folder=…, **settings) as server`; `server.http` is a client."""
 
     @contextmanager
-    def start(*, keys=None, sessions=None, folder=None, headers=None, decoder=None, **settings):
+    def start(*, keys=None, sessions=None, folder=None, headers=None, decoder=None, port=0, **settings):
         settings = {"exact": True, "slots": SLOTS, "cache_bytes": 1 << 24} | settings
         run = Run(tiny, tokenizer, folder or tmp_path_factory.mktemp("checkpoint"), "last")
         decoder = decoder or ComposedDecoder(tiny, settings["slots"])
         with ExitStack() as stack:
-            found = stack.enter_context(listen("127.0.0.1", 0))
+            found = stack.enter_context(listen("127.0.0.1", port))
             app = make_app(
                 run, "tiny", ServerSettings(**settings), keys=keys, sessions=sessions, decoder=decoder
             )
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+            server = uvicorn.Server(config_of(app))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
             thread.start()
             url = f"http://127.0.0.1:{found.getsockname()[1]}"
@@ -57,7 +58,10 @@ def serving(tiny, tokenizer, tmp_path_factory):
                     if server.started and http.get("/ready").status_code == 200:
                         break
                     threading.Event().wait(0.005)
-                yield SimpleNamespace(url=url, http=http, service=app.state.service, app=app)
+                service = app.state.service
+                yield SimpleNamespace(
+                    url=url, http=http, service=service, app=app, found=found, uvicorn=server
+                )
             finally:
                 server.should_exit = True
                 thread.join(30)
@@ -75,3 +79,24 @@ def server(serving):
 @pytest.fixture(scope="module")
 def http(server):
     return server.http
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    """A stream that runs all the while; in the end it has the tokens that it has alone."""
+    body = {"prompt": "abc", "max_tokens": 600, "seed": 9, "logit_bias": {"256": -1000}, "cache": False}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        want = joined(stream(http, "/v1/completions", body))
+        found, enough = [], threading.Event()
+
+        def ask():
+            while not enough.is_set():
+                found.append(joined(stream(http, "/v1/completions", body)))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        yield
+        enough.set()
+        thread.join(60)
+        assert found
+        assert set(found) == {want}

@@ -8,11 +8,14 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from retnet.errors import reason_of
+from retnet.serve.connections import WatchedConnection, most_connections
 from retnet.serve.service import Service
 from retnet.settings import UserError
 
@@ -93,11 +96,13 @@ class OrderlyServer(uvicorn.Server):
         asyncio.get_running_loop().call_later(seconds, gate.end_all)
 
 
-def serve(app: FastAPI, found: socket.socket) -> bool:
-    """Answers requests until a signal; whether that was an end in order."""
+def config_of(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs the application."""
     service: Service = app.state.service
-    config = uvicorn.Config(
+    connection: Any = partial(WatchedConnection, most=most_connections())
+    return uvicorn.Config(
         app,
+        http=connection,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -105,6 +110,10 @@ def serve(app: FastAPI, found: socket.socket) -> bool:
         ws="none",
         lifespan="on",
     )
-    server = OrderlyServer(config, service)
+
+
+def serve(app: FastAPI, found: socket.socket) -> bool:
+    """Answers requests until a signal; whether that was an end in order."""
+    server = OrderlyServer(config_of(app), app.state.service)
     server.run(sockets=[found])
     return server.started and not server.force_exit

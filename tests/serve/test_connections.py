@@ -1,0 +1,194 @@
+"""Connections that stand still, readers and writers that are slow: they are ended in time, and hold up nobody."""
+
+import json
+import random
+import re
+import socket
+import time
+import tracemalloc
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+
+from retnet.engine import Event
+from retnet.serve import access, connections
+from retnet.serve import server as server_module
+from retnet.serve.engine_thread import APART, Arrivals
+from tests.helpers.serving import joined, refused, stream, until
+
+BODY = {"prompt": "abc", "max_tokens": 900, "seed": 3, "logit_bias": {"256": -1000}, "cache": False}
+SHORT = BODY | {"max_tokens": 20}
+
+
+def connected(server, **options):
+    return socket.create_connection(("127.0.0.1", server.found.getsockname()[1]), timeout=20, **options)
+
+
+def request(body, path="/v1/completions", length=None):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content
+
+
+def read_all(connection):
+    parts = []
+    while part := connection.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def text_of(server, body=SHORT):
+    return joined(stream(server.http, "/v1/completions", body))
+
+
+@contextmanager
+def not_reading(server, content):
+    """A client that sends a request and reads nothing, with the least that the system keeps for it."""
+    server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # of connections made from now on
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.settimeout(20)
+        connection.connect(server.found.getsockname())
+        server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        connection.sendall(content)
+        yield connection
+
+
+def test_a_thousand_idle_connections_hold_up_nobody(serving):
+    if connections.most_connections() < 2_100:
+        pytest.skip("this system allows fewer file descriptors")
+    with serving() as server, ExitStack() as stack:
+        want = text_of(server)
+        idle = [stack.enter_context(connected(server)) for _ in range(1000)]
+        for number, connection in enumerate(idle):
+            connection.sendall(request(SHORT)[: number % 60])  # nothing, or part of a head
+        until(lambda: len(server.uvicorn.server_state.connections) >= 1000)
+        began = time.monotonic()
+        assert text_of(server) == want
+        with httpx.Client(base_url=server.url) as new:
+            assert new.get("/ready").status_code == 200
+        assert time.monotonic() - began < 5
+        last = idle[-1]  # one of them goes on, and is answered
+        last.sendall(request(SHORT)[999 % 60 :])
+        assert b"200 OK" in last.recv(1 << 16)
+
+
+def test_more_connections_than_there_are_descriptors_for_are_refused(serving, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "most_connections", lambda: 6)
+    monkeypatch.setattr(connections.WatchedConnection, "_refused", False)
+    with serving() as server, ExitStack() as stack:
+        for _ in range(6 - len(server.uvicorn.server_state.connections)):
+            stack.enter_context(connected(server))
+        until(lambda: len(server.uvicorn.server_state.connections) == 6)
+        with httpx.Client(base_url=server.url) as other:
+            response = other.get("/ready")
+        assert "has its 6 connections" in refused(response, 503)
+        assert response.headers["retry-after"] == "1"
+        assert server.http.get("/ready").status_code == 200  # those that are there are served
+        assert "ulimit -n" in caplog.text
+        stack.close()
+        until(lambda: len(server.uvicorn.server_state.connections) < 6)
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_what_never_becomes_a_request_is_closed(serving, monkeypatch):
+    monkeypatch.setattr(connections, "STILL_SECONDS", 0.3)
+    with serving() as server, ExitStack() as stack:
+        silent, half = (stack.enter_context(connected(server)) for _ in range(2))
+        half.sendall(request(SHORT)[:40])
+        running = stack.enter_context(connected(server))
+        running.sendall(request(BODY))  # is not still: the server is to answer
+        assert silent.recv(1) == b""
+        assert half.recv(1) == b""
+        assert b"200 OK" in running.recv(1 << 16)
+
+
+def test_a_body_that_does_not_arrive_is_timed_out(serving, monkeypatch):
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.5)
+    with serving() as server, connected(server) as slow:
+        want = text_of(server)
+        slow.sendall(request(SHORT, length=5000))
+        assert text_of(server) == want
+        answer = slow.recv(1 << 16)
+        assert b"408" in answer.splitlines()[0]
+        assert b"did not arrive within 0.5 seconds" in answer
+
+
+def test_what_is_no_http_is_told_so_with_the_envelope(serving):
+    with serving() as server, connected(server) as wrong:
+        wrong.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")  # such as TLS
+        head, _, content = read_all(wrong).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert "no HTTP" in json.loads(content)["error"]["message"]
+
+
+def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving):
+    with serving() as server:
+        want = text_of(server, BODY)
+        engine, gate = server.service.engine._engine, server.service.gate
+        with not_reading(server, request(BODY | {"stream": True})) as slow:
+            until(lambda: gate.texts == 1)
+            assert text_of(server, BODY) == want
+            until(lambda: not engine.busy)
+            assert gate.texts == 1  # made, and not sent
+            parts = [b""]
+            while b"[DONE]" not in parts[-2:][0] + parts[-1]:
+                parts.append(slow.recv(3000))
+        events = re.findall(rb"data: (\{.*\})", b"".join(parts).replace(b"\r\n", b""))
+        assert joined([json.loads(event) for event in events]) == want
+        assert len(events) < 900  # what waited came together
+
+
+def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
+    monkeypatch.setattr(connections, "STILL_SECONDS", 0.5)
+    endless = BODY | {"stream": True, "max_tokens": 60_000}
+    with serving() as server:
+        gate, state = server.service.gate, server.uvicorn.server_state
+        with not_reading(server, request(endless)):
+            until(lambda: gate.texts == 1)
+            until(lambda: gate.texts == 0, 30)
+        until(lambda: not server.service.engine._engine.busy)
+        server.http.close()
+        until(lambda: not state.connections)
+        whole = request({"prompt": "x" * 500_000}, "/tokenize")  # an answer that no buffer has room for
+        with not_reading(server, whole):
+            until(lambda: state.connections)
+            until(lambda: not state.connections, 30)
+
+
+def test_what_waits_for_a_reader_takes_no_more_than_its_text():
+    arrivals, count = Arrivals(), 20_000
+    tracemalloc.start()
+    for step in range(count):
+        arrivals.put_nowait((0, Event(0, step % 4, f"{step} ", step)))
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 2 * 6 * count + 500 * APART
+    assert arrivals.qsize() == APART + 4
+
+
+def test_what_is_put_together_stays_in_order():
+    rng, arrivals = random.Random(1), Arrivals()
+    want, got = defaultdict(list), defaultdict(list)
+
+    def take():
+        number, event = arrivals.get_nowait()
+        got[number, event.sample].append(event.text)
+
+    for step in range(5000):
+        number, sample, text = rng.randrange(2), rng.randrange(2), f"{step} "
+        arrivals.put_nowait((number, Event(0, sample, text, step)))
+        want[number, sample].append(text)
+        for _ in range(rng.choice((0, 0, 3)) if step % 500 < 250 else 0):
+            if not arrivals.empty():
+                take()
+    arrivals.put_nowait(ValueError("the last"))
+    while arrivals.qsize() > 1:
+        take()
+    assert isinstance(arrivals.get_nowait(), ValueError)
+    assert {key: "".join(parts) for key, parts in got.items()} == {
+        key: "".join(parts) for key, parts in want.items()
+    }
+    assert sum(map(len, got.values())) < 5000
