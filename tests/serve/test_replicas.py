@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from retnet.engine import ComposedDecoder, Engine, Sampling, Session
+from retnet.engine.storage import DirectoryStorage
+from retnet.engine.versioned_files import VersionedFiles
 from tests.helpers.served_processes import started_many, write_tiny
 from tests.helpers.serving import refused, until
 
@@ -97,6 +99,25 @@ def test_a_record_that_is_damaged_or_of_another_model_is_left_out(serving, tmp_p
     with serving(sessions=tmp_path) as server:
         assert [each["id"] for each in server.http.get("/v1/sessions").json()["data"]] == [name]
         refused(server.http.get(f"/v1/sessions/{other}"), 404)
+
+
+def test_sessions_of_older_formats_are_told_of_and_left_as_they_are(serving, tmp_path, caplog):
+    old = tmp_path / f"{'0' * 32}.session.json"
+    old.write_text('{"format": 1}')
+    with serving(sessions=tmp_path) as server:
+        assert server.http.get("/v1/sessions").json()["data"] == []
+        name = server.http.post("/v1/sessions", json={"text": "abc"}).json()["id"]
+    said = [record.getMessage() for record in caplog.records if "older format" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path} has 1 sessions of an older format (files *.session.json)")
+    assert "/v1/sessions/import" in said[0]
+    assert old.read_text() == '{"format": 1}'
+    files = VersionedFiles(DirectoryStorage(tmp_path), "records")
+    kept = files.load(name)
+    files.save(name, kept.content.replace(b'"format":2', b'"format":9'), kept.generation)
+    caplog.clear()
+    with serving(sessions=tmp_path):
+        assert f"session {name} was left out: its record has format 9; this version reads 2" in caplog.text
 
 
 def test_states_that_nobody_needs_are_swept_at_the_start(serving, tmp_path):

@@ -185,7 +185,10 @@ class Session:
         """
         header, tensors = _read(content)
         if header.get("format") != FORMAT:
-            raise UserError(f"the session has format {header.get('format')!r}; this version reads {FORMAT}")
+            raise UserError(
+                f"the session has format {header.get('format')!r}; this version reads {FORMAT}: open it with the version "
+                "that wrote it, and take its text from there"
+            )
         for what, own in (("model", engine.fingerprint), ("tokenizer", engine.tokenizer.fingerprint)):
             if header.get(what) != own:
                 raise UserError(f"the session is of another {what}; open it with the one it was made with")

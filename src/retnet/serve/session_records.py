@@ -87,8 +87,10 @@ def entry_of(engine: Engine, name: str, found: Versioned) -> SessionEntry:
         msgspec.DecodeError: it is no record.
     """
     record = msgspec.json.decode(found.content, type=SessionRecord)
-    if record.format != FORMAT or not is_name(name) or record.id != name:
-        raise UserError(f"it is no record of a session of format {FORMAT}")
+    if record.format != FORMAT:
+        raise UserError(f"its record has format {record.format}; this version reads {FORMAT}")
+    if not is_name(name) or record.id != name:
+        raise UserError("its record is of a session of another name")
     if (record.model, record.tokenizer) != (engine.fingerprint, engine.tokenizer.fingerprint):
         raise UserError("it is of another model")
     session = session_of(engine, name, record.tokens, record.marks)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from retnet.settings import UserError
 Result = TypeVar("Result")
 
 RECORDS, STATES = "records", "states"  # folders in the place of sessions
+OLD = ".session.json"  # how files of format 1 end, which had one a session
 SWEPT_AFTER = 3600.0  # seconds that a file has lain unused when a server starts
 _log = logging.getLogger("retnet.serve")
 
@@ -45,6 +46,7 @@ class SessionStore:
 
     def __init__(self, engine: EngineThread, storage: Storage | None, most: int) -> None:
         self._engine, self._most = engine, most
+        self._storage = storage
         self._files = None if storage is None else VersionedFiles(storage, RECORDS)
         self._entries: dict[str, SessionEntry] = {}
 
@@ -56,10 +58,11 @@ class SessionStore:
 
         Records that cannot be read stay where they are, with a warning; then no states are swept, which may be theirs.
         """
-        if self._files is None:
+        if self._files is None or self._storage is None:
             return
         files = self._files
         try:
+            _warn_of_old(self._storage.url, await asyncio.to_thread(self._storage.names))
             sound = await self._load_all(files)
             swept = await asyncio.to_thread(files.sweep, SWEPT_AFTER)
         except OSError as error:
@@ -272,6 +275,18 @@ class SessionStore:
         entry = self._entries.pop(name, None)
         if entry is not None:
             await self._engine.call(lambda engine: entry.session.close())
+
+
+def _warn_of_old(url: str, names: Sequence[str]) -> None:
+    if old := sum(name.endswith(OLD) for name in names):
+        _log.warning(
+            "%s has %d sessions of an older format (files *%s) that this version does not read, and leaves as they are: let "
+            "the version that wrote them export each (GET /v1/sessions/ID/export) and import the bytes here (POST "
+            "/v1/sessions/import), or delete the files",
+            url,
+            old,
+            OLD,
+        )
 
 
 @contextmanager
