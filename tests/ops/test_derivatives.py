@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from retnet.ops import head_norm, product, retention, retention_step, rotate, rotation
+from retnet.ops import head_norm, product, retention, retention_step, retention_steps, rotate, rotation
 from tests.helpers.parity import random_inputs, relative
 
 GAMMAS = torch.tensor([1.0, 0.9], dtype=torch.float64).log()
@@ -139,21 +139,67 @@ def test_a_derivative_of_the_decay_takes_the_reference_or_is_refused():
             out.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "numba"])
-def test_a_step_has_no_derivative_and_says_so(backend):
-    q, v, state = torch.randn(2, 2, 4), torch.randn(2, 2, 3), torch.zeros(2, 2, 4, 3)
-    log_decay = GAMMAS.float()
-    out = retention_step(q.clone().requires_grad_(), q, v, log_decay, state.clone(), backend=backend)
-    with pytest.raises(NotImplementedError, match=r"retention_step_.* has no gradient; use `retention`"):
+@pytest.mark.parametrize("slots", [None, torch.tensor([2, -1])], ids=["rows", "slots"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_steps_are_differentiated_by_the_reference(backend, slots):
+    """Also through the state, which each step changes in place."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, state = (
+        torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 2, 2), (2, 3, 2, 2), (2, 3, 2, 1), (3, 2, 2, 1))
+    )
+
+    def run(q, k, v, state):
+        state = state.clone()
+        first = retention_steps(q[:, :2], k[:, :2], v[:, :2], GAMMAS, state, slots, backend=backend)
+        last = retention_step(q[:, 2], k[:, 2], v[:, 2], GAMMAS, state, slots, backend=backend)
+        return first, last, state
+
+    assert gradcheck(run, (q, k, v, state), check_forward_ad=True)
+    assert gradgradcheck(run, (q, k, v, state))
+    if slots is None:
+        want = retention(q, k, v, GAMMAS, state[:2], backend="reference")
+        first, last, after = run(q, k, v, state)
+        assert relative(torch.cat([first, last[:, None]], dim=1), want[0]) < 1e-12
+        assert relative(after[:2], want[1]) < 1e-12
+
+
+@pytest.mark.parametrize("wanted", ["q", "v", "log_decay", "state"])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_other_backends_refuse_derivatives_of_a_step(backend, wanted):
+    given = {"q": torch.randn(2, 2, 4), "v": torch.randn(2, 2, 3), "state": torch.zeros(2, 2, 4, 3)}
+    given |= {"k": given["q"].clone(), "log_decay": GAMMAS.float()}
+    learned = {**given, wanted: given[wanted].clone().requires_grad_() * 1}
+    for step in (retention_step, retention_steps):
+        if step is retention_steps:
+            learned = {name: x[:, None] if name in "qkv" else x for name, x in learned.items()}
+        with pytest.raises(ValueError, match=r"derivative of a step is wanted.*use backend 'auto' or 'ref"):
+            step(**learned, backend=backend)
+        with torch.no_grad():
+            assert step(**learned, backend=backend).isfinite().all()
+    operator = getattr(torch.ops.retnet, f"retention_step_{backend}")
+    arguments = [given[name].clone() for name in ("q", "k", "v", "log_decay", "state")]
+    out = operator(arguments[0].requires_grad_(), *arguments[1:], None, 1.0)
+    with pytest.raises(NotImplementedError, match=r"retention_step_.* has no gradient; use `retention`, or"):
         out.sum().backward()
-    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"), torch.no_grad():
-        jvp(lambda q: retention_step(q, q, v, log_decay, state.clone(), backend=backend), (q,), (q,))
-    with pytest.raises(NotImplementedError, match=r"has no batching rule \(torch.vmap\)"), torch.no_grad():
-        vmap(lambda q, s: retention_step(q, q, v, log_decay, s, backend=backend))(
-            q[None], state[None].clone()
-        )
-    with pytest.raises(ValueError, match="state requires a gradient"):
-        retention_step(q, q, v, log_decay, state.clone().requires_grad_(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch", "numba"])
+def test_a_step_refuses_transforms_and_leaves(backend):
+    q, v, state = torch.randn(2, 2, 4), torch.randn(2, 2, 3), torch.zeros(2, 2, 4, 3)
+
+    def step(q, state):
+        return retention_step(q, q, v, GAMMAS.float(), state, backend=backend)
+
+    for transformed in (
+        lambda: jvp(lambda q: step(q, state.clone()), (q,), (q,)),
+        lambda: grad(lambda q: step(q, state.clone()).sum())(q),
+        lambda: vmap(step)(q[None], state[None]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"in place, .*torch.func .*use `retention` on one tok"):
+            transformed()
+    with pytest.raises(ValueError, match=r"state requires a gradient and is a leaf.*pass state.clone\(\)"):
+        step(q, state.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "halves"])

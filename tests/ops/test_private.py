@@ -14,6 +14,7 @@ TORCH = [
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.is_batchedtensor",
+    "torch._C._functorch.is_legacy_batchedtensor",
     "torch._C._functorch.get_unwrapped",
     "torch.autograd.function._SingleLevelFunction",
     "torch._functorch.autograd_function.enable_single_level_autograd_function",

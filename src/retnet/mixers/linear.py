@@ -97,14 +97,15 @@ class LinearAttention(Mixer):
     def step(
         self, x: Tensor, state: LinearState, *, positions: Positions | None = None
     ) -> tuple[Tensor, LinearState]:
-        """x [B,D] from `state` → [B,D]; the state is updated in place."""
+        """x [B,D] from `state` → [B,D] and the state after it, in part updated in place."""
         positions = positions or self.positions(x, None, state)
         q, k, turned_q, turned_k, v = self._project(x, positions)
         no_decay = torch.zeros(self.num_heads, device=x.device)
         sums = retention_step(turned_q, turned_k, v, no_decay, state.kv, scale=1.0)
-        total = (q * state.normaliser.add_(k)).sum(-1, keepdim=True)
+        normaliser = state.normaliser + k  # not in place: autograd keeps it
+        total = (q * normaliser).sum(-1, keepdim=True)
         state.position.add_(1)
-        return self._finish(sums, total, x.dtype), state
+        return self._finish(sums, total, x.dtype), state._replace(normaliser=normaliser)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

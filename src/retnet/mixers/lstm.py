@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.mixers.base import MixerConfig
 from retnet.mixers.packing import SequenceMixer
-from retnet.nn import exactly, widened
+from retnet.nn import exactly, needs_formula, once_differentiable, widened
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class LstmConfig(MixerConfig):
     """An LSTM of the model's width has nothing to choose."""
 
     name: Literal["lstm"] = "lstm"
+
+
+NO_SECOND = "torch's LSTM has second derivatives in fp64 on a CPU alone; use that, or torch.func, where the formula runs"
 
 
 class LstmState(NamedTuple):
@@ -65,9 +69,27 @@ class LSTM(SequenceMixer):
         wide = widened(x)
         weights = [w.to(wide) for w in self.lstm.all_weights[0]]
         with exactly(x):  # autocast would round the state from token to token
+            if needs_formula():
+                y, after = _cells(x.to(wide), state, *weights)
+                return y.to(x.dtype), after
             y, hidden, cell = torch.lstm(
                 x.to(wide), (state.hidden[None], state.cell[None]), weights,
                 has_biases=True, num_layers=1, dropout=0.0, train=torch.is_grad_enabled(),
                 bidirectional=False, batch_first=True,
             )  # fmt: skip
+        if not (y.is_cpu and wide is torch.float64):  # oneDNN or cuDNN
+            y, hidden, cell = (once_differentiable(part, NO_SECOND) for part in (y, hidden, cell))
         return y.to(x.dtype), LstmState(hidden[0], cell[0])
+
+
+def _cells(
+    x: Tensor, state: LstmState, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> tuple[Tensor, LstmState]:
+    """The formula of the class above, for derivatives that torch's kernels lack."""
+    outputs, (hidden, cell) = [], state
+    for gates in F.linear(x, w_ih, b_ih + b_hh).unbind(1):
+        i, f, g, o = (gates + F.linear(hidden, w_hh)).chunk(4, dim=-1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        outputs.append(hidden)
+    return torch.stack(outputs, dim=1), LstmState(hidden, cell)

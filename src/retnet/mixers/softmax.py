@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retnet.mixers.base import MixerConfig, TrainingForm, head_width
 from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer, batch_positions
-from retnet.nn import Linear, Positions, Rotary, Rotation
+from retnet.nn import Linear, Positions, Rotary, Rotation, needs_formula, once_differentiable
 from retnet.settings import At, Count, UserError
 
 QUERIES = (
@@ -28,7 +28,7 @@ class SoftmaxConfig(MixerConfig):
 
     `sdpa` is how whole sequences are computed: ``"math"`` is the plain formula, which holds a matrix of T × T scores,
     ``"flash"`` FlashAttention, which does not (on a CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's
-    choice.
+    choice. Derivatives of derivatives, and those of `torch.func`, want ``"math"``; ``"auto"`` takes it for the latter.
     """
 
     name: Literal["softmax"] = "softmax"
@@ -113,7 +113,8 @@ class SoftmaxAttention(SequenceMixer):
             o = self._causal(q, k, v)
         else:
             seen = keys[:, : longest + T], values[:, : longest + T]
-            o = _attend(q, *seen, positions.position, masked=T > 1 or shortest < longest)
+            masked = T > 1 or shortest < longest
+            o = _attend(q, *seen, positions.position, masked=masked, sdpa=_chosen(self.config.sdpa))
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,8 +128,7 @@ class SoftmaxAttention(SequenceMixer):
         """Sequences from their beginning, by the chosen backend: q, k, v [B,T,H,K] → [B,T,H,K]."""
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         try:
-            with _backend(self.config.sdpa):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            return _attention(q, k, v, _chosen(self.config.sdpa), is_causal=True).transpose(1, 2)
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
@@ -141,20 +141,40 @@ class SoftmaxAttention(SequenceMixer):
         return self.out_proj(o.flatten(-2))
 
 
+def _chosen(sdpa: str) -> str:
+    """The backend of the configuration, or the one that has the derivatives that are wanted."""
+    if not needs_formula():
+        return sdpa
+    if sdpa == "flash":
+        raise NotImplementedError(
+            "sdpa = 'flash' has neither forward-mode derivatives nor those of torch.func; use sdpa = 'auto' or 'math'"
+        )
+    return "math"
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, sdpa: str, **settings: Any) -> Tensor:  # noqa: ANN401
+    """q [B,H,T,K] on keys and values [B,H,S,K] → [B,H,T,K]."""
+    with _backend(sdpa):
+        o = F.scaled_dot_product_attention(q, k, v, **settings)
+    if o.grad_fn is None or not o.grad_fn.name().startswith("ScaledDotProduct"):  # the formula
+        return o
+    return once_differentiable(
+        o, f"sdpa = {sdpa!r} has no second derivative on {q.device}; use sdpa = 'math'"
+    )
+
+
 def _backend(name: str) -> AbstractContextManager[None]:
     if name == "auto":
         return nullcontext()
     return sdpa_kernel({"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}[name])
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, masked: bool) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, masked: bool, sdpa: str) -> Tensor:
     """q [B,T,H,K] at `position` [B,T] on keys and values [B,S,H,K], of which each sees those up to its own place."""
     place = torch.arange(keys.shape[1], device=q.device)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     outputs = []
     for part, at in zip(q.split(QUERIES, dim=1), position.split(QUERIES, dim=1), strict=True):
         mask = (place <= at[..., None])[:, None] if masked else None  # [B,1,t,S]
-        outputs.append(
-            F.scaled_dot_product_attention(part.transpose(1, 2), keys, values, attn_mask=mask)
-        )  # [B,H,t,K]
+        outputs.append(_attention(part.transpose(1, 2), keys, values, sdpa, attn_mask=mask))  # [B,H,t,K]
     return torch.cat(outputs, dim=2).transpose(1, 2)

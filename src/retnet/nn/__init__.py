@@ -1,6 +1,7 @@
 """Modules that mixers and models are made of."""
 
 from retnet.nn.convolution import ShortConvolution, fft_convolution, fft_flops
+from retnet.nn.derivatives import needs_formula, once_differentiable
 from retnet.nn.feed_forward import FeedForward
 from retnet.nn.linear import Int8Linear, Linear, linear_of
 from retnet.nn.norm import Norm
@@ -21,5 +22,7 @@ __all__ = [
     "fft_convolution",
     "fft_flops",
     "linear_of",
+    "needs_formula",
+    "once_differentiable",
     "widened",
 ]

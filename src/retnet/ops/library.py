@@ -41,6 +41,7 @@ def define(
     kernels: Mapping[str, Callable[..., Any]],
     fake: Callable[..., Any],
     derivatives: Derivatives | None = None,
+    instead: str = "backend 'reference'",
     casts: int = 0,
 ) -> Any:  # noqa: ANN401
     """Defines ``retnet::name``.
@@ -51,6 +52,7 @@ def define(
         kernels: the functions that compute it, by type of device, or ``"CompositeExplicitAutograd"`` for every device.
         fake: shapes and types of the results alone.
         derivatives: its rules; None: whoever asks for a derivative, or for `torch.vmap`, is refused by name.
+        instead: what has them, for those who are refused.
         casts: under autocast so many first arguments take its type; the others keep theirs.
 
     Returns:
@@ -62,7 +64,7 @@ def define(
         torch.library.impl(full, key, kernel, lib=_LIBRARY)
     torch.library.register_fake(full, fake, lib=_LIBRARY)
     op = getattr(torch.ops.retnet, name).default
-    rules = derivatives or refusals(name)
+    rules = derivatives or refusals(name, instead)
     _LIBRARY.impl(name, _differentiable(op, name, rules), "Autograd")
     torch.library.register_vmap(full, rules.vmap, lib=_LIBRARY)
     if casts:
@@ -97,17 +99,15 @@ def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any
     return kernel
 
 
-def refusals(name: str) -> Derivatives:
-    """The rules of an operator that has no derivative."""
+def refusals(name: str, instead: str) -> Derivatives:
+    """The rules of an operator that has no derivative, but `instead` has."""
 
     def save(ctx: Any, inputs: object, output: object) -> None:  # noqa: ANN401
         pass
 
     def refuse(kind: str) -> Callable[..., Any]:
         def rule(*_: object) -> Any:  # noqa: ANN401
-            raise NotImplementedError(
-                f"retnet::{name} has no {kind}; use `retention`, or backend 'reference', which have it, or backend 'torch'"
-            )
+            raise NotImplementedError(f"retnet::{name} has no {kind}; use {instead}")
 
         return rule
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retnet.ops.cpu import decode
 from retnet.ops.dispatch import Implementation, Op
-from retnet.ops.torch_private import onednn_linear, plain
+from retnet.ops.torch_private import is_batched, onednn_linear, plain
 
 MANY_ROWS = 64  # from here on oneDNN is the faster one
 
@@ -56,13 +56,20 @@ class _ManyRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
         x, weight = ctx.saved_tensors
-        dx = gemm(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
         return dx, weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W in the type of grad: grad [...,N] and weight [N,K] → [...,K]."""
+    weight = weight.to(grad.dtype)
+    return grad @ weight if is_batched(grad) else gemm(grad, weight.t())
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """gradᵀ x in the type of the product: grad [...,N] and x [...,K] → [N,K]."""
-    return grad.flatten(0, -2).t() @ x.to(grad.dtype).flatten(0, -2)
+    # not `flatten`: gradients that come batched have no rule for it
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.to(grad.dtype).reshape(-1, x.shape[-1])
 
 
 # The row of the dispatch table; arguments: x, weight, scale.

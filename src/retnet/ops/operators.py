@@ -202,7 +202,13 @@ def _define(
             recorded(_fake_backward),
             rules_of_backward,
         ),
-        library.define(f"retention_step_{backend}", _STEP, each(step), _fake_step),
+        library.define(
+            f"retention_step_{backend}",
+            _STEP,
+            each(step),
+            _fake_step,
+            instead="`retention`, or backend 'reference'",
+        ),
     )
     return made
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.ops.linear import gemm, product, weight_gradient
-from retnet.ops.torch_private import plain
+from retnet.ops.linear import gemm, input_gradient, product, weight_gradient
+from retnet.ops.torch_private import is_batched, plain
 
 BLOCK_ROWS = (
     2048  # a thread, at once on a CPU: what is made again is then never whole; fewer make products slower
@@ -133,7 +133,8 @@ class _ProductOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         weight, *inputs = ctx.saved_tensors
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        transformed = torch.is_grad_enabled() or is_batched(grad)
+        gradients = _transformable_gradients if transformed else _gradients
         return None, *gradients(ctx.plan, ctx.precision, grad, weight, inputs, ctx.needs_input_grad[1])
 
 
@@ -201,22 +202,21 @@ class _Sums:
             self.totals[i] = piece if total is None else total + piece
 
 
-def _differentiable_gradients(
+def _transformable_gradients(
     plan: _Plan, precision: Precision, grad: Tensor, weight: Tensor, inputs: list[Tensor | None], learn: bool
 ) -> list[Tensor | None]:
-    """The same, where they will be differentiated themselves."""
-    views = [
-        None if x is None else x.view_as(x) for x in inputs
-    ]  # inputs may depend on each other, these do not
-    with precision():
+    """The same, where they will be differentiated themselves, or where grad is many (see `is_batched`)."""
+    with torch.enable_grad(), precision():
+        # inputs may depend on each other, views do not
+        views = [None if x is None else x.view_as(x) for x in inputs]
         rows, shared = plan.arguments(views)
         x = plan.function(*rows, *shared)
     dw = weight_gradient(grad, x).to(weight.dtype) if learn else None
     wanted = [y for y in views if y is not None and y.requires_grad]
     found: Iterator[Tensor | None] = iter(())
     if wanted and x.requires_grad:
-        dx = gemm(grad, weight.to(grad.dtype).t()).to(x.dtype)
-        found = iter(torch.autograd.grad(x, wanted, dx, create_graph=True, allow_unused=True))
+        dx, again = input_gradient(grad, weight).to(x.dtype), torch.is_grad_enabled()
+        found = iter(torch.autograd.grad(x, wanted, dx, create_graph=again, allow_unused=True))
     return [dw, *(next(found, None) if y is not None and y.requires_grad else None for y in views)]
 
 

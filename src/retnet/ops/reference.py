@@ -101,7 +101,7 @@ def retention_step(
 ) -> Tensor:
     """One step of the recurrent form on rows of `state` [N,H,K,V], which are updated in place. Slot −1 is padding."""
     rows = torch.arange(q.shape[0], device=q.device) if slots is None else slots.long()
-    real = rows >= 0
+    real: Tensor | slice = slice(None) if slots is None else rows >= 0
     out = torch.zeros_like(v)
     after = torch.exp(log_decay.to(state.dtype))[:, None, None] * state[rows[real]]
     after = after + torch.einsum("bhk,bhv->bhkv", k[real].to(state.dtype), v[real].to(state.dtype))

@@ -14,13 +14,16 @@ from retnet.ops.chunkwise import CHUNK, chunk_of
 from retnet.ops.cpu import chunkwise_numba, decode
 from retnet.ops.dispatch import Implementation, Op
 from retnet.ops.inputs import RetentionInputs
-from retnet.ops.torch_private import is_differentiated, plain
+from retnet.ops.torch_private import differentiating_forwards, is_differentiated, plain
 from retnet.ops.triton import capability, tile_table
 from retnet.ops.validation import check_documents, check_inputs, check_pool, check_state, plainly_right
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 
 NO_DECAY_GRADIENT = "log_decay requires a gradient, which explicit backward passes do not compute"
+NO_STEP_DERIVATIVE = (
+    "a derivative of a step is wanted, which only the reference has (else decode in torch.no_grad())"
+)
 
 
 def retention(
@@ -89,22 +92,28 @@ def retention_step(
 ) -> Tensor:
     """One decoding step of the recurrent form: S ← γ S + kᵀ v in place, o = scale · q S.
 
+    Where a derivative is wanted, of the output or through the state to later steps, ``"auto"`` takes the reference, in
+    which autograd follows the update in place; the other backends refuse. `torch.no_grad` is what decoding wants.
+
     Args:
         q: queries [B,H,K].
         k: keys [B,H,K].
         v: values [B,H,V].
         log_decay: ln γ of each head, [H], in (−∞, 0].
-        state: [N,H,K,V], contiguous, fp32 (fp64 for fp64 inputs); the rows in use are updated in place.
+        state: [N,H,K,V], contiguous, fp32 (fp64 for fp64 inputs); the rows in use are updated in place. No leaf that
+            requires a gradient: pass a clone of it.
         slots: int32 or int64 [B], the row of `state` of each batch row, distinct; −1 marks padding, whose output is zero.
             Default: rows 0 … B−1.
         scale: factor of the query-key products, default K^(−1/2).
         backend: as in `retention`.
 
     Returns:
-        The output [B,H,V] in the type of v. There is no gradient; train with `retention`.
+        The output [B,H,V] in the type of v.
 
     Raises:
-        ValueError: an argument that does not fit, naming it, what it is and what is allowed.
+        ValueError: an argument that does not fit, naming it, what it is and what is allowed; or a backend that cannot run,
+            or has no derivative where one is wanted.
+        NotImplementedError: inside a transform of `torch.func`; `retention` of one token has them all.
     """
     if slots is not None or not plainly_right(q, k, v, log_decay, state):
         check_inputs(q, k, v, log_decay, time=False)
@@ -140,10 +149,11 @@ def retention_steps(
         backend: as in `retention`.
 
     Returns:
-        The outputs [B,T,H,V] in the type of v. There is no gradient.
+        The outputs [B,T,H,V] in the type of v.
 
     Raises:
-        ValueError: an argument that does not fit, naming it, what it is and what is allowed.
+        ValueError: as `retention_step`.
+        NotImplementedError: as `retention_step`.
     """
     check_inputs(q, k, v, log_decay, time=True)
     check_pool(q, v, state, slots)
@@ -213,8 +223,19 @@ def _step_by_numba(q: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
     return out
 
 
-def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
-    return capability.unsupported(q, v, "chunkwise") or capability.missing(str(q.device))
+def _no_step(*tensors: Any) -> str | None:  # noqa: ANN401
+    if torch.is_grad_enabled() or differentiating_forwards():
+        return NO_STEP_DERIVATIVE if is_differentiated(*tensors[:5]) else None
+    return None
+
+
+def _no_numba_step(*arguments: Any) -> str | None:  # noqa: ANN401
+    return _no_step(*arguments) or decode.no_step(*arguments)
+
+
+def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
+    unfit = _no_step(q, k, v, *rest) or capability.unsupported(q, v, "chunkwise")
+    return unfit or capability.missing(str(q.device))
 
 
 def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
@@ -228,14 +249,14 @@ def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa
 _STEP = Op(
     "retention_step",
     triton=Implementation(operators.TRITON.step, _no_triton_step, auto_on="cuda"),
-    numba=Implementation(_step_by_numba, decode.no_step, auto_on="cpu"),
-    torch=Implementation(operators.TORCH.step),
+    numba=Implementation(_step_by_numba, _no_numba_step, auto_on="cpu"),
+    torch=Implementation(operators.TORCH.step, _no_step),
     reference=Implementation(reference.retention_step),
 )
 _STEPS = Op(
     "retention_steps",
     triton=Implementation(operators.TRITON.step, _no_triton_step, auto_on="cuda"),
-    numba=Implementation(partial(_one_by_one, _step_by_numba), decode.no_step, auto_on="cpu"),
-    torch=Implementation(partial(_one_by_one, operators.TORCH.step)),
+    numba=Implementation(partial(_one_by_one, _step_by_numba), _no_numba_step, auto_on="cpu"),
+    torch=Implementation(partial(_one_by_one, operators.TORCH.step), _no_step),
     reference=Implementation(partial(_one_by_one, reference.retention_step)),
 )

@@ -79,6 +79,14 @@ def is_readable(x: Tensor) -> bool:
     return True
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x is many tensors at once: a gradient under `torch.vmap`, or with torch's `is_grads_batched`."""
+    level = torch._C._functorch
+    return not torch.compiler.is_compiling() and (
+        level.is_legacy_batchedtensor(x) or level.is_functorch_wrapped_tensor(x)
+    )
+
+
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether somebody wants a derivative with respect to one: backwards, forwards, or at any level of `torch.func`."""
     forwards = forward_ad._current_level >= 0

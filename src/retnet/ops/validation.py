@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from retnet.ops.torch_private import is_readable, plain
+from retnet.ops.torch_private import is_readable, plain, transforming
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,10 +127,14 @@ def check_pool(q: Tensor, v: Tensor, state: Tensor, slots: Tensor | None) -> Non
     if state.dim() != 4:
         raise ValueError(f"state has {state.dim()} dimensions; allowed: [N,H,K,V]")
     check_state(state, q, v, state.shape[0])
-    if torch.is_grad_enabled() and state.requires_grad:
+    if transforming():
+        raise NotImplementedError(
+            "a decoding step updates its state in place, which transforms of torch.func cannot follow; "
+            "use `retention` on one token, which has vmap and every derivative"
+        )
+    if torch.is_grad_enabled() and state.requires_grad and state.is_leaf:
         raise ValueError(
-            "state requires a gradient, and a step updates it in place without one; pass state.detach(), "
-            "or train with `retention`"
+            "state requires a gradient and is a leaf, which a step may not update in place; pass state.clone()"
         )
     if not state.is_contiguous():
         raise ValueError(

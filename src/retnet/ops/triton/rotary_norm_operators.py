@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retnet.ops import library
-from retnet.ops.torch_private import keep
+from retnet.ops.torch_private import is_batched, keep
 
 DEVICES = ("cuda", "cpu")  # on the CPU in Triton's interpreter
+INSTEAD = "backend 'torch'"  # of whoever wants a derivative that the kernels lack
 
 
 def _launched(name: str) -> Callable[..., Any]:
@@ -78,7 +79,7 @@ def _turn_some(q: Tensor | None, k: Tensor | None, *rest: Any) -> Any:  # noqa: 
 
 def _refuse(name: str) -> None:
     raise NotImplementedError(
-        f"a derivative of {name} is wanted, which the kernel does not compute; use backend 'torch'"
+        f"a derivative of {name} is wanted, which the kernel does not compute; use {INSTEAD}"
     )
 
 
@@ -86,7 +87,7 @@ def _rotary_of_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) ->
     """The rule of `torch.vmap`: one more dimension of tokens; the angles are given to each."""
     q, k, position, theta, *rest = inputs
     if in_dims[3] is not None:
-        raise NotImplementedError("torch.vmap over theta of a rotation; use backend 'torch'")
+        raise NotImplementedError(f"torch.vmap over theta of a rotation; use {INSTEAD}")
     n = info.batch_size
     q, k, position = (_first(x, dim, n) for x, dim in zip((q, k, position), in_dims, strict=False))
     position = position.expand(q.shape[:-2]).flatten(0, 1)
@@ -148,7 +149,7 @@ def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor 
     found: list[Tensor | None] = [None] * 7
     if d_out is None:
         return tuple(found)
-    if torch.is_grad_enabled():  # a derivative of this one is wanted
+    if torch.is_grad_enabled() or is_batched(d_out):  # a derivative of this one is wanted, or many of it
         function, there = _norm_of(ctx, inputs)
         for i, d in zip(there, torch.func.vjp(function, *(inputs[i] for i in there))[1](d_out), strict=True):
             found[i] = d
@@ -172,7 +173,7 @@ head_norm = library.define(
     "(Tensor o, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? sums, str kind, float eps) -> (Tensor, Tensor, Tensor)",
     dict.fromkeys(DEVICES, _launched("norm_pass")),
     _fake_norm,
-    library.Derivatives(_save_norm, _norm_gradients, *library.refusals("head_norm_triton")[2:]),
+    library.Derivatives(_save_norm, _norm_gradients, *library.refusals("head_norm_triton", INSTEAD)[2:]),
 )
 head_norm_backward = library.define(
     "head_norm_triton_backward",
@@ -180,4 +181,5 @@ head_norm_backward = library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     dict.fromkeys(DEVICES, _launched("norm_backward_pass")),
     _fake_norm_backward,
+    instead=INSTEAD,
 )

@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call, grad, jvp, vmap
 
 from retnet.ops import apply_rotary, frequencies, head_norm, log_decays, positions, retention
+from tests.helpers.derivatives import assert_right_or_refused
 from tests.helpers.parity import random_inputs, relative
 from tests.ops.triton.interpreted.test_interpreted_layer import layer
 
@@ -120,3 +121,34 @@ def test_gradients_of_each_sample_of_a_layer(seed):
 
     for got, want in zip(run("triton", torch.float32), run("reference", torch.float64), strict=True):
         assert relative(got, want) < 3e-5
+
+
+def retained(backend):
+    def run(q, k, v, state):
+        decay = LOG_DECAY.to(q.dtype)
+        return torch.cat([x.flatten() for x in retention(q, k, v, decay, state, backend=backend)])
+
+    return run
+
+
+def normed(backend):
+    return lambda o, gate: head_norm(o, gate, eps=0.1, backend=backend)
+
+
+def turned(backend):
+    return lambda q, k: torch.cat(apply_rotary(q, k, positions(5), frequencies(16), backend=backend))
+
+
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap of autograd.grad"])
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (retained, [(1, 5, 2, 16), (1, 5, 2, 16), (1, 5, 2, 16), (1, 2, 16, 16)]),
+        (normed, [(1, 5, 2, 16), (1, 5, 32)]),
+        (turned, [(1, 5, 2, 16), (1, 5, 2, 16)]),
+    ],
+)
+def test_many_gradients_at_once(op, shapes, way, seed):
+    g = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(shape, generator=g) for shape in shapes]
+    assert_right_or_refused(way, op("triton"), inputs, op("torch"), tolerance=1e-4)
