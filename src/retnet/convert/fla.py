@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from retnet.convert.folders import Folder, folder_files
-from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, options, renamed, same
+from retnet.convert.weights import TOKENS, Found, Wanted, expected, options, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import Files
 from retnet.ops import frequencies, log_decays
-from retnet.settings import UserError, build
+from retnet.settings import UserError
 
 # Ours → theirs, layers with {} for their number.
 NAMES = {
@@ -92,29 +92,14 @@ def read(path: Path) -> Found:
         UserError: options that this library does not compute, or weights that do not fit the configuration.
     """
     folder = Folder(path)
-    given = folder.json("config.json")
-    known = {field.name for field in fields(FlaArguments)}
-    unknown = sorted(key for key in given.keys() - known - _WITHOUT_EFFECT if given[key])
-    try:
-        args = build(FlaArguments, {key: value for key, value in given.items() if key in known})
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'}: {error}") from None
+    args, notes = folder.arguments(FlaArguments, _WITHOUT_EFFECT)
     config = model_config(args, str(path))
     tensors = folder.tensors()
     if config.tie_embeddings:
         same(tensors, "lm_head.weight", "model.embeddings.weight", str(path))
     if not any(name.endswith(_FUSED) for name in tensors):  # its kernels, fused or not, name the head norm
         tensors = {name.replace(_SEPARATE, _FUSED): x for name, x in tensors.items()}
-    wanted = _wanted(config, args)
-    return Found(
-        "fla",
-        config,
-        fit(tensors, wanted, str(path)),
-        folder.hashes,
-        tokenizer=folder.tokenizer(),
-        tokens={key: given.get(key) for key in TOKENS},
-        notes=(f"not known here, so without effect: {', '.join(unknown)}",) if unknown else (),
-    )
+    return folder.found("fla", config, tensors, _wanted(config, args), notes)
 
 
 def model_config(args: FlaArguments, where: str) -> ModelConfig:

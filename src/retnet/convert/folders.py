@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
 from retnet.convert.torch_files import load_tensors
+from retnet.convert.weights import TOKENS, Found, Wanted, fit
 from retnet.io import sha256
+from retnet.model import ModelConfig
 from retnet.model.checkpoint import MANIFEST, Files, verify
 from retnet.model.wrapped import unwrapped
-from retnet.settings import UserError
+from retnet.settings import UserError, build
 
+Arguments = TypeVar("Arguments")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -81,6 +85,38 @@ class Folder:
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file."""
         return as_object(self.read(name), self.path / name)
+
+    def arguments(self, kind: type[Arguments], without_effect: set[str]) -> tuple[Arguments, tuple[str, ...]]:
+        """``config.json`` as a dataclass, and a note of what is set there that is neither in it nor without effect.
+
+        Raises:
+            UserError: a value that the dataclass does not take.
+        """
+        given = self.json("config.json")
+        known = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+        unknown = sorted(key for key in given.keys() - known - without_effect if given[key])
+        try:
+            found = build(kind, {key: value for key, value in given.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{self.path / 'config.json'}: {error}") from None
+        return found, (f"not known here, so without effect: {', '.join(unknown)}",) if unknown else ()
+
+    def found(
+        self,
+        kind: str,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        wanted: Mapping[str, Wanted],
+        notes: tuple[str, ...] = (),
+    ) -> Found:
+        """The model, of weights that are made to `fit`, with the tokenizer and the ids of tokens that are here.
+
+        Raises:
+            UserError: weights that do not fit.
+        """
+        given, weights = self.json("config.json"), fit(tensors, wanted, str(self.path))
+        tokenizer, tokens = self.tokenizer(), {key: given.get(key) for key in TOKENS}
+        return Found(kind, config, weights, self.hashes, tokenizer, tokens, notes)
 
     def tokenizer(self) -> dict[str, bytes]:
         """The files of its tokenizer, as they are."""

@@ -95,14 +95,7 @@ def read_hf(path: Path) -> Found:
         "lm_head.weight" if name == "head.weight" else f"model.{name}": Wanted(name, shape)
         for name, shape in expected(config).items()
     }
-    return Found(
-        "hf",
-        config,
-        fit(tensors, wanted, str(path)),
-        folder.hashes,
-        tokenizer=folder.tokenizer(),
-        tokens={key: given.get(key) for key in TOKENS},
-    )
+    return folder.found("hf", config, tensors, wanted)
 
 
 def write_hf(found: Found, path: Path, extra: Files) -> None:

@@ -7,7 +7,7 @@ Its ``model_type`` is "retnet", as flash-linear-attention's is: the keys of its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from retnet.convert import torchscale
 from retnet.convert.folders import Folder, folder_files
 from retnet.convert.torch_files import without_prefix
 from retnet.convert.torchscale import ANGLE, DECAY
-from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, renamed, same
+from retnet.convert.weights import TOKENS, Found, Wanted, expected, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import Files
 from retnet.ops import Decay, frequencies, log_decays
-from retnet.settings import UserError, build
+from retnet.settings import UserError
 
 # Ours → theirs, without the prefix "model." that all but the head have.
 NAMES = torchscale.NAMES | {"head.weight": "lm_head.weight"}
@@ -71,13 +71,7 @@ def read(path: Path) -> Found:
         UserError: options that this library does not compute, or weights or buffers that do not fit the configuration.
     """
     folder = Folder(path)
-    given = folder.json("config.json")
-    known = {field.name for field in fields(SyncdothArguments)}
-    unknown = sorted(key for key in given.keys() - known - _WITHOUT_EFFECT if given[key])
-    try:
-        args = build(SyncdothArguments, {key: value for key, value in given.items() if key in known})
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'}: {error}") from None
+    args, notes = folder.arguments(SyncdothArguments, _WITHOUT_EFFECT)
     config = model_config(args, path)
     tensors = without_prefix(folder.tensors(pickles=True), PREFIX, path)
     _check_buffers(tensors, config, path)
@@ -85,15 +79,7 @@ def read(path: Path) -> Found:
         same(tensors, "lm_head.weight", "embed_tokens.weight", str(path))
     wanted = {renamed(name, NAMES): Wanted(name, shape) for name, shape in expected(config).items()}
     tensors = {name: x for name, x in tensors.items() if name not in (ANGLE, DECAY)}
-    return Found(
-        "syncdoth",
-        config,
-        fit(tensors, wanted, str(path)),
-        folder.hashes,
-        tokenizer=folder.tokenizer(),
-        tokens={key: given.get(key) for key in TOKENS},
-        notes=(f"not known here, so without effect: {', '.join(unknown)}",) if unknown else (),
-    )
+    return folder.found("syncdoth", config, tensors, wanted, notes)
 
 
 def model_config(args: SyncdothArguments, where: Path) -> ModelConfig:
