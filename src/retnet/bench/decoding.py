@@ -118,14 +118,15 @@ class DecodingRow:
     @property
     def floor(self) -> Spread:
         """Seconds that the memory traffic of a step takes at the measured bandwidths."""
-        return spread(self._floor(s) for s in self.samples)
+        return spread(self.floor_of(s) for s in self.samples)
 
     @property
     def over_floor(self) -> Spread:
         """Time ÷ floor, round by round."""
-        return spread(s.seconds / self._floor(s) for s in self.samples)
+        return spread(s.seconds / self.floor_of(s) for s in self.samples)
 
-    def _floor(self, sample: Sample) -> float:
+    def floor_of(self, sample: Sample) -> float:
+        """Seconds that the memory traffic of a step takes at the bandwidths measured beside one sample."""
         return self.read / sample.limits["read"] + 2 * self.updated / sample.limits["update"]
 
     def record(self) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from retnet.bench.decoding import weight_bytes
+from retnet.bench.decoding import DecodingRow, weight_bytes
 from retnet.measure import peers
 from retnet.measure.clock import (
     Contender,
-    Sample,
     Spread,
     interleave,
     rounds_made,
@@ -72,16 +72,8 @@ class GraphBench(Checked):
     buffer_megabytes: Count = 1024
 
 
-@dataclass
-class GraphRow:
-    """One line of the result."""
-
-    name: str
-    batch: int
-    context: int  # tokens in a cache; 0: there is none
-    read: int  # bytes of a step
-    updated: int  # bytes that a step reads and writes, counted once
-    samples: list[Sample] = field(default_factory=list)
+class GraphRow(DecodingRow):
+    """One line of the result; its context is that of a cache, 0 where there is none."""
 
     @property
     def label(self) -> str:
@@ -91,24 +83,15 @@ class GraphRow:
     @property
     def of_bandwidth(self) -> Spread:
         """Seconds that the memory takes by itself ÷ seconds of a step."""
-        return spread(
-            (self.read / s.limits["read"] + 2 * self.updated / s.limits["update"]) / s.seconds
-            for s in self.samples
-        )
+        return spread(self.floor_of(s) / s.seconds for s in self.samples)
 
-    def record(self, ours: GraphRow) -> dict[str, Any]:
+    def record_beside(self, ours: GraphRow) -> dict[str, Any]:
         """Plain data for a JSON file; `ours` is our row of the same batch."""
         return {
-            "name": self.name,
-            "batch": self.batch,
-            "context": self.context,
-            "read_bytes": self.read,
-            "updated_bytes": self.updated,
-            "seconds_per_step": vars(spread(s.seconds for s in self.samples)),
+            **self.record(),
             "tokens_per_s": vars(spread(self.batch / s.seconds for s in self.samples)),
             "of_bandwidth": vars(self.of_bandwidth),
             "times_ours": vars(times_faster(ours.samples, self.samples)),
-            "rounds": [s._asdict() for s in self.samples],
         }
 
 
@@ -144,7 +127,7 @@ def measure_graphs(
         for row in rows:
             row.samples = samples[row.label]
         first = next(row for row in rows if row.name == OURS)
-        found["rows"] += [row.record(first) for row in rows]
+        found["rows"] += [row.record_beside(first) for row in rows]
         found["rounds"] |= rounds_made({f"batch {batch}": samples})
         note(found)
         del rows, contenders, samples, first
@@ -209,10 +192,10 @@ def _contenders(
     states = sum(block.mixer.state_bytes(1) for block in ours.blocks) * batch  # type: ignore[union-attr,operator]
     add(
         GraphRow(OURS, batch, 0, weight_bytes(ours), states),
-        lambda: captured(_stepper(ours, batch, device), device),
+        partial(_captured, partial(_stepper, ours, batch, device), device),
     )
     if device.type == "cuda" and batch == bench.batches[0]:
-        add(GraphRow(EAGER, batch, 0, weight_bytes(ours), states), lambda: _stepper(ours, batch, device))
+        add(GraphRow(EAGER, batch, 0, weight_bytes(ours), states), partial(_stepper, ours, batch, device))
     if peer is None:
         return rows, contenders
     if batch > bench.peer_most:
@@ -221,7 +204,6 @@ def _contenders(
         )
         return rows, contenders
     room = SHARE * free_memory(device)
-    # mypy infers no type for a lambda with a default, which binds the context of this turn
     for context in bench.contexts:
         cache = _cache_bytes(peer, batch, context)
         row = GraphRow(STATIC, batch, context, weight_bytes(peer) + cache, 0)
@@ -231,11 +213,15 @@ def _contenders(
             )
             continue
         room -= cache
-        add(row, lambda context=context: captured(_static_stepper(peer, batch, context, device), device))  # type: ignore[misc]
+        add(row, partial(_captured, partial(_static_stepper, peer, batch, context, device), device))
         if batch == bench.batches[0]:
             dynamic = GraphRow(DYNAMIC, batch, context, row.read, 0)
-            add(dynamic, lambda context=context: _dynamic_stepper(peer, batch, context, device))  # type: ignore[misc]
+            add(dynamic, partial(_dynamic_stepper, peer, batch, context, device))
     return rows, contenders
+
+
+def _captured(make: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    return captured(make(), device)
 
 
 def _seconds(run: Callable[[], object], steps: int, device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-QUICK = {"model.d_model": 64, "model.num_layers": 2, "model.mixer.num_heads": 2}
+QUICK = {"model.num_layers": 2, "model.mixer.num_heads": 2}
+WIDTH = 128  # of the quick model: llama.cpp's peers have no size near that of a smaller one
 
 
 @click.group("bench")
@@ -45,53 +47,69 @@ def _common(function: Function) -> Function:
     return function
 
 
-@command.command("train", context_settings={"ignore_unknown_options": True})
-@click.option(
-    "--config", default="laptop/25m", show_default=True, help="Whose model: a .toml file or a name."
+def _of_a_model(
+    name: str, config: str, place: str, *names: str, width: int = WIDTH
+) -> Callable[[Function], click.Command]:
+    """A decorator that makes a verb which measures a model, by default that of `config`, of width `width` with ``--quick``.
+
+    Its options are fields of the dataclass at `place` (see `retnet.cli.options.options`). What is decorated is called with
+    model, quick and these options; it gives that dataclass, filled, and the function that measures.
+    """
+
+    def decorate(choose: Function) -> click.Command:
+        @command.command(name, context_settings={"ignore_unknown_options": True})
+        @click.option(
+            "--config", default=config, show_default=True, help="Whose model: a .toml file or a name."
+        )
+        @options(place, *names)
+        @_common
+        @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+        @functools.wraps(choose)
+        def verb(
+            config: str,
+            out: Path,
+            quick: bool,
+            overrides: tuple[str, ...],
+            **given: Any,  # noqa: ANN401
+        ) -> None:
+            bench, measure = choose(_model(config, overrides, width if quick else None), quick, **given)
+            _run(name, bench, quick, out, functools.partial(measure, bench), config=config)
+
+        return verb
+
+    return decorate
+
+
+@_of_a_model(
+    "train",
+    "laptop/25m",
+    "retnet.bench.training:TrainingBench",
+    *("rounds", "tokens", "extra", "minutes"),
+    width=64,
 )
-@options("retnet.bench.training:TrainingBench", "rounds", "tokens", "extra", "minutes")
-@_common
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def train(
-    config: str,
-    out: Path,
-    quick: bool,
-    overrides: tuple[str, ...],
-    **given: Any,  # noqa: ANN401
-) -> None:
+def train(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
     """Training steps beside a Llama of equal size, and beside the machine's fp32 matrix products.
 
     Settings of the model are changed as in training: --model.num_layers 4.
     """
-    model = _model(config, overrides, quick)
     from retnet.bench.training import TrainingBench, measure_training
 
     if quick:
         given |= {"lengths": (64, 128), "tokens": 256, "rounds": 2, "op_length": 256, "product_size": 256}
-    bench = TrainingBench(model, **given)
-    _run("train", bench, quick, out, lambda say: measure_training(bench, say), config=config)
+    return TrainingBench(model, **given), measure_training
 
 
-@command.command("decode", context_settings={"ignore_unknown_options": True})
-@click.option(
-    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
+@_of_a_model(
+    "decode",
+    "laptop/17m",
+    "retnet.bench.decoding:DecodingBench",
+    *("rounds", "steps", "batch", "long", "minutes"),
 )
-@options("retnet.bench.decoding:DecodingBench", "rounds", "steps", "batch", "long", "minutes")
-@_common
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def decode(
-    config: str,
-    out: Path,
-    quick: bool,
-    overrides: tuple[str, ...],
-    **given: Any,  # noqa: ANN401
-) -> None:
+def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
     """Time per generated token against context length, memory traffic, and a Llama's KV cache.
 
     Settings of the model are changed as in training: --model.num_layers 4.
     """
-    # the peers of llama.cpp have no size near that of the smallest quick model
-    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
     from retnet.bench.decoding import DecodingBench, measure_decoding
     from retnet.bench.decoding_batches import BatchBench
     from retnet.bench.throughput import ThroughputBench
@@ -103,35 +121,41 @@ def decode(
             "throughput": ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
             "buffer_megabytes": 1,
         }
-    bench = DecodingBench(model, long_model=_model("laptop/3m", (), quick), **given)
-    _run("decode", bench, quick, out, lambda say: measure_decoding(bench, say), config=config)
+    long_model = _model("laptop/3m", (), WIDTH if quick else None)
+    return DecodingBench(model, long_model=long_model, **given), measure_decoding
 
 
-@command.command("engine", context_settings={"ignore_unknown_options": True})
-@click.option(
-    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
-)
-@options("retnet.bench.engine:EngineBench", "rounds", "prompt")
-@_common
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def engine(
-    config: str,
-    out: Path,
-    quick: bool,
-    overrides: tuple[str, ...],
-    **given: Any,  # noqa: ANN401
-) -> None:
+@_of_a_model("engine", "laptop/17m", "retnet.bench.engine:EngineBench", "rounds", "prompt")
+def engine(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
     """What the engine costs over its decoder, and what exactness, drafts and edits of a session cost and save.
 
     Settings of the model are changed as in training: --model.num_layers 4.
     """
-    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
     from retnet.bench.engine import EngineBench, measure_engine
 
     if quick:
         given |= {"rows": (1, 2), "rounds": 2, "prompt": 400}
-    bench = EngineBench(model, **given)
-    _run("engine", bench, quick, out, lambda say: measure_engine(bench, say), config=config)
+    return EngineBench(model, **given), measure_engine
+
+
+@_of_a_model(
+    "serve",
+    "laptop/17m",
+    "retnet.bench.serving:ServeBench",
+    *("tokens", "rounds", "turns", "longest", "minutes"),
+)
+@click.option("--peers/--no-peers", default=True, help="Whether servers of others are measured too.")
+def serve(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
+    """The HTTP server under load, beside llama.cpp's, Transformers' and a Transformer of equal size.
+
+    1 to 64 streams after prompts of 128 to 8,192 tokens: time to the first token and between tokens, tokens per second,
+    memory; a long chat; and what server and engine cost beside the bare decoder. Needs also pip install 'retnet[serve]'.
+    """
+    from retnet.bench.serving import ServeBench, measure_serving
+
+    if quick:
+        given |= {"streams": (1, 2), "contexts": (16, 64), "tokens": 8, "rounds": 2, "turns": 4, "said": 20}
+    return ServeBench(model, **given), measure_serving
 
 
 @command.command("ops")
@@ -183,44 +207,18 @@ def ops(
     }
     chosen |= {name: value for name, value in given.items() if value is not None}
     bench = for_device(choose_device(device), **chosen)
-    _run("ops", bench, quick, out, lambda say: measure_ops(bench, say))
+    _run("ops", bench, quick, out, functools.partial(measure_ops, bench))
 
 
-@command.command("serve", context_settings={"ignore_unknown_options": True})
-@click.option(
-    "--config", default="laptop/17m", show_default=True, help="Whose model: a .toml file or a name."
-)
-@options("retnet.bench.serving:ServeBench", "tokens", "rounds", "turns", "longest", "minutes")
-@click.option("--peers/--no-peers", default=True, help="Whether servers of others are measured too.")
-@_common
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def serve(
-    config: str,
-    out: Path,
-    quick: bool,
-    overrides: tuple[str, ...],
-    **given: Any,  # noqa: ANN401
-) -> None:
-    """The HTTP server under load, beside llama.cpp's, Transformers' and a Transformer of equal size.
-
-    1 to 64 streams after prompts of 128 to 8,192 tokens: time to the first token and between tokens, tokens per second,
-    memory; a long chat; and what server and engine cost beside the bare decoder. Needs also pip install 'retnet[serve]'.
-    """
-    model = _model(config, ("--model.d_model", "128", *overrides) if quick else overrides, quick)
-    from retnet.bench.serving import ServeBench, measure_serving
-
-    if quick:
-        given |= {"streams": (1, 2), "contexts": (16, 64), "tokens": 8, "rounds": 2, "turns": 4, "said": 20}
-    bench = ServeBench(model, **given)
-    _run("serve", bench, quick, out, lambda say: measure_serving(bench, say), config=config)
-
-
-def _model(config: str, overrides: tuple[str, ...], quick: bool) -> ModelConfig:
+def _model(config: str, overrides: tuple[str, ...], quick_width: int | None) -> ModelConfig:
+    """The model of a configuration with settings changed; a small one where a width for a quick run is given."""
     from retnet.settings import config_path, load, parse_overrides
     from retnet.train.config import RunConfig
 
     settings = parse_overrides(overrides)
-    return load(RunConfig, config_path(config), {**QUICK, **settings} if quick else settings).model
+    if quick_width is not None:
+        settings = {**QUICK, "model.d_model": quick_width, **settings}
+    return load(RunConfig, config_path(config), settings).model
 
 
 def _run(

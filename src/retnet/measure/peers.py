@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from importlib import import_module
@@ -27,6 +28,8 @@ def need(*modules: str) -> tuple[ModuleType, ...]:
     Raises:
         UserError: one of them is not installed.
     """
+    # transformers imports it where it is installed; that its kernels fit another torch concerns nobody here
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         return tuple(import_module(name) for name in modules)
     except ImportError as error:
