@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retnet.mixers import MIXERS
 from retnet.mixers.packing import handed
 from retnet.model.config import ModelConfig
-from retnet.model.wrapped import unwrapped
+from retnet.model.wrapped import ReadsWrapped
 from retnet.nn import FeedForward, Linear, Norm, Positions
 from retnet.settings import UserError
 
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         return self.dropout(x)
 
 
-class LanguageModel(Backbone):
+class LanguageModel(ReadsWrapped, Backbone):
     """Tokens to logits of the next token, in three ways that are one function: `forward`, `prefill`, `step`.
 
     A padding mask [B,T] keeps masked tokens out of every row's state and positions: the rows are packed into one, run as
@@ -131,15 +131,6 @@ class LanguageModel(Backbone):
             self.head.weight = self.embedding.weight
         if not self.embedding.weight.is_meta:  # there is nothing to fill, and trying costs seconds of imports
             initialise(self, config, None if config.tie_embeddings else self.head)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:  # noqa: ANN401
-        """As torch's; weights saved from inside a wrapper (``module.``, ``_orig_mod.``) are known by their own names."""
-        plain = unwrapped(state_dict)
-        return super().load_state_dict(
-            state_dict if plain.keys() == state_dict.keys() else plain, strict, assign
-        )
 
     def forward(
         self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, mask: Tensor | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +15,11 @@ from retnet.mixers.base import Mixer
 from retnet.model.config import ModelConfig
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.folder import check_folder, save, seal, unseal
-from retnet.model.wrapped import unwrapped
+from retnet.model.wrapped import ReadsWrapped
 from retnet.settings import UserError
 
 
-class RetNetPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class RetNetPreTrainedModel(ReadsWrapped, PreTrainedModel):  # type: ignore[misc]
     """Loading, saving and filling of weights."""
 
     config: RetNetConfig
@@ -31,15 +30,6 @@ class RetNetPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _is_stateful = True  # transformers then refuses assisted generation, which would have to take tokens back
     _supports_context_parallel = False
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:  # noqa: ANN401
-        """As torch's; weights saved from inside a wrapper (``module.``, ``_orig_mod.``) are known by their own names."""
-        plain = unwrapped(state_dict)
-        return super().load_state_dict(
-            state_dict if plain.keys() == state_dict.keys() else plain, strict, assign
-        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
