@@ -5,6 +5,7 @@ import torch
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.hf import RetNetForCausalLM
+from tests.helpers.parity import relative
 
 V = 41
 # the dialects: the paper's, torchscale's, flash-linear-attention's, and one without what can be left out
@@ -93,3 +94,22 @@ def beam(model, row, new, beams):
             options += [(score + float(v), torch.cat([r, i[None]])) for v, i in zip(values, ids, strict=True)]
         kept = sorted(options, key=lambda option: -option[0])[:beams]
     return kept
+
+
+open_folder = RetNetForCausalLM.from_pretrained
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def same(got, want):
+    """But for the last bit of fp64: a tensor in a mapped file lies at another alignment."""
+    return relative(got, want) < 1e-14
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
