@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -45,6 +46,15 @@ def test_the_llama_is_of_our_size(d_model, num_layers, heads):
     assert found.hidden_size // found.num_attention_heads == found.head_dim == 64
     assert found._attn_implementation == "sdpa"
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_torchao_does_not_speak_of_itself():
+    """transformers imports it where it is installed, whatever torch it fits."""
+    pytest.importorskip("torchao")
+    code = "from retnet.measure import peers; peers.llama(300, 128, 3, 700_000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_flops_of_the_llama():
