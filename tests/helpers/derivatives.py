@@ -78,7 +78,7 @@ def func_second(f, inputs):
     return torch.func.grad(lambda *x: penalty(func_grad(f, x)), argnums=tuple(range(len(inputs))))(*inputs)
 
 
-def rows_of_jacobian(f, inputs, create_graph=False):
+def rows_of_jacobian(f, inputs):
     """Of the sums of four parts of the output, in the last input."""
     *rest, last = leaves(inputs)
     y = parts(f(*rest, last))
@@ -94,25 +94,31 @@ def in_last(f, inputs):
 
 
 def cotangents(y: Tensor) -> Tensor:
-    return torch.stack([y.detach().sin(), y.detach().cos(), torch.ones_like(y)])
+    place = torch.arange(y.numel(), dtype=y.dtype).view(y.shape)
+    return torch.stack([place.sin(), place.cos(), torch.ones_like(y)])
+
+
+def bent(y: Tensor) -> Tensor:
+    """So that a linear function has second derivatives."""
+    return y + y.pow(3)
 
 
 def batched(f, inputs, create_graph=False):
     given = leaves(inputs)
-    y = f(*given)
+    y = bent(f(*given))
     grads = torch.autograd.grad(y, given, cotangents(y), is_grads_batched=True, create_graph=create_graph)
     return torch.autograd.grad(penalty(grads), given) if create_graph else grads
 
 
 def vmapped_backward(f, inputs):
     given = leaves(inputs)
-    y = f(*given)
+    y = bent(f(*given))
     return vmap(lambda v: torch.autograd.grad(y, given, v, retain_graph=True))(cotangents(y))
 
 
 def one_by_one(f, inputs, create_graph=False):
     given = leaves(inputs)
-    y = f(*given)
+    y = bent(f(*given))
     rows = [
         torch.autograd.grad(y, given, v, retain_graph=True, create_graph=create_graph) for v in cotangents(y)
     ]
