@@ -4,8 +4,23 @@ import math
 import random
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+
+
+def tiny_llama(vocab_size, places):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=places,
+    )
+    return transformers.LlamaForCausalLM(config)
 
 
 def words(count, seed=0):

@@ -7,7 +7,7 @@ from retnet.data import Tokenizer
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
-from tests.evals.by_hand import words
+from tests.evals.by_hand import tiny_llama, words
 
 
 @pytest.fixture(scope="session")
@@ -39,20 +39,11 @@ def checkpoint(tmp_path_factory, byte_tokenizer):
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory, byte_tokenizer):
     """A Hugging Face folder of a model that is not ours."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from retnet.model.hf import hf_tokenizer
 
-    torch.manual_seed(2)
-    config = transformers.LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=300,
-    )
     path = tmp_path_factory.mktemp("models") / "llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama(260, 300).save_pretrained(path)
     hf_tokenizer(byte_tokenizer).save_pretrained(path)
     return path
 

@@ -14,7 +14,7 @@ from retnet.evals.readers import CachedReader, RecurrentReader
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
-from tests.evals.by_hand import by_hand, words
+from tests.evals.by_hand import by_hand, tiny_llama, words
 
 BATCHES = [1, 30, 8192]  # from everything piece by piece to everything at once
 
@@ -83,17 +83,7 @@ def test_a_vocabulary_of_words(corpus, model, documents):
 
 @pytest.fixture(scope="module")
 def llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).double().eval()
+    return tiny_llama(257, 4096).double().eval()
 
 
 @pytest.mark.parametrize("batch_tokens", [30, 8192])
