@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -30,25 +28,14 @@ def need(*modules: str) -> tuple[ModuleType, ...]:
     Raises:
         UserError: one of them is not installed.
     """
-    if "transformers" in modules:
-        _import_torchao()
+    # transformers imports torchao where it is installed; what it and torch log of not fitting each other is not of here
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return tuple(import_module(name) for name in modules)
     except ImportError as error:
         name = error.name or modules[0]
         raise UserError(f"retnet bench needs {name}, which is missing; pip install 'retnet[bench]'") from None
-
-
-@cache
-def _import_torchao() -> None:
-    """transformers does, where it is installed; here without what it logs when it fits another torch."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with suppress(Exception):  # missing or broken: transformers deals with that
-            import_module("torchao")
-    finally:
-        logging.disable(before)
 
 
 def llama(vocab_size: int, d_model: int, num_layers: int, parameters: int) -> nn.Module:
