@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from retnet.errors import UserError, told
 
 LOCK = "run.lock"
 _TIME = "%Y-%m-%d %H:%M:%S"
+_FLOCK = "hhqqi0q"  # struct flock of Linux on 64 bits: type, whence, start, length, process
 _log = logging.getLogger("retnet.lock")
 
 
@@ -100,6 +102,25 @@ def lost(directory: Path) -> bool:
         return _identity(directory) != held.directory or _identity(directory / LOCK) != held.file
     except FileNotFoundError:  # nobody else is there
         return False
+
+
+def holder(directory: Path) -> str:
+    """Which process holds a directory, such as ``"process 7 on node1 since …"``; empty if none does. Takes no lock."""
+    path = directory / LOCK
+    if (held := _held.get(path.resolve())) is not None:
+        return _named(_owner(held.since))
+    try:
+        with path.open("rb") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            (kind, *_) = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            owner = _parsed(file.read().decode("utf-8", errors="replace"))
+    except FileNotFoundError:
+        return ""
+    except OSError:  # no locks here, or not to be read: what the file says is all there is
+        owner, kind = _read(path), fcntl.F_WRLCK
+    if kind == fcntl.F_UNLCK:
+        return ""
+    return _named(owner) if owner else "another process"
 
 
 def _identity(file: Path | int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()  # sentences below it
+    whole: tuple[str, ...] = ()  # columns whose cells are not broken over lines when a terminal is narrow
 
     def numeric(self) -> list[bool]:
         """Of each column, whether it holds numbers and so stands right; the first one never does."""
@@ -46,14 +47,20 @@ def print_table(table: Table, console: Console) -> None:
         for line in (table.columns, *table.rows):
             click.echo("\t".join(line))
         return
-    drawn = rich_table.Table(title=Text(table.title), title_justify="left")
-    for column, right in zip(table.columns, table.numeric(), strict=True):
-        drawn.add_column(Text(column), justify="right" if right else "left")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    console.print(drawn)
+    console.print(drawn(table))
     for note in table.notes:
         console.print(Text(note))
+
+
+def drawn(table: Table) -> rich_table.Table:
+    """A table as rich draws it, without its notes; cells in `whole` columns are not broken over lines."""
+    made = rich_table.Table(title=Text(table.title), title_justify="left")
+    for column, right in zip(table.columns, table.numeric(), strict=True):
+        whole = column in table.whole
+        made.add_column(Text(column), justify="right" if right else "left", no_wrap=whole, overflow="fold")
+    for row in table.rows:
+        made.add_row(*map(Text, row))
+    return made
 
 
 def print_tables(tables: Iterable[Table], console: Console) -> None:
