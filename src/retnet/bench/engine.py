@@ -149,18 +149,18 @@ class _Streams:
     """So many endless streams on an engine; called, it says how long a step takes."""
 
     def __init__(self, engine: Engine, rows: int, sampling: Sampling) -> None:
-        self._engine, self._rows, self._sampling, self._live = engine, rows, sampling, 0
+        self._engine, self._rows, self._sampling = engine, rows, sampling
+        self._live = self._begun = 0
 
     def __call__(self) -> float:
-        while self._live < self._rows:  # a text may come to its end
-            self._engine.submit(
-                Request([1, 2, 3], max_tokens=10**9, sampling=self._sampling, seed=self._live)
-            )
-            self._live += 1
-            self._step()
         return _timed(self._step)
 
     def _step(self) -> None:
+        while self._live < self._rows:  # a text comes to its end now and then, and a step of nothing takes no time
+            self._engine.submit(
+                Request([1, 2, 3], max_tokens=10**9, sampling=self._sampling, seed=self._begun)
+            )
+            self._live, self._begun = self._live + 1, self._begun + 1
         self._live -= sum(event.completion is not None for event in self._engine.step())
 
 
