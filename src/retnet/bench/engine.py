@@ -156,7 +156,9 @@ class _Streams:
         return _timed(self._step)
 
     def _step(self) -> None:
-        while self._live < self._rows:  # a text comes to its end now and then, and a step of nothing takes no time
+        while (
+            self._live < self._rows
+        ):  # a text comes to its end now and then, and a step of nothing takes no time
             self._engine.submit(
                 Request([1, 2, 3], max_tokens=10**9, sampling=self._sampling, seed=self._begun)
             )

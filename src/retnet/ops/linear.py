@@ -32,7 +32,9 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def gemm(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """`product` by torch's libraries alone: oneDNN for many rows of fp32 on a CPU, else what `F.linear` takes."""
     if scale is not None and x.dtype is torch.float32:
-        return gemm(x, weight.float()) * scale  # int8 times fp32 would be a pass over all weights, and a slow one
+        return (
+            gemm(x, weight.float()) * scale
+        )  # int8 times fp32 would be a pass over all weights, and a slow one
     if scale is not None:
         weight = (weight * scale[:, None]).to(x.dtype)
     if (
