@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -77,6 +78,7 @@ def _day(given: argparse.Namespace) -> int:
     if given.dry_run:
         return 0
     with sole_owner(out, "day's", "--out"):
+        day.require_same_place()
         whole = _run(day)
         _tell(out, given.rehearse)
     return 0 if whole else 1
@@ -100,7 +102,7 @@ def _run(day: Day) -> bool:
 
 def _tell(out: Path, rehearsal: bool) -> None:
     """Prints what was found, and writes the page."""
-    from tools.gpu_day.page import ALARM, chapters, write_page
+    from tools.gpu_day.page import ALARM, chapters, write_page, write_patch
 
     if rehearsal:
         print(f"\n{ALARM}")
@@ -110,6 +112,8 @@ def _tell(out: Path, rehearsal: bool) -> None:
             print(f"* {sentence}")
     try:
         with told("write the page", "records are whole"):
+            if patch := write_patch(out, rehearsal):
+                _say(f"wrote {patch}")
             _say(f"wrote {write_page(out, rehearsal)}")
     except UserError as error:
         _say(f"no page: {error}")
@@ -125,24 +129,36 @@ def _no_gpu() -> str:
 
 
 def _print_plan(day: Day, minutes: float) -> None:
+    """What is done, in its order; then what is not, and why."""
     chosen = day.chosen()
-    steps = list(dict.fromkeys(part.step for part in chosen))
     print(
         f"{minutes:g} minutes hold {len(chosen)} of {len(day.parts)} parts; seconds are estimates for an H100:"
     )
-    for step in steps:
-        print(f"  {step}: {plan.STEPS[step]}")
-        for part in (part for part in chosen if part.step == step):
-            print(f"    {part.seconds:4.0f} s  {part.name}: {part.what}")
+    for together in plan.processes(chosen):
+        step = together[0].step
+        print(f"  {step} (rank {together[0].rank}): {plan.STEPS[step]}")
+        for part in together:
+            whole = plan.find(*part.key).seconds
+            some = f", of {whole:.0f} s" if part.seconds < whole else ""
+            print(f"    {part.seconds:4.0f} s  {part.name}{some}: {part.what}")
     print(f"about {plan.expected(chosen) / 60:.1f} minutes in all")
-    for part in plan.PARTS:
-        if part in day.parts and part not in chosen:
-            done = (part.step, part.name) in day.done()
-            why = "done before" if done else f"left out (rank {part.rank}): no time"
-            print(f"  {part.step} {part.name}: {why}")
-        elif not plan.is_possible(part):
-            print(f"  {part.step} {part.name}: left out: {part.needs} is not installed")
+    _print_rest(day, {part.key for part in chosen}, minutes)
     sys.stdout.flush()
+
+
+def _print_rest(day: Day, chosen: Collection[tuple[str, str]], minutes: float) -> None:
+    done = day.done()
+    everything = plan.choose(day.parts, done, float("inf"))
+    if left := [part for part in everything if part.key not in chosen]:
+        print(f"left out, for {minutes:g} minutes are too few; another call does it:")
+        for part in left:
+            print(f"    {part.seconds:4.0f} s  {part.step} {part.name} (rank {part.rank})")
+        print(f"all that is not done would take about {plan.expected(everything) / 60:.0f} minutes")
+    for part in plan.PARTS:
+        if part.step in day.steps and not plan.is_possible(part):
+            print(f"left out: {part.step} {part.name}, for {part.needs} is not installed")
+        elif part.key in done:
+            print(f"done before: {part.step} {part.name}")
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,7 @@ from tools.gpu_day.place import interpret_exactly
 Case = dict[str, Any]
 Answer = dict[str, Any]
 ALLOWED = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 1e-3}
+CARD_LOST = 7  # exit status where the card no longer answers this process
 GAMMAS = (1.0, 1 - 2**-5, 0.5, 1e-3)
 
 
@@ -108,7 +109,7 @@ def _tiles(named: str | dict[str, Any] | None, device: torch.device) -> Iterator
     if named is None:
         yield
         return
-    name = named if isinstance(named, str) else capability.architecture(device)
+    name = named if isinstance(named, str) else tile_table.family(capability.architecture(device))
     before, asked = tile_table.TABLES.get(name), launch.architecture
     if not isinstance(named, str):
         tile_table.TABLES[name] = replaced(tile_table.table(name), named)
@@ -117,6 +118,7 @@ def _tiles(named: str | dict[str, Any] | None, device: torch.device) -> Iterator
         yield
     finally:
         launch.architecture = asked
+        tile_table.TABLES.pop(name, None)
         if before is not None:
             tile_table.TABLES[name] = before
 
@@ -323,7 +325,7 @@ def main() -> None:
                 torch.cuda.synchronize(device)
                 torch.cuda.empty_cache()  # others work on the card, too
                 continue
-            sys.exit(1)
+            sys.exit(CARD_LOST)
 
 
 if __name__ == "__main__":

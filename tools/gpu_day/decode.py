@@ -63,7 +63,7 @@ def model(label: str, place: Place) -> Found:
         until = time.monotonic() + 60 * place.minutes
 
         def note(found: Found) -> None:
-            place.notebook.note(label, {**said, **found})
+            place.note({**said, **found})
 
         return {**said, **measure_graphs(bench, say, until, note)}
 

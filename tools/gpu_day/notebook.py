@@ -22,8 +22,9 @@ def file_name(name: str, rehearsal: bool) -> str:
 class Notebook:
     """The parts of a step and how each of them ended.
 
-    ``parts`` of the record maps a part to its ``state`` (``begun``, ``done`` or ``failed``), when it ``began``, the
-    ``seconds`` it took, and what it ``found`` or ``why`` it failed.
+    ``parts`` of the record maps a part to its ``state`` (``begun``, ``done``, ``failed``, or ``stopped``: it can go on),
+    when it ``began``, the ``seconds`` it took, what it ``found`` and ``why`` it did not end; and, where it was tried before,
+    the same of each of those ``attempts``, the oldest first. ``identity`` is what `tools.gpu_day.identity` says.
     """
 
     def __init__(self, out: Path, step: str, rehearsal: bool) -> None:
@@ -73,10 +74,14 @@ class Notebook:
         record = self.read()
         if not record:
             from retnet.measure import records
+            from tools.gpu_day import identity
 
             name = file_name(f"gpu-{self.step}", self.rehearsal).replace(".", "-")
-            record = records.complete(name, {"rehearsal": self.rehearsal}, {"parts": {}})
-        record["parts"][part] = {"state": "begun", "began": time.time()}
+            more = {"identity": identity.current(), "parts": {}}
+            record = records.complete(name, {"rehearsal": self.rehearsal}, more)
+        before = record["parts"].get(part)
+        earlier = {} if before is None else {"attempts": attempts(before)}
+        record["parts"][part] = {"state": "begun", "began": time.time(), **earlier}
         write_json(self.path, record)
 
     def note(self, part: str, found: Found) -> None:
@@ -91,9 +96,9 @@ class Notebook:
         """A part ended in an error, or was ended; what it had found stays."""
         self._end(part, {"state": "failed", "why": why.strip()})
 
-    def stop(self, part: str) -> None:
+    def stop(self, part: str, why: str) -> None:
         """A part was stopped at its time, and goes on where it ended in another call."""
-        self._end(part, {"state": "stopped"})
+        self._end(part, {"state": "stopped", "why": why})
 
     def _end(self, part: str, how: dict[str, Any]) -> None:
         began = self.parts().get(part, {}).get("began", time.time())
@@ -105,12 +110,19 @@ class Notebook:
         write_json(self.path, record)
 
 
+def attempts(part: Found) -> list[Found]:
+    """All that were made at a part, the oldest first, the last of them this one."""
+    return [*part.get("attempts", []), {key: value for key, value in part.items() if key != "attempts"}]
+
+
 def _is_record(found: Any) -> bool:  # noqa: ANN401
     """Whether JSON has the form of a record."""
     try:
         parts = found["parts"]
         return isinstance(found["configuration"]["rehearsal"], bool) and all(
-            isinstance(part["state"], str) for part in parts.values()
+            isinstance(part["state"], str)
+            and all(isinstance(one.get("found", {}), dict) for one in attempts(part))
+            for part in parts.values()
         )
     except (KeyError, TypeError, AttributeError):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from retnet.measure.records import seen
 from retnet.measure.summary import Figure, Summary
 from retnet.progress import shown
 from retnet.tables import Table
+from tools.gpu_day import fla_tuning
 from tools.gpu_day.notebook import Found
 from tools.gpu_day.place import Place, Run
 
@@ -35,9 +36,12 @@ SHAPES = {
     "128-256": HeadShape(8, 128, 256),
     "64-128": HeadShape(16, 64, 128),
 }
-LENGTHS = (512, 2048, 8192, 32768, 131072)
+SQUARES = {"128-128": HeadShape(8, 128, 128), "64-64": HeadShape(16, 64, 64)}
+ALL = {**SHAPES, **SQUARES}
+LENGTHS = (512, 2048, 4096, 8192, 32768, 131072)
 OTHERS = (INDEXED, SPLIT, PARALLEL, NARROW, WIDE)
 WITH_FLA = "fla-"  # what the names of parts begin with that stand beside it
+TUNING = 0.6  # of the time of a part that the kernels of flash-linear-attention may take to compile
 TINY = HeadShape(1, 16, 32)
 
 
@@ -59,16 +63,26 @@ def measured_op(name: str, without: tuple[str, ...], place: Place) -> Found:
         options |= {"shapes": (TINY,), "lengths": (128,), "tokens": 128, "rounds": 2, "product_size": 256}
         bench = OpsBench(**options)
     else:
-        options |= {"shapes": (SHAPES[name],), "lengths": LENGTHS, "minutes": place.minutes}
+        options |= {"shapes": (ALL[name],), "lengths": LENGTHS, "minutes": place.minutes}
         bench = for_device(place.device, **options)
     with shown(Console(file=sys.stderr, highlight=False)) as say:
         return {"configuration": asdict(bench), **measure_ops(bench, say)}
 
 
+def measured_fla(name: str, place: Place) -> Found:
+    """The op at one head shape beside flash-linear-attention, whose kernels are compiled by several processes before."""
+    begin = time.time()
+    if not place.rehearsal:
+        fla_tuning.compile_all(ALL[name], place.minutes * 60 * TUNING)
+    compiled = time.time() - begin
+    left = replace(place, seconds=max(1.0, place.seconds - compiled))
+    return {**measured_op(name, OTHERS, left), "compiled_s": compiled}
+
+
 PARTS: dict[str, Run] = {
     "kernels": measured_kernels,
-    **{name: partial(measured_op, name, (FLA,)) for name in SHAPES},
-    **{WITH_FLA + name: partial(measured_op, name, OTHERS) for name in SHAPES},
+    **{name: partial(measured_op, name, (FLA,)) for name in ALL},
+    **{WITH_FLA + name: partial(measured_fla, name) for name in ALL},
 }
 
 
@@ -80,7 +94,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         of_kernels, bars = kernels.parts(found)
         tables += of_kernels
         figures.append(Figure("kernels", tuple(bars)))
-    named = {name: found for name, found in parts.items() if name.removeprefix(WITH_FLA) in SHAPES}
+    named = {name: found for name, found in parts.items() if name.removeprefix(WITH_FLA) in ALL}
     panels, targets = [], []
     for found in named.values():
         of_shape, drawn = ops_summary.parts(found)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from retnet.errors import UserError
 from retnet.io import write_text
 from retnet.measure.summary import Summary
 from retnet.studies.html_report import Page, jobs_table, machine, render
 from retnet.studies.report import JobState
-from tools.gpu_day import plan
-from tools.gpu_day.notebook import Notebook, file_name
+from tools.gpu_day import plan, targets, tune
+from tools.gpu_day.notebook import Found, Notebook, attempts, file_name
 
 ABOUT = (
     "What a GPU had to say, step by step: its own ceilings, whether every kernel is right on it, the best tiles, the op and "
     "decoding beside peers and ceilings, training beside the paper's table, and the quality of architectures.",
     "Times are medians of interleaved rounds in one process, with the least and the greatest in brackets.",
 )
+BROKEN = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    StopIteration,
+)  # of a record of another version, or cut short
 ALARM = "A rehearsal: no number of it is a measurement"
 REHEARSED = (
     "Everything here ran on a CPU, kernels in Triton's interpreter, at tiny sizes. It shows that the day runs to its end; "
@@ -34,32 +43,58 @@ def write_page(out: Path, rehearsal: bool) -> Path:
 
 
 def chapters(out: Path, rehearsal: bool) -> list[tuple[str, Summary]]:
-    """Every step that left a record: its title, and what it found."""
-    return [_chapter(step, record) for step, record in _records(out, rehearsal).items()]
+    """The targets, and every step that left a record: its title, and what it found."""
+    records, damaged = _records(out, rehearsal)
+    found = [_chapter(step, record) for step, record in records.items()]
+    found += [(_title(step), Summary(findings=(f"{why}.",))) for step, why in damaged.items()]
+    if not found:
+        return []
+    steps: dict[str, dict[str, Found]] = {}
+    for step, record in records.items():
+        with suppress(*BROKEN):
+            steps[step] = _parts(step, record)
+    return [("Targets: what is wanted, and what was measured", targets.summarise(steps)), *found]
 
 
-def _records(out: Path, rehearsal: bool) -> dict[str, dict[str, Any]]:
-    found = {step: Notebook(out, step, rehearsal).read() for step in plan.STEPS}
-    return {step: record for step, record in found.items() if record}
+def write_patch(out: Path, rehearsal: bool) -> Path | None:
+    """Writes the tile table with the rows that were found faster and right; None if there are none."""
+    records, _ = _records(out, rehearsal)
+    with suppress(*BROKEN):
+        return tune.write_patch(out, rehearsal, _parts("tune", records["tune"]))
+    return None
+
+
+def _records(out: Path, rehearsal: bool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Those that are there, and why others cannot be read."""
+    records: dict[str, dict[str, Any]] = {}
+    damaged: dict[str, str] = {}
+    for step in plan.STEPS:
+        try:
+            if record := Notebook(out, step, rehearsal).read():
+                records[step] = record
+        except UserError as error:
+            damaged[step] = str(error)
+    return records, damaged
 
 
 def _page(out: Path, rehearsal: bool) -> Page:
-    records = _records(out, rehearsal)
+    records, damaged = _records(out, rehearsal)
     states = [
         (f"{part.step} {part.name}", records.get(part.step, {}).get("parts", {}).get(part.name, {}))
         for part in plan.PARTS
         if plan.is_possible(part) or part.name in records.get(part.step, {}).get("parts", {})
     ]
-    failures = {name: state["why"] for name, state in states if state.get("state") == "failed"}
+    failures = {name: state.get("why", "") for name, state in states if state.get("state") == "failed"}
+    failures |= damaged
     done = sum(state.get("state") == "done" for _, state in states)
     open_ = [name for name, state in states if state.get("state") not in ("done", "failed")]
     missing = [REHEARSED] if rehearsal else []
     if failures or open_:
         words = f"{done} of {len(states)} parts are done, {len(failures)} failed"
         missing.append(f"{words}; not done: {', '.join(open_) or 'none'}.")
-    host: dict[str, Any] = next(iter(records.values()))["host"] if records else {}
-    dates = sorted(record["date"] for record in records.values())
-    jobs = [JobState(name, state.get("state", "not begun"), state.get("seconds")) for name, state in states]
+    host: dict[str, Any] = next((record["host"] for record in records.values() if "host" in record), {})
+    dates = sorted(str(record["date"]) for record in records.values() if "date" in record)
+    jobs = [JobState(name, _state(state), state.get("seconds")) for name, state in states]
     return Page(
         title="A rehearsal of a GPU day" if rehearsal else "A GPU day",
         line=" · ".join(
@@ -83,15 +118,37 @@ def _page(out: Path, rehearsal: bool) -> Page:
 
 def _chapter(step: str, record: dict[str, Any]) -> tuple[str, Summary]:
     """A step as a chapter."""
-    parts = {name: part["found"] for name, part in record["parts"].items() if "found" in part}
-    title = f"{step.capitalize()}: {plan.STEPS[step]}"
+    title, module = _title(step), import_module(f"tools.gpu_day.{step}")
+    joined = getattr(
+        module, "joined", lambda found: found[-1]
+    )  # the latest attempt, or all where they add up
     try:
-        shown: Summary = import_module(f"tools.gpu_day.{step}").summarise(parts)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        StopIteration,
-    ) as error:  # a record of another version, or cut short
+        parts = {name: joined(found) for name, part in record["parts"].items() if (found := _found(part))}
+        shown: Summary = module.summarise(parts)
+    except BROKEN as error:
         return title, Summary(findings=(f"Its record cannot be shown: {type(error).__name__}: {error}.",))
     return title, shown
+
+
+def _parts(step: str, record: dict[str, Any]) -> dict[str, Found]:
+    """What each part has found: in the latest attempt, or in all of them where they add up."""
+    joined = getattr(import_module(f"tools.gpu_day.{step}"), "joined", lambda found: found[-1])
+    return {name: joined(found) for name, part in record["parts"].items() if (found := _found(part))}
+
+
+def _title(step: str) -> str:
+    return f"{step.capitalize()}: {plan.STEPS[step]}"
+
+
+def _state(part: Found) -> str:
+    """How a part stands, in words."""
+    count = len(part.get("attempts", ()))
+    why = f": {part['why']}" if part.get("state") == "stopped" and part.get("why") else ""
+    again = f", attempt {count + 1}" if count else ""
+    return f"{part.get('state', 'not begun')}{why}{again}"
+
+
+def _found(part: Found) -> list[Found]:
+    """What the attempts at a part have found, the oldest first, and one that was done behind those that were not."""
+    made = sorted(attempts(part), key=lambda one: one.get("state") == "done")
+    return [one["found"] for one in made if "found" in one]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu_day.notebook import Found, Notebook
+from tools.gpu_day.notebook import Found, Notebook, attempts
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,41 @@ class Place:
         rehearsal: kernels interpreted on a CPU, tiny sizes, numbers that mean nothing.
         device: that is measured.
         notebook: of the step.
+        part: that is done.
         until: when all has to be done, as `time.time` counts.
         seconds: that this part should take.
+        ended: when it is ended at the latest, as `time.time` counts.
     """
 
     out: Path
     rehearsal: bool
     device: torch.device
     notebook: Notebook
+    part: str
     until: float
     seconds: float
+    ended: float
 
     @property
     def minutes(self) -> float:
         """That this part should take, and never beyond the end."""
         return max(1.0, min(self.seconds, self.until - time.time())) / 60
 
+    def note(self, found: Found) -> None:
+        """What the part has found so far; nothing that happens later loses it."""
+        self.notebook.note(self.part, found)
+
+    def before(self) -> Found:
+        """What the attempt before this one had found; empty if there was none."""
+        found: Found = ([{}, *attempts(self.notebook.parts()[self.part])])[-2].get("found", {})
+        return found
+
 
 Run = Callable[[Place], Found]
+
+
+class StoppedError(Exception):
+    """A part ended early, as it was told to, and can go on later; its text says what is left."""
 
 
 def interpret_exactly() -> None:

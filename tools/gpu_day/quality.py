@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,10 +23,9 @@ from retnet.studies.runner import run_study
 from retnet.studies.study import Study, load_study
 from retnet.studies.study_files import find_study
 from tools.gpu_day.notebook import Found
-from tools.gpu_day.place import Place, Run
-from tools.gpu_day.step import StoppedError
+from tools.gpu_day.place import Place, Run, StoppedError
 
-PART = "architectures"
+FIRST, SECOND = "architectures", "second-seed"
 # Large packages of text in Python; those of a GPU machine first. None of them is a set that is measured on.
 CORPUS = (
     "torch", "transformers", "scipy", "pandas", "sklearn", "matplotlib", "jax", "botorch", "gpytorch", "torchvision",
@@ -57,9 +57,10 @@ def _is_folder(name: str) -> bool:
     return found is not None and bool(found.submodule_search_locations)
 
 
-def study_of(place: Place) -> Study:
-    """The study, on the text that is here."""
-    study = load_study(find_study("architectures", "gpu"), {"measure.settings.data.corpus": corpus()})
+def study_of(place: Place, seeds: int = 1) -> Study:
+    """The study, on the text that is here, with so many seeds."""
+    changes = {"measure.settings.data.corpus": corpus(), "measure.seeds": seeds}
+    study = load_study(find_study("architectures", "gpu"), changes)
     if not place.rehearsal:
         return study
     measure = study.measure
@@ -68,7 +69,6 @@ def study_of(place: Place) -> Study:
         measure,
         rows=tuple(replace(row, settings=_without_width(row.settings)) for row in measure.rows[:2]),
         learning_rates=(1e-3,),
-        seeds=1,
         sets={"rich": "package:rich"},
         set_documents=1,
         settings=merge(measure.settings, TINY),
@@ -82,9 +82,10 @@ def _without_width(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "model": model}
 
 
-def architectures(place: Place) -> Found:
+def architectures(seeds: int, place: Place) -> Found:
     """Runs what fits into the time; the next call goes on."""
-    study, out = study_of(place), place.out / ("rehearsal.quality" if place.rehearsal else "quality")
+    study = study_of(place, seeds)
+    out = place.out / ("rehearsal.quality" if place.rehearsal else "quality")
     late = threading.Timer(max(1.0, place.until - LAST - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
     late.daemon = True
     late.start()
@@ -94,8 +95,8 @@ def architectures(place: Place) -> Found:
         late.cancel()
     found = _found(study, out)
     if ended.stopped:
-        place.notebook.note(PART, found)
-        raise StoppedError
+        place.note(found)
+        raise StoppedError(f"{len(found['results'])} of {found['total']} runs have finished")
     if ended.failed and not found["results"]:
         raise RuntimeError(f"all runs failed, the first with: {next(iter(ended.failed.values()))}")
     write_report(out)
@@ -114,12 +115,13 @@ def _found(study: Study, out: Any) -> Found:  # noqa: ANN401
     }
 
 
-PARTS: dict[str, Run] = {PART: architectures}
+PARTS: dict[str, Run] = {FIRST: partial(architectures, 1), SECOND: partial(architectures, 2)}
 
 
 def summarise(parts: dict[str, Found]) -> Summary:
     """What the study says of the runs that have finished."""
-    if not (found := parts.get(PART)) or not found["results"]:
+    found = max(parts.values(), key=lambda found: len(found["results"]), default=None)
+    if found is None or not found["results"]:
         return Summary(findings=("No architecture has been trained to its end.",) if parts else ())
     shown = build(QualityMeasure, found["measure"]).summarise(found["results"])
     findings = [f"{len(found['results'])} of {found['total']} runs of the architectures have finished."]

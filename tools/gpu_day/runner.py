@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from retnet.errors import UserError, told
-from tools.gpu_day import plan
+from tools.gpu_day import family, identity, plan
 from tools.gpu_day.notebook import Notebook, file_name
 from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, Part
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 3.0  # times its estimate that a part may take
-AT_LEAST = 60.0  # seconds that it may take anyhow
 Say = Callable[[str], None]
 
 
@@ -34,18 +34,36 @@ class Day:
 
     def __init__(self, out: Path, rehearsal: bool, seconds: float, only: Collection[str], say: Say) -> None:
         self.out, self.rehearsal, self.say = out, rehearsal, say
+        self.steps = [step for step in plan.STEPS if step in only]
         self.end = time.time() + seconds
         self.parts = [part for part in plan.PARTS if part.step in only and plan.is_possible(part)]
         self.failed: set[tuple[str, str]] = set()  # in this call; the next one tries again
         self.stopped = False
 
     def chosen(self) -> list[Part]:
-        """What is done in the time that is left."""
-        return plan.choose(self.parts, self.done() | self.failed, self.end - time.time())
+        """What is done in the time that is left, in its order."""
+        return plan.choose(self.parts, self.done() | self.failed, self.end - time.time(), self._tried())
 
     def done(self) -> set[tuple[str, str]]:
         """(step, part) of all that need not be done again."""
-        return {(step, name) for step in plan.STEPS for name in self._notebook(step).done()}
+        return {(step, name) for step in self.steps for name in self._notebook(step).done()}
+
+    def require_same_place(self) -> None:
+        """Refuses to go on with records of another card, another torch, or other sources.
+
+        Raises:
+            UserError: in which points they differ.
+        """
+        here: dict[str, str | None] = {}
+        for step in self.steps:
+            if not (record := self._notebook(step).read()):
+                continue
+            here = here or identity.current()
+            if found := identity.differences(record, here):
+                raise UserError(
+                    f"{self._notebook(step).path} cannot go on here: {'; '.join(found)}. Numbers of both may not stand in "
+                    "one record: choose another --out"
+                )
 
     def run(self) -> bool:
         """Does all that fits; whether nothing failed or was stopped.
@@ -53,11 +71,11 @@ class Day:
         Raises:
             UserError: records cannot be read or written.
         """
-        for step in plan.STEPS:
+        for step in self.steps:
             self._notebook(step).close()
         while todo := self.chosen():
-            step = todo[0].step
-            self._run(step, [part for part in todo if part.step == step])
+            first = plan.processes(todo)[0]
+            self._run(first[0].step, first)
         return not self.failed and not self.stopped
 
     def stop(self) -> None:
@@ -69,29 +87,36 @@ class Day:
         notebook, names = self._notebook(step), [part.name for part in parts]
         self.say(f"{step}: {', '.join(names)}")
         log = self.out / file_name(f"{step}.log", self.rehearsal)
+        mark, since = secrets.token_hex(8), time.time()
         with told(f"write {log}"), log.open("ab") as file:
             process = subprocess.Popen(
                 self._command(step, names),
                 cwd=ROOT,
-                env=self._environment(),
+                env={**self._environment(), family.MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the step
             )
-            why = self._watch(process, notebook, {part.name: part for part in parts})
+            try:
+                why = self._watch(process, notebook, {part.name: part for part in parts})
+            finally:  # whatever the step left behind holds the card, and most of all what does not listen
+                family.end(mark)
         if process.returncode == UNWRITABLE:
             raise UserError(f"the record of {step} cannot be written; {log} says why")
         if (cut := notebook.open()) is not None:
             notebook.fail(cut, why or f"the process ended with status {process.returncode}; see {log.name}")
         after = notebook.parts()
         for name in names:
-            state = after.get(name, {}).get("state")
+            now = after.get(name, {})
+            state = (
+                now.get("state") if now.get("began", 0.0) >= since else None
+            )  # not that of an earlier call
             if state == "done":
-                self.say(f"{step}: {name} done in {after[name]['seconds']:.0f} s")
+                self.say(f"{step}: {name} done in {now['seconds']:.0f} s")
             elif state in ("failed", "stopped"):
                 self.failed.add((step, name))
-                self.say(f"{step}: {name} {state}{': ' + after[name]['why'] if 'why' in after[name] else ''}")
+                self.say(f"{step}: {name} {state}{': ' + now['why'] if 'why' in now else ''}")
             elif (
                 process.returncode != POISONED and cut is None
             ):  # it never began: it would not the next time either
@@ -109,20 +134,18 @@ class Day:
             if name is None:
                 continue
             part = parts[name]
-            most = max(AT_LEAST, PATIENCE * part.seconds)
-            if not part.least and now - book.parts()[name]["began"] > most:
-                self._end_process(process, GRACE)
-                return f"it took more than {most:.0f} s, {PATIENCE:g} times what was expected"
+            if not part.least and now - book.parts()[name]["began"] > part.most:
+                self._end_process(process, GLANCE)
+                return f"it took more than {part.most:.0f} s; {part.seconds:g} were expected"
         return ""
 
     def _end_process(self, process: subprocess.Popen[bytes], grace: float) -> None:
-        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
+        """SIGTERM, and SIGKILL to what is left; a process that a driver holds is left to it."""
+        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, GRACE)):
             if process.poll() is None:
                 os.killpg(process.pid, number)
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(patience)
-                except subprocess.TimeoutExpired:
-                    continue
 
     def _command(self, step: str, names: Sequence[str]) -> list[str]:
         until = f"{self.end - plan.PAGE:.1f}"
@@ -141,6 +164,15 @@ class Day:
         if self.rehearsal:
             more |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         return {**os.environ, **more}
+
+    def _tried(self) -> set[tuple[str, str]]:
+        """What an earlier call began and did not finish."""
+        return {
+            (step, name)
+            for step in self.steps
+            for name, part in self._notebook(step).parts().items()
+            if part["state"] != "done"
+        }
 
     def _notebook(self, step: str) -> Notebook:
         return Notebook(self.out, step, self.rehearsal)

@@ -20,13 +20,10 @@ from pathlib import Path
 import torch
 
 from retnet.errors import UserError
+from tools.gpu_day import family
 from tools.gpu_day.notebook import Notebook
-from tools.gpu_day.place import Place, Run, interpret_exactly
+from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly
 from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, find
-
-
-class StoppedError(Exception):
-    """A part ended early, as it was told to, and can go on later."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,15 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], device: torch.device) -> int:
     for name in given.parts:
         print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
-        seconds = 20.0 if given.rehearse else find(given.step, name).seconds
-        if find(given.step, name).least and not given.rehearse:
-            seconds = given.until - time.time()
+        part, now = find(given.step, name), time.time()
+        seconds = 20.0 if given.rehearse else given.until - now if part.least else part.seconds
         notebook.begin(name)
-        place = Place(given.out, given.rehearse, device, notebook, given.until, seconds)
+        ended = given.until if part.least else min(given.until, now + part.most)
+        place = Place(given.out, given.rehearse, device, notebook, name, given.until, seconds, ended)
         try:
             notebook.finish(name, runs[name](place))
-        except StoppedError:
-            notebook.stop(name)
+        except StoppedError as stopped:
+            notebook.stop(name, str(stopped))
         except Exception as error:  # whatever it is, the other parts are worth doing
             traceback.print_exc()
             notebook.fail(name, f"{type(error).__name__}: {error}")
@@ -76,15 +73,19 @@ def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], d
 
 
 def _end_without(starter: int) -> None:
-    """Ends this process when the one that started it is gone: nobody else would, and the card would stay taken."""
+    """Ends this process and its workers when the one that started it is gone: nobody else would, and they hold the card.
+
+    Whoever minds SIGTERM (a study) has time to save its work; all others die at once, for a signal that ends this process
+    would leave nobody to end workers that do not listen.
+    """
     while os.getppid() == starter:
         time.sleep(GLANCE)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if os.getpgrp() == os.getpid():  # with its workers
-            os.killpg(0, number)
-        else:
-            os.kill(os.getpid(), number)
+    if callable(signal.getsignal(signal.SIGTERM)):
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
+    if mark := os.environ.get(family.MARK):
+        family.end(mark)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _usable(device: torch.device) -> bool:

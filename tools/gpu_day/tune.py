@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +24,23 @@ from retnet.measure.summary import Summary
 from retnet.ops import log_decays
 from retnet.ops.triton import capability, launch, tile_table
 from retnet.ops.triton.autotune import candidates
-from retnet.tables import Table
+from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import replaced
+from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found, file_name
 from tools.gpu_day.place import Place, Run, interpret_exactly
-from tools.gpu_day.verify import HEADS, base, check
+from tools.gpu_day.verify import HEADS, TYPES, of_heads, tiny
 
 SEQUENCES, TOKENS, NUM_HEADS = 4, 4096, 8  # as in training: a single sequence has few programs
 AT_ONCE = 8  # candidates compiled at a time
+CHECK = 15.0  # seconds kept for checking the best
 GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
 WIDTHS = (64, 128, 256, 1024)
+NOTES = (
+    "Geometric mean over all passes that the row serves. Tiles: tokens, rows, columns, warps, stages (STATE); rows, "
+    "columns, contraction of scores, of the state, columns of the output, warps, stages (OUT). The best was checked in all "
+    "three types at every head shape whose kernels it changes, and is in the patch only if all of it was right.",
+)
 Tiles = tile_table.StateTiles | tile_table.OutTiles
 Pass = Callable[[], object]
 
@@ -77,6 +85,10 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
             more, less = getattr(tiles, up) * 2, getattr(tiles, down) // 2
             if more <= 512 and less >= 32:
                 found.append(tiles._replace(**{up: more, down: less}))
+                if (
+                    up == "bz" and tiles.bs >= 64
+                ):  # a wider output fills shared memory: room for it is in the state's
+                    found.append(tiles._replace(**{up: more, down: less, "bs": tiles.bs // 2}))
     else:  # larger tiles of the state read less and are fewer: which counts depends on the card
         for ba, bz in ((2 * tiles.ba, tiles.bz), (tiles.ba, 2 * tiles.bz), (tiles.ba // 2, 2 * tiles.bz)):
             found += [tiles._replace(ba=ba, bz=bz, warps=warps) for warps in (4, 8) if ba >= 32 and bz <= 256]
@@ -85,14 +97,55 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
 
 
 def search(kind: str, place: Place) -> Found:
-    """Climbs from the row in use as long as there is time; compiles candidates in several processes beforehand."""
-    until, device = time.time() + 60 * place.minutes, place.device
+    """Climbs from the row in use as long as there is time, and checks where it has come to against fp64."""
+    found = climb(kind, place)
+    if found["best"] == found["start"]:
+        return found
+    name, best = found["architecture"], found["best"]
+    rows = _rows(kind, best)
+    cases = [
+        case
+        for K, V in shapes_of(kind, name, rows)
+        for dtype in TYPES
+        for case in of_heads(K, V, dtype, tiles=rows)
+    ]
+    if place.rehearsal:
+        cases = [tiny(cases[0])]
+    checks = Checks(place, cases, lambda checked: place.note({**found, "checked": checked}))
+    checked = checks.run(min(place.until, place.ended - CHECK))
+    right = not checked["wrong"] and not checked["refused"] and not checked["missed"]
+    return {**found, "checked": checked, "verified": right}
+
+
+def shapes_of(kind: str, name: str, rows: dict[str, Any]) -> list[tuple[int, int]]:
+    """The head shapes whose kernels are others with these rows in the table of an architecture, in any type."""
+
+    def used() -> list[list[Tiles]]:
+        types = [getattr(torch, dtype) for dtype in TYPES]
+        if kind == "state":
+            return [[tile_table.state_tiles(name, K, V, dtype) for dtype in types] for K, V in HEADS]
+        pairs = [((K, V), (V, K), (K, K), (V, V)) for K, V in HEADS]
+        return [
+            [tile_table.out_tiles(name, X, Z, dtype) for dtype in types for X, Z in of_head]
+            for of_head in pairs
+        ]
+
+    before = used()
+    with _changed(name, rows):
+        after = used()
+    return [shape for shape, a, b in zip(HEADS, before, after, strict=True) if a != b]
+
+
+def climb(kind: str, place: Place) -> Found:
+    """The best row found, noted after every batch; compiles candidates in several processes beforehand."""
+    until, device = time.time() + 60 * place.minutes - CHECK * (not place.rehearsal), place.device
     shapes, tokens, heads = (((16, 32),), 32, 1) if place.rehearsal else (HEADS, TOKENS, NUM_HEADS)
-    name = capability.architecture(device)
+    name = tile_table.family(capability.architecture(device))
     start = _in_use(kind, tile_table.table(name))
     runs = passes(kind, device, tokens, heads, shapes)
+    found = {"architecture": name, "kind": kind, "start": list(start), "best": list(start), "tried": []}
     if not runs:
-        return {"architecture": name, "kind": kind, "start": list(start), "best": list(start), "tried": []}
+        return found
     began = _times(runs, device, name, kind, start)
     if began is None:
         raise RuntimeError(f"the tiles in use, {tuple(start)}, do not run here; tune.log says why")
@@ -109,39 +162,22 @@ def search(kind: str, place: Place) -> Found:
                 tried[tiles] = _mean(times, began) if times else math.inf
                 if tried[tiles] < GAIN * ratio:
                     best, ratio = tiles, tried[tiles]
+            found |= {
+                "best": list(best),
+                "ratio": ratio,
+                "milliseconds": [1e3 * t for t in began],
+                "tried": [{"tiles": list(tiles), "ratio": ratio} for tiles, ratio in tried.items()],
+            }
+            place.note(found)
         if best == before or place.rehearsal or time.time() > until:
             break
     again = _times(runs, device, name, kind, start)  # the beginning once more: how far times wander
-    return {
-        "architecture": name,
-        "kind": kind,
-        "start": list(start),
-        "best": list(best),
-        "ratio": ratio,
-        "start again": _mean(again, began) if again else None,
-        "milliseconds": [1e3 * t for t in began],
-        "tried": [{"tiles": list(tiles), "ratio": ratio} for tiles, ratio in tried.items()],
-    }
-
-
-def checked(place: Place) -> Found:
-    """The winners at the head shapes they were found at, against fp64."""
-    rows = winners(
-        {part: found["found"] for part, found in place.notebook.parts().items() if "found" in found}
-    )
-    if not rows["state"] and not rows["out"]:
-        return {"cases": 0, "skipped": "nothing faster was found, so there is nothing to check"}
-    name = capability.architecture(place.device)
-    source = patch(name, {part: x["found"] for part, x in place.notebook.parts().items() if "found" in x})
-    write_text(place.out / file_name("tile_table.txt", place.rehearsal), source + "\n")
-    print(source)
-    cases = [base(K=K, V=V, T=600, tiles=rows, state=state) for K, V in HEADS for state in (False, True)]
-    return check(place, iter(cases))
+    return {**found, "start again": _mean(again, began) if again else None}
 
 
 def winners(parts: dict[str, Found]) -> dict[str, Any]:
-    """The rows that are faster than those in use: ``{"state": […] or None, "out": {width: […]}}``."""
-    found = {kind: x for kind, x in parts.items() if "best" in x and x["best"] != x["start"]}
+    """The rows that are faster than those in use, and right: ``{"state": […] or None, "out": {width: […]}}``."""
+    found = {kind: x for kind, x in parts.items() if x.get("verified")}
     out = {kind.removeprefix("out-"): x["best"] for kind, x in found.items() if kind != "state"}
     return {"state": found["state"]["best"] if "state" in found else None, "out": out}
 
@@ -171,7 +207,7 @@ def _in_use(kind: str, table: tile_table.ArchitectureTiles) -> Tiles:
 
 def _times(runs: list[Pass], device: torch.device, name: str, kind: str, tiles: Tiles) -> list[float] | None:
     """Seconds of each pass with these tiles in the table; None if they do not fit."""
-    with _changed(name, kind, tiles):
+    with _changed(name, _rows(kind, tiles)):
         try:
             return [_seconds(run, device) for run in runs]
         except Exception as error:  # out of resources, or the compiler gave up: these tiles are out
@@ -191,21 +227,26 @@ def _mean(times: list[float], began: list[float]) -> float:
     return math.exp(sum(math.log(a / b) for a, b in zip(times, began, strict=True)) / len(times))
 
 
-class _changed:  # noqa: N801
-    """The table with one row replaced."""
+def _rows(kind: str, tiles: Sequence[int]) -> dict[str, Any]:
+    """One row as `tools.gpu_day.cases.replaced` has it."""
+    return {"state": list(tiles)} if kind == "state" else {"out": {kind.removeprefix("out-"): list(tiles)}}
 
-    def __init__(self, name: str, kind: str, tiles: Tiles) -> None:
-        self.name, self.before = name, tile_table.table(name)
-        rows: dict[str, Any] = (
-            {"state": list(tiles)} if kind == "state" else {"out": {kind.removeprefix("out-"): list(tiles)}}
-        )
-        self.after = replaced(self.before, rows)
+
+class _changed:  # noqa: N801
+    """The table with other rows."""
+
+    def __init__(self, name: str, rows: dict[str, Any]) -> None:
+        self.name, self.before = name, tile_table.TABLES.get(name)
+        self.after = replaced(tile_table.table(name), rows)
 
     def __enter__(self) -> None:
         tile_table.TABLES[self.name] = self.after
 
     def __exit__(self, *error: object) -> None:
-        tile_table.TABLES[self.name] = self.before
+        if self.before is None:
+            del tile_table.TABLES[self.name]
+        else:
+            tile_table.TABLES[self.name] = self.before
 
 
 def _compiled(
@@ -233,9 +274,9 @@ def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles:
     """Runs every pass once on few tokens, which leaves its kernel in the cache."""
     interpret_exactly()
     where = torch.device(device)
-    name = capability.architecture(where)
+    name = tile_table.family(capability.architecture(where))
     one = tile_table.StateTiles(*tiles) if kind == "state" else tile_table.OutTiles(*tiles)
-    with _changed(name, kind, one):
+    with _changed(name, _rows(kind, one)):
         for run in passes(kind, where, 512, NUM_HEADS, shapes):
             try:
                 run()
@@ -247,12 +288,22 @@ def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles:
 PARTS: dict[str, Run] = {
     "state": partial(search, "state"),
     **{f"out-{width}": partial(search, f"out-{width}") for width in WIDTHS},
-    "verify": checked,
 }
 
 
+def write_patch(out: Path, rehearsal: bool, parts: dict[str, Found]) -> Path | None:
+    """The table with all rows in it that were found faster and right; the file is removed if there are none."""
+    path = out / file_name("tile_table.txt", rehearsal)
+    rows = winners(parts)
+    if rows["state"] is None and not rows["out"]:
+        path.unlink(missing_ok=True)
+        return None
+    write_text(path, patch(next(iter(parts.values()))["architecture"], parts) + "\n")
+    return path
+
+
 def summarise(parts: dict[str, Found]) -> Summary:
-    """What was found for each row, and the patch."""
+    """What was found for each row, and the patch of what was checked."""
     searched = {kind: found for kind, found in parts.items() if "best" in found}
     rows = tuple(
         (
@@ -260,31 +311,33 @@ def summarise(parts: dict[str, Found]) -> Summary:
             "×".join(map(str, found["start"])),
             "×".join(map(str, found["best"])),
             f"{found.get('ratio', 1.0):.3f}",
+            _checked(found),
             str(len(found["tried"])),
         )
         for kind, found in searched.items()
     )
-    columns = ("row", "in use", "best", "time of the best ÷ in use", "tried")
-    notes = (
-        "Geometric mean over all passes that the row serves. Tiles: tokens, rows, columns, warps, stages (STATE); rows, "
-        "columns, contraction of scores, of the state, columns of the output, warps, stages (OUT).",
-    )
-    findings, tables = [], [Table("Tiles", columns, rows, notes)]
-    if checked_ := parts.get("verify"):
-        wrong = len(checked_.get("wrong", []))
-        findings.append(
-            checked_.get("skipped") or f"The winners: {checked_['cases']} cases against fp64, {wrong} wrong."
-        )
-    if any(found["best"] != found["start"] for found in searched.values()):
-        name = next(iter(searched.values()))["architecture"]
-        source = patch(name, searched).splitlines()
-        tables.append(
-            Table(
-                "For src/retnet/ops/triton/tile_table.py",
-                ("line", "source"),
-                tuple((str(n + 1), line.strip()) for n, line in enumerate(source)),
-            )
-        )
-    else:
+    columns = ("row", "in use", "best", "time of the best ÷ in use", "the best against fp64", "tried")
+    tables, rows_found = [Table("Tiles", columns, rows, NOTES)], winners(searched)
+    findings = [
+        f"Tiles for {kind} that are faster, {'×'.join(map(str, found['best']))}, are {_checked(found)}; they are not in the "
+        "patch."
+        for kind, found in searched.items()
+        if found["best"] != found["start"] and not found.get("verified")
+    ]
+    if rows_found["state"] is not None or rows_found["out"]:
+        source = patch(next(iter(searched.values()))["architecture"], searched).splitlines()
+        lines = tuple((str(n + 1), line.strip()) for n, line in enumerate(source))
+        tables.append(Table("For src/retnet/ops/triton/tile_table.py", ("line", "source"), lines))
+    elif searched and not findings:
         findings.append("No tiles were faster than those in the table by more than 2 %.")
     return Summary(tuple(tables), (), tuple(findings))
+
+
+def _checked(found: Found) -> str:
+    """Of the best row, whether it is right."""
+    if found["best"] == found["start"]:
+        return MISSING
+    checked = found.get("checked", {})
+    if wrong := len(checked.get("wrong", ())):
+        return f"wrong in {wrong} of {checked['cases']} cases"
+    return f"right in {checked['cases']} cases" if found.get("verified") else "unverified"

@@ -5,41 +5,29 @@ What is wrong is listed with the smallest case that still fails.
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import json
-import os
 import random
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from threading import Lock, Timer
 from typing import Any
-
-import torch
 
 from retnet.measure.memory import free_memory
 from retnet.measure.summary import Summary
 from retnet.ops.triton import tile_table
 from retnet.settings import UserError
 from retnet.tables import MISSING, Table
-from tools.gpu_day.cases import Answer, Case
+from tools.gpu_day.cases import Case
+from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found
-from tools.gpu_day.place import Place, Run
+from tools.gpu_day.place import Place, Run, StoppedError
 
 HEADS = ((64, 128), (128, 256), (256, 512))
 TYPES = ("bfloat16", "float16", "float32")
-SIZES = ((16, 32, 60, 100, 128, 256), (16, 33, 100, 128, 300, 512))
-WORKERS = 8
-CASE_SECONDS = 150.0  # a case may take, the compilation of its kernels in it
-SMALLER = 24  # smaller cases tried for each that fails
-ENDLESS = 100_000  # cases, more than anybody can check in a day
-NO_MORE = 5  # failing cases that smaller ones are looked for of
+FINE = ("bfloat16", "float32")  # where addresses are looked at: types and addresses do not meet in a kernel
+SIZES = ((16, 17, 33, 60, 100, 128, 256), (16, 33, 100, 128, 300, 512))
+REHEARSED = {"torch": 4, "fuzz": 2}  # cases of a part in a rehearsal; of all others one
 
 
 def base(**values: Any) -> Case:  # noqa: ANN401
@@ -65,25 +53,31 @@ def tiny(case: Case) -> Case:
 def heads() -> Iterator[Case]:
     """The head shapes that the table is made for, in every type, forward and backward, from nothing and from a state."""
     for (K, V), dtype in itertools.product(HEADS, TYPES):
-        yield base(K=K, V=V, dtype=dtype, B=2, T=600)
-        lengths = [0, 257, 1, 42]
-        yield base(K=K, V=V, dtype=dtype, T=300, lengths=lengths, state=True, keep=True)
+        yield from of_heads(K, V, dtype)
+
+
+def of_heads(K: int, V: int, dtype: str, **more: Any) -> Iterator[Case]:  # noqa: ANN401
+    """Rows and packed documents at one head shape, from nothing and from a state, with states kept or made anew."""
+    yield base(K=K, V=V, dtype=dtype, B=2, T=600, **more)
+    yield base(K=K, V=V, dtype=dtype, T=300, lengths=[0, 257, 1, 42], state=True, keep=True, **more)
 
 
 def layouts() -> Iterator[Case]:
     """Everything that changes addresses, and nothing that changes sizes of heads."""
-    for T in (1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1000):
-        yield base(T=T, state=True, dtype="float32" if T % 2 else "bfloat16")
-    for lengths in ([600], [1] * 20, [0, 0, 300, 0], [31, 256, 1, 512, 0, 90]):
-        yield base(T=sum(lengths), lengths=lengths, state=True, dtype="float32")
-    for layout in ("heads first", "slice", "every second"):
-        yield base(layout=layout, state=True, dtype="float32")
-        yield base(layout=layout, K=256, V=512)
+    for T, dtype in itertools.product((1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1000), FINE):
+        yield base(T=T, state=True, dtype=dtype)
+    for lengths, dtype in itertools.product(
+        ([600], [1] * 20, [0, 0, 300, 0], [31, 256, 1, 512, 0, 90]), FINE
+    ):
+        yield base(T=sum(lengths), lengths=lengths, state=True, dtype=dtype)
+    for layout, state in itertools.product(("heads first", "slice", "every second"), (False, True)):
+        yield base(layout=layout, state=state, dtype="float32")
+        yield base(layout=layout, state=state, K=256, V=512)
     for gammas in ([1.0], [1e-3], [1 - 2**-12], [0.5, 1.0]):
         yield base(gammas=gammas, T=700, state=True, dtype="float32")
-    for chunk in (16, 48, 64, 512):
-        yield base(chunk=chunk, T=530, state=True, dtype="float32")
-        yield base(chunk=chunk, T=530, K=256, V=512, keep=True)
+    for chunk, keep in itertools.product((16, 48, 64, 512), (False, True)):
+        yield base(chunk=chunk, T=530, state=keep, keep=keep, dtype="float32")
+        yield base(chunk=chunk, T=530, state=not keep, keep=keep, K=256, V=512)
     yield base(form="parallel", dtype="float32", T=530)
     yield base(form="parallel", K=256, V=512, T=530)
     for cuts in ([1], [255, 256], [100, 101, 290]):
@@ -114,16 +108,24 @@ def contracts() -> Iterator[Case]:
 
 
 def sizes() -> Iterator[Case]:
-    """K from 16 to 256 and V from 16 to 512, odd ones among them."""
-    for number, (K, V) in enumerate(itertools.product(*SIZES)):
-        yield base(K=K, V=V, dtype=TYPES[number % 3], state=number % 2 == 0)
+    """K from 16 to 256 and V from 16 to 512, odd ones among them.
+
+    Types, with and without a state, make a Latin square over them that begins elsewhere every time: each of the six stands
+    beside every K, and beside every V.
+    """
+    shift, found = secrets.randbelow(6), []
+    for (i, K), (j, V) in itertools.product(*map(enumerate, SIZES)):
+        turn = (i + j + shift) % 6
+        found.append(base(K=K, V=V, dtype=TYPES[turn % 3], state=turn % 2 == 0))
+    secrets.SystemRandom().shuffle(found)  # what there is no time for is not always the same
+    yield from found
 
 
 def foreign(place: Place) -> Iterator[Case]:
     """The tiles of the other architectures in the table."""
     from retnet.ops.triton.capability import architecture
 
-    own = architecture(place.device)
+    own = tile_table.family(architecture(place.device))
     for name, (K, V) in itertools.product(tile_table.TABLES, HEADS):
         if name != own:
             yield base(K=K, V=V, tiles=name)
@@ -135,7 +137,7 @@ def anything(seed: int) -> Iterator[Case]:
     while True:
         lengths = [dice.randrange(200) for _ in range(dice.randrange(1, 6))] if dice.random() < 0.4 else None
         T = sum(lengths) if lengths else dice.randrange(1, 700)
-        K, V = (dice.choice((16, 24, 32, 64, 128)) for _ in range(2))
+        K, V = (dice.choice((16, 17, 24, 32, 33, 64, 128)) for _ in range(2))
         yield base(
             K=K, V=V, T=T, B=1 if lengths else dice.randrange(1, 4), H=dice.randrange(1, 5), lengths=lengths,
             dtype=dice.choice(TYPES), chunk=dice.choice((None, None, 16, 48, 128)), state=dice.random() < 0.5,
@@ -144,7 +146,7 @@ def anything(seed: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def far(place: Place) -> Iterator[Case]:
+def far() -> Iterator[Case]:
     """Beyond 2³¹ numbers."""
     yield {
         "kind": "far",
@@ -156,168 +158,24 @@ def far(place: Place) -> Iterator[Case]:
     }
 
 
-class Worker:
-    """A process that checks one case after the other, and another one when it has died."""
+def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Found:
+    """Checks cases until they or the time of the part are used up, or those that the last attempt missed; plain data.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, case: Case) -> Answer:
-        """What comes of a case."""
-        process = self._process
-        if process is None or process.poll() is not None:
-            words = [sys.executable, "-m", "tools.gpu_day.cases", self._device.type]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = Timer(CASE_SECONDS, process.kill)
-        late.start()
-        try:
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            late.cancel()
-        if line:
-            found: Answer = json.loads(line)
-            return found
-        status = process.wait()
-        return {"failed": f"the process died with status {status}, or took more than {CASE_SECONDS:g} s"}
-
-    def end(self) -> None:
-        """No more cases."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-
-@cache
-def _workers(device: torch.device, count: int) -> list[Worker]:
-    """Those of all parts of a step, ended with it."""
-    workers = [Worker(device) for _ in range(count)]
-    for worker in workers:
-        atexit.register(worker.end)
-    return workers
-
-
-def check(place: Place, cases: Iterator[Case], most: int | None = None) -> Found:
-    """Checks cases until they or the time of the part are used up; what was found, as plain data."""
+    Raises:
+        UserError: the comparisons cannot be imported.
+        StoppedError: there was no time for some; the next attempt goes on with them.
+    """
     if find_spec("pytest") is None:
         raise UserError("the comparisons of the tests need pytest, which is not installed")
-    until = time.time() + 60 * place.minutes
-    if most is not None:
-        cases = itertools.islice(cases, most)
+    some: Iterable[Case] = place.before().get("missed") or cases
     if place.rehearsal:
-        cases = map(tiny, itertools.islice(cases, 1 if most is None else most))
-    count = 1 if place.rehearsal else max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
-    lock, answers, missed = Lock(), [], 0
-
-    def work(worker: Worker) -> None:
-        nonlocal missed
-        while True:
-            with lock:
-                case = next(cases, None)
-                if case is None:
-                    return
-                if time.time() > until:
-                    missed += 1 + (0 if most == ENDLESS else sum(1 for _ in cases))
-                    return
-            found = worker.ask(case)
-            with lock:
-                answers.append((case, found))
-
-    workers = _workers(place.device, count)
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, workers))
-    wrong = [(case, found) for case, found in answers if faults(found)]
-    listed = [
-        {"case": case, **found, "faults": faults(found), **_smallest(workers[0], case, until, number)}
-        for number, (case, found) in enumerate(wrong)
-    ]
-    refused = [{"case": case, **found} for case, found in answers if "refused" in found]
-    return {
-        "cases": len(answers),
-        "missed": missed,
-        "right": len(answers) - len(wrong) - len(refused),
-        "refused": refused,
-        "wrong": listed,
-        "worst": _worst(answers),
-    }
-
-
-def faults(found: Answer) -> list[str]:
-    """What is wrong with an answer, each a name and its numbers; nothing if it is right or was refused."""
-    if "failed" in found:
-        return [found["failed"]]
-    allowed = found.get("allowed")
-    return [
-        f"{name}: {error:.2e}, allowed {limit:.0e}"
-        for name, error in found.get("errors", {}).items()
-        if not error <= (limit := allowed[name] if isinstance(allowed, dict) else allowed)
-    ]
-
-
-def _worst(answers: Sequence[tuple[Case, Answer]]) -> dict[str, float]:
-    """Type → the largest error of any right or wrong case of it."""
-    worst: dict[str, float] = {}
-    for case, found in answers:
-        for error in found.get("errors", {}).values():
-            kind = case.get("dtype", "contracts and models")
-            worst[kind] = max(worst.get(kind, 0.0), error)
-    return worst
-
-
-def smaller(case: Case) -> Iterator[Case]:
-    """Cases like this one, each simpler by one thing."""
-    for name, least in (("T", 1), ("B", 1), ("H", 1), ("K", 16), ("V", 16)):
-        if case.get("lengths") and name == "T":
-            continue
-        value = case.get(name, least)
-        for less in (least, value // 2, value - 1):
-            if least <= less < value:
-                cuts = (
-                    [cut for cut in case.get("cuts", []) if cut < less]
-                    if name == "T"
-                    else case.get("cuts", [])
-                )
-                yield {**case, name: less, **({"cuts": cuts} if cuts else {})}
-    if lengths := case.get("lengths"):
-        for n in range(len(lengths)):
-            rest = [*lengths[:n], *lengths[n + 1 :]]
-            if sum(rest):
-                yield {**case, "lengths": rest, "T": sum(rest)}
-    for name, plain in (
-        ("state", False),
-        ("keep", False),
-        ("layout", "plain"),
-        ("chunk", None),
-        ("form", "chunkwise"),
-    ):
-        if case.get(name, plain) != plain:
-            yield {**case, name: plain}
-
-
-def _smallest(worker: Worker, case: Case, until: float, number: int) -> Found:
-    """The simplest case found that is still wrong."""
-    if case["kind"] != "op" or number >= NO_MORE:
-        return {}
-    tried, best, found = 0, case, True
-    while found and tried < SMALLER and time.time() < until + 30:
-        found = False
-        for other in smaller(best):
-            tried += 1
-            if faults(worker.ask(other)):
-                best, found = other, True
-                break
-            if tried >= SMALLER:
-                break
-    return {"smallest": best}
+        some = map(tiny, itertools.islice(some, REHEARSED.get(place.part, 1)))
+    found = Checks(place, some if endless and not place.rehearsal else list(some), place.note).run(
+        time.time() + 60 * place.minutes
+    )
+    if found["missed"]:
+        raise StoppedError(f"{len(found['missed'])} of its cases were not reached")
+    return found
 
 
 def run_far(place: Place) -> Found:
@@ -325,7 +183,7 @@ def run_far(place: Place) -> Found:
     need, have = 48 * 2**30, free_memory(place.device)
     if not place.rehearsal and have < need:
         return {"cases": 0, "skipped": f"takes about {need >> 30} GiB, and {have >> 30} are free"}
-    return check(place, far(place), 1)
+    return check(place, far())
 
 
 PARTS: dict[str, Run] = {
@@ -333,12 +191,26 @@ PARTS: dict[str, Run] = {
     "layouts": lambda place: check(place, layouts()),
     "step": lambda place: check(place, step()),
     "rows": lambda place: check(place, rows()),
-    "torch": lambda place: check(place, contracts(), 4),
+    "torch": lambda place: check(place, contracts()),
     "far": run_far,
     "sizes": lambda place: check(place, sizes()),
     "tiles": lambda place: check(place, foreign(place)),
-    "fuzz": lambda place: check(place, anything(secrets.randbits(30)), 2 if place.rehearsal else ENDLESS),
+    "fuzz": lambda place: check(place, anything(secrets.randbits(30)), endless=True),
 }
+
+
+def joined(attempts: Sequence[Found]) -> Found:
+    """What all attempts at a part have checked; the last one knows what is still missed."""
+    found = dict(attempts[-1])
+    for name in ("cases", "right"):
+        found[name] = sum(one.get(name, 0) for one in attempts)
+    for name in ("wrong", "refused"):
+        found[name] = [each for one in attempts for each in one.get(name, ())]
+    found["worst"] = {}
+    for kind in dict.fromkeys(kind for one in attempts for kind in one.get("worst", {})):
+        errors = [one["worst"][kind] for one in attempts if kind in one.get("worst", {})]
+        found["worst"][kind] = None if None in errors else max(errors)  # None: JSON has no word for infinity
+    return found
 
 
 def _written(error: float | None) -> str:
@@ -360,7 +232,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
             f"{found.get('right', 0):,}",
             f"{len(found.get('wrong', [])):,}",
             f"{len(found.get('refused', [])):,}",
-            f"{found.get('missed', 0):,}",
+            f"{len(found.get('missed', ())):,}",
             "; ".join(f"{kind} {_written(error)}" for kind, error in found.get("worst", {}).items())
             or MISSING,
         )
@@ -385,9 +257,9 @@ def summarise(parts: dict[str, Found]) -> Summary:
         tables.append(Table("What is wrong", ("part", "error", "smallest case that fails"), listed))
     cases = sum(found["cases"] for found in parts.values())
     findings = [f"{cases:,} cases were checked against fp64, {len(wrong)} of them are wrong."]
-    if missed := sum(found.get("missed", 0) for found in parts.values()):
+    if missed := sum(len(found.get("missed", ())) for found in parts.values()):
         findings.append(
-            f"{missed:,} cases were not reached in the time of their parts; --only verify in another --out checks them."
+            f"{missed:,} cases were not reached in the time of their parts; the same command goes on with them."
         )
     findings += [f"{name}: {found['skipped']}." for name, found in parts.items() if "skipped" in found]
     return Summary(tuple(tables), (), tuple(findings))

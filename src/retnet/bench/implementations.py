@@ -128,13 +128,18 @@ class OpsBench(Checked):
         """Sequences of a call."""
         return max(1, self.tokens // length)
 
-    def includes(self, one: TimedImplementation, length: int, mode: str) -> bool:
-        """Whether a contender is measured with sequences of this length."""
+    def why_not(self, one: TimedImplementation, length: int, mode: str) -> str:
+        """Why a contender is not measured with sequences of this length; empty if it is."""
         if one.name == OURS:
-            return True
-        short = one.longest is None or length <= one.longest
+            return ""
+        if one.longest is not None and length > one.longest:
+            return f"tried up to T {one.longest:,}"
+        if length % one.multiple:
+            return f"T must be a multiple of {one.multiple}"
         work = (one.flops(length, mode) or 0.0) * self.batch(length)
-        return short and length % one.multiple == 0 and work <= 1e9 * self.peer_work
+        if work > 1e9 * self.peer_work:
+            return f"a call takes {work / 1e9:,.0f} Gflop, and peers are given {self.peer_work:,.0f}"
+        return ""
 
 
 def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN401

@@ -66,6 +66,9 @@ class KernelRow:
             "seconds": vars(spread(s.seconds for s in self.samples)),
             "flops_per_s": vars(self._rate(self.work.flops)),
             "bytes_per_s": vars(self._rate(self.work.moved)),
+            "of_products": vars(
+                spread(self.work.flops / s.seconds / s.limits["torch_mm"] for s in self.samples)
+            ),
             "of_floor": vars(spread(self.floor(s) / s.seconds for s in self.samples)),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,6 +167,7 @@ def measure_ops(bench: OpsBench, say: Say) -> dict[str, Any]:
         },
         "errors": errors,
         "left_out": left_out,
+        "not_measured": _not_measured(bench, found),
         "rows": [row.record(ours[row.shape, row.length, row.mode]) for row in rows],
         "steps": [row.record(our_steps[row.step]) for row in steps],
         "targets": [
@@ -225,7 +227,20 @@ def _rows(bench: OpsBench, found: dict[HeadShape, list[TimedImplementation]]) ->
         for length in bench.lengths
         for one in found[shape]
         for mode in (FORWARD, BOTH)
-        if bench.includes(one, length, mode)
+        if not bench.why_not(one, length, mode)
+    ]
+
+
+def _not_measured(bench: OpsBench, found: dict[HeadShape, list[TimedImplementation]]) -> list[dict[str, Any]]:
+    """What `_rows` leaves out: of each contender the lengths for a reason."""
+    lengths: dict[tuple[HeadShape, str, str, str], list[int]] = {}
+    for shape, length, mode in itertools.product(bench.shapes, bench.lengths, (FORWARD, BOTH)):
+        for one in found[shape]:
+            if why := bench.why_not(one, length, mode):
+                lengths.setdefault((shape, one.name, mode, why), []).append(length)
+    return [
+        {**shape._asdict(), "name": name, "mode": mode, "lengths": which, "why": why}
+        for (shape, name, mode, why), which in lengths.items()
     ]
 
 

@@ -43,8 +43,20 @@ def _tables(record: Record) -> list[Table]:
             forward, both = _medians(modes.get("forward")), _medians(modes.get(BOTH))
             rows.append((name, f"{length:,}", str(batch), *forward[:2], *both))
         title = f"The op, H {H}, K {K}, V {V}, medians; flops of forward + backward ÷ matrix products"
-        tables.append(Table(title, columns, tuple(rows)))
+        tables.append(Table(title, columns, tuple(rows), _not_measured(record, (H, K, V))))
     return tables
+
+
+def _not_measured(record: Record, shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Sentences; older records do not say."""
+    of_shape = [row for row in record.get("not_measured", ()) if tuple(row[key] for key in SHAPE) == shape]
+    return tuple(
+        f"Not measured: {name}, {' and '.join(row['mode'] for row in rows)}, T "
+        f"{', '.join(f'{n:,}' for n in rows[0]['lengths'])}: {why}."
+        for (name, why, _), rows in grouped(
+            [{**row, "which": tuple(row["lengths"])} for row in of_shape], "name", "why", "which"
+        ).items()
+    )
 
 
 def _medians(row: Record | None) -> tuple[str, ...]:

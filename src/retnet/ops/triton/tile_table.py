@@ -117,10 +117,14 @@ WIDE_STATE = StateTiles(32, 64, 64, 4, 2)
 WIDE_OUT = OutTiles(64, 32, 32, 32, 64, 4, 2)
 
 
+def family(architecture: str) -> str:
+    """The key of `TABLES` that stands for an architecture ("sm_90", "gfx942"), whether or not it is there."""
+    return {"sm_103": "sm_100", "gfx950": "gfx942"}.get(architecture, architecture)
+
+
 def table(architecture: str) -> ArchitectureTiles:
-    """The row of an architecture, by its name ("sm_90", "gfx942"), its family's, or the one that fits any."""
-    family = {"sm_103": "sm_100", "gfx950": "gfx942"}.get(architecture, architecture)
-    return TABLES.get(family, TABLES["default"])
+    """The row of an architecture by its name, its family's, or the one that fits any."""
+    return TABLES.get(family(architecture), TABLES["default"])
 
 
 def count_chunks(batch: int, tokens: int, documents: int | None, length: int) -> int:

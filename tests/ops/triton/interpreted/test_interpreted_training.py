@@ -240,6 +240,7 @@ def test_the_checks_of_a_gpu_day_see_a_wrong_kernel(monkeypatch):
     """Right as it is, with scores shared by all columns of V 512 as well; wrong by a percent, or not written to the end."""
     from tools.gpu_day import verify
     from tools.gpu_day.cases import answer
+    from tools.gpu_day.checks import faults
 
     cpu = torch.device("cpu")
     wide = {"out": {"256": [64, 32, 256, 32, 512, 8, 3]}}
@@ -247,11 +248,11 @@ def test_the_checks_of_a_gpu_day_see_a_wrong_kernel(monkeypatch):
         verify.tiny(verify.base(state=True)),
         verify.base(K=256, V=512, T=130, H=1, chunk=128, tiles=wide),
     ):
-        assert not verify.faults(answer(case, cpu))
+        assert not faults(answer(case, cpu))
     plain = launch.out_pass
     monkeypatch.setattr(launch, "out_pass", lambda *args, **more: plain(*args, **more) * 1.01)
     case = verify.tiny(verify.base(dtype="float32"))
-    assert verify.faults(answer(case, cpu))
+    assert faults(answer(case, cpu))
 
     def unfinished(*args, **more):
         out = plain(*args, **more)
@@ -259,4 +260,4 @@ def test_the_checks_of_a_gpu_day_see_a_wrong_kernel(monkeypatch):
         return out
 
     monkeypatch.setattr(launch, "out_pass", unfinished)
-    assert verify.faults(answer(case, cpu))
+    assert faults(answer(case, cpu))
