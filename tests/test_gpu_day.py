@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,11 @@ triton = pytest.importorskip("triton")
 
 def part(step, name, seconds, rank, least=0.0):
     return Part(step, name, seconds, rank, "", least)
+
+
+def gone(pid):
+    """Whether a process has ended, be it that nobody has asked how."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 class TestPlan:
@@ -180,7 +186,7 @@ class TestRunner:
         assert not one.run()
         assert self.states(one) == {"a": "failed", "b": "failed", "c": "done"}
         for name in "ab":
-            assert not psutil.pid_exists(int((tmp_path / name).read_text()))
+            assert gone(int((tmp_path / name).read_text()))
 
     @pytest.mark.parametrize("left", ["a", "z"])
     def test_what_a_killed_call_left_open_is_closed(self, day, left):
@@ -272,9 +278,8 @@ def test_types_and_states_meet_every_size():
                 seen = {(case["dtype"], case["state"]) for case in found if case[name] == size}
                 assert seen == set(itertools.product(verify.TYPES, (False, True)))
     assert {17, 33, 100} <= set(verify.SIZES[0])
-    for T in {case["T"] for case in verify.layouts()}:
-        if sum(case["T"] == T for case in verify.layouts()) > 1:
-            assert {"bfloat16", "float32"} <= {case["dtype"] for case in verify.layouts() if case["T"] == T}
+    for T in (1, 2, 15, 16, 17, 255, 256, 1000):
+        assert {"bfloat16", "float32"} == {case["dtype"] for case in verify.layouts() if case["T"] == T}
 
 
 class TestChecks:
@@ -303,7 +308,7 @@ class TestChecks:
         """The part may be ended at any time."""
         cases = [verify.base(T=T, takes=0.3 if T == 4 else 0.0) for T in range(1, 9)]
         notes = []
-        checks.Checks(place, cases, notes.append).run(time.time() + 0.1)
+        checks.Checks(place, cases, lambda found: notes.append(deepcopy(found))).run(time.time() + 0.1)
         assert [len(note["wrong"]) for note in notes][:2] == [0, 1]
         assert [case["T"] for case in notes[1]["missed"]] == [4, 5, 6, 7, 8]
         assert notes[-1]["cases"] == 4
@@ -313,9 +318,9 @@ class TestChecks:
     def test_the_next_attempt_goes_on_with_what_was_missed(self, place, answers, monkeypatch):
         monkeypatch.setattr(verify, "tiny", lambda case: case)
         monkeypatch.setitem(verify.REHEARSED, "heads", 9)
-        cases = [verify.base(T=T, takes=0.4 if T == 2 else 0.0) for T in range(1, 5)]
+        cases = [verify.base(T=T, takes=1.3 if T == 2 else 0.0) for T in range(1, 5)]
         with pytest.raises(StoppedError, match="2 of its cases were not reached"):
-            verify.check(replace(place, seconds=0.3, until=time.time()), iter(cases))
+            verify.check(replace(place, seconds=1.0), iter(cases))
         place.notebook.stop("heads", "2 of its cases were not reached")
         place.notebook.begin("heads")
         assert answers == [1, 2]
@@ -343,7 +348,7 @@ class TestChecks:
         answer = worker.ask(verify.tiny(verify.base()), 1.0 if how == "stopped" else 60.0)
         if how == "stopped":
             assert checks.faults(answer) == ["no answer in time: 1 s"]
-        assert not psutil.pid_exists(process.pid)
+        assert gone(process.pid)
         worker.end()
 
     def test_a_case_ends_before_its_part(self, place):
@@ -551,7 +556,7 @@ def test_a_bare_checkout_is_enough(tmp_path):
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "quality architectures" in done.stdout or "architectures: nine" in done.stdout
+    assert "architectures, of 800 s: nine" in done.stdout
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):

@@ -137,7 +137,9 @@ TARGETS = (
     Target("rate of OUT ÷ rate of matrix products, K 256, the slowest of its passes", OF_PRODUCTS, _out),
     Target(f"share of the bandwidth that the decoding step reaches, from batch {FROM}", WANTED, _step),
     *(
-        Target(f"training, {label}: {what} of Transformer + FlashAttention ÷ RetNet's", 1.0, _training(label, key), above=True)
+        Target(
+            f"training, {label}: {what} of Transformer + FlashAttention ÷ RetNet's", 1.0, _training(label, key), above=True
+        )
         for label in LABELS
         for what, key in (("time", "seconds"), ("memory", "peak_bytes"))
     ),
