@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from retnet.measure.summary import Summary
-from retnet.settings import build, merge
+from retnet.settings import UserError, build, merge
 from retnet.studies.folder import StudyFolder
 from retnet.studies.quality import QualityMeasure
 from retnet.studies.report import write_report
@@ -99,8 +99,12 @@ def architectures(seeds: int, place: Place) -> Found:
         raise StoppedError(f"{len(found['results'])} of {found['total']} runs have finished")
     if ended.failed and not found["results"]:
         raise RuntimeError(f"all runs failed, the first with: {next(iter(ended.failed.values()))}")
-    write_report(out)
-    return {**found, "failed": ended.failed}
+    found["failed"] = ended.failed
+    try:
+        write_report(out)
+    except UserError as error:  # what it is written with is missing; the results are here
+        found["report"] = f"The study's own report was not written: {error}"
+    return found
 
 
 def _found(study: Study, out: Any) -> Found:  # noqa: ANN401
@@ -126,4 +130,5 @@ def summarise(parts: dict[str, Found]) -> Summary:
     shown = build(QualityMeasure, found["measure"]).summarise(found["results"])
     findings = [f"{len(found['results'])} of {found['total']} runs of the architectures have finished."]
     findings += [f"{name} failed: {why}" for name, why in found.get("failed", {}).items()]
+    findings += [found["report"]] if "report" in found else []
     return replace(shown, findings=(*findings, *shown.findings))
