@@ -106,12 +106,12 @@ def test_what_is_left_out():
     one = TimedImplementation("x", lambda q, k, v: v, HeadShape(1, 1, 1), algorithm)  # 2 T² flops
     assert bench.batch(256) == 4
     assert bench.batch(2000) == 1
-    assert OpsBench(tokens=1, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
-    assert not OpsBench(tokens=1, peer_work=1e-9 * 199).includes(one, 10, FORWARD)
-    assert not OpsBench(tokens=20, peer_work=1e-9 * 200).includes(one, 10, FORWARD)
-    assert not OpsBench().includes(one._replace(longest=9), 10, FORWARD)
-    assert not OpsBench().includes(one._replace(multiple=4), 10, FORWARD)
-    assert OpsBench(peer_work=0).includes(one._replace(name=OURS, longest=9), 10, FORWARD)
+    assert not OpsBench(tokens=1, peer_work=1e-9 * 200).why_not(one, 10, FORWARD)
+    assert OpsBench(tokens=1, peer_work=1e-9 * 199).why_not(one, 10, FORWARD)
+    assert OpsBench(tokens=20, peer_work=1e-9 * 200).why_not(one, 10, FORWARD)
+    assert OpsBench().why_not(one._replace(longest=9), 10, FORWARD)
+    assert OpsBench().why_not(one._replace(multiple=4), 10, FORWARD)
+    assert not OpsBench(peer_work=0).why_not(one._replace(name=OURS, longest=9), 10, FORWARD)
 
 
 def row(name, length, seconds, shape=LARGE, algorithm=implementations.COMPILED):
