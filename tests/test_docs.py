@@ -54,15 +54,26 @@ def run(words: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="session")
+def retnet(forks):
+    """Runs the words of a command, or with `code` a text of Python, in a directory: it must end well."""
+
+    def run(words: list[str], cwd: Path, **how) -> None:
+        done = forks.run(words, cwd, seconds=300, **how)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def workplace(retnet, tmp_path_factory) -> Path:
     """A directory with a reader's own texts and a finished run, as the pages assume."""
     home = tmp_path_factory.mktemp("reader")
     (home / "my-texts").mkdir()
     for i in range(20):
         text = f"Chapter {i}. It was a dark and stormy night, and the rain fell in torrents.\n" * 20
         (home / "my-texts" / f"{i}.txt").write_text(text)
-    run([*RETNET, "train", "smoke", "--run-dir", "runs/demo", *SMALL], home)
+    retnet(["train", "smoke", "--run-dir", "runs/demo", *SMALL], home)
     return home
 
 
@@ -72,7 +83,7 @@ def test_pages_have_examples():
 
 
 @pytest.mark.slow
-def test_commands(workplace):
+def test_commands(retnet, workplace):
     for line in commands():
         words = shlex.split(line, comments=True)[1:]
         words = [
@@ -84,18 +95,18 @@ def test_commands(workplace):
             words += SMALL
         elif words[0] == "bench":
             words = [*words[:2], "--quick", "--out", "records"]
-        run([*RETNET, *words], workplace)
+        retnet(words, workplace)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python") and p != FOLLOWED], ids=lambda p: p.name
 )
-def test_python(page, workplace):
+def test_python(page, retnet, workplace):
     if not (workplace / "runs/smoke").exists():
-        run([*RETNET, "train", "smoke", "--run-dir", "runs/smoke", *SMALL], workplace)
+        retnet(["train", "smoke", "--run-dir", "runs/smoke", *SMALL], workplace)
     for code in blocks(page, "python"):
-        run([sys.executable, "-W", "error", "-c", code], workplace)
+        retnet([code], workplace, code=True)
 
 
 @pytest.mark.slow

@@ -16,11 +16,6 @@ from tests.evals.local_tasks import write_tasks
 from tests.helpers.places import Places
 
 pytestmark = pytest.mark.slow
-HEAVY = (
-    "retnet.cli.train", "retnet.train.trainer", "retnet.train.progress", "retnet.engine", "retnet.evals.harness",
-    "retnet.evals.perplexity", "retnet.model.hf", "retnet.studies.report", "retnet.bench.report", "scipy.stats", "rich.live",
-    "retnet.serve.app", "retnet.serve.server",
-)  # fmt: skip
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n"
 CONFIG = """
 [model]
@@ -130,7 +125,7 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(shop, tmp_path_factory):
-    found = Places(tmp_path_factory.mktemp("places"), HEAVY)
+    found = Places(tmp_path_factory.mktemp("places"))
     yield found
     found.close()
 

@@ -1,6 +1,6 @@
-"""Runs `retnet train` in a process of its own that kills itself, with SIGKILL, before the n-th call of a function.
+"""Runs `retnet train` in a process that kills itself, with SIGKILL, before the n-th call of a function.
 
-python driver.py CONFIG RUN_DIR [--resume] [--kill module:function:n] [--signal SIGTERM:n]
+Its words: CONFIG RUN_DIR [--resume] [--kill module:function:n] [--signal SIGTERM@module:function:n]
 """
 
 import importlib
@@ -44,7 +44,3 @@ def main() -> None:
     config, run_dir, *rest = words
     sys.argv = ["retnet", "train", config, "--run-dir", run_dir, *rest]
     cli.main()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +15,7 @@ from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace, fitted
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
-from tests.train.test_trainer import DRIVER, assert_identical, config
+from tests.train.test_trainer import assert_identical, config
 
 DEMO = TrainConfig(
     steps=560, minutes=5, seq_len=512, batch_size=8, warmup_steps=50, eval_every=140, checkpoint_every=140
@@ -197,20 +195,18 @@ def test_other_steps_than_were_asked_for_go_on(whole, config_file, tmp_path):
 @pytest.mark.parametrize(
     "kill", ["retnet.train.run_dir:write_json:2", "retnet.train.progress:TrainingProgress.planned:1"]
 )
-def test_killed_in_earnest(kill, config_file, tmp_path, monkeypatch):
+def test_killed_in_earnest(kill, config_file, forks, tmp_path, monkeypatch):
     """Planned by the clock of this machine; killed right before the plan is written, or right after it."""
     run = tmp_path / "run"
-    words = [config_file, run, "--train.minutes", "0.15", "--train.steps", "2000"]
+    words = [config_file, run, "--train.minutes", "0.05", "--train.steps", "2000"]
 
     def drive(*more):
-        return subprocess.run(
-            [sys.executable, DRIVER, *map(str, words), *more], capture_output=True, timeout=120
-        )
+        return forks.run([*words, *more], tmp_path, call="tests.train.driver:main")
 
     assert drive("--kill", kill).returncode == -signal.SIGKILL
     assert drive("--resume").returncode == 0
     plan = plan_of(run)
     monkeypatch.setattr(Pace, "ready", lambda self, c: self._steps >= plan["after"])
     monkeypatch.setattr(Pace, "plan", lambda self, step, c: fitted(c, plan["steps"], step))
-    train(config(config_file, minutes=0.15, steps=2000), tmp_path / "reference")
+    train(config(config_file, minutes=0.05, steps=2000), tmp_path / "reference")
     assert_identical(run, tmp_path / "reference")

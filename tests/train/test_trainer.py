@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.objective import Objective, evaluate
 from retnet.train.run_dir import differences
 from retnet.train.trainer import train
-
-DRIVER = Path(__file__).with_name("driver.py")
 
 
 def config(config_file, **train_changes) -> RunConfig:
@@ -58,9 +55,14 @@ def uninterrupted(config_file, tmp_path_factory) -> Path:
     return path
 
 
-def drive(config_file, run_dir, *words) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(DRIVER), str(config_file), str(run_dir), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def drive(forks, config_file):
+    """What becomes of `driver.py`, in a process of its own."""
+
+    def run(run_dir: Path, *words: str) -> subprocess.CompletedProcess:
+        return forks.run([config_file, run_dir, *words], run_dir.parent, call="tests.train.driver:main")
+
+    return run
 
 
 class TestRunDirectory:
@@ -130,36 +132,36 @@ KILLS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS.keys())
-def test_killed_and_resumed_is_bit_identical(kill, uninterrupted, config_file, tmp_path):
+def test_killed_and_resumed_is_bit_identical(kill, uninterrupted, drive, tmp_path):
     run_dir = tmp_path / "run"
-    assert drive(config_file, run_dir, "--kill", kill).returncode == -9
-    done = drive(config_file, run_dir, "--resume")
+    assert drive(run_dir, "--kill", kill).returncode == -9
+    done = drive(run_dir, "--resume")
     assert done.returncode == 0, done.stderr
     assert_identical(run_dir, uninterrupted)
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
 @pytest.mark.slow
-def test_killed_many_times(uninterrupted, config_file, tmp_path):
+def test_killed_many_times(uninterrupted, drive, tmp_path):
     run_dir = tmp_path / "run"
     for n in (9, 8, 7):
         kill = f"retnet.train.objective:Objective.forward:{n}"
-        result = drive(config_file, run_dir, "--resume-or-start", "--kill", kill)
+        result = drive(run_dir, "--resume-or-start", "--kill", kill)
         assert result.returncode == -9
-    assert drive(config_file, run_dir, "--resume").returncode == 0
+    assert drive(run_dir, "--resume").returncode == 0
     assert_identical(run_dir, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_cleanly(name, uninterrupted, config_file, tmp_path):
+def test_a_signal_saves_and_ends_cleanly(name, uninterrupted, drive, tmp_path):
     run_dir = tmp_path / "run"
-    stopped = drive(config_file, run_dir, "--signal", f"{name}@retnet.train.objective:Objective.forward:8")
+    stopped = drive(run_dir, "--signal", f"{name}@retnet.train.objective:Objective.forward:8")
     assert stopped.returncode == 0, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert f"{name}: saved at step 4 of 12; --resume continues" in stopped.stderr
     assert (run_dir / "checkpoints/last").read_text() == "step-00000004\n"
-    assert drive(config_file, run_dir, "--resume").returncode == 0
+    assert drive(run_dir, "--resume").returncode == 0
     got, want = final_weights(run_dir), final_weights(uninterrupted)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
