@@ -7,7 +7,6 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
 from tests.helpers.forks import Forks
 
@@ -26,6 +25,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch  # not where pytest distributes tests to others
+
     torch.manual_seed(0)
 
 

@@ -114,6 +114,6 @@ def test_any_use_changes_no_text_and_leaves_nothing(tokenizer):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=4, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -120,10 +120,10 @@ def test_rewinding_reads_again_from_the_nearest_kept_state(model, tokenizer, bac
 
 
 def test_a_cache_that_holds_next_to_nothing_loses_no_session(model, tokenizer, tmp_path):
-    small = state_size(ComposedDecoder(model, 1).read(torch.tensor([0]))) * 3
+    small = state_size(ComposedDecoder(model, 1).read(torch.tensor([0]))) * 2
     for directory in (tmp_path / "states", None):
         running = engine(model, tokenizer, cache_bytes=small, state_directory=directory)
-        sessions = [Session(running) for _ in range(5)]
+        sessions = [Session(running) for _ in range(3)]
         for turn in range(3):
             for number, session in enumerate(sessions):
                 session.append(words(300, 10 * turn + number))

@@ -8,6 +8,7 @@ from retnet.ops import log_decays, retention, retention_step, rotate, rotation
 from tests.helpers.parity import random_inputs, relative
 
 LOG_DECAY = log_decays("paper", 3)
+PACKED = torch.tensor([0, 9, 9, 20])
 
 
 def arguments(state, cu_seqlens):
@@ -15,9 +16,11 @@ def arguments(state, cu_seqlens):
     return (q, k, v, LOG_DECAY, s if state else None, cu_seqlens, 0.25, 8, False)
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-@pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 9, 9, 20])], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("backend", "state", "cu_seqlens"),  # every pair of them
+    [("torch", True, None), ("torch", False, PACKED), ("numba", True, PACKED), ("numba", False, None)],
+    ids=["torch-state", "torch-packed", "numba-state-packed", "numba"],
+)
 def test_opcheck_chunkwise(backend, state, cu_seqlens):
     args = arguments(state, cu_seqlens)
     forward = getattr(torch.ops.retnet, f"retention_chunkwise_{backend}")

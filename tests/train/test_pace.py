@@ -125,6 +125,10 @@ class Stopping(TrainingProgress):
 
 @pytest.fixture
 def planned(monkeypatch):
+    _plan_nine(monkeypatch)
+
+
+def _plan_nine(monkeypatch):
     """Pretends that the machine was measured after 4 steps, and 9 fit."""
     monkeypatch.setattr(Pace, "ready", lambda self, c: self._steps >= 4)
     monkeypatch.setattr(Pace, "plan", lambda self, step, c: fitted(c, 9, step))
@@ -134,14 +138,21 @@ def plan_of(run):
     return json.loads((run / "plan.json").read_text())
 
 
-@pytest.fixture
-def whole(planned, config_file, tmp_path):
-    """A run of minutes that nobody stopped."""
-    progress = Stopping(None)
-    done = train(config(config_file, minutes=3.0), tmp_path / "whole", progress=progress)
+@pytest.fixture(scope="module")
+def whole_once(config_file, tmp_path_factory):
+    progress, path = Stopping(None), tmp_path_factory.mktemp("pace") / "whole"
+    with pytest.MonkeyPatch.context() as patched:
+        _plan_nine(patched)
+        done = train(config(config_file, minutes=3.0), path, progress=progress)
     assert (done.step, done.finished) == (9, True)
     assert "9 steps fit into 3 minutes on this machine" in progress.said
-    return tmp_path / "whole"
+    return path
+
+
+@pytest.fixture
+def whole(whole_once, planned):
+    """A run of minutes that nobody stopped; others are planned as it was."""
+    return whole_once
 
 
 def test_what_was_chosen_is_written_to_the_run(whole):
