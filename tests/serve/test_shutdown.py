@@ -2,12 +2,17 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import uvicorn
 
+from retnet.engine import ComposedDecoder, Run
 from retnet.serve import gate
+from retnet.serve.app import make_app
+from retnet.serve.server import config_of, listen
 from tests.helpers.serving import refused, until
 
 LONG = {"max_tokens": 60_000, "temperature": 0, "logit_bias": {"256": -1000}}
@@ -114,6 +119,34 @@ def test_a_session_keeps_what_was_sent(serving, whole, tmp_path):
         server.http.post(f"{place}/rewind", json={"position": 4})
         server.http.post(f"{place}/generate", json=LONG | {"max_tokens": len(more) - 4})
         assert server.http.get(place).json()["tokens"] == more
+
+
+class StuckDecoder(ComposedDecoder):
+    """One that reads its first prompt for as long as kernels may be compiled."""
+
+    ready = threading.Event()
+
+    def prefill(self, *given):
+        self.ready.wait(60)
+        return super().prefill(*given)
+
+
+def test_a_server_that_is_not_ready_yet_ends_at_once(tiny, tokenizer, tmp_path):
+    run = Run(tiny, tokenizer, tmp_path, "last")
+    app = make_app(run, "tiny", sessions=tmp_path, decoder=StuckDecoder(tiny, 2))
+    with listen("127.0.0.1", 0) as found:
+        server = uvicorn.Server(config_of(app))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
+        thread.start()
+        until(lambda: server.started and app.state.service.gate.texts == 1)
+        began = time.monotonic()
+        server.should_exit = True
+        thread.join(30)
+        assert time.monotonic() - began < 5
+    engine = app.state.service.engine
+    assert engine.alive  # the process ends it
+    StuckDecoder.ready.set()
+    until(lambda: not engine.alive)
 
 
 def test_the_openai_client_asks_again_until_the_server_is_back(serving, monkeypatch):

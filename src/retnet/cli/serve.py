@@ -98,9 +98,9 @@ def command(
             )
         click.echo(f"serving {name} at {url_of(found, host)} (playground at /, API at /v1)", err=True)
         in_order = serve(app, found)
-    if not in_order:
+    if not in_order or app.state.service.engine.alive:
         sys.stderr.flush()
-        os._exit(1)  # threads that are in the middle of something are not waited for
+        os._exit(0 if in_order else 1)  # threads that are in the middle of something are not waited for
 
 
 def _name(checkpoint: Path) -> str:

@@ -131,6 +131,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     with suppress(asyncio.CancelledError):
         await warming
     await service.template.close()
+    if not service.warm:  # its kernels may be compiled for a minute yet; there is nothing to keep
+        service.engine.stop(0)
+        return
     await service.sessions.flush()
     if not await asyncio.to_thread(service.engine.stop, STOP_SECONDS):
         _log.warning("the engine did not end within %g seconds", STOP_SECONDS)

@@ -114,6 +114,11 @@ class EngineThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """What a function of the engine returns or raises, called between two steps."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
