@@ -26,6 +26,9 @@ _LEAST = -708.0  # e to the power of less is not a normal number; it counts as 0
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 _DIGIT = 11  # bits of a weight that one pass of a selection looks at
 _BUCKETS = 1 << _DIGIT
+_GRAIN = (
+    64  # buckets of a first pass in one unit of distance, a power of two; the last has all that are farther
+)
 _BLOCK = 64  # numbers that are added before it is asked whether the draw lies among them, at least
 
 
@@ -182,7 +185,19 @@ def _compile_weights(compiler: Compiler) -> tuple[Callable[..., Any], Callable[.
 
 def _compile_cut(compiler: Compiler, drop: Callable[..., Any]) -> Callable[..., Any]:
     """cut(distances, the same as int64, weights, places, sums, by mass, target): weight 0 for all but the nearest."""
-    buckets, digit = _BUCKETS, _DIGIT
+    buckets, digit, grain, end = _BUCKETS, _DIGIT, float(_GRAIN), _BUCKETS / _GRAIN - 0.5 / _GRAIN
+
+    @compiler.function
+    def find(sums: Any, above: float, target: float) -> tuple[int, float]:  # noqa: ANN401
+        """The bucket with which the target is reached, or the last with anything, and what lies before it."""
+        chosen, before = 0, above
+        for bucket in range(buckets):
+            if sums[bucket] > 0:
+                chosen, before = bucket, above
+                above += sums[bucket]
+                if above >= target:
+                    break
+        return chosen, before
 
     @compiler.function
     def cut(
@@ -196,26 +211,26 @@ def _compile_cut(compiler: Compiler, drop: Callable[..., Any]) -> Callable[..., 
     ) -> None:
         """Radix selection: positive numbers have the order of their bits. What is counted are weights, or ones.
 
-        Of those that remain, bucket by bucket from the nearest on, the one with which the target is reached is looked
-        into; in the end all in it are equal, and the first of them are kept, as many as are needed.
+        A first pass sorts by distance in equal steps, which leaves few of most distributions. Of those that remain, bucket
+        by bucket from the nearest on, the one with which the target is reached is looked into; in the end all in it are
+        equal, and the first of them are kept, as many as are needed.
         """
-        n, above, shift, width = len(weights), 0.0, 52, digit
-        for i in range(n):
-            places[i] = i
-        while True:
+        sums[:] = 0
+        for i in range(len(weights)):
+            sums[np.int64(min(distances[i], end) * grain)] += weights[i] if by_mass else 1.0
+        chosen, above = find(sums, 0.0, target)
+        n = 0
+        for i in range(len(weights)):
+            places[n] = i
+            n += np.int64(np.int64(min(distances[i], end) * grain) == chosen)
+        shift, width = 52, digit
+        while n > 1:
             sums[:] = 0
             mask = (1 << width) - 1
             for j in range(n):
                 i = places[j]
                 sums[(bits[i] >> shift) & mask] += weights[i] if by_mass else 1.0
-            chosen, before = 0, above
-            for bucket in range(buckets):
-                if sums[bucket] > 0:
-                    chosen, before = bucket, above
-                    above += sums[bucket]
-                    if above >= target:
-                        break
-            above = before
+            chosen, above = find(sums, above, target)
             found = 0
             for j in range(n):
                 i = places[j]
@@ -223,7 +238,7 @@ def _compile_cut(compiler: Compiler, drop: Callable[..., Any]) -> Callable[..., 
                     places[found] = i
                     found += 1
             n = found
-            if n <= 1 or shift == 0:
+            if shift == 0:
                 break
             width = min(digit, shift)
             shift -= width
