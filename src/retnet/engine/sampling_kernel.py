@@ -222,7 +222,7 @@ def _compile_cut(compiler: Compiler, drop: Callable[..., Any]) -> Callable[..., 
         n = 0
         for i in range(len(weights)):
             places[n] = i
-            n += np.int64(np.int64(min(distances[i], end) * grain) == chosen)
+            n += int(np.int64(min(distances[i], end) * grain) == chosen)
         shift, width = 52, digit
         while n > 1:
             sums[:] = 0
