@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import subprocess
@@ -122,7 +123,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
         return "fp32"
-    narrow, wide = product_rate(torch.bfloat16), product_rate(torch.float32)
+    narrow, wide = matrix_rate(device, "bf16"), matrix_rate(device, "fp32")
     return "bf16" if narrow > 1.5 * wide else "fp32"
 
 
@@ -157,6 +158,40 @@ def product_rate(
         end = time.process_time() / torch.get_num_threads() if busy else time.perf_counter()
         seconds.append(end - begin)
     return 2 * size**3 / (sum(seconds[1:]) / rounds if busy else min(seconds))
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """`product_rate` of a device in ``"fp32"`` or ``"bf16"``, with the threads there are; measured once in a process."""
+    return _matrix_rate(
+        device, torch.bfloat16 if precision == "bf16" else torch.float32, torch.get_num_threads()
+    )
+
+
+@functools.cache
+def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    return product_rate(dtype, 8192 if device.type == "cuda" else 768, device=device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of a GPU, what torch allocated there; else resident memory (VmHWM)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return _peak_of_usage()
+
+
+def _peak_of_usage() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 def describe() -> dict[str, Any]:

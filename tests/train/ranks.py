@@ -43,6 +43,13 @@ def cases(run: RunConfig) -> dict[str, RunConfig]:
         "plain": run,
         "still": changed(run, {}, steps=1, learning_rate=0.0),
         "recomputed": changed(short, {}, activation_checkpointing=True),
+        "muon, ramp, average": changed(
+            changed(run, {}, steps=3, accumulate=4, ramp_from=2, ramp_steps=1, spike=9.0),
+            {},
+            optimizer="muon",
+            z_loss=1e-2,
+            ema=0.5,
+        ),
         "bf16 recomputed": changed(short, {}, activation_checkpointing=True, precision="bf16"),
         **mixers,
     }
@@ -97,7 +104,7 @@ def main() -> None:
     train(run, folder / "stopped and continued", begin="resume")
     if last:
         break_loss(2)
-    mistaken(folder, "broken", run)
+    mistaken(folder, "broken", changed(run, {}, skip_limit=1))
     plan_by_rank()
     train(changed(run, {}, minutes=1.0, steps=100), folder / "planned")
     dist.destroy_process_group()

@@ -111,6 +111,17 @@ def test_recomputed_blocks(shared, alone):
     assert_same(shared / "bf16 recomputed", alone / "bf16 recomputed", tolerance=1e-4)
 
 
+def test_settings_of_learning(shared, alone):
+    """Momentum and average lie in parts; both, and what was validated with the average, are those of one process."""
+    name = "muon, ramp, average"
+    assert_same(shared / name, alone / name, tolerance=1e-4)  # Muon's products are bf16
+    for file in ("model.safetensors", "training.safetensors", "optimizer.safetensors"):
+        got, want = (load_file(home / name / "checkpoints/step-00000003" / file) for home in (shared, alone))
+        assert got.keys() == want.keys()
+        for tensor, x in want.items():
+            assert torch.allclose(got[tensor], x, rtol=1e-3, atol=1e-4), (file, tensor)
+
+
 def test_the_same_files(shared, alone):
     """Names, types and shapes in checkpoints do not tell how many processes there were."""
     for step in ("step-00000003", "step-00000006"):
@@ -163,7 +174,7 @@ def test_mistakes_are_told_to_all(shared, config_file):
     # the second pass of the last rank is pass 1 + 2 of the run, in its second step
     batch = Batches(prepare(base(config_file).data).train, seq_len=32, batch_size=2, seed=0).batch(3)
     documents = sorted({d for d in batch.documents if d >= 0})
-    assert f"the loss became nan at step 2, in documents {documents}." in told("broken")
+    assert f"the loss became nan at step 2, in documents {documents};" in told("broken")
 
 
 def test_the_documented_command(config_file, tmp_path):

@@ -17,6 +17,7 @@ from retnet.settings import UserError, load
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.objective import Objective, evaluate
 from retnet.train.run_dir import differences
+from retnet.train.step_meter import MEASURED
 from retnet.train.trainer import train
 
 
@@ -36,7 +37,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def without_speed(lines: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def assert_identical(run_dir: Path, other: Path) -> None:
@@ -224,20 +225,15 @@ class TestEnds:
             return loss * float("nan") if next(calls) == 7 else loss  # the second pass of step 4
 
         monkeypatch.setattr(Objective, "forward", broken)
-        run = config(config_file)
+        run = config(config_file, skip_limit=1, eval_every=0)
         with pytest.raises(
-            UserError, match=r"loss became nan at step 4, in documents \[\d+.*train.learning_rate"
+            UserError, match=r"loss became nan at step 4.* in documents \[\d+.*train.learning_rate"
         ) as error:
             train(run, tmp_path / "run")
         batch = Batches(prepare(run.data).train, seq_len=32, batch_size=2, seed=0).batch(7)
         assert str(sorted({d for d in batch.documents if d >= 0})) in str(error.value)
-        assert (tmp_path / "run/checkpoints/last").read_text() == "step-00000003\n"
+        assert (tmp_path / "run/checkpoints/last").read_text() == "step-00000004\n"
         assert all(w.isfinite().all() for w in final_weights(tmp_path / "run").values())
-
-    def test_infinite_gradient_stops_before_the_step(self, config_file, tmp_path, monkeypatch):
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-        with pytest.raises(UserError, match="gradient became inf at step 1"):
-            train(config(config_file), tmp_path / "run")
 
     def test_a_vocabulary_smaller_than_the_tokenizer(self, config_file, tmp_path):
         run = load(RunConfig, config_file)
@@ -287,7 +283,7 @@ class TestEquivalences:
 
 def test_activation_checkpointing_is_felt(config_file):
     """Nothing but the inputs of blocks is kept."""
-    from retnet.train.trainer import recompute_blocks
+    from retnet.train.blocks import recompute_blocks
 
     run = load(RunConfig, config_file)
     saved = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from retnet.errors import UserError
@@ -21,15 +21,15 @@ def curves(runs: Sequence[tuple[str, RunSummary]], points: int) -> Figure:
     Where a curve has more points than can be seen, each is the mean of several, between the least and the greatest.
     """
     schedules = [_schedule(run) for _, run in runs]
-    sizes = {c.tokens_per_step if c else None for c in schedules}
+    sizes = {(c.tokens_per_step, c.ramp_steps, c.ramp_from) if c else None for c in schedules}
     by_tokens = len(sizes) > 1 and None not in sizes
     lines = [read_metrics(run.path) for _, run in runs]
     panels = []
     for title, key, label in PANELS:
         drawn = []
         for (name, _), schedule, read in zip(runs, schedules, lines, strict=True):
-            size = schedule.tokens_per_step if by_tokens and schedule else 1
-            known = [(float(line["step"] * size), line[key]) for line in read if key in line]
+            place: Callable[[int], float] = schedule.tokens_before if by_tokens and schedule else float
+            known = [(place(line["step"]), line[key]) for line in read if key in line]
             drawn.append(_line(name, known, points))
         panels.append(Panel(title, "tokens" if by_tokens else "steps", label, tuple(drawn)))
     return Figure("runs", tuple(panels))

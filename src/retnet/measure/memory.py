@@ -13,6 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from retnet.host import peak_memory
+
 GIB = 2**30
 UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
@@ -42,9 +44,7 @@ class Watch:
 
     def peak(self) -> int:
         """At most, beyond what was held at first."""
-        if self.device.type == "cuda":
-            return max(torch.cuda.max_memory_allocated(self.device) - self.before, 0)
-        return max(_peak_rss() - self.before, 0)
+        return max(peak_memory(self.device) - self.before, 0)
 
     def _held(self) -> int:
         if self.device.type == "cuda":
@@ -98,20 +98,3 @@ def in_bytes(nbytes: float) -> str:
 def _reset_mark() -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): VmHWM becomes VmRSS
-
-
-def _peak_rss() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return _peak_of_usage()
-
-
-def _peak_of_usage() -> int:
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

@@ -121,13 +121,13 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next(name for name, x in tensors.items() if not x.isfinite().all())
 
 
-def load_weights(model: LanguageModel, path: Path) -> None:
-    """Copies ``model.safetensors`` of a verified checkpoint into a model.
+def load_weights(model: LanguageModel, path: Path, file: str = "model.safetensors") -> None:
+    """Copies the weights in a file of a verified checkpoint into a model.
 
     Raises:
         UserError: tensors that are missing, unknown or misshapen, and all are listed; or numbers that are not finite.
     """
-    found, own = load_tensors(path / "model.safetensors"), weights(model)
+    found, own = load_tensors(path / file), weights(model)
     wrong = [f"{name} is missing" for name in own.keys() - found.keys()]
     wrong += [f"{name} is not part of the model" for name in found.keys() - own.keys()]
     wrong += [
@@ -137,8 +137,8 @@ def load_weights(model: LanguageModel, path: Path) -> None:
     ]
     if wrong:
         raise UserError(f"{path} does not fit its configuration: {'; '.join(sorted(wrong))}")
-    if (name := first_not_finite(found)) is not None:
-        raise UserError(f"{path} is damaged: {name} has numbers that are not finite; take another checkpoint")
+    if (bad := first_not_finite(found)) is not None:
+        raise UserError(f"{path} is damaged: {bad} has numbers that are not finite; take another checkpoint")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])

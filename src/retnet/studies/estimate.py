@@ -53,7 +53,7 @@ def plan(name: str, config: RunConfig, runs: int) -> RunEstimate:
     model, c = config.model, config.train
     model = replace(model, vocab_size=model.vocab_size or config.data.learned_vocab or 257)
     counted = cost(model, c.seq_len)
-    tokens = c.steps * c.tokens_per_step
+    tokens = c.tokens_before(c.steps)
     return RunEstimate(
         name,
         runs,

@@ -188,7 +188,7 @@ class QualityJob(Job):
         return {
             "learning_rate": self.run_config.train.learning_rate,
             "seed": self.run_config.train.seed,
-            "tokens": self.run_config.train.steps * self.run_config.train.tokens_per_step,
+            "tokens": self.run_config.train.tokens_before(self.run_config.train.steps),
             **sets.pop("model"),
             "sets": sets,
             "curve": _curve(folder / "run" / "metrics.jsonl"),

@@ -28,8 +28,8 @@ from retnet.settings import Checked, Count, UserError
 from retnet.studies.estimate import plan
 from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
+from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import RunConfig, TrainConfig
-from retnet.train.trainer import change_blocks, recompute_blocks
 
 KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables
 SHORT = 64  # tokens whose scores weigh nothing, from which memory that is linear in the length is reckoned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,16 @@ from retnet.model.checkpoint import (
     save_tensors,
     weights,
 )
+from retnet.train.averaging import AveragedWeights
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, collect, own_part, shard
 from retnet.train.initial_weights import fill
-from retnet.train.optimizer import adamw, optimizer_tensors, restore_optimizer
+from retnet.train.optimizer import optimizer_tensors, optimizers, restore_optimizers
 from retnet.train.run_dir import RunDirectory
+
+TRAINED = (
+    "training.safetensors"  # beside an average, which is the model: the weights that training goes on with
+)
 
 
 class Standing(NamedTuple):
@@ -34,13 +39,31 @@ class Standing(NamedTuple):
 
     step: int = 0  # steps done
     best: tuple[float, int] | None = None  # validation in bits per byte, and its step
+    skipped: int = 0  # steps of those done
+    norms: tuple[float, ...] = ()  # of the last gradients; see `StepFilter`
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Standing:
+        """From what JSON made of one, an older one too."""
+        best = plain["best"]
+        skipped, norms = plain.get("skipped", 0), tuple(plain.get("norms", ()))
+        return cls(plain["step"], (best[0], best[1]) if best else None, skipped, norms)
+
+
+class Learned(NamedTuple):
+    """What steps change: the model, its optimisers' memory, and the average of its weights, if one is kept."""
+
+    model: LanguageModel
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    average: AveragedWeights | None
 
 
 class _Saved(NamedTuple):
     """What the first rank begins with: of the newest checkpoint, or fresh from the seed."""
 
     model: LanguageModel  # on the CPU
-    memory: dict[str, Tensor]  # of the optimiser
+    memory: dict[str, Tensor]  # of the optimisers
+    average: dict[str, Tensor]  # of the weights; empty without one
     standing: Standing
 
 
@@ -55,43 +78,50 @@ class Checkpoints:
         # what identifies the tokens: a run goes on only with those it began with
         self._data = {"train": prepared.train.fingerprint, "validation": prepared.validation.fingerprint}
 
-    def begin(self) -> tuple[LanguageModel, torch.optim.AdamW, Standing]:
-        """The model and its optimiser on the device, and where they stand: as the newest checkpoint says, or fresh.
+    def begin(self) -> tuple[Learned, Standing]:
+        """The model and its optimisers on the device, and where they stand: as the newest checkpoint says, or fresh.
 
         The first rank's CPU holds the whole model until all ranks have their parts.
 
         Raises:
             UserError: the checkpoint is damaged, or of another corpus.
         """
-        ranks = self._ranks
+        ranks, c = self._ranks, self._config.train
         saved = ranks.lead(self._read)
-        step, best = ranks.tell(saved.standing if saved else Standing())
+        standing = Standing.of(ranks.tell((saved.standing if saved else Standing())._asdict()))
         model = saved.model if saved else _hollow(self._config)
         model = model.to(self._device) if ranks.alone else shard(model, self._device, ranks)
-        optimizer = adamw(model, self._config.train)
-        restore_optimizer(model, optimizer, saved.memory if saved else {}, ranks)
-        return model, optimizer, Standing(step, (best[0], best[1]) if best else None)
+        learners = optimizers(model, c)
+        restore_optimizers(model, learners, saved.memory if saved else {}, ranks)
+        average = AveragedWeights(model, c.ema, ranks) if c.ema else None
+        if average and standing.step:
+            average.restore(saved.average if saved else {})
+        return Learned(model, learners, average), standing
 
-    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, standing: Standing) -> None:
+    def save(self, learned: Learned, standing: Standing) -> None:
         """Writes a checkpoint. From several ranks, the first one's CPU gathers 12 bytes a parameter.
 
         Raises:
-            UserError: a weight or the optimiser's memory is not a finite number, which no checkpoint may hold.
+            UserError: a weight or the optimisers' memory is not a finite number, which no checkpoint may hold.
         """
-        bad = spoiled({**weights(model), **optimizer_tensors(model, optimizer)}, self._ranks)
+        model, average = learned.model, learned.average
+        memory = optimizer_tensors(model, learned.optimizers)
+        bad = spoiled({**weights(model), **memory}, self._ranks)
         if bad is not None:
             raise UserError(
                 f"{bad} is not finite after step {standing.step}, so nothing was saved; the last checkpoint is whole. "
                 "Try a lower train.learning_rate or more train.warmup_steps"
             )
-        whole = model
-        if not self._ranks.alone:
+        whole, trained, memory = model, None, collect(memory, self._ranks)
+        if average or not self._ranks.alone:
+            trained = collect(weights(model), self._ranks)
+            averages = collect(average.tensors, self._ranks) if average else {}
             whole = _hollow(self._config)
-            whole.load_state_dict(collect(weights(model), self._ranks), strict=False, assign=True)
-        memory = collect(optimizer_tensors(model, optimizer), self._ranks)
+            whole.load_state_dict({**trained, **averages}, strict=False, assign=True)
         state = {**standing._asdict(), "data": self._data}
         files: Files = {
             **model_files(whole),
+            **({TRAINED: lambda path: save_tensors(trained or {}, path)} if average else {}),
             "tokenizer.json": self._tokenizer.save,
             "optimizer.safetensors": lambda path: save_tensors(memory, path),
             "random.safetensors": lambda path: save_tensors(_random_state(self._device), path),
@@ -107,7 +137,7 @@ class Checkpoints:
         path = self._run.latest()
         if path is None:
             fill(model, self._config, self._run)
-            return _Saved(model, {}, Standing())
+            return _Saved(model, {}, {}, Standing())
         with told(f"read the checkpoint {path}", "--resume --checkpoint NAME takes another one"):
             state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         if state["data"] != self._data:
@@ -116,10 +146,14 @@ class Checkpoints:
                 "restore the files, or start a new run"
             )
         load_weights(model, path)
+        average = {}
+        if self._config.train.ema:
+            average = {name: x.clone() for name, x in weights(model).items()}
+            load_weights(model, path, TRAINED)
         _restore_random_state(load_tensors(path / "random.safetensors"), self._device)
-        standing = Standing(state["step"], tuple(state["best"]) if state["best"] else None)
+        standing = Standing.of(state)
         self._run.point(standing.step, standing.best[1] if standing.best else None)
-        return _Saved(model, load_tensors(path / "optimizer.safetensors"), standing)
+        return _Saved(model, load_tensors(path / "optimizer.safetensors"), average, standing)
 
 
 def spoiled(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:

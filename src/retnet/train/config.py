@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from retnet.data.config import DataConfig
 from retnet.model.config import ModelConfig
-from retnet.settings import PATH, At, Checked, Count
+from retnet.settings import PATH, At, Checked, Count, UserError
 
 Share = Annotated[float, At(least=0, most=1)]
 Momentum = Annotated[float, At(least=0, below=1)]
@@ -17,7 +17,7 @@ Momentum = Annotated[float, At(least=0, below=1)]
 class TrainConfig(Checked):
     """How to train. The defaults of the optimiser are the paper's (§4): AdamW, β = (0.9, 0.98), decay 0.05, clip 2.
 
-    One step reads ``batch_size · accumulate`` rows of `seq_len` tokens.
+    One step reads ``batch_size · accumulate`` rows of `seq_len` tokens, or fewer while the batch ramps up.
 
     Attributes:
         steps: of the optimiser; with `minutes`, the most there may be.
@@ -26,6 +26,10 @@ class TrainConfig(Checked):
         seq_len: tokens of a row.
         batch_size: rows of one forward and backward pass.
         accumulate: such passes in one step.
+        ramp_steps: over which the passes of a step rise evenly from `ramp_from` to `accumulate`; 0: there is no ramp.
+        ramp_from: passes of the first step, of which `accumulate` is a multiple, and all between are.
+        optimizer: adamw, or muon for the matrices of blocks beside AdamW for all else, with one learning rate.
+        momentum: of muon; None is 0.95.
         learning_rate: at its peak.
         schedule: of the learning rate after its rise; wsd is warm-up, stable, decay.
         warmup_steps: over which the learning rate rises.
@@ -35,6 +39,10 @@ class TrainConfig(Checked):
         beta2: of AdamW, for its square.
         weight_decay: of matrices; norms have none.
         clip: of the gradient's norm; 0 is none.
+        spike: skip a step whose gradient's norm is more than so many times the median of the last 100; 0 skips none.
+        skip_limit: steps skipped in a row, as spikes or for numbers that are not finite, after which a run saves and ends.
+        z_loss: weight of (log Z)² in what is learned, Z being the softmax's normaliser; 0 is none. The loss shown has none.
+        ema: decay of the moving average of weights, which then is the model of a checkpoint; 0 is none.
         seed: of weights, order of the data, dropout.
         start_from: a run, checkpoint or folder whose weights a new run begins with; None is fresh ones.
         precision: of products; auto takes bf16 where the hardware is faster with it.
@@ -55,6 +63,10 @@ class TrainConfig(Checked):
     seq_len: Count = 512
     batch_size: Count = 16
     accumulate: Count = 1
+    ramp_steps: Annotated[int, At(least=0)] = 0
+    ramp_from: Count = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    momentum: Momentum | None = None
     learning_rate: Annotated[float, At(least=0, most=1e3)] = 6e-4
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
     warmup_steps: Annotated[int, At(least=0)] = 100
@@ -64,6 +76,10 @@ class TrainConfig(Checked):
     beta2: Momentum = 0.98
     weight_decay: Annotated[float, At(least=0, most=1e3)] = 0.05
     clip: Annotated[float, At(least=0)] = 2.0
+    spike: Annotated[float, At(least=0)] = 0.0
+    skip_limit: Count = 3
+    z_loss: Annotated[float, At(least=0, most=1)] = 0.0
+    ema: Annotated[float, At(least=0, below=1)] = 0.0
     seed: int = 0
     start_from: Annotated[str, PATH] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -78,10 +94,43 @@ class TrainConfig(Checked):
     keep: Count = 2
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum is not None and self.optimizer != "muon":
+            raise UserError(
+                f"momentum is of optimizer 'muon', and optimizer is {self.optimizer!r}; AdamW has beta1 for it"
+            )
+        if 0 < self.spike <= 1:
+            raise UserError(f"spike is {self.spike}; it must be above 1, or 0 to skip none")
+        if self.ramp_from != 1 and not self.ramp_steps:
+            raise UserError(
+                f"ramp_from is {self.ramp_from} and ramp_steps 0, so that there is no ramp; set both"
+            )
+        if self.accumulate % self.ramp_from:
+            raise UserError(
+                f"ramp_from is {self.ramp_from}; accumulate, which is {self.accumulate}, must be a multiple of it"
+            )
+
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one step learns from."""
+        """Tokens that one step learns from, after the ramp."""
         return self.batch_size * self.accumulate * self.seq_len
+
+    def passes(self, step: int) -> int:
+        """Forward and backward passes of step 0, 1, …: in a ramp every multiple of `ramp_from` for equally many steps."""
+        if step >= self.ramp_steps:
+            return self.accumulate
+        multiples = self.accumulate // self.ramp_from
+        return self.ramp_from * (1 + step * (multiples - 1) // self.ramp_steps)
+
+    def passes_before(self, step: int) -> int:
+        """Of all steps before this one together, which is where its first batch lies in the order of the data."""
+        ramp = sum(self.passes(before) for before in range(min(step, self.ramp_steps)))
+        return ramp + self.accumulate * max(0, step - self.ramp_steps)
+
+    def tokens_before(self, step: int) -> int:
+        """That all steps before this one learn from."""
+        return self.passes_before(step) * self.batch_size * self.seq_len
 
 
 @dataclass(frozen=True)

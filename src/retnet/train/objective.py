@@ -16,18 +16,28 @@ from retnet.train.distributed import ALONE, Ranks
 
 
 class Objective(nn.Module):
-    """Summed cross entropy of the next token, in nats: one module with one forward pass, to be compiled or wrapped."""
+    """Summed cross entropy of the next token, in nats: one module with one forward pass, to be compiled or wrapped.
 
-    def __init__(self, model: LanguageModel) -> None:
+    Args:
+        model: that predicts.
+        z_loss: weight of the z-loss, (log Z)² summed over the targets that count, with Z = Σ exp(logits) (PaLM, §5: 1e-4).
+            It draws log Z to 0, so that logits do not drift. It is learned from and not shown: the gradient has it, the
+            value is the cross entropy alone.
+    """
+
+    def __init__(self, model: LanguageModel, z_loss: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.z_loss = model, z_loss
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Tokens and targets int64 [B,T], documents bounded by `cu_seqlens` in the rows laid end to end; a scalar, fp32."""
-        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens)
-        return F.cross_entropy(
-            logits.squeeze(0).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens).squeeze(0).float()
+        targets = targets.flatten()
+        nats: Tensor = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        if not self.z_loss or not self.training:
+            return nats
+        z: Tensor = self.z_loss * ((targets != IGNORED) * logits.logsumexp(-1).square()).sum()
+        return nats + (z - z.detach())
 
 
 def count(batches: Iterable[Batch]) -> int:

@@ -1,20 +1,48 @@
-"""AdamW as in the paper (§4), its learning-rate schedule, and its moments in checkpoints."""
+"""Optimisers: AdamW as in the paper (§4), Muon beside it; the learning-rate schedule; their memory in checkpoints."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from retnet.model import LanguageModel
 from retnet.train.config import TrainConfig
 from retnet.train.distributed import ALONE, Ranks, spread
 
+MUON_MOMENTUM = 0.95
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay on matrices alone, not on norms."""
-    parameters = list(model.parameters())
+
+def optimizers(model: LanguageModel, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimisers of a model, which together have all its parameters: AdamW, or Muon and AdamW.
+
+    Muon (momentum, Nesterov, update made orthogonal by five Newton-Schulz iterations in bf16) has the weights of the linear
+    layers inside blocks, and AdamW all else: embedding, head, norms, and what mixers learn beside their products. Muon's
+    updates are scaled by 0.2 · √max(rows, columns) to the size that AdamW's have (Liu et al. 2025, "Muon is scalable for
+    LLM training", §2.2), so both take one learning rate and one weight decay.
+    """
+    if config.optimizer == "adamw":
+        return (adamw(model, config),)
+    products = [
+        module.weight for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)
+    ]
+    matrices = list(dict.fromkeys(products))
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=MUON_MOMENTUM if config.momentum is None else config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return muon, adamw(model, config, without=matrices)
+
+
+def adamw(model: nn.Module, config: TrainConfig, without: Sequence[Tensor] = ()) -> torch.optim.AdamW:
+    """AdamW over all parameters but some; weight decay on matrices alone, not on norms."""
+    left_out = set(without)
+    parameters = [p for p in model.parameters() if p not in left_out]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -44,25 +72,30 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * (floor + (1 - floor) * left)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's memory by parameter and kind, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimisers' memory by parameter and kind, such as ``"blocks.0.ffn.fc1.weight/exp_avg"``."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
         for parameter, memory in optimizer.state.items()
         for key, value in memory.items()
     }
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE
+def restore_optimizers(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Gives an optimiser the memory that `optimizer_tensors` wrote down, which of several ranks the first has."""
+    """Gives optimisers the memory that `optimizer_tensors` wrote down, which of several ranks the first has."""
     parameters = dict(model.named_parameters())
+    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name in ranks.tell(list(tensors)):
         parameter, _, key = name.rpartition("/")
         own = parameters[parameter]
         # the step is a number beside its parameter; moments are shaped, typed and shared among ranks as it is
         memory = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own)
         spread(tensors.get(name), memory, ranks)
-        optimizer.state[own][key] = memory
+        owners[own].state[own][key] = memory

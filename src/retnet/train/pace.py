@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from retnet.train.config import TrainConfig
 
-RECENT = 20  # steps whose median says how long the next one takes
+RECENT = 20  # steps whose median, per pass, says how long the next one takes
 SLOW = 2  # steps at the beginning that do not count: memory is mapped and kernels are compiled in them
 MEASURED = 8  # steps that count before a run is planned, at least
 PART = 0.06  # of the minutes that are measured before a run is planned, at least
@@ -36,11 +36,11 @@ class Pace:
         self._validation: float | None = None
         self._save = 0.0
 
-    def step(self, seconds: float) -> None:
-        """Notes a step."""
+    def step(self, seconds: float, passes: int = 1) -> None:
+        """Notes a step of so many passes."""
         self._steps += 1
         if self._steps > SLOW:
-            self._recent.append(seconds)
+            self._recent.append(seconds / passes)
             self._measured += seconds
 
     def validation(self, seconds: float) -> None:
@@ -71,13 +71,14 @@ class Pace:
 
     def _needed(self, step: int, steps: int, c: TrainConfig) -> float:
         """Seconds from after `step` to the end of a run of so many steps."""
-        one = statistics.median(self._recent)
+        one = statistics.median(self._recent)  # pass
         validation = self._validation
         if validation is None:
-            validation = FORWARD * one * self._tokens / c.tokens_per_step
+            validation = FORWARD * one * self._tokens / (c.batch_size * c.seq_len)
         validations = 1 + (((steps - 1) // c.eval_every - step // c.eval_every) if c.eval_every else 0)
         saves = validations + (steps - 1) // c.checkpoint_every - step // c.checkpoint_every
-        return (steps - step) * one + validations * validation + saves * self._save
+        passes = c.passes_before(steps) - c.passes_before(step)
+        return passes * one + validations * validation + saves * self._save
 
 
 def fitted(c: TrainConfig, steps: int, done: int) -> TrainConfig:

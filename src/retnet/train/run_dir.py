@@ -7,6 +7,7 @@ files `best` and `last` in `checkpoints/` name one each.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -36,6 +37,7 @@ HARMLESS = frozenset(
         "keep",
         "tensorboard",
         "start_from",
+        "skip_limit",
     )
 ) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
 PLAN = "plan.json"
@@ -243,13 +245,18 @@ def _name(step: int) -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`, one object a line, in the order of steps; and TensorBoard if wanted."""
+    """`metrics.jsonl`, one object a line, in the order of steps; and TensorBoard if wanted.
+
+    Every line has its step and the seconds that the run has taken up to it, in all calls together.
+    """
 
     def __init__(self, run: RunDirectory, step: int, tensorboard: bool) -> None:
         path = run.path / "metrics.jsonl"
         self._run = run
         with run.writing():
             lines = list(_until(path, step)) if path.is_file() else []
+            before = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
+            self._began = time.monotonic() - before
             write_text(path, "".join(lines))  # a continued run repeats the steps after its checkpoint
             self._file = path.open("a", encoding="utf-8")
         self._board = _board(run.path / "tensorboard", step) if tensorboard else None
@@ -257,11 +264,15 @@ class Metrics:
     def write(self, step: int, **values: float) -> None:
         """Appends what was measured at the end of a step; the line is with the system before this returns.
 
+        Numbers that are not finite, for which JSON has no word, are left out.
+
         Raises:
             UserError: it cannot be written; says which checkpoint is whole.
         """
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, "seconds": round(time.monotonic() - self._began, 3), **values}
         with told(f"write {self._file.name}", self._run.whole):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             if self._board is not None:
                 for name, value in values.items():

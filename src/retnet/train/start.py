@@ -38,6 +38,11 @@ def check(
             f"train.accumulate is {c.accumulate}, and {ranks.world} processes cannot share so many passes of a step "
             f"evenly; set it to a multiple of {ranks.world}{_same_step(c, ranks.world)}"
         )
+    if c.ramp_steps and c.ramp_from % ranks.world:
+        raise UserError(
+            f"train.ramp_from is {c.ramp_from}, and {ranks.world} processes cannot share so many passes of the first steps "
+            f"evenly; set it to a multiple of {ranks.world}"
+        )
     if c.threads:
         torch.set_num_threads(c.threads)
     return ranks.device(c.device)

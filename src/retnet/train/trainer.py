@@ -1,6 +1,6 @@
 """The training loop: from a configuration to a run directory, exactly resumable.
 
-What a step computes is a function of the configuration and of what the last checkpoint holds: weights, the optimiser's
+What a step computes is a function of the configuration and of what the last checkpoint holds: weights, the optimisers'
 memory, the random state, and the step itself, which is all the data loader needs. A run that was killed and continued
 therefore ends with the weights of one that never was.
 """
@@ -11,23 +11,20 @@ import functools
 import math
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from retnet.data import Batch, Batches, Prepared
-from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
+from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, complete, processes
@@ -36,9 +33,10 @@ from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import Metrics, RunDirectory
+from retnet.train.signals import signals
 from retnet.train.start import Begin, check, owned, prepare_data, resolve, start_from
-
-Forward = Callable[..., Any]
+from retnet.train.step_filter import StepFilter
+from retnet.train.step_meter import StepMeter
 
 
 class Outcome(NamedTuple):
@@ -73,8 +71,8 @@ def train(
 
     Raises:
         UserError: the directory holds a run already (or none to resume, or one of another configuration, or another
-            process trains in it), the data cannot be used, the processes cannot share a step, or a loss, gradient or
-            weight is not a finite number.
+            process trains in it), the data cannot be used, the processes cannot share a step, a weight is not a finite
+            number, or too many steps in a row had to be skipped.
     """
     run, began = RunDirectory(Path(run_dir)), time.monotonic()
     with processes() as ranks, ExitStack() as stack:
@@ -95,7 +93,7 @@ def train(
         if changed := ranks.tell(changed):
             ranks.lead(lambda: run.change(config, trainer.step, changed))
             progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
-        with _signals() as stopped:
+        with signals() as stopped:
             return trainer.loop(stopped)
 
 
@@ -116,8 +114,11 @@ class _Trainer:
         self.device, self.ranks = device, ranks
         c = config.train
         self.checkpoints = Checkpoints(config, run, prepared, device, ranks)
-        self.model, self.optimizer, (self.step, self.best) = self.checkpoints.begin()
-        self.objective: nn.Module = Objective(self.model)
+        self.learned, standing = self.checkpoints.begin()
+        self.model, self.step, self.best = self.learned.model, standing.step, standing.best
+        self.filter = StepFilter(c, standing.norms, standing.skipped)
+        self.meter = StepMeter(config, device, ranks.world)
+        self.objective: nn.Module = Objective(self.model, c.z_loss)
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
@@ -134,32 +135,32 @@ class _Trainer:
         self.batches = Batches(prepared.train, **sizes)
         self.held_out = Batches(prepared.validation, **sizes)
         self.quality: Quality | None = None
+        self.problem = ""  # of the last step that was skipped
         held_out = prepared.validation.num_tokens
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
 
     def loop(self, stopped: Sequence[signal.Signals]) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
-        saved, busy, logged = self.step, 0.0, self.step  # seconds of learning since the last logged step
+        saved = self.step
         metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
             closing(metrics) if metrics else nullcontext(),
             self.progress.training(self.config, self.model, self.step),
         ):
-            while not (signals := self._noted(stopped)) and self.step < self.config.train.steps:
-                begin = time.perf_counter()
+            while not (received := self._noted(stopped)) and self.step < self.config.train.steps:
                 loss, norm = self._learn()
-                seconds = time.perf_counter() - begin
-                self.step, busy = self.step + 1, busy + seconds
-                self.pace.step(seconds)
                 c = self.config.train
                 last, improved = self.step == c.steps, False
                 if last or self.step % c.log_every == 0:
-                    rate = (self.step - logged) * c.tokens_per_step / busy
-                    lr = learning_rate(self.step - 1, c)
-                    self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, tokens_per_s=rate)
-                    self.progress.step(self.step, loss, rate, self.pace.left(self.step, c))
-                    busy, logged = 0.0, self.step
+                    lr, measured = learning_rate(self.step - 1, c), self.meter.line()
+                    counted = {"skipped_steps": self.filter.skipped}
+                    self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
+                    left = self.pace.left(self.step, c)
+                    self.progress.step(self.step, loss, measured["tokens_per_s"], left)
+                if self.filter.ended:
+                    self._save()
+                    self._end_skipping()
                 if last or (c.eval_every and self.step % c.eval_every == 0):
                     improved = self._validate(metrics)
                 if last or improved or self.step % c.checkpoint_every == 0:
@@ -173,8 +174,8 @@ class _Trainer:
             if saved != self.step:
                 self._save()
         steps = self.config.train.steps
-        if signals:
-            self.progress.say(f"{signals[0]}: saved at step {self.step} of {steps}; --resume continues")
+        if received:
+            self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
         return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
 
     def _plan(self) -> None:
@@ -200,15 +201,45 @@ class _Trainer:
         return [name for name in self.ranks.gather(stopped[0].name if stopped else None) if name]
 
     def _learn(self) -> tuple[float, float]:
-        """One step of the optimiser; returns the loss in nats per token and the norm of the gradient before clipping.
+        """One step; returns the loss in nats per token and the norm of the gradient before clipping.
+
+        The optimisers make it, unless its loss or gradient is not finite or a spike: then nothing but the step changes.
+        """
+        begin, c = time.perf_counter(), self.config.train
+        loss, batches, waited = self._backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        length = float(complete(norm, self.ranks))
+        if problem := self.filter.problem(loss, length):
+            self._skip(problem, batches)
+        else:
+            if c.clip:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), c.clip, norm)
+            lr = learning_rate(self.step, c)
+            for optimizer in self.learned.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            if self.learned.average:
+                self.learned.average.update(self.step + 1)
+        self.model.zero_grad(set_to_none=True)
+        seconds, passes = time.perf_counter() - begin, c.passes(self.step)
+        self.meter.step(passes * c.batch_size * c.seq_len, seconds, waited)
+        self.pace.step(seconds, passes)
+        self.step += 1
+        return loss, length
+
+    def _backward(self) -> tuple[float, list[Batch], float]:
+        """Gradients of a step: the loss in nats per token, batches that may have spoiled it, seconds until all were there.
 
         Of the passes of a step, this process makes those whose number is its rank modulo the number of processes.
         """
-        c = self.config.train
+        c, begin = self.config.train, time.perf_counter()
         self.objective.train()
-        first = self.step * c.accumulate
-        places = range(first + self.ranks.rank, first + c.accumulate, self.ranks.world)
+        first = c.passes_before(self.step)
+        places = range(first + self.ranks.rank, first + c.passes(self.step), self.ranks.world)
         batches = [self.batches.batch(place) for place in places]
+        waited = time.perf_counter() - begin
         targets = sum(self.ranks.gather(count(batches)))
         losses = []
         for place, batch in zip(places, batches, strict=True):
@@ -219,39 +250,60 @@ class _Trainer:
             (nats / targets).backward()
             losses.append(float(nats.detach()))
         total = sum(self.ranks.gather(sum(losses)))
-        broken = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-        self._require_finite(total, "loss", broken)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
-        length = float(complete(norm, self.ranks))
-        self._require_finite(length, "gradient", batches)
-        lr = learning_rate(self.step, c)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total / targets, length
+        if not math.isfinite(total):
+            batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
+        return total / targets, batches, waited
 
-    def _require_finite(self, number: float, what: str, batches: Sequence[Batch]) -> None:
-        """Ends the run where a number, the same on all ranks, is not finite; names the documents of all."""
-        if math.isfinite(number):
-            return
+    def _skip(self, problem: str, batches: Sequence[Batch]) -> None:
+        """Says which step is skipped, why, and where it began: in which tensor, with which documents, of all ranks.
+
+        Raises:
+            UserError: a weight is not finite, so that there will never be a step to take.
+        """
+        step = self.step + 1
         if (bad := spoiled(weights(self.model), self.ranks)) is not None:  # not the documents' doing
             raise UserError(
-                f"the {what} became {number} at step {self.step + 1}, since {bad} is not finite after step {self.step}; "
+                f"{problem} at step {step}, since {bad} is not finite after step {self.step}; "
                 "the last checkpoint is whole. Try a lower train.learning_rate or more train.warmup_steps"
             )
+        # backwards: a gradient that is not finite spoils those of all layers below
+        named = reversed(list(self.model.named_parameters()))
+        first = spoiled({name: p.grad for name, p in named if p.grad is not None}, self.ranks)
+        where = f"; its gradient is not finite from {first} on down" if first else ""
         mine = [d for batch in batches for d in batch.documents if d >= 0]
-        documents = sorted({d for documents in self.ranks.gather(mine) for d in documents})
+        documents = sorted({d for found in self.ranks.gather(mine) for d in found})
+        self.problem = f"{problem} at step {step}, in documents {documents}{where}"
+        self.progress.say(f"skipped: {self.problem}")
+
+    def _end_skipping(self) -> None:
+        """Ends a run whose last steps were all skipped; its checkpoint is written."""
         raise UserError(
-            f"the {what} became {number} at step {self.step + 1}, in documents {documents}. The weights of that step "
-            "were not touched; the last checkpoint is whole. Try a lower train.learning_rate, more train.warmup_steps, a "
-            f"smaller train.clip (now {self.config.train.clip}), train.precision = 'fp32', or look at those documents"
+            f"{self.filter.in_a_row} steps in a row were skipped, the last since {self.problem}. Their steps changed no "
+            f"weight; saved at step {self.step}, and --resume goes on with the documents after it. If that happens again, "
+            "begin a run with a lower train.learning_rate, more train.warmup_steps, a smaller train.clip "
+            f"(now {self.config.train.clip}), another train.spike or train.precision = 'fp32', or look at those documents"
         )
 
     def _validate(self, metrics: Metrics | None) -> bool:
-        """Measures the validation split; True if it never was better."""
-        begin, shards = time.perf_counter(), self.prepared.validation
-        self.quality = evaluate(
+        """Measures the validation split; True if it never was better. Where weights are averaged, the average counts."""
+        begin, average = time.perf_counter(), self.learned.average
+        with average.in_place() if average else nullcontext():
+            self.quality = self._evaluate()
+        bits = self.quality.bits_per_byte
+        found = {"validation_loss": self.quality.loss, "validation_bits_per_byte": bits}
+        if average:
+            found["validation_bits_per_byte_not_averaged"] = self._evaluate().bits_per_byte
+        self.pace.validation(time.perf_counter() - begin)
+        self._note(metrics, **found)
+        self.progress.validated(self.step, bits)
+        improved = self.best is None or bits < self.best[0]
+        if improved:
+            self.best = (bits, self.step)
+        return improved
+
+    def _evaluate(self) -> Quality:
+        shards = self.prepared.validation
+        return evaluate(
             self.objective,
             self.held_out,
             bytes_per_token=shards.num_bytes / shards.num_tokens,
@@ -260,14 +312,6 @@ class _Trainer:
             max_tokens=self.config.train.eval_tokens,
             ranks=self.ranks,
         )
-        self.pace.validation(time.perf_counter() - begin)
-        bits = self.quality.bits_per_byte
-        self._note(metrics, validation_loss=self.quality.loss, validation_bits_per_byte=bits)
-        self.progress.validated(self.step, bits)
-        improved = self.best is None or bits < self.best[0]
-        if improved:
-            self.best = (bits, self.step)
-        return improved
 
     def _note(self, metrics: Metrics | None, **values: float) -> None:
         """Writes a line of metrics; the first rank has the file, and all hear of it when it cannot be written."""
@@ -275,40 +319,6 @@ class _Trainer:
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        self.checkpoints.save(self.model, self.optimizer, Standing(self.step, self.best))
+        standing = Standing(self.step, self.best, self.filter.skipped, self.filter.norms)
+        self.checkpoints.save(self.learned, standing)
         self.pace.save(time.perf_counter() - begin)
-
-
-def recompute_blocks(model: LanguageModel) -> None:
-    """Keeps only the inputs of blocks for the backward pass."""
-    change_blocks(model, lambda forward: functools.partial(checkpoint, forward, use_reentrant=False))
-
-
-def change_blocks(model: LanguageModel, change: Callable[[Forward], Forward]) -> None:
-    """Wraps the forward pass of every block, from outside: names of weights and hooks of modules stay as they are."""
-    for block in model.blocks:
-        block.forward = change(block.forward)
-
-
-@contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and Ctrl-C, to end after the step in hand; a second one ends at once.
-
-    In another thread than the main one there are none, and who started the thread has to see to them.
-    """
-    received: list[signal.Signals] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number))
-
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
