@@ -36,7 +36,9 @@ class Day:
         self.out, self.rehearsal, self.say = out, rehearsal, say
         self.steps = [step for step in plan.STEPS if step in only]
         self.end = time.time() + seconds
-        self.parts = [part for part in plan.PARTS if part.step in only and plan.is_possible(part)]
+        parts = [part for part in plan.PARTS if part.step in only and plan.is_possible(part)]
+        # a rehearsal leaves nothing out, and starts a process a step
+        self.parts = [part._replace(rank=1) for part in parts] if rehearsal else parts
         self.failed: set[tuple[str, str]] = set()  # in this call; the next one tries again
         self.stopped = False
 
