@@ -538,11 +538,17 @@ def test_a_step_does_not_outlive_the_call_that_was_killed(tmp_path):
         if record.is_file() and steps:
             break
         time.sleep(0.1)
-    family = [*steps, *steps[0].children(recursive=True)]
+    workers = []
+    while not workers:
+        workers = [p for p in steps[0].children(recursive=True) if "tools.gpu_day.cases" in p.cmdline()]
+        time.sleep(0.1)
+    workers[0].suspend()
     call.kill()
     call.wait()
-    _, alive = psutil.wait_procs(family, timeout=15)
-    assert not alive
+    _, alive = psutil.wait_procs([*steps, *workers], timeout=15)
+    assert not [process for process in alive if not gone(process.pid)]
+    parts = Notebook(tmp_path, "verify", True).parts()
+    assert not any(part.get("found", {}).get("wrong") for part in parts.values())
     assert Notebook(tmp_path, "verify", True).open() is not None
     Notebook(tmp_path, "verify", True).close()
     assert Notebook(tmp_path, "verify", True).open() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 
@@ -24,10 +25,14 @@ def members(mark: str) -> list[psutil.Process]:
 
 
 def end(mark: str) -> None:
-    """SIGKILL to all of them, which ends a stopped process, too."""
+    """SIGKILL to all of them, the oldest first, which ends a stopped process, too."""
     until = time.monotonic() + PATIENCE
     while (left := members(mark)) and time.monotonic() < until:
-        for process in left:
+        for process in sorted(left, key=lambda process: process.pid):
             with suppress(psutil.Error):
                 process.kill()
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    end(sys.argv[1])

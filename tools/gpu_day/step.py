@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -75,8 +76,8 @@ def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], d
 def _end_without(starter: int) -> None:
     """Ends this process and its workers when the one that started it is gone: nobody else would, and they hold the card.
 
-    Whoever minds SIGTERM (a study) has time to save its work; all others die at once, for a signal that ends this process
-    would leave nobody to end workers that do not listen.
+    Whoever minds SIGTERM (a study) has time to save its work. All others are killed by another process, this one first: it
+    would take the death of its workers for an answer, and a signal that ends it would leave nobody to end them.
     """
     while os.getppid() == starter:
         time.sleep(GLANCE)
@@ -84,7 +85,9 @@ def _end_without(starter: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
     if mark := os.environ.get(family.MARK):
-        family.end(mark)
+        environment = {name: value for name, value in os.environ.items() if name != family.MARK}
+        words = [sys.executable, "-m", "tools.gpu_day.family", mark]
+        subprocess.Popen(words, env=environment, start_new_session=True).wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
