@@ -22,6 +22,7 @@ from retnet.settings import config_path, load, parse_overrides
     "--init", metavar="FROM", type=HomeText(), help="Begin with the weights of a run, checkpoint or folder."
 )
 @click.option("--verify", is_flag=True, help="Read all text and all shards again; trust no times and sizes.")
+@click.option("--profile", is_flag=True, help="Trace three steps, for Perfetto, into profile/ of the run.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(
     config: str,
@@ -31,6 +32,7 @@ def command(
     checkpoint: str | None,
     init: str | None,
     verify: bool,
+    profile: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
@@ -55,6 +57,7 @@ def command(
             begin="resume-or-start" if resume_or_start else "resume" if resume or checkpoint else "new",
             checkpoint=checkpoint,
             verify=verify,
+            profile=profile,
             progress=TrainingProgress(),
         )
     if speaks and outcome.finished and outcome.quality is not None:

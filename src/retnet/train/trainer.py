@@ -12,8 +12,8 @@ import math
 import random
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +56,7 @@ def train(
     begin: Begin = "new",
     checkpoint: str | None = None,
     verify: bool = False,
+    profile: bool = False,
     progress: TrainingProgress | None = None,
 ) -> Outcome:
     """Trains a model into a run directory, in this process or in all those that torchrun started.
@@ -67,6 +68,7 @@ def train(
             checkpoint, or from the start if it has none yet; ``"resume-or-start"``: whichever fits.
         checkpoint: a checkpoint of the run to go on from instead; later ones are set aside.
         verify: read all text and all shards again, and trust no times and sizes; see `retnet.data.prepare`.
+        profile: trace a few steps into `profile/` of the run; of several processes, those of the first.
         progress: where to show how it goes, of several processes the first; default: nowhere.
 
     Raises:
@@ -94,7 +96,7 @@ def train(
             ranks.lead(lambda: run.change(config, trainer.step, changed))
             progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
         with signals() as stopped:
-            return trainer.loop(stopped)
+            return trainer.loop(stopped, profile)
 
 
 class _Trainer:
@@ -140,19 +142,21 @@ class _Trainer:
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
 
-    def loop(self, stopped: Sequence[signal.Signals]) -> Outcome:
+    def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
         saved = self.step
         metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
             closing(metrics) if metrics else nullcontext(),
             self.progress.training(self.config, self.model, self.step),
+            self._profiled(profile) as after_step,
         ):
             while not (received := self._noted(stopped)) and self.step < self.config.train.steps:
                 loss, norm = self._learn()
+                after_step()
                 c = self.config.train
                 last, improved = self.step == c.steps, False
-                if last or self.step % c.log_every == 0:
+                if last or self.filter.ended or self.step % c.log_every == 0:
                     lr, measured = learning_rate(self.step - 1, c), self.meter.line()
                     counted = {"skipped_steps": self.filter.skipped}
                     self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
@@ -177,6 +181,14 @@ class _Trainer:
         if received:
             self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
         return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
+
+    def _profiled(self, wanted: bool) -> AbstractContextManager[Callable[[], None]]:
+        """What traces steps: yields what is called after each."""
+        if not wanted or not self.ranks.first:
+            return nullcontext(lambda: None)
+        from retnet.train.profiling import profiled
+
+        return profiled(self.run.path / "profile", self.step, self.device, self.progress.say)
 
     def _plan(self) -> None:
         """Fits the run into its minutes; the first rank decides.
@@ -206,7 +218,8 @@ class _Trainer:
         The optimisers make it, unless its loss or gradient is not finite or a spike: then nothing but the step changes.
         """
         begin, c = time.perf_counter(), self.config.train
-        loss, batches, waited = self._backward()
+        with torch.profiler.record_function("forward and backward"):
+            loss, batches, waited = self._backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         length = float(complete(norm, self.ranks))
