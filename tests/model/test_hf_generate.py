@@ -233,7 +233,7 @@ def test_what_a_recurrent_state_cannot_do_is_said():
         cache.crop(-1)
     with pytest.raises(UserError, match="takes no keys and values"):
         cache.update(ids, ids, 0)
-    for kind in ("static", "offloaded", "dynamic"):
+    for kind in ("static", "offloaded", "quantized"):
         with pytest.raises(UserError, match=f"cache_implementation is '{kind}'.*leave it unset"):
             generate(model, ids, cache_implementation=kind)
     with pytest.raises(UserError, match="past_key_values is a DynamicCache"):
@@ -248,6 +248,22 @@ def test_what_a_recurrent_state_cannot_do_is_said():
         model(ids, output_attentions=True)
 
 
+def test_what_tokenizers_and_defaults_pass_is_taken():
+    model, _ = pair()
+    ids = tokens(2, 5)
+    want, zeros = generate(model, ids), torch.zeros_like(ids)
+    assert torch.equal(generate(model, ids, token_type_ids=zeros), want)
+    assert torch.equal(generate(model, ids, cache_implementation="dynamic"), want)
+    assert torch.equal(model(ids, token_type_ids=zeros).logits, model(ids).logits)
+    for call in (
+        lambda: generate(model, ids, token_type_ids=zeros + 1),
+        lambda: model(ids, token_type_ids=zeros + 1),
+        lambda: model.model(ids, token_type_ids=zeros + 1),
+    ):
+        with pytest.raises(UserError, match="token_type_ids tell segments of a text apart"):
+            call()
+
+
 def test_mistakes_are_answered():
     model, _ = pair()
     ids = tokens(2, 5)
@@ -258,7 +274,8 @@ def test_mistakes_are_answered():
         (lambda: model(), "either input_ids or inputs_embeds"),
         (lambda: model(ids, attention_mask=torch.ones(2, 3)), r"attention_mask has shape \(2, 3\)"),
         (lambda: model(ids, attention_mask=torch.ones(2, 1, 5, 5)), r"allowed: \[B,T\] = \(2, 5\)"),
-        (lambda: model(ids, position_ids=ids), "forward takes no position_ids"),
+        (lambda: model(ids, position_ids=ids), "forward takes no position_ids; positions come from"),
+        (lambda: model(ids, head_mask=ids), "forward takes no head_mask; leave it out"),
         (
             lambda: generate(model, ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0], [1] * 5])),
             "pad on the left",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
@@ -12,6 +13,18 @@ from retnet.settings import UserError
 
 # What `generate` keeps for its ways of decoding and hands on with the model's own arguments.
 _MODE_ARGUMENTS = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
+
+
+def require_one_segment(token_type_ids: Tensor | None) -> None:
+    """Lets pass what tokenizers give with every text, and refuses what a model without segments would not see.
+
+    Raises:
+        UserError: the ids tell segments of a text apart.
+    """
+    if token_type_ids is not None and not torch.compiler.is_compiling() and token_type_ids.any():
+        raise UserError(
+            "token_type_ids tell segments of a text apart, which this model has no embeddings for; leave them out"
+        )
 
 
 class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transformers has no types
@@ -33,6 +46,9 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
             )
         for name in _MODE_ARGUMENTS:
             kwargs.pop(name, None)
+        segments = kwargs.pop("token_type_ids", None)
+        if is_first_iteration:
+            require_one_segment(segments)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -53,10 +69,10 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
         max_cache_length: int,
     ) -> None:
         """Called by `generate`, which else would make a cache of keys and values."""
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic"):  # transformers' own default
             raise UserError(
                 f"cache_implementation is {generation_config.cache_implementation!r}, but the state of a recurrent "
-                "model is constant in size, neither static nor dynamic; leave it unset"
+                "model is constant in size and always whole; leave it unset"
             )
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         if mask is not None and not mask[:, -1].all():

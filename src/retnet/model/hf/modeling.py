@@ -20,11 +20,13 @@ from retnet.mixers import Mixer
 from retnet.model.config import ModelConfig
 from retnet.model.hf.cache import RetNetCache, require_states
 from retnet.model.hf.config import RetNetConfig
-from retnet.model.hf.generation import RecurrentGenerationMixin
+from retnet.model.hf.generation import RecurrentGenerationMixin, require_one_segment
 from retnet.model.hf.pretrained import RetNetPreTrainedModel, compute_constants, precise_parameters
 from retnet.model.language_model import Backbone, Block, LanguageModel, initialise, laid_out, packing
 from retnet.nn import Linear, Positions
 from retnet.settings import UserError
+
+_LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class RetNetBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]  # transformers has no types
@@ -85,6 +87,7 @@ class RetNetModel(RetNetPreTrainedModel, Backbone):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Features of the given tokens.
 
@@ -96,10 +99,12 @@ class RetNetModel(RetNetPreTrainedModel, Backbone):
             use_cache: whether to make a cache where none is given; default: the configuration's, False in training.
             output_hidden_states: also return what every block reads, and the features, num_layers + 1 of [B,T,D].
             output_attentions: there are none.
+            token_type_ids: zeros, as tokenizers give them; there are no segments.
 
         Raises:
             UserError: arguments that do not fit together.
         """
+        require_one_segment(token_type_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds")
         if output_attentions:
@@ -212,6 +217,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
         **loss_options: Any,  # noqa: ANN401
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,vocab_size] (zero where a token is padding), and the loss if there are labels.
@@ -227,14 +233,16 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGenerationMixin):
             output_hidden_states: as there.
             output_attentions: as there.
             logits_to_keep: only of the last so many tokens, or of the tokens with these indices; 0: of all.
+            token_type_ids: as there.
             loss_options: `num_items_in_batch`, by which the summed loss is divided, `shift_labels`, `ignore_index`.
 
         Raises:
             UserError: arguments that do not fit together, or are not known.
         """
         for name, value in loss_options.items():
-            if name not in ("num_items_in_batch", "shift_labels", "ignore_index") and value is not None:
-                raise UserError(f"forward takes no {name}; positions come from attention_mask and the cache")
+            if name not in _LOSS_OPTIONS and value is not None:
+                positions = "; positions come from attention_mask and the cache" if "position" in name else ""
+                raise UserError(f"forward takes no {name}{positions}; leave it out")
         read = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -243,6 +251,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            token_type_ids=token_type_ids,
         )
         logits = self.lm_head(slice_logits_to_keep(read.last_hidden_state, logits_to_keep))
         loss = None
