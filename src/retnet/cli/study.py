@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from retnet.cli.options import FiniteRange, HomePath, options
-from retnet.errors import told
-from retnet.settings import parse_overrides
+from retnet.errors import UserError, told
+from retnet.settings import COMMAND_LINE, parse_overrides
 
 if TYPE_CHECKING:
     from retnet.studies.study import Study
@@ -118,7 +119,10 @@ def _run(
     path = find_study(name, scale)
     given: dict[str, Any] = {"measure.seeds": seeds, **limits}
     chosen = {key: value for key, value in given.items() if value is not None}
-    study = load_study(path, {**chosen, **parse_overrides(overrides)})
+    changes = parse_overrides(overrides)
+    study = load_study(path, {**chosen, **changes})
+    if changes:
+        _check_changes(study, path)
     if dry_run:
         _plan(study, gpus, peak, utilisation)
         return
@@ -137,6 +141,19 @@ def _run(
     if ended.stopped or ended.failed:
         click.echo("the same command goes on where this one ended", err=True)
         raise SystemExit(1)
+
+
+def _check_changes(study: Study, path: Path) -> None:
+    """Blames settings of runs that are wrong on the command line, where the study's file alone has right ones."""
+    from retnet.studies.study import load_study
+
+    try:
+        study.measure.plans()
+    except UserError as error:
+        with suppress(UserError):
+            load_study(path).measure.plans()
+            error = UserError(f"{COMMAND_LINE}: {error}")
+        raise error from None
 
 
 def _plan(study: Study, gpus: int, peak: float, utilisation: float) -> None:

@@ -7,9 +7,18 @@ based on and the command line, `dump` writes it back so that loading the result 
 from retnet.errors import UserError
 from retnet.settings.build import Choice, build, dump, nearest
 from retnet.settings.checks import PATH, At, Checked, Count
-from retnet.settings.files import config_path, load, merge, parse_overrides, read_toml, shipped_configs
+from retnet.settings.files import (
+    COMMAND_LINE,
+    config_path,
+    load,
+    merge,
+    parse_overrides,
+    read_toml,
+    shipped_configs,
+)
 
 __all__ = [
+    "COMMAND_LINE",
     "PATH",
     "At",
     "Checked",

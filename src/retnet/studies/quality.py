@@ -161,7 +161,7 @@ class QualityMeasure(Measure):
         chosen = {"train": {"learning_rate": rate, "seed": seed}}
         try:
             settings = merge(merge(settings, row.settings), chosen)
-            return load(RunConfig, config_path(row.config), settings, source="the study's settings")
+            return load(RunConfig, config_path(row.config), settings, source="measure.settings")
         except UserError as error:
             raise UserError(f"row {row.label!r}: {error}") from None
 
