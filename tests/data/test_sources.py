@@ -179,6 +179,36 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     assert not found.problems
 
 
+def test_a_glob_walks_as_a_folder_is_walked(tmp_path):
+    """Each folder once, around no circle; of folders that are named in several ways the straight one counts."""
+    for name in ("b/c/x.txt", "b/y.txt", "z.txt", "b/.hidden/h.txt", "b/c/w.md", "elsewhere/v.txt"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text(name)
+    d = tmp_path / "d"
+    (d / "elsewhere").rename(tmp_path / "elsewhere")
+    (d / "a").symlink_to("b")
+    (d / "b" / "c" / "up").symlink_to("..")
+    (d / "b" / "c" / "root").symlink_to(d)
+    (d / "e").symlink_to(tmp_path / "elsewhere")
+    found = sources.find(str(d / "**" / "*.txt"))
+    assert [s.name for s in found.sources] == ["b/c/x.txt", "b/y.txt", "e/v.txt", "z.txt"]
+    folder = [s for s in sources.find(str(d)).sources if s.kind == ".txt"]
+    assert {s.path for s in found.sources} == {s.path for s in folder}
+    assert found.left_out == {"link to a folder read already": 3}
+    assert names(d / "**") == ["b/c/w.md", "b/c/x.txt", "b/y.txt", "e/v.txt", "z.txt"]
+    assert names(d / "**" / "c" / "*") == ["b/c/w.md", "b/c/x.txt"]
+    assert names(d / "[bc]" / "**" / "*.md") == ["b/c/w.md"]
+    assert names(d / "**" / ".hidden" / "*.txt") == ["b/.hidden/h.txt"]
+
+
+def test_a_glob_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").touch()
+    for spec in ("**/*.txt", "./**/*.txt", "a/**/*.txt", "**", "*/*.txt", "a/../**/b.*"):
+        assert [os.path.normpath(source.path) for source in find(spec)] == ["a/b.txt"]
+
+
 def test_links_that_lead_nowhere_are_problems(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").symlink_to("gone.txt")

@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import gzip
+import hashlib
 import lzma
 import os
 from dataclasses import replace
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from retnet.data import DataConfig, Tokenizer, prepare, read_texts, sources
-from retnet.data.split import gather, hold_out, share
+from retnet.data import DataConfig, Tokenizer, content, prepare, read_texts, sources
+from retnet.data.split import content_share, gather, hold_out, share, text_share
 from retnet.settings import UserError
 
 
@@ -79,6 +80,9 @@ WAYS = {
     "a relative link": lambda a, b: b.symlink_to(a.name),
     "another kind of text": lambda a, b: b.with_suffix(".md").write_text(TEXT),
     "a byte order mark": lambda a, b: b.write_bytes(codecs.BOM_UTF8 + TEXT.encode()),
+    "byte order marks inside": lambda a, b: b.write_text(TEXT.replace("text", "t\ufeffext"), "utf-8"),
+    "line endings": lambda a, b: b.write_bytes(TEXT.replace("\n", "\r\n").encode()),
+    "some line endings": lambda a, b: b.write_bytes(TEXT.replace("split\n", "split\r\n", 9).encode()),
     "upper case": lambda a, b: b.with_name("B.TXT").write_text(TEXT),
     "gzip": lambda a, b: b.with_name("b.txt.gz").write_bytes(gzip.compress(TEXT.encode())),
     "zstd": lambda a, b: b.with_name("b.txt.zst").write_bytes(zstandard.compress(TEXT.encode())),
@@ -110,6 +114,51 @@ def test_the_same_text_is_read_once_and_the_other_is_told(config, corpus, way):
     (named,) = prepared.manifest.corpora
     assert (named.files, named.bytes, named.left_out) == (2, both, {"duplicate": 1})
     assert prepared.manifest.examples == [str(duplicate)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1 << 20])
+def test_what_the_reader_mends_tells_no_twins_apart(tmp_path, chunk, monkeypatch):
+    """Wherever a chunk ends. What is left of bytes that are no UTF-8 is the same whichever they were."""
+    monkeypatch.setattr(content, "CHUNK", chunk)
+    twins = (
+        "Grün\r\nund ".encode() + b"\xe9\xff\r\n\xf0\x9f",
+        "Grün\nund ".encode() + b"\xe8\xfe\n\xef\xbb\xbf\xf0\x9f\x98",
+        "Grün\r".encode() + b"\xef\xbb\xbf\nund \xf8\x80\n\xf0",
+        "Grün\rund ".encode() + b"\xe9\xff\r\xf0\x9f",
+    )
+    for number, twin in enumerate(twins):
+        (tmp_path / f"{number}.txt").write_bytes(TEXT.encode() + twin)
+    found = gathered(tmp_path)
+    assert {source.name for source in found.sources} == {"0.txt", "3.txt"}
+    assert kinds(found) == [("1.txt", "duplicate"), ("2.txt", "duplicate")]
+    same = f"{TEXT}Grün\r\nund \ufffd\ufffd\r\n\ufffd"
+    assert found.sources[0].digest == hashlib.sha256(same.encode()).hexdigest()
+    assert content_share(found.sources[0].identity) == text_share(same) == text_share(same.replace("\r", ""))
+
+
+def test_twins_are_not_trained_and_validated_on_whatever_holds_them(config, corpus, jsonl, tmp_path):
+    texts = [f"first line {i}\r\nand a second" for i in range(6)]
+    jsonl(corpus / "a.jsonl", [*texts[:3], "one more"])
+    for i in (3, 4, 5):
+        (corpus / f"{i}.txt").write_bytes(texts[i].encode())
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "0.txt").write_bytes(texts[0].replace("\r", "").encode())
+    (tmp_path / "v" / "1.txt").write_text(texts[1].replace("\r", "\ufeff"), "utf-8")
+    jsonl(tmp_path / "v" / "v.jsonl", [texts[2].replace("\r", ""), texts[3].replace("\r", "")])
+    (tmp_path / "v" / "4.txt").write_bytes(texts[4].replace("\r", "").encode())
+    prepared = prepare(replace(config, validation=str(tmp_path / "v")))
+    assert prepared.train.num_documents == 2
+    text = prepared.tokenizer.decode(prepared.train.tokens(0, prepared.train.num_tokens).tolist())
+    assert text == texts[5] + "one more"
+    split = prepare(replace(config, validation_fraction=0.5))
+    other = corpus / "twins"
+    other.mkdir()
+    for i, twin in enumerate(texts):
+        (other / f"{i}.txt").write_bytes(twin.replace("\r", "").encode())
+    both = prepare(replace(config, validation_fraction=0.5))
+    assert both.validation.num_documents - split.validation.num_documents == sum(
+        text_share(twin) < 0.5 for twin in texts[:3]
+    )
 
 
 @pytest.mark.parametrize(

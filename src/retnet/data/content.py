@@ -1,7 +1,7 @@
-"""Content of a file: decompressed bytes without byte order mark, their SHA-256, and whether they are text at all.
+"""Content of a file: decompressed bytes without byte order mark, SHA-256 of their text, and whether they are text at all.
 
-The hash is what a file is known by: two files of the same content are the same text, wherever they lie and however they
-are named, linked or packed, and a corpus is the same corpus under another path.
+The hash is what a file is known by: two files of the same text are the same, wherever they lie and however they are named,
+linked, packed or mended when they are read, and a corpus is the same corpus under another path.
 """
 
 from __future__ import annotations
@@ -36,20 +36,86 @@ _SETTLED = (
     2.0  # seconds after which a file's times tell a later change apart; file systems have clocks this coarse
 )
 _SURROGATES = re.compile("[\udc80-\udcff]")
+MARK = "\ufeff"  # a byte order mark
 
 
 class Content(NamedTuple):
     """What one file holds.
 
     Attributes:
-        digest: SHA-256 of its bytes, unpacked, without a byte order mark.
-        size: how many these are.
+        digest: SHA-256 of what is trained on: its text, unpacked and mended; of tables, its bytes.
+        identity: of the same with all line endings alike: what twins have in common.
+        size: how many bytes it has, unpacked, without a byte order mark.
         refused: why they are no text; empty when they may be.
     """
 
     digest: str
+    identity: str
     size: int
     refused: str = ""
+
+
+class Mender:
+    """Decoder of UTF-8 in chunks that makes U+FFFD of what is not UTF-8.
+
+    Attributes:
+        invalid: how many bytes were not.
+        error: the first of them in the last chunk, or None.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.invalid = 0
+        self.error: UnicodeDecodeError | None = None
+
+    def decode(self, chunk: bytes, final: bool = False) -> str:
+        """The text of the next chunk; a character that it breaks off in comes with the one after."""
+        before, self.error = self._decoder.getstate(), None
+        try:
+            return self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            self.error = error
+        escaped = self._again("surrogateescape", before, chunk, final)
+        self.invalid += len(_SURROGATES.findall(escaped))
+        return self._again("replace", before, chunk, final)
+
+    def _again(self, errors: str, before: tuple[bytes, int], chunk: bytes, final: bool) -> str:
+        self._decoder.setstate(before)
+        self._decoder.errors = errors
+        try:
+            return self._decoder.decode(chunk, final)
+        finally:
+            self._decoder.errors = "strict"
+
+
+class _TextHash:
+    """SHA-256 of a text, and of the same with all line endings alike; byte order marks are no part of either."""
+
+    def __init__(self) -> None:
+        self._exact = hashlib.sha256()
+        self._alike = self._exact  # its own from the first line ending that is not \n
+        self._held = ""
+
+    def add(self, text: str, final: bool = False) -> None:
+        """The next part of it."""
+        text = self._held + text.replace(MARK, "")
+        self._held = "\r" if text.endswith("\r") and not final else ""
+        content = text[: len(text) - len(self._held)].encode()
+        if b"\r\n" in content and self._alike is self._exact:
+            self._alike = self._exact.copy()
+        self._exact.update(content)
+        if self._alike is not self._exact:
+            self._alike.update(content.replace(b"\r\n", b"\n"))
+
+    def add_bytes(self, content: bytes) -> None:
+        """The next part of what is no text, or only known to be broken."""
+        self._exact.update(content)
+        if self._alike is not self._exact:
+            self._alike.update(content)
+
+    def digests(self) -> tuple[str, str]:
+        """Of the text as it is, and of all alike in line endings."""
+        return self._exact.hexdigest(), self._alike.hexdigest()
 
 
 def chunks(source: Source) -> Iterator[bytes]:
@@ -132,7 +198,8 @@ class Contents:
             folder.mkdir(parents=True, exist_ok=True)
             self._memory = sqlite3.connect(folder / "files.sqlite", timeout=5, check_same_thread=False)
             self._memory.execute(  # another number when what is refused changes
-                "CREATE TABLE IF NOT EXISTS contents_2 (stamp TEXT PRIMARY KEY, digest TEXT, size INT, refused TEXT)"
+                "CREATE TABLE IF NOT EXISTS contents_3 "
+                "(stamp TEXT PRIMARY KEY, digest TEXT, identity TEXT, size INT, refused TEXT)"
             )
 
     def __enter__(self) -> Contents:
@@ -144,7 +211,7 @@ class Contents:
             if self._memory is not None:
                 rows = [(stamp, *self._read[stamp]) for stamp in self._settled]
                 with self._memory:
-                    self._memory.executemany("INSERT OR REPLACE INTO contents_2 VALUES (?, ?, ?, ?)", rows)
+                    self._memory.executemany("INSERT OR REPLACE INTO contents_3 VALUES (?, ?, ?, ?, ?)", rows)
                 self._memory.close()
 
     def of(self, source: Source) -> Content:
@@ -154,7 +221,8 @@ class Contents:
             UserError: the file changes while it is read.
         """
         if source.kind == "hf":
-            return Content(hashlib.sha256(source.stamp.encode()).hexdigest(), 0)
+            name = hashlib.sha256(source.stamp.encode()).hexdigest()
+            return Content(name, name, 0)
         key = f"{source.kind}{source.packing} {source.stamp}"  # the kind decides what is refused
         if (known := self._known(key)) is not None:
             return known
@@ -171,7 +239,7 @@ class Contents:
         if self._memory is None or self._verify:
             return None
         with contextlib.suppress(sqlite3.Error):
-            query = "SELECT digest, size, refused FROM contents_2 WHERE stamp = ?"
+            query = "SELECT digest, identity, size, refused FROM contents_3 WHERE stamp = ?"
             if row := self._memory.execute(query, [key]).fetchone():
                 return Content(*row)
         return None
@@ -192,24 +260,29 @@ def require_unchanged(source: Source) -> None:
 
 
 def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
-    digest, size, utf8, refused = hashlib.sha256(), 0, _InvalidBytes(), ""
     if pointer := lfs_pointer(Path(source.path)):  # whatever it should be, packed or not
-        return Content(sha256(Path(source.path)), source.size, pointer)
+        name = sha256(Path(source.path))
+        return Content(name, name, source.size, pointer)
+    text, mender, size, refused = _TextHash(), Mender(), 0, ""
     try:
         for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
             if refused := _foreign(source, chunk, size):
                 break
             if not source.packing and size > source.size:  # somebody goes on writing; see `require_unchanged`
                 break
-            digest.update(chunk)
+            if source.kind == ".parquet":
+                text.add_bytes(chunk)
+            else:
+                text.add(mender.decode(chunk))
             size += len(chunk)
-            if source.kind in TEXT:
-                utf8.add(chunk)
             if on_bytes:
                 on_bytes(len(chunk))
+        text.add(mender.decode(b"", final=True), final=True)
     except BROKEN as error:  # reading it for its documents will report this; it is the same as no other file
-        digest.update(f"\0{os.path.abspath(source.path)}: {error}".encode("utf-8", "replace"))
-    return Content(digest.hexdigest(), size, refused or utf8.refused(size))
+        text.add_bytes(f"\0{os.path.abspath(source.path)}: {error}".encode("utf-8", "replace"))
+    if source.kind in TEXT and not refused:
+        refused = _no_text(mender.invalid / size if size else 0.0)
+    return Content(*text.digests(), size, refused)
 
 
 def _whole(source: Source) -> Iterator[bytes]:
@@ -230,24 +303,8 @@ def _foreign(source: Source, chunk: bytes, before: int) -> str:
     return ""
 
 
-class _InvalidBytes:
-    """Counts the bytes of a stream that are not UTF-8."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._count = 0
-
-    def add(self, chunk: bytes) -> None:
-        try:
-            self._decoder.decode(chunk)
-        except UnicodeDecodeError:  # what was held back of the chunk before is still there
-            self._decoder.errors = "surrogateescape"
-            self._count += len(_SURROGATES.findall(self._decoder.decode(chunk)))
-            self._decoder.errors = "strict"
-
-    def refused(self, size: int) -> str:
-        """Why it is no text; empty when it may be."""
-        share = self._count / size if size else 0.0
-        if share <= _MOST_INVALID:
-            return ""
-        return f"{share:.0%} of its bytes are not UTF-8 (another encoding, or no text); save it as UTF-8"
+def _no_text(share: float) -> str:
+    """Why a file of which so much is not UTF-8 is no text; empty when it may be."""
+    if share <= _MOST_INVALID:
+        return ""
+    return f"{share:.0%} of its bytes are not UTF-8 (another encoding, or no text); save it as UTF-8"

@@ -90,6 +90,8 @@ class Manifest(msgspec.Struct, frozen=True):
         listed: how many of these were found before anything was read for its documents: they depend on names and paths.
         train: its documents, tokens, bytes and shards.
         validation: the same.
+        train_text: `retnet.data.split.text_fingerprint` of what it was made from; empty in the folder, whose text may move.
+        validation_text: the same.
     """
 
     format: str
@@ -105,6 +107,8 @@ class Manifest(msgspec.Struct, frozen=True):
     train: Split
     validation: Split
     listed: int = 0
+    train_text: str = ""
+    validation_text: str = ""
 
 
 def prepared_folder(corpus: str | tuple[str, ...]) -> Path | None:

@@ -25,7 +25,7 @@ from retnet.data.content import require_unchanged
 from retnet.data.readers import PIECE, Piece, Shares, read
 from retnet.data.shards import Prepared, load
 from retnet.data.sources import TEXT, Problem, Source
-from retnet.data.split import Gathered, gather, is_held_out
+from retnet.data.split import Gathered, gather, is_held_out, text_fingerprint
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_text import learn
 from retnet.data.writer import EXAMPLES, Segments
@@ -120,7 +120,12 @@ def prepare(
     # The same text may have been prepared from other paths, with other files beside it.
     listed, read_ = list(map(str, gathered.problems)), prepared.manifest.examples[prepared.manifest.listed :]
     renamed = msgspec.structs.replace(
-        prepared.manifest, corpora=gathered.corpora, examples=[*listed, *read_][:EXAMPLES], listed=len(listed)
+        prepared.manifest,
+        corpora=gathered.corpora,
+        examples=[*listed, *read_][:EXAMPLES],
+        listed=len(listed),
+        train_text=text_fingerprint(found, validation=False),
+        validation_text=text_fingerprint(found, validation=True),
     )
     return prepared._replace(manifest=renamed)
 
@@ -323,7 +328,7 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
     if given and given.marks_beginnings:  # later pieces had such marks before
         rules.append("pieces know what stands before them")
     if any(s.kind not in TEXT for s in found):  # they were known by another hash before
-        rules.append("records are known by SHA-256")
+        rules.append("records are known by SHA-256, whatever their line endings")
     return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()
 
 

@@ -8,7 +8,6 @@ such a place for a whole piece is cut at other white space, and one without that
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from array import array
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from retnet.data import hub
-from retnet.data.content import BROKEN, CHUNK, chunks, lines
+from retnet.data.content import BROKEN, CHUNK, MARK, Mender, chunks, lines
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import content_share, share, text_share
 from retnet.errors import UserError, printable, reason_of
@@ -33,7 +32,6 @@ Row = tuple[int, object, int]  # line, row or record number; its text, or a Prob
 PIECE = 1 << 17  # characters
 _VALIDATED = "the same text is validated on"
 _ROWS = 128  # of a table at a time
-_MARK = "\ufeff"  # a byte order mark
 _SAFE_CUTS = (
     re.compile(r"[^\W_](?= )"),
     re.compile(r"[^\W_](?=[\t\r\n])"),
@@ -67,7 +65,7 @@ class Shares:
         files = [source for source in every if source.kind in TEXT and source.size]
         others = [source for source in every if source.kind not in TEXT]
         records = chain.from_iterable(read(source, text_field) for source in others)
-        found = array("d", (content_share(source.digest) for source in files))
+        found = array("d", (content_share(source.identity) for source in files))
         found.extend(piece.share for piece in records if isinstance(piece, Piece) and piece.first)
         self._sorted = array("d", sorted(found))
 
@@ -97,7 +95,7 @@ def _read(source: Source, text_field: str, without: Container[float]) -> Iterato
     line = None
     try:
         if source.kind in TEXT:
-            if source.digest and content_share(source.digest) in without:
+            if source.identity and content_share(source.identity) in without:
                 yield Problem(source.path, 0, "duplicate", _VALIDATED)
             else:
                 yield from _text_file(source)
@@ -134,10 +132,10 @@ def _record(
     if "\0" in text:
         yield Problem(source.path, line, "not text", f"character {text.index(chr(0))} is NUL")
         return
-    text = text.removeprefix(_MARK)
-    if _MARK in text:
+    text = text.removeprefix(MARK)
+    if MARK in text:
         yield Problem(source.path, line, "byte order mark", "inside the text, removed")
-        text = text.replace(_MARK, "")
+        text = text.replace(MARK, "")
     if not text:
         yield Problem(source.path, line, "empty document", "")
         return
@@ -169,26 +167,23 @@ def _decoded(source: Source, found: list[Problem]) -> Iterator[str]:
 
     Bytes that are not UTF-8 are replaced. Byte order marks inside a text, which joined files have, are removed.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position, marked = source.start, False
+    mender = Mender()
+    position, mended, marked = source.start, False, False
     for chunk in chain(chunks(source), [b""]):
-        held = decoder.getstate()[0]
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:  # what the decoder held is still there
-            line = _line_of(source, position - len(held) + error.start)
+        text = mender.decode(chunk, final=not chunk)
+        if mender.error is not None and not mended:
+            error, mended = mender.error, True
+            line = _line_of(source, position + len(chunk) - len(error.object) + error.start)
             message = f"{error.reason}; bytes replaced from here on"
             found.append(Problem(source.path, line, "invalid UTF-8", message))
-            decoder.errors = "replace"
-            text = decoder.decode(chunk, final=not chunk)
-        if _MARK in text:
+        if MARK in text:
             if not marked:
-                line = _line_of(source, position) + text.count("\n", 0, text.index(_MARK))
+                line = _line_of(source, position) + text.count("\n", 0, text.index(MARK))
                 found.append(
                     Problem(source.path, line, "byte order mark", "inside the text, removed from here on")
                 )
                 marked = True
-            text = text.replace(_MARK, "")
+            text = text.replace(MARK, "")
         position += len(chunk)
         if text:
             yield text

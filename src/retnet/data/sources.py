@@ -5,12 +5,13 @@ What is not read is counted: by its ending where it is of no kind that is known,
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import importlib.util
 import os
 import sysconfig
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -60,7 +61,8 @@ class Source(NamedTuple):
         packing: a suffix of `PACKED`, or empty.
         size: bytes of the file; once `content.examine` has read it, those of what is packed in it. 0 where unknown.
         stamp: changes whenever the file is written.
-        digest: SHA-256 of the content; empty until it has been read.
+        digest: SHA-256 of the text (of tables, the bytes); empty until it has been read.
+        identity: of the text whatever its line endings, likewise.
         start: first byte of the content read (text files).
         stop: one past the last byte read; None for the end.
         validation: decided already, or None to let hashes decide.
@@ -73,6 +75,7 @@ class Source(NamedTuple):
     size: int = 0
     stamp: str = ""
     digest: str = ""
+    identity: str = ""
     start: int = 0
     stop: int | None = None
     validation: bool | None = None
@@ -109,15 +112,15 @@ def find(spec: str) -> CorpusFiles:
     path = Path(os.path.expanduser(spec))
     found = CorpusFiles([], Counter(), [])
     if os.path.isdir(path):
-        for file in _walk(path, found):
+        for file in _walk([path], found):
             _add(found, file, file.relative_to(path))
     elif glob.has_magic(spec) and not os.path.exists(path):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        for file in sorted(map(Path, glob.glob(str(path), recursive=True))):
-            if not os.path.isdir(file):
-                _add(found, file, file.relative_to(root))
-            elif "**" not in path.parts:
+        for file in sorted(_matching(path, found)):
+            if os.path.isdir(file):
                 found.left_out["folder"] += 1
+            else:
+                _add(found, file, file.relative_to(root))
     else:
         _one_file(spec, path, found)
     if not found.sources:
@@ -159,7 +162,7 @@ def _python(spec: str) -> CorpusFiles:
     """Source and documentation of the standard library or a package; what else these hold is no part of the corpus."""
     root = Path(sysconfig.get_path("stdlib")) if spec == "stdlib" else _package(spec)
     every = CorpusFiles([], Counter(), [])
-    for file in _walk(root, every, _NOT_STDLIB):
+    for file in _walk([root], every, _NOT_STDLIB):
         name = file.relative_to(root)
         if spec != "stdlib" or not str(name).startswith(_BUILD_RECORDS):
             _add(every, file, name)
@@ -216,14 +219,46 @@ def _ending(name: str) -> str:
     return printable("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
 
 
-def _walk(root: Path, found: CorpusFiles, without: Container[str] = ()) -> Iterator[Path]:
-    """Everything below `root` that is no folder, sorted; hidden names and folders named in `without` are left out.
+def _matching(pattern: Path, found: CorpusFiles) -> list[Path]:
+    """What a glob names. Below ``**`` folders are walked as those of a corpus are: a circle of links ends there too."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return list(map(Path, glob.glob(str(pattern))))
+    begin = parts.index("**")
+    starts = glob.glob(str(Path(*parts[:begin]))) if begin else ["."]
+    folders = [Path(start) for start in sorted(starts) if os.path.isdir(start)]
+    below = CorpusFiles([], Counter(), [])
+    hidden = any(part.startswith(".") for part in parts[begin:])
+    files = _walk(folders, below, hidden=hidden)
+    named = [file for file in files if _fits(file.parts[begin:], parts[begin:])]
+    found.problems.extend(below.problems)
+    found.left_out.update({kind: count for kind, count in below.left_out.items() if kind != "hidden"})
+    return named
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the names along a path are those of a glob.
+
+    ``**`` stands for any number of folders; what is hidden is named by a dot alone.
+    """
+    if not pattern:
+        return not names
+    further = bool(names) and names[0].startswith(".") <= pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _fits(names, pattern[1:]) or (further and _fits(names[1:], pattern))
+    return further and fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def _walk(
+    roots: Iterable[Path], found: CorpusFiles, without: Container[str] = (), hidden: bool = False
+) -> Iterator[Path]:
+    """Everything below folders that is no folder, sorted; folders in `without` and, by default, hidden names are left out.
 
     Linked folders come last, so that a folder reached in several ways has the name of the straight one.
     """
     seen: set[tuple[int, int]] = set()
     walked: list[Path] = []  # where walks began: a link to what holds one of these leads around in a circle
-    waiting = deque([root])
+    waiting = deque(roots)
     while waiting:
         start = waiting.popleft()
         real = Path(os.path.realpath(start))
@@ -242,12 +277,15 @@ def _walk(root: Path, found: CorpusFiles, without: Container[str] = ()) -> Itera
                 continue
             seen.add((status.st_dev, status.st_ino))
             walked += [real] if folder == str(start) else []
-            hidden = sum(name.startswith(".") for name in (*folders, *files))
-            found.left_out.update({"hidden": hidden} if hidden else {})
-            inside = [n for n in sorted(folders) if not n.startswith(".") and n not in without]
+            if not hidden:
+                dotted = sum(name.startswith(".") for name in (*folders, *files))
+                found.left_out.update({"hidden": dotted} if dotted else {})
+                files = [name for name in files if not name.startswith(".")]
+                folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = [name for name in sorted(folders) if name not in without]
             waiting += [Path(folder, name) for name in inside if Path(folder, name).is_symlink()]
             folders[:] = [name for name in inside if not Path(folder, name).is_symlink()]
-            yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+            yield from (Path(folder, name) for name in sorted(files))
 
 
 def _told(found: CorpusFiles) -> Callable[[OSError], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from retnet.data.sources import TEXT, Problem, Source
 from retnet.errors import UserError, printable
 
 _KINDS_COUNTED = 100  # by name, of what one corpus leaves out; the manifest would not end otherwise
-Taken = dict[tuple[bool, str], str]  # (text or records, hash of the content) → where it was found first
+Taken = dict[tuple[bool, str], str]  # (text or records, `Content.identity`) → where it was found first
 
 
 class Gathered(NamedTuple):
@@ -36,6 +37,7 @@ class _Listed(NamedTuple):
     corpus: CorpusEntry
     sources: list[Source]
     problems: list[Problem]
+    identities: list[str]  # of all its files, also those that were there before
 
 
 def gather(
@@ -89,8 +91,8 @@ def distinct(found: Iterable[Source], contents: Contents, taken: Taken) -> Itera
         if held.refused:
             yield Problem(printable(source.path), 0, "not text", held.refused)
             continue
-        source = source._replace(digest=held.digest, size=held.size)
-        key = (source.kind in TEXT, held.digest)
+        source = source._replace(digest=held.digest, identity=held.identity, size=held.size)
+        key = (source.kind in TEXT, held.identity)
         if key in taken and (held.size or source.kind == "hf"):  # empty files are told as what they are
             yield Problem(printable(source.path), 0, "duplicate", f"the same text as {taken[key]}")
             continue
@@ -131,7 +133,8 @@ def hold_out(found: list[Source], fraction: float) -> list[Source]:
     """
     if any(source.kind not in TEXT for source in found):
         return [
-            s._replace(validation=content_share(s.digest) < fraction) if s.kind in TEXT else s for s in found
+            s._replace(validation=content_share(s.identity) < fraction) if s.kind in TEXT else s
+            for s in found
         ]
     decided = [s._replace(validation=share(s.name) < fraction) for s in found]
     if len({s.validation for s in decided if s.size}) == 2:
@@ -163,12 +166,27 @@ def share(name: str) -> float:
 
 def text_share(text: str) -> float:
     """A hash in [0, 1) of a text: wherever it stands, in a file or a record, it falls on the same side of a split."""
-    return content_share(hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest())
+    alike = text.replace("\r\n", "\n").encode("utf-8", "surrogateescape")
+    return content_share(hashlib.sha256(alike).hexdigest())
 
 
-def content_share(digest: str) -> float:
-    """The `text_share` of a file, from the SHA-256 of its content in hexadecimal digits."""
-    return int(digest[:12], 16) / 2**48
+def content_share(identity: str) -> float:
+    """The `text_share` of a file, from its `Content.identity`."""
+    return int(identity[:12], 16) / 2**48
+
+
+def text_fingerprint(found: Iterable[Source], *, validation: bool) -> str:
+    """SHA-256 of the text on one side: the contents of its files in order, and which parts of them.
+
+    Files of records, whose documents are divided by their own hashes, count on both sides.
+
+    Args:
+        found: the sources of a corpus, their contents known, their sides decided.
+        validation: the side that is validated on, or else the one that is trained on.
+    """
+    here = [s for s in found if s.validation is None or s.validation is validation]
+    texts = [(s.kind in TEXT, s.digest, s.start, s.stop) for s in here]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _listed(spec: str, contents: Contents, taken: Taken) -> _Listed:
@@ -179,22 +197,22 @@ def _listed(spec: str, contents: Contents, taken: Taken) -> _Listed:
             problems.append(one)
         else:
             kept.append(one)
-    digests = [contents.of(source).digest for source in found.sources]
+    every = [contents.of(source) for source in found.sources]
     left_out = found.left_out + Counter(p.kind for p in problems if p.kind != "left out")
     corpus = CorpusEntry(
         name=spec,
         files=len(kept),
         bytes=sum(source.size for source in kept),
-        sha256=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        sha256=hashlib.sha256("\n".join(held.digest for held in every).encode()).hexdigest(),
         left_out=_capped(left_out),
     )
-    return _Listed(corpus, kept, problems)
+    return _Listed(corpus, kept, problems, [held.identity for held in every])
 
 
 def _refuse_the_same(train: list[_Listed], validation: list[_Listed]) -> None:
     for one in train:
         for other in validation:
-            if one.corpus.sha256 == other.corpus.sha256:
+            if one.identities == other.identities:
                 raise UserError(
                     f"data.corpus {one.corpus.name!r} and data.validation {other.corpus.name!r} are the same text; "
                     "name another one of them, or leave data.validation out to hold out a part of the corpus"
