@@ -7,6 +7,7 @@ the command line holds one around every verb, for whatever nobody expected.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -24,6 +25,14 @@ _OF_LIBRARIES = {
     "tomllib": "TOMLDecodeError",
     "zlib": "error",
 }
+
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|array is too big|Maximum allowed (size|dimension)"
+    r"|Storage size calculation overflowed|multiplication overflow",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"(Unable to allocate|[Tt]ried to allocate) [\d.,]+ (bytes|[KMGTPE]?i?B)")
 
 
 class UserError(ValueError):
@@ -60,15 +69,48 @@ def file_errors() -> tuple[type[BaseException], ...]:
     return (OSError, EOFError, UnicodeError, *found)
 
 
+def shortage(error: BaseException) -> str:
+    """Which memory was asked for in vain, in words; empty of an error that is about something else.
+
+    Python and numpy raise MemoryError, torch a RuntimeError, both others where a size is beyond all counting.
+    """
+    words = " ".join(printable(str(error)).split())
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(words):
+        return ""
+    asked = _ASKED.search(words)
+    return asked[0].rstrip(".") if asked else words[:200]
+
+
 def reason_of(error: BaseException, without: str = "") -> str:
     """Why, in words: of the system's errors its own, behind the file where that is not in `without` already."""
     if isinstance(error, OSError) and error.strerror:
-        file = printable(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
-        return error.strerror if not file or file in without else f"{file}: {error.strerror}"
+        if not isinstance(error.filename, (str, bytes, os.PathLike)):
+            return error.strerror
+        file = printable(error.filename)
+        reason = f"{error.strerror}{_in_the_way(os.fsdecode(error.filename), error.errno)}"
+        return reason if file in without else f"{file}: {reason}"
     if isinstance(error, EOFError):
         return "it ends too early"
     words = " ".join(printable(str(error)).split())
     return words[:400] or type(error).__name__
+
+
+def dangling(path: str | bytes | os.PathLike[str]) -> str:
+    """What to add to a message about a path where nothing is: where a link leads that leads nowhere."""
+    found = os.path.islink(path) and not os.path.exists(path)
+    return f" (it is a link to {printable(os.readlink(path))})" if found else ""
+
+
+def _in_the_way(path: str, error: int | None) -> str:
+    """What to add where something else stands in place of a folder: a file, or a link that leads nowhere."""
+    there = path
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    it = "it" if there == path else printable(there)
+    if found := dangling(there):
+        return found.replace("it", it, 1)
+    file = error in (errno.EEXIST, errno.ENOTDIR) and os.path.isfile(there)
+    return f" ({it} is a file)" if file else ""
 
 
 def printable(path: str | bytes | os.PathLike[str]) -> str:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from retnet.errors import UserError, told
+from retnet.errors import UserError, dangling, told
 
 BOM = codecs.BOM_UTF8
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
@@ -63,12 +63,6 @@ def expanded(path: str) -> str:
         user = path.partition("/")[0]
         raise UserError(f"{path}: no home is known for {user}; a file that is called so is written ./{user}")
     return found
-
-
-def dangling(path: str | Path) -> str:
-    """What to add to a message about a path where nothing is: where a link leads that leads nowhere."""
-    path = Path(path)
-    return f" (it is a link to {path.readlink()})" if path.is_symlink() and not path.exists() else ""
 
 
 def decode(content: bytes, name: str) -> str:

@@ -98,6 +98,26 @@ ALL_MISTAKES = [
     (["train", "smoke", "--model.mixer.num_heads", "3"], "d_model 64 is not a multiple of num_heads 3"),
     (["train", "smoke", "--train.device", "tpu"], "device 'tpu' cannot be used here"),
     (["train", "smoke", "--data.corpus", "nowhere"], "nowhere"),
+    (
+        ["train", "smoke", "--train.device", "meta"],
+        "device 'meta' cannot be used here: it has shapes, and no",
+    ),
+    (["train", "smoke", "--train.batch_size", "1e12"], "did you mean 1000000000000?"),
+    (["train", "smoke", "--train.batch_size", "1000000000000"], "rows of train.seq_len 128"),
+    (
+        ["train", "smoke", "--train.threads", "1000000000"],
+        "threads is 1000000000; it must be at least 1 and at",
+    ),
+    (["train", "smoke", "--train.seed", "1e30"], "train.seed 1e+30: Expected `int`"),
+    (["demo", "smoke", "--train.seq_len", "1000000000000"], "training needs"),
+    (
+        ["study", "architectures", "--dry-run", "--measure.settings.train.steps", "abc"],
+        "error: command line: row '",
+    ),
+    (
+        ["study", "architectures", "--dry-run", "--measure.settings.train.stepz", "9"],
+        "error: command line: row '",
+    ),
     (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
     (["config", "show", "paper/9b"], "no configuration 'paper/9b'"),
 ]

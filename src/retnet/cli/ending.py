@@ -1,4 +1,4 @@
-"""How a command ends: its standard streams are there, and whatever goes wrong with files is one sentence and a status.
+"""How a command ends: its standard streams are there, and whatever goes wrong with files or memory is one sentence.
 
 `sentence` is held around every verb. What a verb opens or writes says itself what it was for (`retnet.errors.told`);
 here is said what nobody expected, in the same words.
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from retnet.errors import UserError, one_line, printable, told
+from retnet.errors import UserError, one_line, printable, shortage, told
 
 MISTAKE = 2  # exit status after a mistake of the user, as click's own
 STDOUT = 1  # number of the file
@@ -62,7 +62,7 @@ def sentence(arguments: Sequence[str]) -> Iterator[None]:
     """Around a verb: refuses what no verb can work with, and makes a `UserError` of every error of files.
 
     Raises:
-        UserError: an argument is not UTF-8, the current directory is gone, or an error of files inside.
+        UserError: an argument is not UTF-8, the current directory is gone, or files or memory fail inside.
     """
     for argument in arguments:
         if printable(argument) != argument:
@@ -73,8 +73,15 @@ def sentence(arguments: Sequence[str]) -> Iterator[None]:
         os.getcwd()
     except FileNotFoundError:
         raise UserError("the current directory is gone; change to one that is there") from None
-    with told(f"go on with retnet {arguments[0]}" if arguments else "go on"):
-        yield
+    try:
+        with told(f"go on with retnet {arguments[0]}" if arguments else "go on"):
+            yield
+    except (MemoryError, RuntimeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError) or not (why := shortage(error)):
+            raise
+        raise UserError(
+            f"memory ran out: {why}; take less at once: shorter texts, smaller batches, or a smaller model"
+        ) from error
 
 
 def _streams() -> None:

@@ -16,9 +16,8 @@ from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
 from retnet.convert.weights import TOKENS, Found
-from retnet.errors import told
+from retnet.errors import dangling, told
 from retnet.host import choose_dtype
-from retnet.io import dangling
 from retnet.model.checkpoint import write_checkpoint
 from retnet.model.runs import meant
 from retnet.settings import UserError, nearest

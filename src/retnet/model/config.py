@@ -15,7 +15,7 @@ class ModelConfig(Checked):
 
     vocab_size: Count | None = None  # None: that of the tokenizer it is trained with
     d_model: Count = 256
-    num_layers: Count = 6
+    num_layers: Annotated[int, At(least=1, most=10_000)] = 6
     mixer: MixerConfig = field(default_factory=RetentionConfig)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, At(least=0, most=1)] = 1e-5

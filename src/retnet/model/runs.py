@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retnet.io import dangling
+from retnet.errors import dangling
 from retnet.settings import UserError, nearest
 
 HOME, CONFIG = "checkpoints", "config.toml"  # in a run

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from retnet.errors import UserError
-from retnet.io import dangling, expanded, read_text
+from retnet.errors import UserError, dangling
+from retnet.io import expanded, read_text
 from retnet.settings.build import build, nearest
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.errors import UserError, reason_of, told
+from retnet.errors import UserError, reason_of, shortage, told
 from retnet.settings import load
 from retnet.studies.folder import StudyFolder
 from retnet.studies.protocols import Job
@@ -39,11 +39,10 @@ def main(folder: Path) -> int:
             result = job.run(folder, _tell if speaks else lambda done: None)
     except UserError as error:
         reason = str(error)
-    except MemoryError as error:
-        reason = f"out of memory: {error}"
     except Exception as error:  # a failing job must not end the study; the traceback goes to its log
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
+        why = shortage(error)
+        reason = f"memory ran out: {why}" if why else f"{type(error).__name__}: {error}"
     else:
         if not speaks:
             return 0
