@@ -1,11 +1,12 @@
 import gzip
 import json
 import random
+import shutil
 
 import pytest
 import torch
 
-from retnet.data import Batches, DataConfig, prepare
+from retnet.data import Batches, DataConfig, RunData, prepare
 from retnet.data.readers import PIECE
 from retnet.evals.corpus import Corpus, TextHash
 from retnet.evals.perplexity import measure
@@ -77,6 +78,7 @@ def run_with(tmp_path, **data):
     run.mkdir(exist_ok=True)
     (run / "config.toml").write_text(dump(config))
     prepared = prepare(config.data)
+    RunData.of(prepared).write(run)
     shards = prepared.validation
     spans = [shards.document_span(i) for i in range(shards.num_documents)]
     return run, prepared, [prepared.tokenizer.decode(shards.tokens(a + 1, b).tolist()) for a, b in spans]
@@ -87,8 +89,8 @@ def test_a_run_stands_for_what_its_training_held_out(tmp_path, records):
     assert texts(run) == (held_out, [])
     assert 5 < len(held_out) < 60
     assert texts(prepared.directory)[0] == held_out  # the shards themselves, decoded
-    (run / "config.toml").write_text(dump(RunConfig(data=DataConfig(corpus=str(prepared.directory)))))
-    assert texts(run)[0] == held_out  # a run on a prepared folder
+    run, _, same = run_with(tmp_path, corpus=str(prepared.directory))
+    assert texts(run)[0] == same == held_out  # a run on a prepared folder
 
 
 def test_a_run_whose_only_file_was_cut(tmp_path):
@@ -102,6 +104,44 @@ def test_a_run_with_other_validation_text(tmp_path, records):
     (tmp_path / "other.txt").write_text("something else")
     run, _, held_out = run_with(tmp_path, corpus=str(records), validation=str(tmp_path / "other.txt"))
     assert texts(run)[0] == held_out == ["something else"]
+
+
+@pytest.mark.parametrize("kind", ["split", "validation", "prepared"])
+def test_text_that_is_no_longer_what_was_held_out_is_refused(kind, tmp_path, records):
+    """It may have been trained on."""
+    data = {"corpus": str(records), "validation_fraction": 0.3}
+    if kind == "validation":
+        (tmp_path / "other").mkdir()
+        data = {"corpus": str(records), "validation": str(tmp_path / "other")}
+        (tmp_path / "other" / "v.txt").write_text("something else")
+    if kind == "prepared":
+        data = {"corpus": str(run_with(tmp_path, **data)[1].directory)}
+    run, _, held_out = run_with(tmp_path, **data)
+    assert texts(run) == (held_out, [])
+    if kind == "prepared":
+        other = DataConfig(corpus=str(records), validation_fraction=0.2, cache=str(tmp_path / "cache"))
+        shutil.rmtree(data["corpus"])
+        prepare(other).directory.rename(data["corpus"])
+    else:
+        file = tmp_path / "other" / "v.txt" if kind == "validation" else records / "a.jsonl"
+        file.write_text(file.read_text().replace("0", "9").replace("else", "more"))
+    with pytest.raises(UserError, match=r"run cannot be found again: its text has changed since .* restore"):
+        Corpus([str(run)])
+
+
+def test_text_beside_the_validation_text_may_change(tmp_path, records):
+    (tmp_path / "other.txt").write_text("something else")
+    run, _, held_out = run_with(tmp_path, corpus=str(records), validation=str(tmp_path / "other.txt"))
+    (records / "0.txt").unlink()
+    assert texts(run) == (held_out, [])
+
+
+def test_a_run_that_does_not_say_what_it_was_trained_on(tmp_path, records):
+    run, _, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
+    (run / "data.json").unlink()
+    documents, (problem,) = texts(run)
+    assert documents == held_out
+    assert str(problem).startswith(f"{run}: not known: an older version began this run")
 
 
 def test_what_is_not_there(tmp_path, records):

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from retnet.convert import convert
+from retnet.data import Tokenizer
 from retnet.engine import open_run
 from retnet.lock import LOCK, sole_owner
 from retnet.model import ModelConfig
@@ -243,6 +244,12 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
         thread.join()
         assert found[0].finished
 
+    def test_a_link_that_leads_nowhere(self, config_file, tmp_path):
+        (tmp_path / "link").symlink_to("gone")
+        for place in ("link", "link/run"):
+            with pytest.raises(UserError, match=r"cannot write the run directory .*link to gone"):
+                train(tiny(config_file), tmp_path / place)
+
     def test_a_directory_that_cannot_be_made(self, config_file, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match="cannot write the run directory"):
@@ -279,6 +286,139 @@ class TestBegin:
         with pytest.raises(UserError, match=r"run is gone, moved or removed; step 3 is not saved"):
             train(tiny(config_file), tmp_path / "run", progress=Removes(Console(quiet=True)))
         assert not (tmp_path / "run").exists()
+
+
+def other_text(config_file, tmp_path) -> RunConfig:
+    other = tmp_path / "other"
+    shutil.copytree(load(RunConfig, config_file).data.corpus, other)
+    (other / "03.txt").write_text("another text " * 50)
+    run = tiny(config_file)
+    return replace(run, data=replace(run.data, corpus=str(other)))
+
+
+class Fails(TrainingProgress):
+    """Ends training at a step as something that nobody expected would."""
+
+    def __init__(self, at):
+        super().__init__(Console(quiet=True))
+        self.at = at
+
+    def step(self, step, loss, rate, left=None):
+        if step == self.at:
+            raise RuntimeError("a bug")
+
+
+class TestSameData:
+    """A run goes on with the tokens that it began with, and what is not the same is named."""
+
+    def begun(self, run, path):
+        """A run that made a step, and has no checkpoint yet."""
+        with pytest.raises(RuntimeError, match="a bug"):
+            train(run, path, progress=Fails(1))
+        assert not list((path / "checkpoints").iterdir())
+
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_another_corpus(self, saved, config_file, tmp_path):
+        run = tiny(config_file)
+        train(run, tmp_path / "run") if saved else self.begun(run, tmp_path / "run")
+        other = other_text(config_file, tmp_path)
+        before = (tmp_path / "run/data.json").read_text()
+        with pytest.raises(
+            UserError, match=r"^the corpus has changed since \S+run was begun, so the run cannot"
+        ):
+            train(other, tmp_path / "run", begin="resume")
+        assert (tmp_path / "run/data.json").read_text() == before
+        assert train(run, tmp_path / "run", begin="resume").finished
+
+    def test_another_tokenizer(self, config_file, tmp_path):
+        Tokenizer.train(["a b c"], 257).save(tmp_path / "tokenizer.json")
+        run = tiny(config_file)
+        run = replace(run, data=replace(run.data, tokenizer=str(tmp_path / "tokenizer.json")))
+        self.begun(run, tmp_path / "run")
+        Tokenizer.load("bytes").save(tmp_path / "tokenizer.json")
+        with pytest.raises(UserError, match=r"^the tokenizer has changed since"):
+            train(run, tmp_path / "run", begin="resume")
+
+    def test_another_validation_text(self, config_file, tmp_path):
+        (tmp_path / "v.txt").write_text("some words " * 50)
+        run = tiny(config_file)
+        run = replace(run, data=replace(run.data, validation=str(tmp_path / "v.txt")))
+        self.begun(run, tmp_path / "run")
+        (tmp_path / "v.txt").write_text("other words " * 50)
+        with pytest.raises(UserError, match=r"^the validation text has changed since"):
+            train(run, tmp_path / "run", begin="resume")
+
+    def test_a_run_of_an_older_version_is_known_by_its_checkpoint(self, config_file, tmp_path):
+        run = tiny(config_file)
+        train(run, tmp_path / "run")
+        said = (tmp_path / "run/data.json").read_text()
+        (tmp_path / "run/data.json").unlink()
+        with pytest.raises(UserError, match=r"^the corpus has changed since"):
+            train(other_text(config_file, tmp_path), tmp_path / "run", begin="resume")
+        assert train(run, tmp_path / "run", begin="resume").finished
+        assert (tmp_path / "run/data.json").read_text() == said
+
+    def test_a_damaged_record(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "run")
+        (tmp_path / "run/data.json").write_text('{"train": 3}')
+        with pytest.raises(UserError, match=r"cannot read \S+data.json: .*; restore it, or remove it"):
+            train(tiny(config_file), tmp_path / "run", begin="resume")
+
+
+class TestNothingBegun:
+    """A run that ends before its first step leaves nothing; one that made a step stays, to be resumed."""
+
+    @pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), KeyboardInterrupt()])
+    def test_before_the_first_step(self, error, config_file, tmp_path, monkeypatch):
+        def fail(self):
+            raise error
+
+        monkeypatch.setattr("retnet.train.trainer._Trainer._learn", fail)
+        with pytest.raises(type(error)):
+            train(tiny(config_file), tmp_path / "deep" / "run")
+        assert not (tmp_path / "deep").exists()
+
+    def test_what_others_have_there_stays(self, config_file, tmp_path, monkeypatch):
+        (tmp_path / "run" / "notes").mkdir(parents=True)
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        monkeypatch.setattr("retnet.train.trainer._Trainer._learn", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny(config_file), tmp_path / "run")
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes", "notes.txt"]
+
+    def test_a_run_that_was_begun_stays(self, config_file, tmp_path, monkeypatch):
+        with pytest.raises(RuntimeError):
+            train(tiny(config_file), tmp_path / "run", progress=Fails(1))
+        monkeypatch.setattr("retnet.train.trainer._Trainer._learn", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny(config_file), tmp_path / "run", begin="resume")
+        assert (tmp_path / "run/config.toml").is_file()
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("batch_size", 10**12, r"a pass of train.batch_size 1000000000000 rows"),
+            ("seq_len", 10**12, r"of train.seq_len 1000000000000 "),
+            ("accumulate", 10**12, r"the tokens of train.accumulate 1000000000000 passes"),
+            ("batch_size", 1 << 62, r"training needs .* GiB at the least, and cpu has"),
+            ("device", "meta", r"device 'meta' cannot be used here: it has shapes, and no numbers"),
+            ("device", "banana", r"device 'banana' cannot be used here"),
+        ],
+    )
+    def test_what_cannot_be_is_said_before(self, name, value, message, config_file, tmp_path):
+        with pytest.raises(UserError, match=message):
+            train(tiny(config_file, **{name: value}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_model_that_cannot_fit(self, config_file, tmp_path):
+        run = tiny(config_file)
+        run = replace(run, model=replace(run.model, d_model=1 << 20, ffn_dim=1 << 20))
+        with pytest.raises(UserError, match=r"a model of [\d,]+ parameters takes"):
+            train(run, tmp_path / "run")
+        with pytest.raises(
+            UserError, match=r"num_layers is 1000000000; it must be at least 1 and at most 10000"
+        ):
+            replace(run.model, num_layers=10**9)
 
 
 class TestGoingOn:

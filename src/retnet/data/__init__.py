@@ -7,6 +7,7 @@ from retnet.data.batches import IGNORED, Batch, Batches
 from retnet.data.config import DataConfig
 from retnet.data.manifest import Manifest
 from retnet.data.prepare import PreparationProgress, prepare
+from retnet.data.run_data import RunData
 from retnet.data.shards import Prepared, TokenShards, load
 from retnet.data.sources import Problem
 from retnet.data.tokenizer import TextStream, Tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "PreparationProgress",
     "Prepared",
     "Problem",
+    "RunData",
     "TextStream",
     "TokenShards",
     "Tokenizer",

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from retnet.data import DataConfig, Problem, Tokenizer, TokenShards, load
+from retnet.data import DataConfig, Problem, RunData, Tokenizer, TokenShards, load
 from retnet.data.config import as_tuple
 from retnet.data.manifest import prepared_folder
 from retnet.data.readers import Piece, pieces, read
 from retnet.data.sources import Source
-from retnet.data.split import Taken, found_in, gather, is_held_out
+from retnet.data.split import Taken, found_in, gather, is_held_out, text_fingerprint
 from retnet.model.runs import meant
 from retnet.settings import UserError, build, read_toml
 
+_UNKNOWN = "an older version began this run and did not note its text; if that has changed, this may have been trained on"
 _CHUNK = 1 << 16  # tokens of a prepared folder turned into text at a time
 
 
@@ -106,28 +107,49 @@ def is_run(path: str | Path) -> bool:
 
 def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
     if is_run(spec):
-        return _validation_of(meant(spec))
+        return _validation_of(meant(spec), on_problem)
     if (folder := prepared_folder(spec)) is not None:
         return _Part([], text_field, prepared=folder)
     return _Part(list(found_in([spec], on_problem, taken)), text_field)
 
 
-def _validation_of(run: Path) -> _Part:
-    """The documents that training held out; see `retnet.data.prepare`. What is left out was said then."""
+def _validation_of(run: Path, on_problem: Callable[[Problem], None]) -> _Part:
+    """The documents that training held out; see `retnet.data.prepare`. What is left out was said then.
+
+    Raises:
+        UserError: they are not there any more, or not the same: what is held out now may have been trained on.
+    """
     config = build(DataConfig, read_toml(run / "config.toml").get("data", {}), "data")
+    began = RunData.read(run)
+    if began is None:
+        on_problem(Problem(str(run), 0, "not known", _UNKNOWN))
     try:
-        if (folder := prepared_folder(config.corpus)) is not None:
-            return _Part([], config.text_field, prepared=folder)
-        if config.validation is not None:
-            return _Part(list(found_in(as_tuple(config.validation), lambda _: None)), config.text_field)
-        found = gather(config).sources
+        part = _held_out(config)
+        if began is not None and not _same(began, part):
+            raise UserError(
+                "its text has changed since it was trained, and what is held out now may have been trained on"
+            )
     except UserError as error:
         raise UserError(
             f"the validation split of {run} cannot be found again: {error}; "
-            "go to the folder it was trained in, or name other data"
+            "restore the files, go to the folder it was trained in, or name other data"
         ) from None
-    held_out = [source for source in found if source.validation is not False]
+    return part
+
+
+def _held_out(config: DataConfig) -> _Part:
+    if (folder := prepared_folder(config.corpus)) is not None:
+        return _Part([], config.text_field, prepared=folder)
+    if config.validation is not None:
+        return _Part(list(found_in(as_tuple(config.validation), lambda _: None)), config.text_field)
+    held_out = [source for source in gather(config).sources if source.validation is not False]
     return _Part(held_out, config.text_field, config.validation_fraction)
+
+
+def _same(began: RunData, part: _Part) -> bool:
+    if part.prepared is not None:
+        return load(part.prepared).validation.fingerprint == began.validation
+    return text_fingerprint(part.sources, validation=True) == began.validation_text
 
 
 def _counts(piece: Piece, source: Source, part: _Part) -> bool:

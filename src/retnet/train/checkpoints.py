@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retnet.data import Prepared
+from retnet.data import Prepared, RunData, Tokenizer
 from retnet.errors import UserError, told
 from retnet.io import write_text
 from retnet.model import LanguageModel
@@ -75,8 +76,7 @@ class Checkpoints:
     ) -> None:
         self._config, self._run, self._device, self._ranks = config, run, device, ranks
         self._tokenizer = prepared.tokenizer
-        # what identifies the tokens: a run goes on only with those it began with
-        self._data = {"train": prepared.train.fingerprint, "validation": prepared.validation.fingerprint}
+        self._data = RunData.of(prepared)
 
     def begin(self) -> tuple[Learned, Standing]:
         """The model and its optimisers on the device, and where they stand: as the newest checkpoint says, or fresh.
@@ -84,7 +84,7 @@ class Checkpoints:
         The first rank's CPU holds the whole model until all ranks have their parts.
 
         Raises:
-            UserError: the checkpoint is damaged, or of another corpus.
+            UserError: the checkpoint is damaged, or the run was begun with another corpus or tokenizer.
         """
         ranks, c = self._ranks, self._config.train
         saved = ranks.lead(self._read)
@@ -109,7 +109,7 @@ class Checkpoints:
         bad = spoiled({**weights(model), **memory}, self._ranks)
         if bad is not None:
             raise UserError(
-                f"{bad} is not finite after step {standing.step}, so nothing was saved; the last checkpoint is whole. "
+                f"{bad} is not finite after step {standing.step}, so nothing was saved; {self._run.whole}. "
                 "Try a lower train.learning_rate or more train.warmup_steps"
             )
         whole, trained, memory = model, None, collect(memory, self._ranks)
@@ -118,7 +118,8 @@ class Checkpoints:
             averages = collect(average.tensors, self._ranks) if average else {}
             whole = _hollow(self._config)
             whole.load_state_dict({**trained, **averages}, strict=False, assign=True)
-        state = {**standing._asdict(), "data": self._data}
+        tokens = {"train": self._data.train, "validation": self._data.validation}
+        state = {**standing._asdict(), "data": tokens}
         files: Files = {
             **model_files(whole),
             **({TRAINED: lambda path: save_tensors(trained or {}, path)} if average else {}),
@@ -135,16 +136,11 @@ class Checkpoints:
         torch.manual_seed(self._config.train.seed)
         model = LanguageModel(self._config.model)
         path = self._run.latest()
+        self._require_same_data(path)
         if path is None:
             fill(model, self._config, self._run)
             return _Saved(model, {}, {}, Standing())
-        with told(f"read the checkpoint {path}", "--resume --checkpoint NAME takes another one"):
-            state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-        if state["data"] != self._data:
-            raise UserError(
-                f"the corpus has changed since {path} was written, so the run cannot go on as it began; "
-                "restore the files, or start a new run"
-            )
+        state = _trainer_state(path)
         load_weights(model, path)
         average = {}
         if self._config.train.ema:
@@ -154,6 +150,28 @@ class Checkpoints:
         standing = Standing.of(state)
         self._run.point(standing.step, standing.best[1] if standing.best else None)
         return _Saved(model, load_tensors(path / "optimizer.safetensors"), average, standing)
+
+    def _require_same_data(self, path: Path | None) -> None:
+        """Refuses to go on with other tokens than the run began with; of older versions only checkpoints know them."""
+        then = RunData.read(self._run.path)
+        if then is None and path is not None:
+            then = RunData(
+                Tokenizer.load(path / "tokenizer.json").fingerprint, **_trainer_state(path)["data"]
+            )
+        if then is not None and (changed := then.changed(self._data)):
+            raise UserError(
+                f"{changed} since {self._run.path} was begun, so the run cannot go on as it began; "
+                "restore the files, or start a new run"
+            )
+        if then != self._data:  # the same tokens of text that lies otherwise, or never noted
+            with self._run.writing():
+                self._data.write(self._run.path)
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    with told(f"read the checkpoint {path}", "--resume --checkpoint NAME takes another one"):
+        state: dict[str, Any] = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        return state
 
 
 def spoiled(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:

@@ -86,7 +86,7 @@ class TrainConfig(Checked):
     activation_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, At(least=1, most=1024)] | None = None
     log_every: Count = 10
     eval_every: Annotated[int, At(least=0)] = 200
     eval_tokens: Count | None = None

@@ -1,4 +1,4 @@
-"""A run directory: `config.toml` (resolved), `env.json`, `metrics.jsonl`, `checkpoints/`; `plan.json` of `train.minutes`.
+"""A run directory: `config.toml` (resolved), `env.json`, `data.json`, `metrics.jsonl`, `checkpoints/`, and `plan.json`.
 
 A checkpoint directory holds the model, the tokenizer, the optimiser, the random state and where training stands. The
 files `best` and `last` in `checkpoints/` name one each.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retnet import lock
+from retnet.data import RunData
 from retnet.errors import told
 from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
@@ -26,7 +28,7 @@ from retnet.settings import UserError, dump, load
 from retnet.train.config import RunConfig, TrainConfig
 
 # Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; and where text
-# lies, since what identifies a corpus is its tokens, which a checkpoint knows.
+# lies, since what identifies a corpus is its tokens, which `data.json` knows.
 HARMLESS = frozenset(
     f"train.{name}"
     for name in (
@@ -65,7 +67,7 @@ class RunDirectory:
                 return folder.parent
         return None
 
-    def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
+    def create(self, config: RunConfig, environment: dict[str, Any], data: RunData) -> None:
         """Begins a run: writes what it is made from and where it runs.
 
         Raises:
@@ -74,7 +76,26 @@ class RunDirectory:
         with self.writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "env.json", environment)
+            data.write(self.path)
             write_text(self.path / "config.toml", dump(config))
+
+    @contextmanager
+    def beginning(self, begun: Callable[[], bool]) -> Iterator[None]:
+        """Around a call of `train`: one that fails before anything was begun leaves nothing; a run that was there stays.
+
+        Args:
+            begun: whether a step was made.
+        """
+        before = None if self.exists else set(os.listdir(self.path))
+        try:
+            yield
+        except BaseException:
+            if before is not None and not begun() and not lock.lost(self.path):
+                with suppress(OSError):
+                    for new in set(os.listdir(self.path)) - before - {lock.LOCK}:
+                        path = self.path / new
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from retnet import host
-from retnet.data import Prepared, load, prepare
+from retnet.data import Prepared, RunData, load, prepare
 from retnet.lock import sole_owner
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
@@ -22,6 +22,9 @@ from retnet.train.initial_weights import adopt
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 
+GIB = 2**30
+BYTES_PER_PARAMETER = 16  # fp32: weight, gradient, two moments
+BYTES_PER_TOKEN = 24  # of a batch: int64 as it is read, as input, and as target
 Begin = Literal["new", "resume", "resume-or-start"]  # what a call of `train` is to find in the run directory
 
 
@@ -31,7 +34,7 @@ def check(
     """Says what cannot be before any work is done; sets the threads, and returns the device."""
     if ranks.first:
         _check_run(run, begin, checkpoint)
-    cost(config.model)  # shapes
+    parameters = cost(config.model).total  # refuses shapes that do not fit
     c = config.train
     if c.accumulate % ranks.world:
         raise UserError(
@@ -45,7 +48,31 @@ def check(
         )
     if c.threads:
         torch.set_num_threads(c.threads)
-    return ranks.device(c.device)
+    device = ranks.device(c.device)
+    _check_memory(config, parameters, device, ranks.world)
+    return device
+
+
+def _check_memory(config: RunConfig, parameters: int, device: torch.device, world: int) -> None:
+    """Refuses what cannot fit: the system would end the process without a word, and not at once.
+
+    Counted is the least that any model needs: weights, gradients and moments in fp32; of each pass its tokens, and what
+    every block reads, in bf16.
+    """
+    c, m = config.train, config.model
+    tokens = c.batch_size * c.seq_len
+    weights = BYTES_PER_PARAMETER * parameters // world
+    passed = 2 * tokens * m.d_model * m.num_layers
+    read = BYTES_PER_TOKEN * tokens * max(c.accumulate // world, 1)
+    cpu = torch.device("cpu")
+    for place, need in {cpu: read, device: weights + passed + (read if device == cpu else 0)}.items():
+        if need > (have := host.memory_of(place)):
+            raise UserError(
+                f"training needs {need / GIB:,.0f} GiB at the least, and {place} has {have / GIB:,.0f}: a model of "
+                f"{parameters:,} parameters takes {weights / GIB:,.1f}, a pass of train.batch_size {c.batch_size} rows of "
+                f"train.seq_len {c.seq_len} {passed / GIB:,.1f}, the tokens of train.accumulate {c.accumulate} passes "
+                f"{read / GIB:,.1f}; make one of them smaller"
+            )
 
 
 def _check_run(run: RunDirectory, begin: Begin, checkpoint: str | None) -> None:
@@ -74,10 +101,11 @@ def _same_step(c: TrainConfig, world: int) -> str:
 
 
 @contextmanager
-def owned(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
-    """The run directory for these processes alone; the first rank holds it for all."""
+def owned(run: RunDirectory, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[None]:
+    """The run directory for these processes alone; the first rank holds it for all, and clears it if nothing was begun."""
     with ExitStack() as stack:
         ranks.lead(lambda: stack.enter_context(sole_owner(run.path)))
+        ranks.lead(lambda: stack.enter_context(run.beginning(begun)))
         yield
 
 
@@ -117,7 +145,7 @@ def resolve(
         old = run.planned(run.config()) if run.exists else None
         new = run.planned(_filled_in(config, prepared, device, old))
         if old is None:
-            run.create(new, {**host.describe(), "processes": ranks.world})
+            run.create(new, {**host.describe(), "processes": ranks.world}, RunData.of(prepared))
             return new
         changed.extend(differences(old, new))
         fixed = [change for change in changed if not change.startswith(f"{LENGTH}:")]

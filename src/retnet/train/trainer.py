@@ -80,7 +80,8 @@ def train(
     with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else TrainingProgress.silent()
         device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
-        stack.enter_context(owned(run, ranks))
+        trainer: _Trainer | None = None
+        stack.enter_context(owned(run, ranks, lambda: trainer is not None and trainer.step > 0))
         if checkpoint is not None:
             ranks.lead(lambda: run.choose(checkpoint))
         config = start_from(config, run, ranks)
@@ -277,7 +278,7 @@ class _Trainer:
         if (bad := spoiled(weights(self.model), self.ranks)) is not None:  # not the documents' doing
             raise UserError(
                 f"{problem} at step {step}, since {bad} is not finite after step {self.step}; "
-                "the last checkpoint is whole. Try a lower train.learning_rate or more train.warmup_steps"
+                f"{self.run.whole}. Try a lower train.learning_rate or more train.warmup_steps"
             )
         # backwards: a gradient that is not finite spoils those of all layers below
         named = reversed(list(self.model.named_parameters()))
