@@ -98,7 +98,7 @@ def reason_of(error: BaseException, without: str = "") -> str:
 def dangling(path: str | bytes | os.PathLike[str]) -> str:
     """What to add to a message about a path where nothing is: where a link leads that leads nowhere."""
     found = os.path.islink(path) and not os.path.exists(path)
-    return f" (it is a link to {printable(os.readlink(path))})" if found else ""
+    return f" (it is a link to {printable(os.readlink(os.fsdecode(path)))})" if found else ""
 
 
 def _in_the_way(path: str, error: int | None) -> str:

@@ -88,7 +88,7 @@ class Mender:
             self._decoder.errors = "strict"
 
 
-class _TextHash:
+class _ContentHash:
     """SHA-256 of a text, and of the same with all line endings alike; byte order marks are no part of either."""
 
     def __init__(self) -> None:
@@ -263,7 +263,7 @@ def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
     if pointer := lfs_pointer(Path(source.path)):  # whatever it should be, packed or not
         name = sha256(Path(source.path))
         return Content(name, name, source.size, pointer)
-    text, mender, size, refused = _TextHash(), Mender(), 0, ""
+    text, mender, size, refused = _ContentHash(), Mender(), 0, ""
     try:
         for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
             if refused := _foreign(source, chunk, size):

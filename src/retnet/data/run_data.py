@@ -64,8 +64,13 @@ class RunData(msgspec.Struct, frozen=True):
         """
         write_bytes(run / RECORD, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
-    def changed(self, now: RunData) -> str:
-        """What is no longer as it is here, as the beginning of a sentence; empty while the tokens are the same."""
+    def changed(self, now: RunData, *, apart: bool) -> str:
+        """What is no longer as it is here, as the beginning of a sentence; empty while the tokens are the same.
+
+        Args:
+            now: what there is now.
+            apart: the text that is validated on is a corpus of its own.
+        """
         if (self.tokenizer, self.train, self.validation) == (now.tokenizer, now.train, now.validation):
             return ""
         before, after = (self.train_text, self.validation_text), (now.train_text, now.validation_text)
@@ -74,7 +79,7 @@ class RunData(msgspec.Struct, frozen=True):
             if other_tokenizer:
                 return "the tokenizer has changed"
             before, after = (self.train, self.validation), (now.train, now.validation)
-        words = ["the corpus"] if before[0] != after[0] else []
-        words += ["the validation text"] if before[1] != after[1] and not words else []
+        words = ["the corpus"] if before[0] != after[0] or (before != after and not apart) else []
+        words += ["the validation text"] if before != after and not words else []
         words += ["the tokenizer"] if other_tokenizer else []
         return f"{' and '.join(words or ['what becomes of the corpus'])} {'have' if words[1:] else 'has'} changed"

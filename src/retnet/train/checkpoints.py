@@ -158,7 +158,8 @@ class Checkpoints:
             then = RunData(
                 Tokenizer.load(path / "tokenizer.json").fingerprint, **_trainer_state(path)["data"]
             )
-        if then is not None and (changed := then.changed(self._data)):
+        apart = self._config.data.validation is not None
+        if then is not None and (changed := then.changed(self._data, apart=apart)):
             raise UserError(
                 f"{changed} since {self._run.path} was begun, so the run cannot go on as it began; "
                 "restore the files, or start a new run"
