@@ -45,7 +45,7 @@ PRESSED = """
 import signal
 import torch
 from numba.core.codegen import CPUCodeLibrary
-from retnet.ops import log_decays, retention
+from retnet.ops import log_decays, retention_step
 
 compiled, pressed = CPUCodeLibrary._object_compiled_hook.__func__, []
 def press(cls, *args):
@@ -55,13 +55,13 @@ def press(cls, *args):
     compiled(cls, *args)
 CPUCodeLibrary._object_compiled_hook = classmethod(press)
 
-q = k = v = torch.ones(1, 3, 2, 4)
+q = k = v = torch.ones(1, 2, 4)
+given = (q, k, v, log_decays("none", 2), torch.zeros(1, 2, 4, 4), None, 1.0, "numba")
 try:
-    retention(q, k, v, log_decays("none", 2))
+    retention_step(*given)
 except KeyboardInterrupt:
     print("interrupted")
-out, _ = retention(q, k, v, log_decays("none", 2), scale=1.0)
-print(out[0, :, 0, 0].tolist())
+print([retention_step(*given)[0, 0, 0].item() for _ in range(3)])
 """
 
 

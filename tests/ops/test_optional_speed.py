@@ -17,7 +17,7 @@ from tests.helpers.parity import relative
 pytest.importorskip("numba")
 SOURCES = Path(jit.__file__).parents[3]
 
-WORK = """
+START = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stdout)
 import torch
@@ -25,12 +25,16 @@ from retnet.ops import log_decays, product, retention, retention_step
 torch.manual_seed(0)
 q = torch.randn(2, 20, 4, 8, requires_grad=True)
 d = log_decays("paper", 4)
+"""
+SEQUENCES = """
 for _ in range(2):
     out, state = retention(q, q, q, d)
     want, _ = retention(q, q, q, d, backend="reference")
     (got,) = torch.autograd.grad(out.sum(), q)
     (exact,) = torch.autograd.grad(want.sum(), q)
     assert torch.allclose(out, want, atol=1e-4) and torch.allclose(got, exact, atol=1e-3)
+"""
+DECODING = """
 with torch.no_grad():
     pool, other = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
     a = retention_step(q[:, 0], q[:, 0], q[:, 0], d, pool)
@@ -40,6 +44,10 @@ with torch.no_grad():
     assert torch.allclose(product(x, w), x @ w.T, atol=1e-3)
 print("done")
 """
+WORK = START + SEQUENCES + DECODING
+# Some seconds of compiling instead of a quarter of a minute: a kernel with functions of its own, one that is linked to a
+# shared function, and that function.
+LITTLE = START + DECODING
 
 
 def run(code=WORK, *, path=None, **environment):
@@ -68,7 +76,7 @@ class Nowhere:
     def from_function(cls, *arguments):
         return None  # as every locator does that finds its directory read-only
 caching.CacheImpl._locator_classes = [Nowhere]
-{WORK}"""
+{LITTLE}"""
     said = run(code, path=sources, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
     assert said.count("not kept on disk") == 1
     assert "set NUMBA_CACHE_DIR to a directory that can be written" in said
@@ -82,17 +90,17 @@ import numba.core.caching as caching
 def refuse(*arguments, **options):
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = refuse
-{WORK}"""
+{LITTLE}"""
     said = run(full, NUMBA_CACHE_DIR=str(tmp_path / "full"))
     assert said.count("not kept on disk") == 1
     assert "No space left on device" in said
     cache = str(tmp_path / "spoiled")
-    run(NUMBA_CACHE_DIR=cache)
+    run(LITTLE, NUMBA_CACHE_DIR=cache)
     files = [file for kind in ("*.nbi", "*.nbc") for file in Path(cache).rglob(kind)]
     assert len(files) >= 4
     for file in files:
         file.write_bytes(b"spoiled")
-    assert "backend 'auto' is 'numba'" in run(NUMBA_CACHE_DIR=cache)
+    assert "backend 'auto' is 'numba'" in run(LITTLE, NUMBA_CACHE_DIR=cache)
 
 
 @pytest.mark.slow
@@ -100,13 +108,13 @@ def test_processes_that_compile_at_once_into_one_cache(tmp_path):
     """Each finds an empty cache, a half-written one, or a whole one: all compute right, and later ones find it whole."""
     variables = os.environ | {"PYTHONPATH": str(SOURCES), "NUMBA_CACHE_DIR": str(tmp_path)}
     together = [
-        subprocess.Popen([sys.executable, "-c", WORK], env=variables, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", LITTLE], env=variables, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     for process in together:
         said, _ = process.communicate(timeout=300)
         assert (process.returncode, said.splitlines()[-1]) == (0, "done"), said
-    assert "not kept on disk" not in run(NUMBA_CACHE_DIR=str(tmp_path))
+    assert "not kept on disk" not in run(LITTLE, NUMBA_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.parametrize(
