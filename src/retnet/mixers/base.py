@@ -55,6 +55,8 @@ class Mixer(nn.Module):
         theory: how the cost of a decoded token, and what training keeps, grow with the length N, if it is not there.
         along_time: how training goes along time, in tables.
         training_forms: ways to compute whole sequences that studies compare.
+        cuttable: whether a sequence may be cut over processes (context parallelism): a mixer of this kind then has a
+            `context` (`retnet.ops.context_parallel.ContextParallel`), which those who cut it set, or None.
         exactly_causal: False where rounding knows no order (convolution by FFT), so that later tokens leave traces of ε.
     """
 
@@ -64,6 +66,7 @@ class Mixer(nn.Module):
     theory: ClassVar[tuple[str, str]] = ("1", "N")
     along_time: ClassVar[str] = "token by token"
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (TrainingForm(),)
+    cuttable: ClassVar[bool] = False
     exactly_causal: ClassVar[bool] = True
 
     def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401

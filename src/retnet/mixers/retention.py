@@ -23,6 +23,7 @@ from retnet.ops import (
     retention_step,
 )
 from retnet.ops.clamped import clamped_retention
+from retnet.ops.context_parallel import ContextParallel
 from retnet.ops.dispatch import check_backend
 from retnet.settings import At, Count, UserError
 
@@ -110,13 +111,16 @@ class MultiScaleRetention(Mixer):
     Attributes:
         keeps_heads: in training, keep the op's output for the backward pass (2·d_model numbers a token) instead of running
             the op's forward pass once more.
+        context: where `forward` sees one stretch of sequences that are cut over processes, what it is; set from outside.
     """
 
     keeps_heads = False
+    context: ContextParallel | None = None
 
     Config: ClassVar[type[RetentionConfig]] = RetentionConfig
     paper_row: ClassVar[str | None] = "RetNet"
     along_time: ClassVar[str] = "chunks"
+    cuttable: ClassVar[bool] = True
 
     log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
 
@@ -161,7 +165,10 @@ class MultiScaleRetention(Mixer):
         self, x: Tensor, cu_seqlens: Tensor | None = None, state: RetentionState | None = None
     ) -> Positions:
         """Those of queries and keys."""
-        return self.rotary.positions(x, cu_seqlens, None if state is None else state.position)
+        start = None if state is None else state.position
+        if state is None and self.context is not None:
+            start = self.context.positions(x.device)
+        return self.rotary.positions(x, cu_seqlens, start)
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, positions: Positions | None = None
@@ -171,7 +178,14 @@ class MultiScaleRetention(Mixer):
         if self.config.score_norm == "torchscale":
             o = clamped_retention(*self._project(x, positions), self.log_decay, cu_seqlens)
             return self._finish(o, x, positions)
-        return self._mix(x, positions, None, cu_seqlens)[0]
+        q, k, v = self._project(x, positions)
+        kv = None if self.context is None else self.context.entering(k, v, self.log_decay)
+        if self.keeps_heads:
+            return self._finish(
+                self._retain(q, k, v, self.log_decay, kv, cu_seqlens=cu_seqlens), x, positions
+            )
+        retain = partial(self._retain, cu_seqlens=cu_seqlens)
+        return self._finish(Remade(retain, (q, k, v, self.log_decay, kv)), x, positions)
 
     def prefill(
         self,
@@ -183,10 +197,10 @@ class MultiScaleRetention(Mixer):
     ) -> tuple[Tensor, RetentionState]:
         """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
         self._refuse_if_stateless()
-        y, kv = self._mix(x, positions or self.positions(x, cu_seqlens, state), state.kv, cu_seqlens)
-        assert kv is not None
+        positions = positions or self.positions(x, cu_seqlens, state)
+        o, kv = self._retention(*self._project(x, positions), self.log_decay, state.kv, cu_seqlens)
         seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
-        return y, RetentionState(kv, state.position + seen)
+        return self._finish(o, x, positions), RetentionState(kv, state.position + seen)
 
     def step(
         self, x: Tensor, state: RetentionState, *, positions: Positions | None = None
@@ -229,21 +243,17 @@ class MultiScaleRetention(Mixer):
         K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size or CHUNK, length)
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
-    def _mix(
-        self, x: Tensor, positions: Positions, kv: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """From x to the layer's output, and the state after it where there was one before it."""
-        q, k, v = self._project(x, positions)
-        if kv is None and not self.keeps_heads:  # nobody wants the state either
-            retain = partial(self._retain, cu_seqlens=cu_seqlens)
-            return self._finish(Remade(retain, (q, k, v, self.log_decay)), x, positions), None
-        o, kv = self._retention(q, k, v, self.log_decay, kv, cu_seqlens)
-        return self._finish(o, x, positions), kv
-
     def _retain(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        kv: Tensor | None,
+        *,
+        cu_seqlens: Tensor | None,
     ) -> Tensor:
-        return self._retention(q, k, v, log_decay, None, cu_seqlens)[0]
+        return self._retention(q, k, v, log_decay, kv, cu_seqlens)[0]
 
     def _retention(
         self,

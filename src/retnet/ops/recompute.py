@@ -28,7 +28,7 @@ class Remade(NamedTuple):
     """A tensor that is made again in the backward pass, of what is kept for it: function(*inputs), without randomness."""
 
     function: Function
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | None, ...]
 
 
 def product_of(
