@@ -119,6 +119,7 @@ ALL_MISTAKES = [
         "error: command line: row '",
     ),
     (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
+    (["generate", "smoke", "--samples", "1000000000000"], "is not in the range 1<=x<=65536"),
     (["config", "show", "paper/9b"], "no configuration 'paper/9b'"),
 ]
 

@@ -48,7 +48,7 @@ INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text."
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Texts for each prompt."
+    "--samples", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Texts for each prompt."
 )
 @opening
 @click.option("--weights", help="int8: round them, for faster decoding on a CPU. [default: as --dtype says]")
