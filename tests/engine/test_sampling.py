@@ -142,7 +142,8 @@ def test_a_nucleus_of_any_size_is_that_of_the_whole_sorted_row(mass):
     together = probabilities(logits, Sampling(top_p=mass))
     for row in range(5):
         chances, order = logits[row].softmax(-1).sort(descending=True, stable=True)
-        count = int((chances.cumsum(-1)[:-1] < mass).sum()) + 1
+        reached = mass * (1 - 1e-12)  # 1,800 times 1/2,000 is 0.9
+        count = int((chances.cumsum(-1)[:-1] < reached).sum()) + 1
         assert together[row].nonzero()[:, 0].tolist() == sorted(order[:count].tolist())
         assert torch.equal(probabilities(logits[row : row + 1], Sampling(top_p=mass))[0], together[row])
 
@@ -235,6 +236,17 @@ def test_the_compiled_kernel_draws_what_the_definitions_say(seed, vocab_size):
     for row, token in enumerate(tokens.tolist()):  # alone as in company
         single = SamplingBatch(samplings[row : row + 1], vocab_size)
         assert single.sample(logits[row : row + 1], draws[row : row + 1]).tolist() == [token]
+
+
+@pytest.mark.skipif(sampler() is None, reason="needs numba")
+def test_a_nucleus_of_equals_ends_where_its_mass_is_reached():
+    """Three times a tenth is 0.3 or a bit more, as sums go: the definition and the kernel agree that it reaches 0.3."""
+    for n in range(1, 24):
+        for kept in range(1, n + 1):
+            batch = SamplingBatch([Sampling(top_p=kept / n)], n)
+            assert (batch.probabilities(torch.zeros(1, n)) > 0).tolist() == [[i < kept for i in range(n)]]
+            last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+            assert batch.sample(torch.zeros(1, n), last).tolist() == [kept - 1]
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retnet.engine.sampling_kernel import SamplingCall, sampler
+from retnet.engine.sampling_kernel import REACHED, SamplingCall, sampler
 from retnet.settings import At, Checked, UserError
 
 Bias = tuple[tuple[int, float], ...]
@@ -273,6 +273,7 @@ def _nucleus(scores: Tensor, mass: Tensor) -> Tensor:
 
     A row is sorted whole only where its likeliest `NUCLEUS` do not suffice: sorting costs as much as a small model's step.
     """
+    mass = mass * REACHED
     total = scores.logsumexp(-1, keepdim=True)
     size = min(NUCLEUS, scores.shape[-1])
     ranked = scores.topk(size).values

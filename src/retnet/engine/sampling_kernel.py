@@ -26,9 +26,10 @@ _LEAST = -708.0  # e to the power of less is not a normal number; it counts as 0
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 _DIGIT = 11  # bits of a weight that one pass of a selection looks at
 _BUCKETS = 1 << _DIGIT
-_GRAIN = (
-    64  # buckets of a first pass in one unit of distance, a power of two; the last has all that are farther
-)
+_GRAIN = 64  # buckets of a first pass in one unit of distance, a power of two; the last has all farther ones
+REACHED = (
+    1 - 1e-12
+)  # of a mass is all of it: sums of probabilities differ in their last bits with their order
 _BLOCK = 64  # numbers that are added before it is asked whether the draw lies among them, at least
 
 
@@ -60,7 +61,7 @@ def compile_sampler(compiler: Compiler) -> Any:  # noqa: ANN401
     best, weigh = _compile_weights(compiler)
     widen, total, drop = _compile_passes(compiler)
     cut, draw = _compile_cut(compiler, drop), _compile_draw(compiler, total)
-    count = len(SamplingTable)
+    count, reached = len(SamplingTable), REACHED
 
     @compiler.kernel
     def sampling_numba(pointer: Any) -> None:  # noqa: ANN401
@@ -94,7 +95,7 @@ def compile_sampler(compiler: Compiler) -> Any:  # noqa: ANN401
             if 0 < top_k[b] < V:
                 cut(scores, keys, weights, places, sums, False, np.float64(top_k[b]))
             if top_p[b] < 1:
-                cut(scores, keys, weights, places, sums, True, top_p[b] * total(weights, 0, V))
+                cut(scores, keys, weights, places, sums, True, reached * top_p[b] * total(weights, 0, V))
             if min_p[b] < np.inf:
                 drop(scores, weights, min_p[b])
             tokens[b] = draw(weights, sums, draws[b])
