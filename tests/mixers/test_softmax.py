@@ -158,3 +158,11 @@ def test_widths_that_do_not_fit():
         SoftmaxAttention(16, SoftmaxConfig(num_heads=3))
     with pytest.raises(UserError, match="heads have width 1, which is odd"):
         SoftmaxAttention(16, SoftmaxConfig(num_heads=16))
+
+
+def test_training_it_is_one_graph():
+    """What refuses second derivatives looks at the graph of a result, which a trace has not."""
+    mixer = SoftmaxAttention(16, SoftmaxConfig(num_heads=2))
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    torch.compile(mixer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert x.grad is not None

@@ -176,6 +176,10 @@ class MultiScaleRetention(Mixer):
         """x [B,T,D] → [B,T,D], every sequence from its beginning."""
         positions = positions or self.positions(x, cu_seqlens)
         if self.config.score_norm == "torchscale":
+            if self.context is not None:
+                raise UserError(
+                    "score_norm = 'torchscale' needs whole sequences, which cannot be cut over ranks; use another"
+                )
             o = clamped_retention(*self._project(x, positions), self.log_decay, cu_seqlens)
             return self._finish(o, x, positions)
         q, k, v = self._project(x, positions)

@@ -114,7 +114,8 @@ class SoftmaxAttention(SequenceMixer):
         else:
             seen = keys[:, : longest + T], values[:, : longest + T]
             masked = T > 1 or shortest < longest
-            o = _attend(q, *seen, positions.position, masked=masked, sdpa=_chosen(self.config.sdpa))
+            sdpa = "math" if _chosen(self.config.sdpa) == "math" else "auto"  # flash on a GPU takes no mask
+            o = _attend(q, *seen, positions.position, masked=masked, sdpa=sdpa)
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +157,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, sdpa: str, **settings: Any) -> T
     """q [B,H,T,K] on keys and values [B,H,S,K] → [B,H,T,K]."""
     with _backend(sdpa):
         o = F.scaled_dot_product_attention(q, k, v, **settings)
+    if torch.compiler.is_compiling():  # reading grad_fn would break the graph
+        return o
     if o.grad_fn is None or not o.grad_fn.name().startswith("ScaledDotProduct"):  # the formula
         return o
     return once_differentiable(

@@ -28,7 +28,10 @@ def most_connections() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST + FILES if hard == resource.RLIM_INFINITY else min(hard, MOST + FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # a system may allow less than its limit says
+            wanted = soft
     return wanted - min(FILES, wanted // 2)
 
 

@@ -170,7 +170,7 @@ async def running(
             first = False
             if event.completion is not None:
                 left -= 1
-                _require_whole(requests[number], event.completion, partial)
+                _require_whole(requests[number], event.completion, partial and service.gate.ended)
                 if count:
                     _tally(service.metrics, event)
             yield number, event
