@@ -381,10 +381,16 @@ class TestNothingBegun:
     def test_what_others_have_there_stays(self, config_file, tmp_path, monkeypatch):
         (tmp_path / "run" / "notes").mkdir(parents=True)
         (tmp_path / "run" / "notes.txt").write_text("mine")
-        monkeypatch.setattr("retnet.train.trainer._Trainer._learn", lambda self: 1 / 0)
+
+        def learn(self):
+            (tmp_path / "run" / "another").mkdir()  # while it is being prepared
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("retnet.train.trainer._Trainer._learn", learn)
         with pytest.raises(ZeroDivisionError):
             train(tiny(config_file), tmp_path / "run")
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes", "notes.txt"]
+        left = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert left == ["another", "notes", "notes.txt"]
 
     def test_a_run_that_was_begun_stays(self, config_file, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError):

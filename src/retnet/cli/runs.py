@@ -106,7 +106,8 @@ def _read(paths: Sequence[Path], sort: str) -> list[RunSummary]:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; give a run, or a folder with runs below")
         place = Path(plain(path))
-        inside = next((above for above in (place, *place.parents[:2]) if is_run(above)), None)
+        whole = Path(os.path.abspath(path))
+        inside = next((Path(plain(above)) for above in (whole, *whole.parents[:2]) if is_run(above)), None)
         below = [inside] if inside and inside != place else list(find_runs(place))
         if not below:
             raise UserError(

@@ -42,6 +42,11 @@ HARMLESS = frozenset(
         "skip_limit",
     )
 ) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
+# All that a run writes of its own, so all that one may take away that came to nothing.
+OWN = {
+    *("config.toml", "env.json", "data.json", "plan.json", "origin.json", "tokenizer.json"),
+    *("metrics.jsonl", "changes.jsonl", "checkpoints", "tensorboard", "profile"),
+}
 PLAN = "plan.json"
 _STEP = re.compile(r"step-\d{8,}")  # a copy that somebody keeps beside them is none of ours
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
@@ -83,6 +88,8 @@ class RunDirectory:
     def beginning(self, begun: Callable[[], bool]) -> Iterator[None]:
         """Around a call of `train`: one that fails before anything was begun leaves nothing; a run that was there stays.
 
+        What others put there meanwhile stays too: prepared data, other runs.
+
         Args:
             begun: whether a step was made.
         """
@@ -92,7 +99,7 @@ class RunDirectory:
         except BaseException:
             if before is not None and not begun() and not lock.lost(self.path):
                 with suppress(OSError):
-                    for new in set(os.listdir(self.path)) - before - {lock.LOCK}:
+                    for new in OWN.intersection(os.listdir(self.path)) - before:
                         path = self.path / new
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
