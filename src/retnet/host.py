@@ -192,6 +192,12 @@ def peak_memory(device: torch.device) -> int:
         return _peak_of_usage()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Lets `peak_memory` of a GPU begin anew, from what is held now; that of resident memory cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_of_usage() -> int:
     if sys.platform == "win32":
         import psutil

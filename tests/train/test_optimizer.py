@@ -188,6 +188,14 @@ class TestRamp:
             place += c.passes(step)
         assert c.tokens_before(15) == place * c.batch_size * c.seq_len
 
+    @pytest.mark.parametrize(("accumulate", "ramp_from"), [(1, 1), (6, 6), (7, 1), (12, 3), (64, 1)])
+    @pytest.mark.parametrize("ramp_steps", [0, 1, 5, 7, 100])
+    def test_the_place_of_a_step_is_the_sum_of_all_before(self, accumulate, ramp_from, ramp_steps):
+        if ramp_from == 1 or ramp_steps:
+            c = TrainConfig(accumulate=accumulate, ramp_from=ramp_from, ramp_steps=ramp_steps)
+            passes = [c.passes(step) for step in range(120)]
+            assert all(c.passes_before(step) == sum(passes[:step]) for step in range(120))
+
     def test_without_one(self):
         c = TrainConfig(accumulate=3)
         assert [c.passes(step) for step in range(3)] == [3, 3, 3]

@@ -30,6 +30,17 @@ def test_three_steps_are_traced(config_file, tmp_path, capsys):
     assert all(torch.equal(x, want[name]) for name, x in final_weights(tmp_path / "run").items())
 
 
+def test_a_profile_that_cannot_be_written_is_said_and_training_goes_on(tmp_path):
+    said = []
+    (tmp_path / "profile").touch()
+    with profiled(tmp_path / "profile", 0, torch.device("cpu"), said.append) as after_step:
+        for _ in range(9):
+            after_step()
+    (line,) = said
+    assert line.startswith(f"no profile: cannot write {tmp_path / 'profile/steps-5-to-7.json.gz'}: ")
+    assert "is a file" in line
+
+
 def test_too_few_steps_are_said(tmp_path):
     said = []
     with profiled(tmp_path / "profile", 10, torch.device("cpu"), said.append) as after_step:

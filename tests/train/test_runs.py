@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -421,6 +422,17 @@ class TestNothingBegun:
         run = replace(run, model=replace(run.model, d_model=1 << 20, ffn_dim=1 << 20))
         with pytest.raises(UserError, match=r"a model of [\d,]+ parameters takes"):
             train(run, tmp_path / "run")
+        sizes = {}
+        for optimizer, ema in (("adamw", 0.0), ("muon", 0.0), ("muon", 0.9)):
+            changed = replace(run, train=replace(run.train, optimizer=optimizer, ema=ema))
+            with pytest.raises(UserError, match="training needs") as error:
+                train(changed, tmp_path / "run")
+            sizes[optimizer, ema] = re.search(r"parameters takes ([\d,.]+)", str(error.value))[1].replace(
+                ",", ""
+            )
+        adamw, muon, averaged = map(float, sizes.values())
+        assert muon / adamw == pytest.approx(12 / 16)
+        assert averaged == pytest.approx(adamw)
         with pytest.raises(
             UserError, match=r"num_layers is 1000000000; it must be at least 1 and at most 10000"
         ):

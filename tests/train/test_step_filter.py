@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig, TrainConfig
-from retnet.train.objective import Objective
+from retnet.train.objective import Objective, Quality
 from retnet.train.progress import TrainingProgress
 from retnet.train.step_filter import ENOUGH, StepFilter
 from retnet.train.trainer import train
@@ -150,6 +151,55 @@ def test_after_so_many_in_a_row_it_saves_says_where_and_can_go_on(config_file, t
     assert (tmp_path / "run/checkpoints/last").read_text() == "step-00000006\n"
     assert train(run, tmp_path / "run", begin="resume").finished
     assert lines(tmp_path / "run")[-2]["skipped_steps"] == 2  # as many as before
+
+
+def test_a_run_whose_last_steps_were_skipped_is_whole_and_says_so(config_file, tmp_path, monkeypatch):
+    run = config(config_file, steps=4, skip_limit=2)
+    with (
+        injected(monkeypatch, math.nan, passes=range(5, 9)),
+        pytest.raises(UserError, match="2 steps in a row were skipped") as error,
+    ):
+        train(run, tmp_path / "run")
+    assert "step 4 was the last" in str(error.value)
+    assert "--resume" not in str(error.value)
+    assert "validation_bits_per_byte" in lines(tmp_path / "run")[-1]
+    assert (tmp_path / "run/checkpoints/best").read_text() == "step-00000004\n"
+
+
+def test_steps_skipped_in_a_row_are_counted_over_calls(config_file, tmp_path, monkeypatch):
+    """Two before the run was stopped and one after make three; what a run ended of is not counted again."""
+    run = config(config_file, steps=8, skip_limit=3)
+    with injected(monkeypatch, math.nan, passes=range(5, 9)):
+        train(replace(run, train=replace(run.train, steps=4)), tmp_path / "run")
+    with injected(monkeypatch, math.nan, passes={1}), pytest.raises(UserError, match="saved at step 5"):
+        train(run, tmp_path / "run", begin="resume")
+    with injected(monkeypatch, math.nan, passes={1}):
+        assert train(run, tmp_path / "run", begin="resume").finished
+
+
+def test_of_many_documents_some_are_named(config_file, tmp_path, monkeypatch, capsys):
+    run = config(config_file, steps=1, batch_size=16)
+    with injected(monkeypatch, math.nan, passes={1}):
+        train(run, tmp_path / "run", progress=TrainingProgress())
+    (said,) = re.findall(r"in documents (\[.*?)\;", capsys.readouterr().err)
+    assert re.fullmatch(r"\[(\d+, ){7}\d+\] and \d+ more", said)
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(config_file, tmp_path, monkeypatch):
+    results = iter([math.nan, 8.0, math.nan, 9.0])
+    monkeypatch.setattr(Quality, "bits_per_byte", property(lambda self: next(results)))
+    run = config(config_file, steps=4, log_every=4)
+    run = replace(run, train=replace(run.train, eval_every=1))
+    bests = []
+
+    class Watched(TrainingProgress):
+        def validated(self, step, bits):
+            file = tmp_path / "run/checkpoints/best"
+            bests.append(file.read_text() if file.exists() else None)
+
+    train(run, tmp_path / "run", progress=Watched())
+    bests.append((tmp_path / "run/checkpoints/best").read_text())
+    assert bests == [None, None, *["step-00000002\n"] * 3]
 
 
 def test_spikes_of_a_run(config_file, tmp_path, monkeypatch):

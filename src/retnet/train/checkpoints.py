@@ -41,14 +41,16 @@ class Standing(NamedTuple):
     step: int = 0  # steps done
     best: tuple[float, int] | None = None  # validation in bits per byte, and its step
     skipped: int = 0  # steps of those done
+    skipped_in_a_row: int = 0  # the last of these
     norms: tuple[float, ...] = ()  # of the last gradients; see `StepFilter`
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Standing:
         """From what JSON made of one, an older one too."""
         best = plain["best"]
-        skipped, norms = plain.get("skipped", 0), tuple(plain.get("norms", ()))
-        return cls(plain["step"], (best[0], best[1]) if best else None, skipped, norms)
+        skipped, in_a_row = plain.get("skipped", 0), plain.get("skipped_in_a_row", 0)
+        norms = tuple(plain.get("norms", ()))
+        return cls(plain["step"], (best[0], best[1]) if best else None, skipped, in_a_row, norms)
 
 
 class Learned(NamedTuple):

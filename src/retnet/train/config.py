@@ -125,8 +125,10 @@ class TrainConfig(Checked):
 
     def passes_before(self, step: int) -> int:
         """Of all steps before this one together, which is where its first batch lies in the order of the data."""
-        ramp = sum(self.passes(before) for before in range(min(step, self.ramp_steps)))
-        return ramp + self.accumulate * max(0, step - self.ramp_steps)
+        multiples = self.accumulate // self.ramp_from
+        # the n-th multiple of `ramp_from` begins at the first step that has reached n − 1 of the ramp's equal parts
+        begins = (-(-n * self.ramp_steps // max(multiples - 1, 1)) for n in range(multiples))
+        return self.ramp_from * sum(max(0, step - begin) for begin in begins)
 
     def tokens_before(self, step: int) -> int:
         """That all steps before this one learn from."""

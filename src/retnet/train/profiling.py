@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from retnet.errors import told
+from retnet.errors import UserError, told
 
 WAITED, WARM, TRACED = (
     3,
@@ -24,14 +24,13 @@ def profiled(
 ) -> Iterator[Callable[[], None]]:
     """Traces three steps of those made inside the block, after the first four; what it yields is called after each.
 
+    A trace that cannot be written is said, and training goes on.
+
     Args:
         folder: where the trace goes, which is made if need be; its name says which steps it has.
         step: steps made before.
         device: where the model lies.
-        say: how a person hears of it, or that there were too few steps.
-
-    Raises:
-        UserError: it cannot be written.
+        say: how a person hears of it, or why there is none.
     """
     first = step + WAITED + WARM + 1
     path = folder / f"steps-{first}-to-{first + TRACED - 1}.json.gz"
@@ -40,9 +39,13 @@ def profiled(
     def write(found: profile) -> None:
         if steps < WAITED + WARM + TRACED:
             return
-        with told(f"write {path}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            found.export_chrome_trace(str(path))
+        try:
+            with told(f"write {path}"):
+                folder.mkdir(parents=True, exist_ok=True)
+                found.export_chrome_trace(str(path))
+        except UserError as error:
+            say(f"no profile: {error}")
+            return
         say(f"profile of steps {first} to {first + TRACED - 1}: {path}; https://ui.perfetto.dev opens it")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

@@ -23,7 +23,9 @@ from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 16  # fp32: weight, gradient, two moments
+# at the least, in fp32: weight, gradient, and two moments of AdamW or one momentum of Muon
+BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
+BYTES_OF_AVERAGE = 4  # a parameter, where one is kept
 BYTES_PER_TOKEN = 24  # of a batch: int64 as it is read, as input, and as target
 Begin = Literal["new", "resume", "resume-or-start"]  # what a call of `train` is to find in the run directory
 
@@ -61,7 +63,7 @@ def _check_memory(config: RunConfig, parameters: int, device: torch.device, worl
     """
     c, m = config.train, config.model
     tokens = c.batch_size * c.seq_len
-    weights = BYTES_PER_PARAMETER * parameters // world
+    weights = (BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)) * parameters // world
     passed = 2 * tokens * m.d_model * m.num_layers
     read = BYTES_PER_TOKEN * tokens * max(c.accumulate // world, 1)
     cpu = torch.device("cpu")

@@ -25,13 +25,16 @@ class StepFilter:
         c: `spike` and `skip_limit`.
         norms: of the gradients of the last steps that were taken, as a checkpoint has them.
         skipped: steps so far.
+        in_a_row: of them, the last ones.
     """
 
-    def __init__(self, c: TrainConfig, norms: Sequence[float] = (), skipped: int = 0) -> None:
+    def __init__(
+        self, c: TrainConfig, norms: Sequence[float] = (), skipped: int = 0, in_a_row: int = 0
+    ) -> None:
         self._spike, self._limit = c.spike, c.skip_limit
         self._norms: deque[float] = deque(norms, maxlen=RECENT)
         self.skipped = skipped  # in the whole run
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     @property
     def norms(self) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ class StepMeter:
     def __init__(self, config: RunConfig, device: torch.device, world: int) -> None:
         self._flops = 3 * cost(config.model, config.train.seq_len).flops_per_token
         self._rate = host.matrix_rate(device, config.train.precision)
+        host.forget_peak(device)  # the matrices of the measurement are not the run's
         self._device, self._world = device, world
         self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
 
@@ -35,7 +36,7 @@ class StepMeter:
         self._waited += waited
 
     def line(self) -> dict[str, float]:
-        """What was measured since the last call. Memory is the most this process has held since it began."""
+        """What was measured since the last call. Memory is the most this process has held."""
         speed = self._tokens / self._seconds
         found = {
             "tokens_per_s": speed,

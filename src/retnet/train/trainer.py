@@ -38,6 +38,8 @@ from retnet.train.start import Begin, check, owned, prepare_data, resolve, start
 from retnet.train.step_filter import StepFilter
 from retnet.train.step_meter import StepMeter
 
+NAMED = 8  # documents of a skipped step, in its message
+
 
 class Outcome(NamedTuple):
     """How a call of `train` ended."""
@@ -119,7 +121,7 @@ class _Trainer:
         self.checkpoints = Checkpoints(config, run, prepared, device, ranks)
         self.learned, standing = self.checkpoints.begin()
         self.model, self.step, self.best = self.learned.model, standing.step, standing.best
-        self.filter = StepFilter(c, standing.norms, standing.skipped)
+        self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
         self.objective: nn.Module = Objective(self.model, c.z_loss)
         if c.compile and ranks.alone:
@@ -163,14 +165,13 @@ class _Trainer:
                     self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
                     left = self.pace.left(self.step, c)
                     self.progress.step(self.step, loss, measured["tokens_per_s"], left)
-                if self.filter.ended:
-                    self._save()
-                    self._end_skipping()
                 if last or (c.eval_every and self.step % c.eval_every == 0):
                     improved = self._validate(metrics)
-                if last or improved or self.step % c.checkpoint_every == 0:
+                if last or improved or self.filter.ended or self.step % c.checkpoint_every == 0:
                     self._save()
                     saved = self.step
+                if self.filter.ended:
+                    self._end_skipping(last)
                 if self.open and not last and self.ranks.tell(self.pace.ready(c)):
                     if saved != self.step:
                         self._save()
@@ -286,15 +287,20 @@ class _Trainer:
         where = f"; its gradient is not finite from {first} on down" if first else ""
         mine = [d for batch in batches for d in batch.documents if d >= 0]
         documents = sorted({d for found in self.ranks.gather(mine) for d in found})
-        self.problem = f"{problem} at step {step}, in documents {documents}{where}"
+        more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
+        self.problem = f"{problem} at step {step}, in documents {documents[:NAMED]}{more}{where}"
         self.progress.say(f"skipped: {self.problem}")
 
-    def _end_skipping(self) -> None:
+    def _end_skipping(self, last: bool) -> None:
         """Ends a run whose last steps were all skipped; its checkpoint is written."""
+        on = (
+            f"step {self.step} was the last, and the run is complete without them. If that is not enough"
+            if last
+            else f"saved at step {self.step}, and --resume goes on with the documents after it. If that happens again"
+        )
         raise UserError(
             f"{self.filter.in_a_row} steps in a row were skipped, the last since {self.problem}. Their steps changed no "
-            f"weight; saved at step {self.step}, and --resume goes on with the documents after it. If that happens again, "
-            "begin a run with a lower train.learning_rate, more train.warmup_steps, a smaller train.clip "
+            f"weight; {on}, begin a run with a lower train.learning_rate, more train.warmup_steps, a smaller train.clip "
             f"(now {self.config.train.clip}), another train.spike or train.precision = 'fp32', or look at those documents"
         )
 
@@ -310,7 +316,8 @@ class _Trainer:
         self.pace.validation(time.perf_counter() - begin)
         self._note(metrics, **found)
         self.progress.validated(self.step, bits)
-        improved = self.best is None or bits < self.best[0]
+        # of an older version, the best itself may be no number
+        improved = math.isfinite(bits) and (self.best is None or not bits >= self.best[0])
         if improved:
             self.best = (bits, self.step)
         return improved
@@ -333,6 +340,8 @@ class _Trainer:
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        standing = Standing(self.step, self.best, self.filter.skipped, self.filter.norms)
+        # whoever goes on after a run ended of them has been told
+        in_a_row = 0 if self.filter.ended else self.filter.in_a_row
+        standing = Standing(self.step, self.best, self.filter.skipped, in_a_row, self.filter.norms)
         self.checkpoints.save(self.learned, standing)
         self.pace.save(time.perf_counter() - begin)
