@@ -1,0 +1,67 @@
+"""Runs that start from weights: of a run, a folder, another model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from retnet.convert import convert
+from retnet.model import ModelConfig
+from retnet.settings import UserError, load
+from retnet.train.config import RunConfig
+from retnet.train.trainer import train
+from tests.train.runs import equal, tiny, weights
+
+
+class TestInit:
+    def test_from_a_run_with_another_learning_rate(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        run = tiny(
+            config_file, start_from=str(tmp_path / "old"), learning_rate=0.0, weight_decay=0.0, steps=1
+        )
+        train(run, tmp_path / "new")
+        assert equal(
+            weights(tmp_path / "new"), weights(tmp_path / "old", "step-00000004")
+        )  # its best is its last
+        origin = json.loads((tmp_path / "new/origin.json").read_text())
+        assert (origin["kind"], origin["source"]) == ("run", str(tmp_path / "old"))
+        assert "model.safetensors" in origin["sha256"]
+
+    def test_from_a_folder_without_a_model_table(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        convert(tmp_path / "old", tmp_path / "folder", to="hf")
+        run = replace(tiny(config_file, start_from=str(tmp_path / "folder"), steps=2), model=ModelConfig())
+        assert train(run, tmp_path / "new").finished
+        assert load(RunConfig, tmp_path / "new/config.toml").model.d_model == 16
+
+    def test_resumed_without_the_source(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        train(tiny(config_file, start_from=str(tmp_path / "old")), tmp_path / "new")
+        (tmp_path / "old").rename(tmp_path / "gone")
+        run = tiny(config_file, steps=6)
+        assert train(run, tmp_path / "new", begin="resume").step == 6
+
+    def test_weights_that_a_resumed_run_would_not_read_are_refused(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        other = tiny(config_file, start_from=str(tmp_path / "old"), steps=6)
+        with pytest.raises(
+            UserError, match=r"old was begun with fresh weights .* --init \S+old would not be read"
+        ):
+            train(other, tmp_path / "old", begin="resume-or-start")
+        train(other, tmp_path / "new")
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "old")
+        same = tiny(config_file, start_from=str(link), steps=7)
+        assert train(same, tmp_path / "new", begin="resume-or-start").step == 7
+
+    def test_another_model_is_refused_by_name(self, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "old")
+        run = tiny(config_file, start_from=str(tmp_path / "old"))
+        run = replace(run, model=replace(run.model, d_model=32))
+        with pytest.raises(UserError, match=r"holds another model .*: model.d_model 32, there 16"):
+            train(run, tmp_path / "new")
+
+    def test_nothing_there(self, config_file, tmp_path):
+        with pytest.raises(UserError, match=r"there is no"):
+            train(tiny(config_file, start_from=str(tmp_path / "nowhere")), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
