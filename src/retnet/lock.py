@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from retnet.errors import UserError, told
 LOCK = "run.lock"
 _TIME = "%Y-%m-%d %H:%M:%S"
 _FLOCK = "hhqqi0q"  # struct flock of Linux on 64 bits: type, whence, start, length, process
+_ASKED = sys.platform == "linux" and sys.maxsize > 1 << 32  # elsewhere the struct is another one
 _log = logging.getLogger("retnet.lock")
 
 
@@ -109,6 +111,9 @@ def holder(directory: Path) -> str:
     path = directory / LOCK
     if (held := _held.get(path.resolve())) is not None:
         return _named(_owner(held.since))
+    if not _ASKED:
+        owner = _read(path)
+        return _named(owner) if owner and _may_live(owner) else ""
     try:
         with path.open("rb") as file:
             asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -121,6 +126,19 @@ def holder(directory: Path) -> str:
     if kind == fcntl.F_UNLCK:
         return ""
     return _named(owner) if owner else "another process"
+
+
+def _may_live(owner: dict[str, Any]) -> bool:
+    """Whether the process that a lock file names is there, as far as this machine can tell."""
+    if owner["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(owner["process"], 0)
+    except (ProcessLookupError, TypeError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 def _identity(file: Path | int) -> tuple[int, int]:

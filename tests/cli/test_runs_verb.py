@@ -87,6 +87,9 @@ def test_two_runs_side_by_side(home):
     assert rows["loss at step 30"] == "1.6667\t1.6667\t1"
     assert rows["bits/byte at step 30"] == "3.0000\t3.0000\t1"
     assert rows["train.learning_rate"] == "0.02\t0.01\t0.5"
+    for asked in ("run", "loss"):  # base first, by name and by loss
+        head, *_ = invoke("runs/faster", "runs/base", "--sort", asked).output.splitlines()
+        assert head == "\truns/base\truns/faster\tratio"
 
 
 def test_order(home):

@@ -11,7 +11,9 @@ import torch
 
 from retnet.convert import convert
 from retnet.data import Tokenizer
+from retnet.data.split import DIVISION
 from retnet.engine import open_run
+from retnet.evals.corpus import Corpus
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, load
@@ -73,10 +75,43 @@ class TestSameData:
         train(run, tmp_path / "run")
         said = (tmp_path / "run/data.json").read_text()
         (tmp_path / "run/data.json").unlink()
-        with pytest.raises(UserError, match=r"^the corpus has changed since"):
+        with pytest.raises(UserError, match=r"^the corpus, or the rule .*, has changed since"):
             train(other_text(config_file, tmp_path), tmp_path / "run", begin="resume")
         assert train(run, tmp_path / "run", begin="resume").finished
         assert (tmp_path / "run/data.json").read_text() == said
+
+    def test_text_that_lies_otherwise_is_where_eval_finds_it(self, config_file, tmp_path):
+        """The same text in files of another kind, and the old ones gone: config.toml and data.json both know."""
+        text = "some words " * 50
+        (tmp_path / "v.txt").write_text(text)
+        run = tiny(config_file)
+        run = replace(run, data=replace(run.data, validation=str(tmp_path / "v.txt")))
+        train(run, tmp_path / "run")
+        (tmp_path / "v.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        (tmp_path / "v.txt").unlink()
+        moved = replace(run, data=replace(run.data, validation=str(tmp_path / "v.jsonl")))
+        assert train(moved, tmp_path / "run", begin="resume").finished
+        corpus = Corpus([str(tmp_path / "run")])
+        assert "".join(piece.text for piece in corpus.texts(pytest.fail)) == text
+
+    def test_a_rule_of_division_that_changed_is_not_blamed_on_the_files(self, config_file, tmp_path):
+        run = tiny(config_file)
+        train(run, tmp_path / "run")
+        record = tmp_path / "run/data.json"
+        noted = json.loads(record.read_text())
+        assert noted["division"] == DIVISION
+        for division in (DIVISION + 1, None):  # of another version, of one that did not note it
+            sides = ("train", "validation", "train_text", "validation_text")
+            other = noted | dict.fromkeys(sides, "0" * 64) | {"division": division}
+            record.write_text(json.dumps({name: x for name, x in other.items() if x is not None}))
+            with pytest.raises(
+                UserError, match=r"^the corpus, or the rule by which this version divides it, has"
+            ):
+                train(run, tmp_path / "run", begin="resume")
+            with pytest.raises(
+                UserError, match=r"its text, or the rule by which this version divides it, has"
+            ):
+                Corpus([str(tmp_path / "run")])
 
     def test_a_damaged_record(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -69,6 +70,22 @@ def test_a_run_that_stopped(tmp_path):
     assert (run.state, run.step, run.steps, run.left) == ("stopped", 30, 40, 5.0)
 
 
+def test_how_long_a_run_takes_that_an_older_version_began(tmp_path):
+    """Its first lines have no seconds, and a call began them anew: the steps made since say how long one takes."""
+    path = make_run(tmp_path / "run", steps=1000, done=30)
+    lines = [{"step": step, "loss": 1.0, "tokens_per_s": 1.0} for step in range(10, 410, 10)]
+    lines += [
+        {"step": step, "loss": 1.0, "tokens_per_s": 1.0, "seconds": step - 400}
+        for step in range(410, 450, 10)
+    ]
+    lines += [
+        {"step": step, "loss": 1.0, "tokens_per_s": 1.0, "seconds": step - 440}
+        for step in range(450, 500, 10)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert summarise_run(path).left == 1000 - 490
+
+
 class TestDamage:
     def test_no_toml(self, tmp_path):
         run = summarise_run(make_run(tmp_path / "run", config="[train\n"))
@@ -101,6 +118,22 @@ class TestDamage:
 
 
 class TestRunning:
+    def test_where_the_system_is_not_asked(self, tmp_path, monkeypatch):
+        """Off Linux the lock file alone says who has a run; a process of this machine that is dead has none."""
+        path = make_run(tmp_path / "run", done=30)
+        monkeypatch.setattr("retnet.lock._ASKED", False)
+        for process, host, state in (
+            (os.getpid(), socket.gethostname(), "running"),
+            (os.getpid(), "elsewhere", "running"),
+            ((1 << 31) - 1, socket.gethostname(), "stopped"),
+            ("x", socket.gethostname(), "stopped"),
+        ):
+            owner = {"process": process, "host": host, "since": "2026-01-01 00:00:00"}
+            (path / LOCK).write_text(json.dumps(owner))
+            assert summarise_run(path).state == state
+        (path / LOCK).write_text("{")
+        assert summarise_run(path).state == "stopped"
+
     def test_by_this_process(self, tmp_path):
         path = make_run(tmp_path / "run", done=30)
         with sole_owner(path):

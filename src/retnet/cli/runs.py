@@ -73,11 +73,9 @@ SORTS: dict[str, Callable[[RunSummary], Any]] = {
 @click.option(
     "--sort",
     type=click.Choice(list(SORTS)),
-    default="run",
-    show_default=True,
-    help="Order; written: newest first.",
+    help="Order; written: newest first. [default: run; two are side by side as given]",
 )
-def command(paths: tuple[Path, ...], plot: Path | None, watch: bool, sort: str) -> None:
+def command(paths: tuple[Path, ...], plot: Path | None, watch: bool, sort: str | None) -> None:
     """Show the runs in PATHS, which are runs or folders with runs below; default: runs.
 
     Each has its state, last step and loss, best validation, speed, time, and the settings in which the runs differ.
@@ -99,7 +97,7 @@ def command(paths: tuple[Path, ...], plot: Path | None, watch: bool, sort: str) 
         _plot(runs, plot)
 
 
-def _read(paths: Sequence[Path], sort: str) -> list[RunSummary]:
+def _read(paths: Sequence[Path], sort: str | None) -> list[RunSummary]:
     found: dict[str, Path] = {}  # real path → path: each run once, however often it is named
     plain = os.path.abspath if any(path.is_absolute() for path in paths) else os.path.relpath
     for path in paths:
@@ -115,8 +113,8 @@ def _read(paths: Sequence[Path], sort: str) -> list[RunSummary]:
             )
         for run in below:
             found.setdefault(os.path.realpath(run), run)
-    runs, key = [summarise_run(path) for path in found.values()], SORTS[sort]
-    if len(paths) == len(runs) == 2:  # side by side, as they were given
+    runs, key = [summarise_run(path) for path in found.values()], SORTS[sort or "run"]
+    if sort is None and len(paths) == len(runs) == 2:  # side by side, as they were given
         return runs
     return sorted(runs, key=lambda run: (key(run) is None, 0 if key(run) is None else key(run)))
 
@@ -221,7 +219,7 @@ def _ratio(a: float | None, b: float | None) -> str:
     return MISSING if a is None or b is None or a <= 0 else f"{b / a:.3g}"
 
 
-def _watch(paths: Sequence[Path], sort: str) -> None:
+def _watch(paths: Sequence[Path], sort: str | None) -> None:
     """Shows runs again and again until none is running: live on a terminal, elsewhere a line for what is new."""
     console = Console(highlight=False)
     try:
@@ -233,7 +231,7 @@ def _watch(paths: Sequence[Path], sort: str) -> None:
         return
 
 
-def _watch_live(paths: Sequence[Path], sort: str, console: Console) -> None:
+def _watch_live(paths: Sequence[Path], sort: str | None, console: Console) -> None:
     from rich.live import Live
 
     runs = _read(paths, sort)
@@ -266,7 +264,7 @@ def _view(runs: Sequence[RunSummary], console: Console) -> RenderableType:
     return drawn(Table(f"{running} of {len(runs)} runs running{more}", columns, rows, (), columns[1:]))
 
 
-def _watch_lines(paths: Sequence[Path], sort: str) -> None:
+def _watch_lines(paths: Sequence[Path], sort: str | None) -> None:
     told: dict[Path, tuple[str, int]] = {}
     while True:
         runs = _read(paths, sort)

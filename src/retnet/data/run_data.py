@@ -7,10 +7,12 @@ from pathlib import Path
 import msgspec
 
 from retnet.data.shards import Prepared
+from retnet.data.split import DIVISION
 from retnet.errors import told
 from retnet.io import write_bytes
 
 RECORD = "data.json"
+OR_DIVISION = ", or the rule by which this version divides it,"  # where nobody can tell
 
 
 class RunData(msgspec.Struct, frozen=True):
@@ -22,6 +24,7 @@ class RunData(msgspec.Struct, frozen=True):
         validation: of those that are validated on.
         train_text: `text_fingerprint` of what the tokens were made from; empty where that is not known.
         validation_text: likewise.
+        division: number of the rule that divided the text (`retnet.data.split.DIVISION`); 0 where it is not known.
     """
 
     tokenizer: str
@@ -29,6 +32,7 @@ class RunData(msgspec.Struct, frozen=True):
     validation: str
     train_text: str = ""
     validation_text: str = ""
+    division: int = 0
 
     @classmethod
     def of(cls, prepared: Prepared) -> RunData:
@@ -39,6 +43,7 @@ class RunData(msgspec.Struct, frozen=True):
             validation=prepared.validation.fingerprint,
             train_text=prepared.manifest.train_text,
             validation_text=prepared.manifest.validation_text,
+            division=DIVISION if prepared.manifest.train_text else 0,
         )
 
     @classmethod
@@ -64,6 +69,11 @@ class RunData(msgspec.Struct, frozen=True):
         """
         write_bytes(run / RECORD, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
+    @property
+    def known_division(self) -> bool:
+        """Whether text is divided into sides as it was then, so that other sides are of other text."""
+        return self.division == DIVISION
+
     def changed(self, now: RunData, *, apart: bool) -> str:
         """What is no longer as it is here, as the beginning of a sentence; empty while the tokens are the same.
 
@@ -81,5 +91,7 @@ class RunData(msgspec.Struct, frozen=True):
             before, after = (self.train, self.validation), (now.train, now.validation)
         words = ["the corpus"] if before[0] != after[0] or (before != after and not apart) else []
         words += ["the validation text"] if before != after and not words else []
+        if now.division and not apart and not self.known_division:
+            words = [f"{word}{OR_DIVISION}" for word in words]
         words += ["the tokenizer"] if other_tokenizer else []
         return f"{' and '.join(words or ['what becomes of the corpus'])} {'have' if words[1:] else 'has'} changed"

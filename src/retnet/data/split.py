@@ -15,6 +15,7 @@ from retnet.data.manifest import CorpusEntry
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.errors import UserError, printable
 
+DIVISION = 1  # number of the rule that divides text into sides; whoever changes the rule adds one
 _KINDS_COUNTED = 100  # by name, of what one corpus leaves out; the manifest would not end otherwise
 Taken = dict[tuple[bool, str], str]  # (text or records, `Content.identity`) → where it was found first
 

@@ -12,6 +12,7 @@ from retnet.data import DataConfig, Problem, RunData, Tokenizer, TokenShards, lo
 from retnet.data.config import as_tuple
 from retnet.data.manifest import prepared_folder
 from retnet.data.readers import Piece, pieces, read
+from retnet.data.run_data import OR_DIVISION
 from retnet.data.sources import Source
 from retnet.data.split import Taken, found_in, gather, is_held_out, text_fingerprint
 from retnet.model.runs import meant
@@ -126,8 +127,10 @@ def _validation_of(run: Path, on_problem: Callable[[Problem], None]) -> _Part:
     try:
         part = _held_out(config)
         if began is not None and not _same(began, part):
+            doubt = part.fraction is not None and not began.known_division
             raise UserError(
-                "its text has changed since it was trained, and what is held out now may have been trained on"
+                f"its text{OR_DIVISION if doubt else ''} has changed since it was trained, and what is held out now may "
+                "have been trained on"
             )
     except UserError as error:
         raise UserError(

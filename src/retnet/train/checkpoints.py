@@ -166,9 +166,9 @@ class Checkpoints:
                 f"{changed} since {self._run.path} was begun, so the run cannot go on as it began; "
                 "restore the files, or start a new run"
             )
-        if then != self._data:  # the same tokens of text that lies otherwise, or never noted
-            with self._run.writing():
-                self._data.write(self._run.path)
+        self._run.note_data(
+            self._config.data, self._data
+        )  # the same tokens, of text that may lie otherwise now
 
 
 def _trainer_state(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet import lock
-from retnet.data import RunData
+from retnet.data import DataConfig, RunData
 from retnet.errors import told
 from retnet.io import write_json, write_text
 from retnet.model.checkpoint import Files, verify, write_checkpoint
@@ -165,6 +165,15 @@ class RunDirectory:
                 plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
                 write_json(self.path / PLAN, {**plan, "steps": config.train.steps})
             write_text(self.path / "config.toml", dump(config))
+
+    def note_data(self, config: DataConfig, data: RunData) -> None:
+        """Makes `config.toml` and `data.json` say where the run's text lies now, and what it is."""
+        old = self.config()
+        with self.writing():
+            if old.data != config:
+                write_text(self.path / "config.toml", dump(replace(old, data=config)))
+            if RunData.read(self.path) != data:
+                data.write(self.path)
 
     def plan(self, asked: TrainConfig, chosen: TrainConfig, step: int) -> None:
         """Notes how many steps fit into `train.minutes`: `plan.json` decides, `config.toml` follows.

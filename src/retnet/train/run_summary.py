@@ -11,6 +11,7 @@ import statistics
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +40,14 @@ class RunSummary(NamedTuple):
     tokens_per_s: float | None = None  # median of the last lines
     seconds: float | None = None  # of training, in all calls together
     skipped: int = 0  # steps
+    pace: float | None = None  # seconds of a step, as the last lines went
     written: float = 0.0  # when its metrics were, in seconds since the epoch
     settings: Mapping[str, Any] = {}  # dotted name → value, as its config.toml says
 
     @property
     def left(self) -> float | None:
         """Seconds to the last step, as the last ones went."""
-        if not self.steps or not self.seconds or not self.step:
-            return None
-        return (self.steps - self.step) * self.seconds / self.step
+        return (self.steps - self.step) * self.pace if self.steps and self.pace else None
 
 
 class _LastLines(NamedTuple):
@@ -59,6 +59,7 @@ class _LastLines(NamedTuple):
     tokens_per_s: float | None = None
     seconds: float | None = None
     skipped: int = 0
+    pace: float | None = None
 
 
 def is_run(path: Path) -> bool:
@@ -160,7 +161,18 @@ def _progress(path: Path, size: int, changed: int) -> _LastLines:
     loss = next((line["loss"] for line in learned if "loss" in line), None)
     rates = [line["tokens_per_s"] for line in learned]
     speed = statistics.median(rates) if rates else None
-    return _LastLines(step, loss, min(bits, default=None), speed, seconds, last.get("skipped_steps", 0))
+    skipped = last.get("skipped_steps", 0)
+    return _LastLines(step, loss, min(bits, default=None), speed, seconds, skipped, _pace(learned))
+
+
+def _pace(learned: list[dict[str, Any]]) -> float | None:
+    """Seconds of a step in the last lines, newest first. Older versions noted none, or began them anew in each call."""
+    timed = [(line["step"], line["seconds"]) for line in learned if "seconds" in line]
+    if len(timed) == 1:
+        timed.append((0, 0.0))
+    went = [(last - first, late - early) for (last, late), (first, early) in pairwise(timed)]
+    went = [(steps, seconds) for steps, seconds in went if steps > 0 and seconds > 0]
+    return sum(seconds for _, seconds in went) / sum(steps for steps, _ in went) if went else None
 
 
 def _holding(content: bytes, word: bytes) -> Iterator[dict[str, Any]]:
