@@ -293,6 +293,8 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.toml").write_text("")
     assert config_path("~/mine.toml") == tmp_path / "mine.toml"
+    (tmp_path / "MINE.TOML").write_text("")
+    assert config_path("~/MINE.TOML") == tmp_path / "MINE.TOML"
 
 
 def config_classes():
@@ -372,6 +374,17 @@ def test_every_dataclass_that_a_file_can_say_is_checked():
 def test_numbers_are_numbers_however_they_come(make, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"data.cache": ""}, {"data.corpus": ""}, {"data.corpus": ["a", ""]}, {"train.start_from": ""}],
+)
+def test_an_empty_path_is_not_the_current_directory(settings):
+    (name,) = settings
+    section, _, field = name.partition(".")
+    with pytest.raises(UserError, match=rf"{field} (is|has an item that is) empty; it must name something"):
+        build(RunConfig, {section: {field: settings[name]}})
 
 
 def test_a_home_is_expanded_where_a_setting_is_a_path(monkeypatch, tmp_path):

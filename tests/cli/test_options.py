@@ -82,6 +82,13 @@ def test_choices_and_switches():
     assert "'linear', 'cosine', 'wsd', 'constant'" in run(command, ["--schedule", "lin"]).output
 
 
+def test_an_empty_path_is_not_the_current_directory():
+    """`--run-dir "$UNSET"` would fill the folder one happens to be in."""
+    for kind in (HomePath(path_type=Path), HomePath(), HomeText()):
+        with pytest.raises(click.BadParameter, match="it is empty; name a file or folder"):
+            kind.convert("", None, None)
+
+
 def test_a_home_is_expanded_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert HomePath(path_type=Path).convert("~/x", None, None) == Path("/home/me/x")

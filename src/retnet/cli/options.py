@@ -38,7 +38,7 @@ class HomePath(click.Path):
     """The path of a file or folder, in which a leading ``~`` stands for a home, also behind ``--option=``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        return super().convert(expanded(value) if isinstance(value, str) else value, param, ctx)
+        return super().convert(_expanded(self, value, param, ctx), param, ctx)
 
 
 class FiniteRange(click.FloatRange):
@@ -57,7 +57,19 @@ class HomeText(click.ParamType[str]):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
-        return expanded(value)
+        return str(_expanded(self, value, param, ctx))
+
+
+def _expanded(
+    kind: click.ParamType[Any],
+    value: Any,  # noqa: ANN401
+    param: click.Parameter | None,
+    ctx: click.Context | None,
+) -> Any:  # noqa: ANN401
+    """A path with its home; one that is empty, as of a variable that is not set, would be the current directory."""
+    if value == "":
+        kind.fail("it is empty; name a file or folder", param, ctx)
+    return expanded(value) if isinstance(value, str) else value
 
 
 def options(place: str, *names: str, unset: bool = False, **texts: str) -> Callable[[Function], Function]:

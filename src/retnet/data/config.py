@@ -45,7 +45,7 @@ class DataConfig(Checked):
         super().__post_init__()
         for name in ("corpus", "validation"):
             value = getattr(self, name)
-            if value is not None and (not value or "" in as_tuple(value)):
+            if value is not None and not value:
                 raise UserError(f"{name} must name at least one corpus, got {value!r}")
         if self.tokenizer.startswith(LEARNED):
             size = self.tokenizer.removeprefix(LEARNED)

@@ -83,7 +83,11 @@ def _kinds(cls: Any) -> dict[str, Any]:  # noqa: ANN401
 def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]:  # noqa: ANN401
     """What is wrong with the numbers of a value, as the end of a sentence that its name begins."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
+    if (
+        origin is typing.Annotated and PATH in inner[1:] and value == ""
+    ):  # would be taken for the current directory
+        yield "is empty; it must name something"
+    elif origin is typing.Annotated:
         yield from _faults(inner[0], value, tuple(mark for mark in inner[1:] if isinstance(mark, At)))
     elif origin in (types.UnionType, typing.Union):
         for each in inner:

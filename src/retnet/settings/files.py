@@ -121,7 +121,7 @@ def config_path(name: str) -> Path:
         UserError: neither a file nor a shipped name; answers with the nearest ones.
     """
     path = Path(expanded(name))
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix.lower() == ".toml" and path.is_file():
         return path
     if (shipped := _shipped(name)) is not None:
         return shipped
@@ -189,7 +189,7 @@ def _base(path: Path, base: object) -> Path:
             f"{path}: base is {base!r}; it must be a shipped configuration or the path of a .toml file, or a list of them"
         )
     beside = path.parent / expanded(base)  # an absolute one stays itself
-    if base.endswith(".toml") and beside.is_file():
+    if base.lower().endswith(".toml") and beside.is_file():
         return beside
     if (shipped := _shipped(base)) is not None:
         return shipped

@@ -22,7 +22,7 @@ def check_study(name: str) -> None:
     Raises:
         UserError: answers with the nearest names.
     """
-    if not name.endswith(".toml") and name not in shipped_studies():
+    if not name.lower().endswith(".toml") and name not in shipped_studies():
         raise UserError(f"no study {name!r}; {nearest(name, shipped_studies())}; or the path of a .toml file")
 
 
@@ -32,7 +32,7 @@ def find_study(name: str, scale: str) -> Path:
     Raises:
         UserError: no such study, or not at this scale; answers with the nearest ones.
     """
-    if name.endswith(".toml"):
+    if name.lower().endswith(".toml"):
         return config_path(name)
     check_study(name)
     if scale not in (scales := shipped_studies()[name]):
