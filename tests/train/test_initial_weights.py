@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from retnet.convert import convert
+from retnet.data import Tokenizer
 from retnet.model import ModelConfig
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 from tests.train.runs import equal, tiny, weights
 
@@ -26,6 +28,13 @@ class TestInit:
         origin = json.loads((tmp_path / "new/origin.json").read_text())
         assert (origin["kind"], origin["source"]) == ("run", str(tmp_path / "old"))
         assert "model.safetensors" in origin["sha256"]
+
+    def test_the_same_tokenizer_needs_no_word(self, config_file, tmp_path, capsys):
+        train(tiny(config_file), tmp_path / "old")
+        train(
+            tiny(config_file, start_from=str(tmp_path / "old")), tmp_path / "new", progress=TrainingProgress()
+        )
+        assert "tokenizer" not in capsys.readouterr().err
 
     def test_from_a_folder_without_a_model_table(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "old")
@@ -60,6 +69,24 @@ class TestInit:
         run = replace(run, model=replace(run.model, d_model=32))
         with pytest.raises(UserError, match=r"holds another model .*: model.d_model 32, there 16"):
             train(run, tmp_path / "new")
+
+    def test_another_vocabulary_is_refused_and_another_tokenizer_is_said(self, config_file, tmp_path, capsys):
+        Tokenizer.train(["a b c the quick brown fox"], 257).save(tmp_path / "tokenizer.json")
+        old = tiny(config_file)
+        old = replace(old, data=replace(old.data, tokenizer=str(tmp_path / "tokenizer.json")))
+        train(old, tmp_path / "old")
+        run = tiny(config_file, start_from=str(tmp_path / "old"))
+        for size in (100, 300):
+            other = replace(run, model=replace(run.model, vocab_size=size))
+            with pytest.raises(
+                UserError, match=rf"holds another model .*: model.vocab_size {size}, there 257"
+            ):
+                train(other, tmp_path / "new")
+        train(run, tmp_path / "new", progress=TrainingProgress())
+        said = "the tokenizer that its weights were trained with is used, not data.tokenizer 'bytes'"
+        assert said in capsys.readouterr().err
+        train(run, tmp_path / "new", begin="resume", progress=TrainingProgress())
+        assert said not in capsys.readouterr().err
 
     def test_nothing_there(self, config_file, tmp_path):
         with pytest.raises(UserError, match=r"there is no"):

@@ -20,11 +20,7 @@ from retnet.train.config import RunConfig
 from retnet.train.run_dir import RunDirectory
 
 ORIGIN = "origin.json"  # in a run directory: where its weights came from, and their hashes
-_FREE = (
-    "vocab_size",
-    "dropout",
-    "init",
-)  # of a model: what does not change the function that its weights compute
+_FREE = ("dropout", "init")  # of a model: what does not change the function that its weights compute
 
 
 def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
@@ -108,7 +104,8 @@ def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  #
         return [] if wanted == there else [f"{place} {wanted!r}, there {there!r}"]
     found: list[str] = []
     for field in fields(wanted):
-        if place != "model" or field.name not in _FREE:
-            name = field.name
+        name = field.name
+        free = name in _FREE or (name == "vocab_size" and not wanted.vocab_size)
+        if place != "model" or not free:
             found += _differences(getattr(wanted, name), getattr(there, name), f"{place}.{name}")
     return found

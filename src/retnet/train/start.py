@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from retnet import host
-from retnet.data import Prepared, RunData, load, prepare
+from retnet.data import DataConfig, Prepared, RunData, Tokenizer, load, prepare
 from retnet.lock import sole_owner
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
@@ -111,11 +111,22 @@ def owned(run: RunDirectory, ranks: Ranks, begun: Callable[[], bool]) -> Iterato
         yield
 
 
-def start_from(config: RunConfig, run: RunDirectory, ranks: Ranks) -> RunConfig:
-    """The configuration with the model and tokenizer of the weights a run starts from, if it does; see `origin.adopt`."""
+def start_from(config: RunConfig, run: RunDirectory, progress: TrainingProgress, ranks: Ranks) -> RunConfig:
+    """The configuration with the model and tokenizer of the weights a run starts from, if it does; see `adopt`."""
     adopted = ranks.lead(lambda: adopt(config, run))
+    if adopted and not run.exists and _other_tokenizer(config.data, adopted.data):
+        progress.say(
+            f"--init {config.train.start_from}: the tokenizer that its weights were trained with is used, "
+            f"not data.tokenizer {config.data.tokenizer!r}"
+        )
     text = ranks.tell(dump(adopted) if adopted else "")
     return adopted or build(RunConfig, tomllib.loads(text))
+
+
+def _other_tokenizer(asked: DataConfig, adopted: DataConfig) -> bool:
+    """Whether the tokenizer that comes with weights is another one than a configuration leaves at its default."""
+    one, other = (Tokenizer.load(data.tokenizer).fingerprint for data in (asked, adopted))
+    return one != other
 
 
 def prepare_data(config: RunConfig, progress: TrainingProgress, ranks: Ranks, verify: bool) -> Prepared:

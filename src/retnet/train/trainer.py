@@ -86,7 +86,7 @@ def train(
         stack.enter_context(owned(run, ranks, lambda: trainer is not None and trainer.step > 0))
         if checkpoint is not None:
             ranks.lead(lambda: run.choose(checkpoint))
-        config = start_from(config, run, ranks)
+        config = start_from(config, run, progress, ranks)
         if not ranks.alone:
             share = config.train.accumulate // ranks.world
             progress.say(
