@@ -108,6 +108,7 @@ def test_order(home):
 def test_paths(home):
     assert invoke("runs/base/checkpoints").output.splitlines()[1].startswith("base\t")
     assert len(invoke("runs", home / "runs/base", ".").output.splitlines()) == 4  # each run once
+    assert invoke("runs/base/metrics.jsonl").output == invoke("runs/base").output
     with pytest.raises(UserError, match="there is no folder nowhere"):
         invoke("nowhere")
     Path("empty").mkdir()

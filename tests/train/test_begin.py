@@ -30,7 +30,7 @@ class TestBegin:
 
     def test_a_place_inside_a_run(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "run")
-        for inside in ("checkpoints", "checkpoints/step-00000004"):
+        for inside in ("checkpoints", "checkpoints/step-00000004", "checkpoints/best", "config.toml"):
             with pytest.raises(UserError, match=r"lies in the run \S*run; --run-dir \S*run names that"):
                 train(tiny(config_file), tmp_path / "run" / inside, begin="resume")
 

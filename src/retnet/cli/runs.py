@@ -101,6 +101,8 @@ def _read(paths: Sequence[Path], sort: str | None) -> list[RunSummary]:
     found: dict[str, Path] = {}  # real path → path: each run once, however often it is named
     plain = os.path.abspath if any(path.is_absolute() for path in paths) else os.path.relpath
     for path in paths:
+        if path.is_file() and is_run(path.parent):
+            path = path.parent
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; give a run, or a folder with runs below")
         place = Path(plain(path))

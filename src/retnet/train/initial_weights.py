@@ -49,7 +49,8 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
         return replace(config, model=old.model, data=data, train=train)
     found = read(source)
     if config.model != ModelConfig():
-        other = _differences(config.model, found.config)
+        asked = replace(config.model, vocab_size=config.model.vocab_size or found.config.vocab_size)
+        other = _differences(asked, found.config)
         if other:
             raise UserError(
                 f"--init {source} holds another model than [model] describes: {'; '.join(other)}. "
@@ -104,8 +105,7 @@ def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  #
         return [] if wanted == there else [f"{place} {wanted!r}, there {there!r}"]
     found: list[str] = []
     for field in fields(wanted):
-        name = field.name
-        free = name in _FREE or (name == "vocab_size" and not wanted.vocab_size)
-        if place != "model" or not free:
+        if place != "model" or field.name not in _FREE:
+            name = field.name
             found += _differences(getattr(wanted, name), getattr(there, name), f"{place}.{name}")
     return found

@@ -66,7 +66,9 @@ class RunDirectory:
 
     @property
     def around(self) -> Path | None:
-        """The run whose folder of checkpoints this is, or lies in, if any."""
+        """The run whose folder of checkpoints this is, or lies in, or whose file it is, if any."""
+        if self.path.is_file() and RunDirectory(self.path.parent).exists:
+            return self.path.parent
         for folder in (self.path, self.path.parent):
             if folder.name == "checkpoints" and RunDirectory(folder.parent).exists:
                 return folder.parent
