@@ -111,7 +111,7 @@ def _steps(
     """Rows of the engine over its decoder, and of exactness."""
     found, exact = [], []
     for rows in bench.rows:
-        say(f"{rows} streams")
+        say(f"streams: {rows}")
         decoder = choose_decoder(model, rows)
         decoder.reset(torch.arange(rows))
         tokens, slots = torch.full((rows,), 5), torch.arange(rows)
@@ -135,12 +135,14 @@ def _steps(
             )
         exact.append({"what": f"a step of {rows}", "ratio": _ratio(samples["exact"], samples["greedy"])})
     reading = {
-        exact: partial(_read, Engine(model, tokenizer, slots=1, exact=exact), _random(model, bench.prompt))
-        for exact in (False, True)
+        name: partial(
+            _read, Engine(model, tokenizer, slots=1, exact=name == "exact"), _random(model, bench.prompt)
+        )
+        for name in ("reading", "exact")
     }
-    samples = _interleaved({str(exact): run for exact, run in reading.items()}, bench.rounds, say)
+    samples = _interleaved(reading, bench.rounds, say)
     exact.append(
-        {"what": f"reading {bench.prompt:,} tokens", "ratio": _ratio(samples["True"], samples["False"])}
+        {"what": f"reading {bench.prompt:,} tokens", "ratio": _ratio(samples["exact"], samples["reading"])}
     )
     return found, exact
 
@@ -248,13 +250,11 @@ def _drafts(model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, say:
         assert isinstance(decoder, ComposedDecoder)
         scripted = ScriptedDecoder(decoder, [*prompt, *text])
         runs = {
-            str(draft): partial(
-                _written, Engine(scripted, tokenizer, slots=1, draft_tokens=draft), prompt, text
-            )
-            for draft in (0, DRAFT)
+            way: partial(_written, Engine(scripted, tokenizer, slots=1, draft_tokens=draft), prompt, text)
+            for way, draft in (("no drafts", 0), ("drafts", DRAFT))
         }
         samples = _interleaved(runs, bench.rounds, say)
-        found.append({"what": name, "ratio": _ratio(samples[str(DRAFT)], samples["0"])})
+        found.append({"what": name, "ratio": _ratio(samples["drafts"], samples["no drafts"])})
     return found
 
 

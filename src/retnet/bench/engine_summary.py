@@ -51,7 +51,7 @@ def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
     bars = Bars(
         "A step of the engine",
         "÷ a step of its decoder",
-        tuple(f"{row['rows']} streams, {row['sampling']}" for row in rows),
+        tuple(f"{row['rows']} stream{'s'[: row['rows'] > 1]}, {row['sampling']}" for row in rows),
         tuple(seen(row, "over_decoder") for row in rows),
         limit=1.1,
     )

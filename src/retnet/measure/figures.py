@@ -113,7 +113,7 @@ def write_png(figure: Figure, path: Path) -> None:
         for ax in axes[count:]:
             ax.set_axis_off()
         if figure.title:
-            image.suptitle(figure.title, fontsize=10)
+            image.suptitle(textwrap.fill(figure.title, 78 * wide), fontsize=10)
         if names:
             handles = [_sample(look) for look in looks.values()]
             image.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
@@ -212,7 +212,7 @@ def _draw_bars(ax: Axes, bars: Bars) -> None:
     places, medians = range(len(bars.names)), [s.median for s in bars.seen]
     beside = [[s.median - s.low for s in bars.seen], [s.high - s.median for s in bars.seen]]
     ax.barh(places, medians, xerr=beside, color=COLORS[0][0], alpha=0.75, capsize=3, ecolor=INK)
-    ax.set_yticks(places, [textwrap.fill(name, 28) for name in bars.names])
+    ax.set_yticks(places, [textwrap.fill(name, 36) for name in bars.names])
     widest = max(s.high for s in bars.seen)
     for place, seen in zip(places, bars.seen, strict=True):
         ax.text(seen.high + 0.02 * widest, place, f"{seen.median:.3g}", va="center")
