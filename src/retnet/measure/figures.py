@@ -113,7 +113,7 @@ def write_png(figure: Figure, path: Path) -> None:
         for ax in axes[count:]:
             ax.set_axis_off()
         if figure.title:
-            image.suptitle(textwrap.fill(figure.title, 78 * wide), fontsize=10)
+            image.suptitle(textwrap.fill(figure.title, 64 * wide), fontsize=10)
         if names:
             handles = [_sample(look) for look in looks.values()]
             image.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
