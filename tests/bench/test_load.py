@@ -58,16 +58,24 @@ def test_errors_in_a_stream_are_told():
 
 def test_numbers_of_a_sample():
     streams = [
-        StreamTimes(0.0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 6),
-        StreamTimes(0.5, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 6),
+        StreamTimes(0.0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1] * 6, 6),
+        StreamTimes(0.5, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [1] * 6, 6),
     ]
     sample = LoadSample.of(streams)
     assert (sample.seconds, sample.tokens, list(sample.first)) == (7.0, 12, [1.0, 1.5])
     assert sample.together == pytest.approx(1.0)
     assert sample.numbers()["tokens_per_s"] == pytest.approx(12 / 7)
     assert sample.numbers()["between_tokens_p99"] == 1.0
-    apart = [StreamTimes(0.0, [1.0, 2.0], 2), StreamTimes(0.0, [5.0, 6.0], 2)]
+    apart = [StreamTimes(0.0, [1.0, 2.0], [1, 1], 2), StreamTimes(0.0, [5.0, 6.0], [1, 1], 2)]
     assert LoadSample.of(apart).together is None  # they were never written at the same time
+
+
+def test_tokens_that_come_together_share_the_time_since_those_before():
+    stream = StreamTimes(0.0, [1.0, 4.0, 6.0, 8.0, 10.0, 11.0], [1, 3, 2, 2, 2, 1], 11)
+    sample = LoadSample.of([stream])
+    assert list(sample.between) == [1.0] * 10
+    assert sample.together == pytest.approx(1.0)  # 10 tokens after the first one, in 10 seconds
+    assert stream.tokens(4.0, 10.0) == 6
 
 
 def row(name, weights, streams, context, *seconds):

@@ -1,5 +1,6 @@
 """Connections that stand still, readers and writers that are slow: they are ended in time, and hold up nobody."""
 
+import asyncio
 import json
 import random
 import re
@@ -12,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from retnet.engine import Event
-from retnet.serve import access, connections
+from retnet.engine import Completion, Event, Request, TokenLogprobs
+from retnet.serve import access, connections, engine_thread
 from retnet.serve import server as server_module
-from retnet.serve.engine_thread import APART, Arrivals
+from retnet.serve.arrivals import Arrivals
+from retnet.serve.engine_thread import EngineThread, Feed
 from tests.helpers.serving import joined, refused, stream, until
 
 BODY = {"prompt": "abc", "max_tokens": 900, "seed": 3, "logit_bias": {"256": -1000}, "cache": False}
@@ -124,7 +126,8 @@ def test_what_is_no_http_is_told_so_with_the_envelope(serving):
         assert "no HTTP" in json.loads(content)["error"]["message"]
 
 
-def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving):
+def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving, monkeypatch):
+    monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)  # many events, which no buffer has room for
     with serving() as server:
         want = text_of(server, BODY)
         engine, gate = server.service.engine._engine, server.service.gate
@@ -143,6 +146,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving):
 
 def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
     monkeypatch.setattr(connections, "STILL_SECONDS", 0.5)
+    monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)
     endless = BODY | {"stream": True, "max_tokens": 60_000}
     with serving() as server:
         gate, state = server.service.gate, server.uvicorn.server_state
@@ -162,33 +166,96 @@ def test_what_waits_for_a_reader_takes_no_more_than_its_text():
     arrivals, count = Arrivals(), 20_000
     tracemalloc.start()
     for step in range(count):
-        arrivals.put_nowait((0, Event(0, step % 4, f"{step} ", step)))
+        arrivals.put(0, Event(0, step % 4, f"{step} ", step))
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert taken < 2 * 6 * count + 500 * APART
-    assert arrivals.qsize() == APART + 4
+    assert taken < 2 * 6 * count + 10_000
+    assert len(arrivals) == 4
 
 
 def test_what_is_put_together_stays_in_order():
+    """Texts, log-probabilities and ends; an error comes behind all that waits, and nothing after it."""
     rng, arrivals = random.Random(1), Arrivals()
     want, got = defaultdict(list), defaultdict(list)
+    places, ends, pieces = defaultdict(list), {}, 0
 
-    def take():
-        number, event = arrivals.get_nowait()
-        got[number, event.sample].append(event.text)
+    async def take():
+        nonlocal pieces
+        number, piece = await arrivals.get()
+        key = number, piece.sample
+        got[key].append(piece.text)
+        places[key] += piece.logprobs
+        assert key not in ends
+        if piece.completion is not None:
+            ends[key] = piece.completion
+        pieces += 1
 
-    for step in range(5000):
-        number, sample, text = rng.randrange(2), rng.randrange(2), f"{step} "
-        arrivals.put_nowait((number, Event(0, sample, text, step)))
-        want[number, sample].append(text)
-        for _ in range(rng.choice((0, 0, 3)) if step % 500 < 250 else 0):
-            if not arrivals.empty():
-                take()
-    arrivals.put_nowait(ValueError("the last"))
-    while arrivals.qsize() > 1:
-        take()
-    assert isinstance(arrivals.get_nowait(), ValueError)
+    async def main():
+        for step in range(5000):
+            number, sample, text = rng.randrange(2), rng.randrange(2), f"{step} "
+            last = Completion(text, (), "length", 1) if step >= 4990 and (number, sample) == (0, 1) else None
+            if (0, 1) in done and (number, sample) == (0, 1):
+                continue
+            if last is not None:
+                done.add((0, 1))
+            arrivals.put(number, Event(0, sample, text, step, TokenLogprobs(step, -1.0, ()), last))
+            want[number, sample].append(text)
+            for _ in range(rng.choice((0, 0, 3)) if step % 500 < 250 else 0):
+                if len(arrivals):
+                    await take()
+        arrivals.fail(ValueError("the last"))
+        arrivals.put(0, Event(0, 0, "too late"))
+        while len(arrivals):
+            await take()
+        with pytest.raises(ValueError, match="the last"):
+            await arrivals.get()
+
+    done = set()
+    asyncio.run(main())
     assert {key: "".join(parts) for key, parts in got.items()} == {
         key: "".join(parts) for key, parts in want.items()
     }
-    assert sum(map(len, got.values())) < 5000
+    assert {key: [f"{place.token} " for place in each] for key, each in places.items()} == dict(want)
+    assert ends.keys() == done
+    assert pieces < 5000
+
+
+class Ticking:
+    """An engine whose one request gets a token every so many seconds."""
+
+    def __init__(self, seconds, tokens):
+        self.seconds, self.tokens, self.left = seconds, tokens, 0
+
+    busy = property(lambda self: self.left > 0)
+
+    def submit(self, request):
+        self.left = self.tokens
+        return 7
+
+    def step(self):
+        time.sleep(self.seconds)
+        self.left -= 1
+        return [Event(7, 0, "x", 1, None, None if self.left else Completion("", (), "length", 1))]
+
+
+@pytest.mark.parametrize(("seconds", "apart"), [(0.0005, False), (0.02, True)])
+def test_tokens_that_come_soon_after_one_another_are_sent_together(seconds, apart):
+    """The first at once; none waits for longer than it may, nor for a step that takes longer."""
+    count, found = 40, []
+
+    async def main():
+        thread, arrivals = EngineThread(Ticking(seconds, count)), Arrivals()
+        thread.start()
+        await thread.submit(Feed(arrivals, 0, Request("a")))
+        while not found or found[-1].completion is None:
+            found.append((await arrivals.get())[1])
+        assert thread.stop(5)
+
+    asyncio.run(main())
+    sizes = [len(piece.text) for piece in found]
+    assert sum(sizes) == count
+    assert sizes[0] == 1
+    if apart:
+        assert sizes == [1] * count
+    else:
+        assert len(sizes) < count / 2

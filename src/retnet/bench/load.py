@@ -26,12 +26,24 @@ class StreamTimes(NamedTuple):
     Attributes:
         begin: when it was asked for, in seconds.
         arrivals: when each piece of its text arrived.
+        sizes: characters of each piece. The models here write one a token, so a piece of several is so many tokens.
         written: tokens.
     """
 
     begin: float
     arrivals: list[float]
+    sizes: list[int]
     written: int
+
+    def gaps(self) -> list[float]:
+        """Seconds between tokens; those of one piece share the time since the piece before."""
+        times = zip(pairwise(self.arrivals), self.sizes[1:], strict=True)
+        return [gap for (before, at), size in times for gap in [(at - before) / size] * size]
+
+    def tokens(self, after: float, until: float) -> float:
+        """How many arrived in a time; what a server says no character of counts evenly."""
+        found = sum(n for at, n in zip(self.arrivals, self.sizes, strict=True) if after < at <= until)
+        return found * self.written / sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class LoadSample:
     def of(cls, streams: Sequence[StreamTimes]) -> LoadSample:
         """From the times of all streams."""
         begin, end = min(s.begin for s in streams), max(s.arrivals[-1] for s in streams)
-        gaps = [b - a for s in streams for a, b in pairwise(s.arrivals)]
+        gaps = [gap for s in streams for gap in s.gaps()]
         return cls(
             end - begin,
             sum(s.written for s in streams),
@@ -77,7 +89,7 @@ class LoadSample:
 def _together(streams: Sequence[StreamTimes]) -> float | None:
     """Seconds of a step in the time when every stream is under way."""
     begin, end = max(s.arrivals[0] for s in streams), min(s.arrivals[-1] for s in streams)
-    steps = [sum(begin < at <= end for at in s.arrivals) for s in streams]
+    steps = [s.tokens(begin, end) for s in streams]
     return (end - begin) / float(np.mean(steps)) if min(steps) >= 4 else None
 
 
@@ -124,7 +136,7 @@ class LoadGenerator:
                     f"{who} wrote {answer['written']} tokens in {len(answer['arrivals'])} pieces, but was to write "
                     f"{tokens}; its times would mean nothing"
                 )
-        return [StreamTimes(a["begin"], a["arrivals"], a["written"]) for a in answers]
+        return [StreamTimes(a["begin"], a["arrivals"], a["sizes"], a["written"]) for a in answers]
 
 
 @contextmanager

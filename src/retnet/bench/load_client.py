@@ -92,7 +92,7 @@ async def ask(url: str, content: bytes, seconds: float, zero: float) -> Told:
 
 
 def told(lines: list[tuple[float, bytes]]) -> Told:
-    """What the events of a stream said, and when those with text arrived."""
+    """What the events of a stream said, when those with text arrived, and how many characters each of them had."""
     arrivals: list[float] = []
     parts: list[str] = []
     usage: Told = {}
@@ -111,6 +111,7 @@ def told(lines: list[tuple[float, bytes]]) -> Told:
                 parts.append(text)
     return {
         "arrivals": arrivals,
+        "sizes": [len(part) for part in parts],
         "text": "".join(parts),
         "read": usage.get("prompt_tokens"),
         "written": usage.get("completion_tokens", len(arrivals)),

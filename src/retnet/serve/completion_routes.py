@@ -13,7 +13,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from retnet.engine import Completion, Event, Request, TokenLogprobs
+from retnet.engine import Completion, Request, TokenLogprobs
+from retnet.serve.arrivals import Piece
 from retnet.serve.bodies import ChatBody, CompletionBody, SamplingBody
 from retnet.serve.chat_template import ChatTurn
 from retnet.serve.documents import documented, read
@@ -36,7 +37,7 @@ from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter()
 Done = dict[tuple[int, int], Completion]
-Choices = Callable[[int, Event], list[Any]]
+Choices = Callable[[int, Piece], list[Any]]
 
 
 @router.post("/v1/completions", **documented(CompletionBody, "Continue a text"))
@@ -54,29 +55,27 @@ async def completions(request: HttpRequest) -> Response:
     def index(number: int, sample: int) -> int:
         return number * body.n + sample
 
-    def pieces(number: int, event: Event) -> list[Any]:
-        place = index(number, event.sample)
+    def choices(number: int, piece: Piece) -> list[Any]:
+        place = index(number, piece.sample)
         logprobs = None
-        if event.logprobs is not None:
-            logprobs = text_logprobs(service.tokenizer, [event.logprobs], offsets.get(place, 0))
-            offsets[place] = offsets.get(place, 0) + len(logprobs["tokens"][0])
-        return [TextChoice(place, event.text, logprobs, reason(event.completion))]
+        if piece.logprobs:
+            logprobs = text_logprobs(service.tokenizer, piece.logprobs, offsets.get(place, 0))
+            offsets[place] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+        return [TextChoice(place, piece.text, logprobs, reason(piece.completion))]
 
     def whole(done: Done) -> list[Any]:
         return [
             TextChoice(
                 index(*where),
                 completion.text,
-                None
-                if body.logprobs is None
-                else text_logprobs(service.tokenizer, list(completion.logprobs)),
+                None if body.logprobs is None else text_logprobs(service.tokenizer, completion.logprobs),
                 reason(completion),
             )
             for where, completion in sorted(done.items())
         ]
 
     head = Reply(f"cmpl-{uuid.uuid4().hex}", "text_completion", int(time.time()), service.name, [])
-    return await respond(request, service, body, requests, head, head, pieces, whole)
+    return await respond(request, service, body, requests, head, head, choices, whole)
 
 
 @router.post("/v1/chat/completions", **documented(ChatBody, "Answer a conversation"))
@@ -97,14 +96,13 @@ async def chat(request: HttpRequest) -> Response:
     begun: set[int] = set()
 
     def named(places: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        return chat_logprobs(service.tokenizer, list(places)) if places else None
+        return chat_logprobs(service.tokenizer, places) if places else None
 
-    def pieces(number: int, event: Event) -> list[Any]:
-        role = None if event.sample in begun else "assistant"
-        begun.add(event.sample)
-        delta = ChatDelta(role, event.text if event.text or role else None)
-        places = [event.logprobs] if event.logprobs is not None else []
-        return [ChatChunkChoice(event.sample, delta, named(places), reason(event.completion))]
+    def choices(number: int, piece: Piece) -> list[Any]:
+        role = None if piece.sample in begun else "assistant"
+        begun.add(piece.sample)
+        delta = ChatDelta(role, piece.text if piece.text or role else None)
+        return [ChatChunkChoice(piece.sample, delta, named(piece.logprobs), reason(piece.completion))]
 
     def whole(done: Done) -> list[Any]:
         return [
@@ -115,7 +113,7 @@ async def chat(request: HttpRequest) -> Response:
     made = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     head = Reply(made[0], "chat.completion", made[1], service.name, [])
     chunk = Reply(made[0], "chat.completion.chunk", made[1], service.name, [])
-    return await respond(request, service, body, [engine_request], head, chunk, pieces, whole)
+    return await respond(request, service, body, [engine_request], head, chunk, choices, whole)
 
 
 async def chat_request(
@@ -148,7 +146,7 @@ async def respond(
     requests: Sequence[Request],
     head: Reply,
     chunk: Reply,
-    pieces: Choices,
+    choices: Choices,
     whole: Callable[[Done], list[Any]],
     stack: AsyncExitStack | None = None,
     on_done: Callable[[Reply, Done], Any] | None = None,
@@ -162,7 +160,7 @@ async def respond(
         requests: for the engine.
         head: the answer without choices.
         chunk: a piece of a stream without choices.
-        pieces: choices of an event, of the number of its request.
+        choices: of a piece, of the number of its request.
         whole: choices of everything.
         stack: what is to be closed at the end.
         on_done: a coroutine function that is awaited with the last answer before it is sent.
@@ -178,23 +176,23 @@ async def respond(
         raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
     try:
         partial = on_done is not None  # what has come is kept, and may be gone on from
-        events = await stack.enter_async_context(running(service, requests, partial=partial))
+        pieces = await stack.enter_async_context(running(service, requests, partial=partial))
     except BaseException:
         await stack.aclose()
         raise
     done: Done = {}
     counted = options is not None and options.include_usage
 
-    def keep(number: int, event: Event) -> None:
-        if event.completion is not None:
-            done[number, event.sample] = event.completion
+    def keep(number: int, piece: Piece) -> None:
+        if piece.completion is not None:
+            done[number, piece.sample] = piece.completion
 
     async def stream() -> AsyncIterator[bytes]:
         last = msgspec.structs.replace(chunk, choices=[], usage=None if counted else msgspec.UNSET)
-        async for number, event in events:
-            keep(number, event)
-            if event.text or event.logprobs is not None or event.completion is not None:
-                yield sse(msgspec.structs.replace(last, choices=pieces(number, event)))
+        async for number, piece in pieces:
+            keep(number, piece)
+            if piece.text or piece.logprobs or piece.completion is not None:
+                yield sse(msgspec.structs.replace(last, choices=choices(number, piece)))
         if on_done is not None:
             await on_done(last, done)
         if counted or on_done is not None:
@@ -203,8 +201,8 @@ async def respond(
 
     async def all_of_it() -> bytes:
         async with stack:
-            async for number, event in events:
-                keep(number, event)
+            async for number, piece in pieces:
+                keep(number, piece)
             full = msgspec.structs.replace(head, choices=whole(done), usage=usage(done))
             if on_done is not None:
                 await on_done(full, done)

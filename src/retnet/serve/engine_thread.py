@@ -5,71 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from retnet.engine import Engine, Event, Request
+from retnet.serve.arrivals import Arrivals
 
 Result = TypeVar("Result")
-Arrival = tuple[int, Event] | Exception
 
 _log = logging.getLogger("retnet.serve")
 _MOST_FAILURES = 3  # in a row: then nothing that waits has a chance
-APART = 64  # events that wait for a reader before pieces of text are put together
-
-
-class Arrivals(asyncio.Queue[Arrival]):
-    """Events on their way to one reader, each beside the number of its request.
-
-    A reader that is far behind gets what is new of a text in one piece: however slow it is, what waits for it takes no more
-    memory than the texts themselves.
-    """
-
-    def _init(self, maxsize: int) -> None:
-        self._queue: deque[Arrival | _Backlog] = deque()
-        self._open: dict[tuple[int, int], _Backlog] = {}  # in the queue, and the last of their texts there
-
-    def _put(self, item: Arrival) -> None:
-        if isinstance(item, Exception):
-            self._queue.append(item)
-            return
-        number, event = item
-        if len(self._queue) < APART or event.logprobs is not None or event.completion is not None:
-            self._open.pop((number, event.sample), None)
-            self._queue.append(item)
-            return
-        backlog = self._open.get((number, event.sample))
-        if backlog is None:
-            backlog = self._open[number, event.sample] = _Backlog(number)
-            self._queue.append(backlog)
-        backlog.event = event
-        backlog.text += event.text.encode()
-
-    def _get(self) -> Arrival:
-        item = self._queue.popleft()
-        if not isinstance(item, _Backlog):
-            return item
-        assert item.event is not None  # or it were not in the queue
-        if self._open.get((item.number, item.event.sample)) is item:
-            del self._open[item.number, item.event.sample]
-        return item.number, item.event._replace(text=item.text.decode())
-
-
-class _Backlog:
-    """Pieces of a text that wait together: their text, and the last of them."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.text = number, bytearray()  # UTF-8, and no string for each piece
-        self.event: Event | None = None
+TOGETHER = 0.01  # seconds; a hundred times a second is as often as a screen can show something
 
 
 class Feed:
-    """Where the events of one request go: a queue of a coroutine's, each beside the number that it gave the request.
+    """Where the events of one request go: arrivals of a coroutine's, each beside the number that it gave the request.
 
     Args:
-        arrivals: the queue.
+        arrivals: which.
         number: of the request there.
         request: what is to be run.
     """
@@ -77,11 +32,15 @@ class Feed:
     def __init__(self, arrivals: Arrivals, number: int, request: Request) -> None:
         self.arrivals, self.number, self.request = arrivals, number, request
         self.left = request.samples  # that have not ended
+        self.begun = False  # whether something of it has been sent
         self.id = -1  # the engine's, once it has it
 
 
 class EngineThread:
     """Owns an engine: all that is done with it is done in one thread, between its steps.
+
+    A text's first token and its end are sent at once. Others wait for the next ones, no longer than `TOGETHER`: waking the
+    loop, the socket and the client takes a core that the next step needs. Of steps that take longer none waits.
 
     Args:
         engine: nobody else uses it from `start` on.
@@ -98,6 +57,8 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._failures = 0
+        self._held: list[tuple[Feed, Event]] = []  # what has not been sent yet
+        self._sent = 0.0  # when something last was
         self._thread = threading.Thread(target=self._run, name="retnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -168,45 +129,63 @@ class EngineThread:
 
     def _run(self) -> None:
         while True:
-            self._work_off()
+            if self._work_off():
+                self._send()  # the next step may take longer than the last one
             if self._stopping:
                 return
             if not self._engine.busy:
                 continue
-            try:
-                events = self._engine.step()
-                self._failures = 0
-            except Exception:
-                _log.exception("a step of the engine failed")
-                self._failures += 1
-                events = []
-                if self._failures >= _MOST_FAILURES:
-                    self.error = "the engine fails at every step; the log says why"
-                    for number in list(self._feeds):
-                        self._engine.cancel(number)
-            self._deliver(events)
+            began = time.monotonic()
+            urgent = self._hold(self._step())
+            now = time.monotonic()
+            if urgent or now + (now - began) > self._sent + TOGETHER:
+                self._send()
 
-    def _work_off(self) -> None:
-        """All that has been asked for; waits for something where there is nothing else to do."""
+    def _step(self) -> Sequence[Event]:
+        try:
+            events = self._engine.step()
+            self._failures = 0
+        except Exception:
+            _log.exception("a step of the engine failed")
+            self._failures += 1
+            events = []
+            if self._failures >= _MOST_FAILURES:
+                self.error = "the engine fails at every step; the log says why"
+                for number in list(self._feeds):
+                    self._engine.cancel(number)
+        return events
+
+    def _work_off(self) -> bool:
+        """All that has been asked for, if anything; waits for something where there is nothing else to do."""
+        found = False
         try:
             while True:
                 self._inbox.get(block=not self._engine.busy and not self._stopping)()
+                found = True
         except Empty:
-            return
+            return found
 
-    def _deliver(self, events: Sequence[Event]) -> None:
-        batch = []
+    def _hold(self, events: Sequence[Event]) -> bool:
+        """Keeps events until they are sent; whether one of them must not wait."""
+        urgent = False
         for event in events:
             feed = self._feeds.get(event.request)
             if feed is None:
                 continue
-            batch.append((feed, event))
+            self._held.append((feed, event))
             if event.completion is not None:
                 feed.left -= 1
                 if not feed.left:
                     del self._feeds[event.request]
-        if batch:
-            self._post(_hand_out, batch)
+            urgent = urgent or event.completion is not None or not feed.begun
+            feed.begun = True
+        return urgent
+
+    def _send(self) -> None:
+        self._sent = time.monotonic()
+        if self._held:
+            self._post(_hand_out, self._held)
+            self._held = []
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
         assert self._loop is not None
@@ -218,7 +197,7 @@ class EngineThread:
 
 def _hand_out(batch: Sequence[tuple[Feed, Event]]) -> None:
     for feed, event in batch:
-        feed.arrivals.put_nowait((feed.number, event))
+        feed.arrivals.put(feed.number, event)
 
 
 def _succeed(future: asyncio.Future[Result], result: Result) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -101,7 +102,7 @@ def reason(completion: Completion | None) -> Reason | None:
     return completion.finish if completion.finish in ("length", "interrupted") else "stop"
 
 
-def text_logprobs(tokenizer: Tokenizer, places: list[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
+def text_logprobs(tokenizer: Tokenizer, places: Sequence[TokenLogprobs], offset: int = 0) -> dict[str, Any]:
     """Log-probabilities as completions have them; `offset` is where the first token begins, in characters."""
     offsets = []
     for place in places:
@@ -125,7 +126,7 @@ def _named(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def chat_logprobs(tokenizer: Tokenizer, places: list[TokenLogprobs]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, places: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """Log-probabilities as chats have them."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:

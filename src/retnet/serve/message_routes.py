@@ -32,17 +32,17 @@ async def messages(request: HttpRequest) -> Response:
     asked = await chat_request(service, turns_of(body), body.options(), body.max_tokens)
     name = f"msg_{uuid.uuid4().hex}"
     stack = AsyncExitStack()
-    events = await stack.enter_async_context(running(service, [asked]))
+    pieces = await stack.enter_async_context(running(service, [asked]))
 
     async def stream() -> AsyncIterator[bytes]:
         usage = {"input_tokens": len(asked.prompt), "output_tokens": 0}
         start = _message(service, name, [], None, None, usage)
         yield _event("message_start", message=start)
         yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        async for _, event in events:
-            if event.text:
-                yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": event.text})
-            if (done := event.completion) is not None:
+        async for _, piece in pieces:
+            if piece.text:
+                yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece.text})
+            if (done := piece.completion) is not None:
                 yield _event("content_block_stop", index=0)
                 reason, stop = _reason(service, body, done)
                 delta = {"stop_reason": reason, "stop_sequence": stop}
@@ -52,8 +52,8 @@ async def messages(request: HttpRequest) -> Response:
     async def whole() -> bytes:
         async with stack:
             done = None
-            async for _, event in events:
-                done = event.completion
+            async for _, piece in pieces:
+                done = piece.completion
             assert done is not None
             content = [{"type": "text", "text": done.text}]
             return msgspec.json.encode(

@@ -41,7 +41,7 @@ async def respond_to(request: HttpRequest) -> Response:
     asked = await chat_request(service, said + turns, body.options(), wanted)
     name, created = f"resp_{uuid.uuid4().hex}", int(time.time())
     stack = AsyncExitStack()
-    events = await stack.enter_async_context(running(service, [asked]))
+    pieces = await stack.enter_async_context(running(service, [asked]))
 
     def record(done: Completion | None) -> dict[str, Any]:
         return _record(service, body, name, created, done)
@@ -70,10 +70,10 @@ async def respond_to(request: HttpRequest) -> Response:
         yield event("response.output_item.added", output_index=0, item=_item(name, None))
         yield event("response.content_part.added", **part, part=_part(""))
         done = None
-        async for _, each in events:
-            done = each.completion
-            if each.text:
-                yield event("response.output_text.delta", **part, delta=each.text, logprobs=[])
+        async for _, piece in pieces:
+            done = piece.completion
+            if piece.text:
+                yield event("response.output_text.delta", **part, delta=piece.text, logprobs=[])
         assert done is not None
         full = keep(done)
         yield event("response.output_text.done", **part, text=done.text, logprobs=[])
@@ -84,8 +84,8 @@ async def respond_to(request: HttpRequest) -> Response:
     async def whole() -> bytes:
         async with stack:
             done = None
-            async for _, each in events:
-                done = each.completion
+            async for _, piece in pieces:
+                done = piece.completion
             assert done is not None
             return msgspec.json.encode(keep(done))
 

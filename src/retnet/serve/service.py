@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request as HttpRequest
 
 from retnet.data import Tokenizer
-from retnet.engine import Completion, Event, Request
-from retnet.serve.engine_thread import Arrivals, EngineThread, Feed
+from retnet.engine import Completion, Request
+from retnet.serve.arrivals import Arrivals, Piece
+from retnet.serve.engine_thread import EngineThread, Feed
 from retnet.serve.errors import ApiError
 from retnet.serve.gate import Gate, shut_down
 from retnet.serve.metrics import ServerMetrics
@@ -134,7 +135,7 @@ def owner_of(request: HttpRequest) -> str:
 @asynccontextmanager
 async def running(
     service: Service, requests: Sequence[Request], *, count: bool = True, partial: bool = False
-) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
+) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
     """Runs requests; whatever has not ended on leaving is cancelled at the engine's next step.
 
     Args:
@@ -144,10 +145,10 @@ async def running(
         partial: whether texts that a shutdown cuts short end as they are, "interrupted", instead of with an error.
 
     Yields:
-        Events, each with the number of its request.
+        Pieces of texts, each with the number of its request.
 
     Raises:
-        ApiError: there is no room; while events are read, also: they took too long, one failed, the server shuts down.
+        ApiError: there is no room; while pieces are read, also: they took too long, one failed, the server shuts down.
         UserError: as `Engine.submit`.
     """
     arrivals = Arrivals()
@@ -157,23 +158,20 @@ async def running(
     feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
     ended = False
 
-    async def events() -> AsyncIterator[tuple[int, Event]]:
+    async def pieces() -> AsyncIterator[tuple[int, Piece]]:
         nonlocal ended
         left, first = sum(request.samples for request in requests), True
         while left:
-            arrived = await arrivals.get()
-            if isinstance(arrived, Exception):
-                raise arrived
-            number, event = arrived
+            number, piece = await arrivals.get()
             if first and count:
                 service.metrics.first_token.observe(time.monotonic() - began)
             first = False
-            if event.completion is not None:
+            if piece.completion is not None:
                 left -= 1
-                _require_whole(requests[number], event.completion, partial and service.gate.ended)
+                _require_whole(requests[number], piece.completion, partial and service.gate.ended)
                 if count:
-                    _tally(service.metrics, event)
-            yield number, event
+                    _tally(service.metrics, piece.sample, piece.completion)
+            yield number, piece
         ended = True
         if count:
             service.metrics.duration.observe(time.monotonic() - began)
@@ -183,14 +181,14 @@ async def running(
             for feed in feeds:
                 service.engine.interrupt(feed)
         else:
-            arrivals.put_nowait(shut_down())
+            arrivals.fail(shut_down())
 
     with service.gate.enter(sum(request.samples for request in requests), end):
-        timer = asyncio.get_running_loop().call_later(timeout, arrivals.put_nowait, too_long)
+        timer = asyncio.get_running_loop().call_later(timeout, arrivals.fail, too_long)
         try:
             for feed in feeds:
                 await service.engine.submit(feed)
-            yield events()
+            yield pieces()
         finally:
             timer.cancel()
             if not ended:
@@ -205,10 +203,8 @@ def _require_whole(request: Request, completion: Completion, partial: bool) -> N
         raise ApiError(500, "the engine stopped this text; its log says why")
 
 
-def _tally(metrics: ServerMetrics, event: Event) -> None:
-    completion = event.completion
-    assert completion is not None
+def _tally(metrics: ServerMetrics, sample: int, completion: Completion) -> None:
     metrics.generated_tokens.inc(len(completion.tokens))
-    if event.sample == 0:
+    if sample == 0:
         metrics.prompt_tokens.inc(completion.prompt_tokens)
         metrics.cached_tokens.inc(completion.cached_tokens)

@@ -13,8 +13,9 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from retnet.engine import Engine, Event, Session
+from retnet.engine import Engine, Session
 from retnet.serve.access import read_body
+from retnet.serve.arrivals import Piece
 from retnet.serve.bodies import AppendBody, EditBody, EmptyBody, RewindBody, SessionBody, SessionGenerateBody
 from retnet.serve.completion_routes import Done, respond
 from retnet.serve.documents import BYTES, documented, read
@@ -174,8 +175,8 @@ async def generate(request: HttpRequest, session: str) -> Response:
         await stack.aclose()
         raise
 
-    def pieces(number: int, event: Event) -> list[Any]:
-        return [TextChoice(0, event.text, None, reason(event.completion))]
+    def choices(number: int, piece: Piece) -> list[Any]:
+        return [TextChoice(0, piece.text, None, reason(piece.completion))]
 
     def whole(done: Done) -> list[Any]:
         return [TextChoice(0, done[0, 0].text, None, reason(done[0, 0]))]
@@ -185,7 +186,7 @@ async def generate(request: HttpRequest, session: str) -> Response:
         reply.session = described(entry, service.name, service.state_bytes) | {"busy": False}
 
     head = Reply(f"cmpl-{uuid.uuid4().hex}", "text_completion", int(time.time()), service.name, [])
-    return await respond(request, service, body, [engine_request], head, head, pieces, whole, stack, on_done)
+    return await respond(request, service, body, [engine_request], head, head, choices, whole, stack, on_done)
 
 
 async def _change(request: HttpRequest, name: str, verb: Callable[[Session], None]) -> Response:
