@@ -138,11 +138,11 @@ def _print_plan(day: Day, minutes: float) -> None:
     )
     for together in plan.processes(chosen):
         step = together[0].step
-        print(f"  {step} (rank {together[0].rank}): {plan.STEPS[step]}")
+        print(f"  {step}: {plan.STEPS[step]}")
         for part in together:
             whole = plan.find(*part.key).seconds
             some = f", of {whole:.0f} s" if part.seconds < whole else ""
-            print(f"    {part.seconds:4.0f} s  {part.name}{some}: {part.what}")
+            print(f"    {part.seconds:4.0f} s  {part.name}{some} (rank {part.rank}): {part.what}")
     print(f"about {plan.expected(chosen) / 60:.1f} minutes in all")
     _print_rest(day, {part.key for part in chosen}, minutes)
     sys.stdout.flush()

@@ -24,7 +24,7 @@ from tools.gpu_day.cases import CARD_LOST, Answer, Case
 from tools.gpu_day.notebook import Found
 from tools.gpu_day.place import Place
 
-WORKERS = 12  # kernels compile slowly, each on one core
+WORKERS = 14  # kernels compile slowly, each on one core
 CASE_SECONDS = 60.0  # a case may take, the compilation of its kernels in it
 REHEARSED_SECONDS = 150.0  # the same under Triton's interpreter
 MARGIN = 8.0  # seconds before the end of a part in which nothing is waited for any more
@@ -53,8 +53,8 @@ class Worker:
         self._device = device
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, case: Case, seconds: float) -> Answer:
-        """What comes of a case; no answer within these seconds is one, too."""
+    def ask(self, case: Case, seconds: float) -> Answer | None:
+        """What comes of a case; None if there is no answer within these seconds."""
         for _ in range(2):
             process = self._running()
             assert process.stdin is not None
@@ -64,7 +64,7 @@ class Worker:
                 process.stdin.flush()
             if not select.select([process.stdout], [], [], seconds)[0]:
                 self.end()
-                return {"failed": f"no answer in time: {seconds:.0f} s"}
+                return None
             if line := process.stdout.readline():
                 found: Answer = json.loads(line)
                 return found
@@ -123,7 +123,7 @@ class Checks:
         self._count: Counter[str] = Counter()
         self._wrong: list[Found] = []
         self._refused: list[Found] = []
-        self._worst: dict[str, float] = {}
+        self._groups: dict[str, Found] = {}
         count = 1 if place.rehearsal else max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
         self._workers = _workers(place.device, count)
 
@@ -136,10 +136,13 @@ class Checks:
         self._note(found)
         return found
 
-    def _seconds(self) -> float:
-        """That a case may take that begins now: less than is left until the part is ended, so that it is named."""
+    def _ask(self, worker: Worker, case: Case) -> Answer | None:
+        """What comes of a case; None if its part had to end before it had its time, for then nothing is known of it."""
         most = REHEARSED_SECONDS if self._place.rehearsal else CASE_SECONDS
-        return max(1.0, min(most, self._place.ended - MARGIN - time.time()))
+        left = self._place.ended - MARGIN - time.time()
+        if left <= 0 or ((answer := worker.ask(case, min(most, left))) is None and left < most):
+            return None
+        return answer or {"failed": f"no answer in time: {most:.0f} s"}
 
     def _work(self, worker: Worker, until: float) -> None:
         while time.time() < until:
@@ -147,22 +150,26 @@ class Checks:
                 if (case := next(self._cases, None)) is None:
                     return
                 self._open.append(case)
-            answer = worker.ask(case, self._seconds())
+            if (answer := self._ask(worker, case)) is None:
+                return  # it stays among those that were not reached
             with self._lock:
                 self._open.remove(case)
                 self._add(case, answer)
 
     def _add(self, case: Case, answer: Answer) -> None:
+        group = self._groups.setdefault(group_of(case), {"cases": 0, "right": 0, "worst": {}})
+        group["cases"] += 1
         self._count["cases"] += 1
         if wrong := faults(answer):
             self._wrong.append({"case": case, **answer, "faults": wrong})
         elif "refused" in answer:
             self._refused.append({"case": case, **answer})
         else:
+            group["right"] += 1
             self._count["right"] += 1
-        kind = case.get("dtype", "contracts and models")
+        kind, worst = case.get("dtype", "largest"), group["worst"]
         for error in answer.get("errors", {}).values():
-            self._worst[kind] = max(self._worst.get(kind, 0.0), math.inf if math.isnan(error) else error)
+            worst[kind] = max(worst.get(kind, 0.0), math.inf if math.isnan(error) else error)
         if wrong or time.time() > self._noted + NOTED:
             self._note(self._found())
             self._noted = time.time()
@@ -177,7 +184,7 @@ class Checks:
             "right": self._count["right"],
             "refused": self._refused,
             "wrong": self._wrong,
-            "worst": self._worst,
+            "groups": self._groups,
             "missed": [] if self._endless else [*self._open, *rest],
         }
 
@@ -190,14 +197,17 @@ class Checks:
             kinds[entry["case"]["kind"]] += 1
 
         def ask(cases: Sequence[Case]) -> list[Answer]:
-            return list(
-                pool.map(lambda worker, case: worker.ask(case, self._seconds()), self._workers, cases)
-            )
+            return [answer or {} for answer in pool.map(self._ask, self._workers, cases)]
 
         for number, entry in sorted(ranked, key=lambda pair: pair[0]):
             if number < NO_MORE and time.time() < until:
                 entry["smallest"] = smallest(entry["case"], entry, ask, len(self._workers), until)
                 self._note(self._found())
+
+
+def group_of(case: Case) -> str:
+    """The heading that a case is counted under."""
+    return str(case.get("of", case["kind"]))
 
 
 def faults(found: Answer) -> list[str]:

@@ -1,8 +1,9 @@
-"""Compiles the kernels of flash-linear-attention in several processes: `python -m tools.gpu_day.fla_tuning N OF H K V`.
+"""Tunes flash-linear-attention in little time: `python -m tools.gpu_day.fla_tuning N OF H K V` compiles a share.
 
-Triton's autotuner compiles the configurations of a kernel one after the other, some 140 of them at every head shape. Here
+Triton's autotuner compiles the configurations of a kernel one after the other, some 180 of them at every head shape. Here
 each process is shown its share of them alone, and leaves what it compiled in Triton's cache; the process that measures then
-finds all of it there, and times every configuration itself, as it would have without.
+finds all of it there, and times every configuration itself, as it would have without. It does so on a sequence of `TUNED`
+tokens, for the autotuner chooses once, whatever the length of what comes first.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from retnet.bench.implementations import HeadShape
 from tools.gpu_day.checks import WORKERS
 
 T = TypeVar("T")
-TOKENS = 512  # the autotuner's keys do not hold the length
+SHORT = 512  # tokens, where a kernel is run only to be compiled
+TUNED = 8192
 
 
 def compile_all(shape: HeadShape, seconds: float) -> None:
@@ -32,6 +36,43 @@ def compile_all(shape: HeadShape, seconds: float) -> None:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def tune(shape: HeadShape) -> None:
+    """Lets the autotuner choose all configurations."""
+    with _timed(warmup=5, rep=25):
+        run_all(shape, TUNED)
+
+
+def run_all(shape: HeadShape, tokens: int) -> None:
+    """All its kernels once, forward and backward."""
+    import torch
+
+    from retnet.measure.peers import flash_linear_attention
+
+    H, K, V = shape
+    inputs = [
+        torch.randn(1, tokens, H, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for width in (K, K, V)
+    ]
+    for name, form in flash_linear_attention().items():
+        try:
+            form(*inputs).float().sum().backward()
+        except Exception as error:  # no configuration, or none of this share, fits this card
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _timed(**milliseconds: int) -> Iterator[None]:
+    """The autotuner gives each configuration so much time instead of the usual 125 ms."""
+    import triton.testing
+
+    usual = triton.testing.do_bench
+    triton.testing.do_bench = partial(usual, **milliseconds)
+    try:
+        yield
+    finally:
+        triton.testing.do_bench = usual
 
 
 def share(configurations: Sequence[T], number: int, count: int) -> list[T]:
@@ -52,22 +93,10 @@ def see_a_share(number: int, count: int) -> None:
 
 
 def main(number: int, count: int, shape: HeadShape) -> None:
-    """Runs all its kernels once, forward and backward."""
+    """Compiles a share."""
     see_a_share(number, count)  # before any of them is made
-    import torch
-
-    from retnet.measure.peers import flash_linear_attention
-
-    H, K, V = shape
-    inputs = [
-        torch.randn(1, TOKENS, H, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for width in (K, K, V)
-    ]
-    for name, form in flash_linear_attention().items():
-        try:
-            form(*inputs).float().sum().backward()
-        except Exception as error:  # a share without any configuration that fits this card
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    with _timed(warmup=1, rep=1):  # nobody looks at these times
+        run_all(shape, SHORT)
 
 
 if __name__ == "__main__":

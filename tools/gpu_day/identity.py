@@ -15,12 +15,16 @@ ENDINGS = (".py", ".toml", ".jinja")
 SHOWN = 12  # digits of a commit or a digest
 
 
-def current() -> dict[str, str | None]:
-    """Of this process and this checkout. Sources are told apart without Git, too, by a digest of all of them."""
+def current(rehearsal: bool) -> dict[str, str | None]:
+    """Of this machine and this checkout. Sources are told apart without Git, too, by a digest of all of them.
+
+    Args:
+        rehearsal: runs on the CPU, whatever cards there are.
+    """
     about = host.describe()
     versions = host.versions("torch", "triton")
     return {
-        "card": about["gpu"] or about["cpu"],
+        "card": about["cpu"] if rehearsal else about["gpu"] or about["cpu"],
         **versions,
         "commit": (about["commit"] or "")[:SHOWN] or None,
         "sources": _digest(),

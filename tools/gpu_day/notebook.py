@@ -77,7 +77,7 @@ class Notebook:
             from tools.gpu_day import identity
 
             name = file_name(f"gpu-{self.step}", self.rehearsal).replace(".", "-")
-            more = {"identity": identity.current(), "parts": {}}
+            more = {"identity": identity.current(self.rehearsal), "parts": {}}
             record = records.complete(name, {"rehearsal": self.rehearsal}, more)
         before = record["parts"].get(part)
         earlier = {} if before is None else {"attempts": attempts(before)}

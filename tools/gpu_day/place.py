@@ -47,8 +47,9 @@ class Place:
         self.notebook.note(self.part, found)
 
     def before(self) -> Found:
-        """What the attempt before this one had found; empty if there was none."""
-        found: Found = ([{}, *attempts(self.notebook.parts()[self.part])])[-2].get("found", {})
+        """What the attempts before this one had found at last (one that was killed at once knows nothing), or nothing."""
+        *earlier, _ = attempts(self.notebook.parts()[self.part])
+        found: Found = next((one["found"] for one in reversed(earlier) if "found" in one), {})
         return found
 
 

@@ -19,6 +19,10 @@ from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, Part
 
 ROOT = Path(__file__).parents[2]
 Say = Callable[[str], None]
+TIME_OVER, CALL_STOPPED = (
+    "the call's time was over",
+    "the call was stopped",
+)  # no fault of the part that was at work
 
 
 class Day:
@@ -51,16 +55,22 @@ class Day:
         return {(step, name) for step in self.steps for name in self._notebook(step).done()}
 
     def require_same_place(self) -> None:
-        """Refuses to go on with records of another card, another torch, or other sources.
+        """Refuses to go on beside records of another card, another torch, or other sources, whichever steps are asked for.
 
         Raises:
             UserError: in which points they differ.
         """
         here: dict[str, str | None] = {}
-        for step in self.steps:
-            if not (record := self._notebook(step).read()):
+        for step in plan.STEPS:
+            try:
+                record = self._notebook(step).read()
+            except UserError:
+                if step in self.steps:
+                    raise
+                continue  # a damaged record stops its own step alone
+            if not record:
                 continue
-            here = here or identity.current()
+            here = here or identity.current(self.rehearsal)
             if found := identity.differences(record, here):
                 raise UserError(
                     f"{self._notebook(step).path} cannot go on here: {'; '.join(found)}. Numbers of both may not stand in "
@@ -107,7 +117,8 @@ class Day:
         if process.returncode == UNWRITABLE:
             raise UserError(f"the record of {step} cannot be written; {log} says why")
         if (cut := notebook.open()) is not None:
-            notebook.fail(cut, why or f"the process ended with status {process.returncode}; see {log.name}")
+            end = notebook.stop if why in (TIME_OVER, CALL_STOPPED) else notebook.fail
+            end(cut, why or f"the process ended with status {process.returncode}; see {log.name}")
         after = notebook.parts()
         for name in names:
             now = after.get(name, {})
@@ -119,6 +130,8 @@ class Day:
             elif state in ("failed", "stopped"):
                 self.failed.add((step, name))
                 self.say(f"{step}: {name} {state}{': ' + now['why'] if 'why' in now else ''}")
+            elif time.time() >= self.end - plan.PAGE:
+                self.say(f"{step}: {name} was not reached in time; another call does it")
             elif (
                 process.returncode != POISONED and cut is None
             ):  # it never began: it would not the next time either
@@ -132,7 +145,7 @@ class Day:
             now, name = time.time(), book.open()
             if now > self.end - plan.PAGE / 2:
                 self._end_process(process, GRACE if self.stopped else plan.PAGE / 2)
-                return "the call was stopped" if self.stopped else "the call's time was over"
+                return CALL_STOPPED if self.stopped else TIME_OVER
             if name is None:
                 continue
             part = parts[name]

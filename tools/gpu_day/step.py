@@ -26,6 +26,8 @@ from tools.gpu_day.notebook import Notebook
 from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly
 from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, find
 
+REHEARSED = 120.0  # seconds of a part in a rehearsal, whatever a card would take
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Does the parts of a step; the exit status."""
@@ -55,9 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], device: torch.device) -> int:
     for name in given.parts:
-        print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
         part, now = find(given.step, name), time.time()
-        seconds = 20.0 if given.rehearse else given.until - now if part.least else part.seconds
+        if now >= given.until:  # what came before took longer: this one and the next are left to another call
+            print(f"{given.step} {name}: no time is left", file=sys.stderr, flush=True)
+            break
+        print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
+        seconds = REHEARSED if given.rehearse else given.until - now if part.least else part.seconds
         notebook.begin(name)
         ended = given.until if part.least else min(given.until, now + part.most)
         place = Place(given.out, given.rehearse, device, notebook, name, given.until, seconds, ended)

@@ -9,8 +9,10 @@ import itertools
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from retnet.measure.memory import free_memory
@@ -19,7 +21,7 @@ from retnet.ops.triton import tile_table
 from retnet.settings import UserError
 from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import Case
-from tools.gpu_day.checks import Checks
+from tools.gpu_day.checks import Checks, group_of
 from tools.gpu_day.notebook import Found
 from tools.gpu_day.place import Place, Run, StoppedError
 
@@ -27,7 +29,7 @@ HEADS = ((64, 128), (128, 256), (256, 512))
 TYPES = ("bfloat16", "float16", "float32")
 FINE = ("bfloat16", "float32")  # where addresses are looked at: types and addresses do not meet in a kernel
 SIZES = ((16, 17, 33, 60, 100, 128, 256), (16, 33, 100, 128, 300, 512))
-REHEARSED = {"torch": 4, "fuzz": 2}  # cases of a part in a rehearsal; of all others one
+REHEARSED = {"torch": 4, "fuzz": 2}  # cases of a group in a rehearsal; of all others one
 
 
 def base(**values: Any) -> Case:  # noqa: ANN401
@@ -167,9 +169,12 @@ def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Foun
     """
     if find_spec("pytest") is None:
         raise UserError("the comparisons of the tests need pytest, which is not installed")
-    some: Iterable[Case] = place.before().get("missed") or cases
+    missed = None if endless else place.before().get("missed")
+    some: Iterable[Case] = (
+        cases if missed is None else missed
+    )  # none were missed: all are in the record already
     if place.rehearsal:
-        some = map(tiny, itertools.islice(some, REHEARSED.get(place.part, 1)))
+        some = _some_of_each(some)
     found = Checks(place, some if endless and not place.rehearsal else list(some), place.note).run(
         time.time() + 60 * place.minutes
     )
@@ -178,24 +183,40 @@ def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Foun
     return found
 
 
+def _some_of_each(cases: Iterable[Case]) -> Iterator[Case]:
+    """For a rehearsal: some of each group, tiny; of cases without an end, there is one group."""
+    seen: Counter[str] = Counter()
+    for case in cases:
+        seen[group_of(case)] += 1
+        if seen[group_of(case)] <= REHEARSED.get(group_of(case), 1):
+            yield tiny(case)
+        elif group_of(case) == "fuzz":
+            return
+
+
+def grouped(**groups: Iterable[Case]) -> Iterator[Case]:
+    """All cases, each with the name of its group."""
+    for name, cases in groups.items():
+        for case in cases:
+            yield {**case, "of": name}
+
+
 def run_far(place: Place) -> Found:
     """Beyond 2³¹ numbers, where the memory for it is."""
     need, have = 48 * 2**30, free_memory(place.device)
     if not place.rehearsal and have < need:
         return {"cases": 0, "skipped": f"takes about {need >> 30} GiB, and {have >> 30} are free"}
-    return check(place, far())
+    return check(place, grouped(far=far()))
 
 
+# what takes longest comes first, so that no process works on it while all others have nothing left to do
 PARTS: dict[str, Run] = {
-    "heads": lambda place: check(place, heads()),
-    "layouts": lambda place: check(place, layouts()),
-    "step": lambda place: check(place, step()),
-    "rows": lambda place: check(place, rows()),
-    "torch": lambda place: check(place, contracts()),
+    "kernels": lambda place: check(
+        place, grouped(heads=heads(), rows=rows(), layouts=layouts(), step=step())
+    ),
+    "shapes": lambda place: check(place, grouped(torch=contracts(), tiles=foreign(place), sizes=sizes())),
     "far": run_far,
-    "sizes": lambda place: check(place, sizes()),
-    "tiles": lambda place: check(place, foreign(place)),
-    "fuzz": lambda place: check(place, anything(secrets.randbits(30)), endless=True),
+    "fuzz": lambda place: check(place, grouped(fuzz=anything(secrets.randbits(30))), endless=True),
 }
 
 
@@ -206,11 +227,21 @@ def joined(attempts: Sequence[Found]) -> Found:
         found[name] = sum(one.get(name, 0) for one in attempts)
     for name in ("wrong", "refused"):
         found[name] = [each for one in attempts for each in one.get(name, ())]
-    found["worst"] = {}
-    for kind in dict.fromkeys(kind for one in attempts for kind in one.get("worst", {})):
-        errors = [one["worst"][kind] for one in attempts if kind in one.get("worst", {})]
-        found["worst"][kind] = None if None in errors else max(errors)  # None: JSON has no word for infinity
+    groups = [one.get("groups", {}) for one in attempts]
+    found["groups"] = {
+        name: _together([one[name] for one in groups if name in one])
+        for name in dict.fromkeys(chain(*groups))
+    }
     return found
+
+
+def _together(groups: Sequence[Found]) -> Found:
+    """A group in several attempts."""
+    worst: dict[str, float | None] = {}
+    for kind in dict.fromkeys(chain(*(one["worst"] for one in groups))):
+        errors = [one["worst"][kind] for one in groups if kind in one["worst"]]
+        worst[kind] = None if None in errors else max(errors)  # None: JSON has no word for infinity
+    return {**{name: sum(one[name] for one in groups) for name in ("cases", "right")}, "worst": worst}
 
 
 def _written(error: float | None) -> str:
@@ -223,23 +254,24 @@ def shown(case: Case) -> str:
     return ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False, []))
 
 
+def _rows(found: Found) -> Iterator[tuple[str, ...]]:
+    """A line for each group of cases of a part, those that nothing is known of yet among them."""
+    others = {
+        key: Counter(group_of(each.get("case", each)) for each in found.get(key, ()))
+        for key in ("wrong", "refused", "missed")
+    }
+    known = found.get("groups", {})
+    for name in dict.fromkeys([*known, *others["missed"]]):
+        group = known.get(name, {"cases": 0, "right": 0, "worst": {}})
+        counts = (group["cases"], group["right"], *(count[name] for count in others.values()))
+        errors = "; ".join(f"{kind} {_written(error)}" for kind, error in group["worst"].items())
+        yield name, *(f"{count:,}" for count in counts), errors or MISSING
+
+
 def summarise(parts: dict[str, Found]) -> Summary:
     """How many cases were right, the worst errors, and what is wrong."""
-    rows = tuple(
-        (
-            name,
-            f"{found['cases']:,}",
-            f"{found.get('right', 0):,}",
-            f"{len(found.get('wrong', [])):,}",
-            f"{len(found.get('refused', [])):,}",
-            f"{len(found.get('missed', ())):,}",
-            "; ".join(f"{kind} {_written(error)}" for kind, error in found.get("worst", {}).items())
-            or MISSING,
-        )
-        for name, found in parts.items()
-    )
     columns = (
-        "part",
+        "what",
         "cases",
         "right",
         "wrong",
@@ -247,14 +279,19 @@ def summarise(parts: dict[str, Found]) -> Summary:
         "not reached",
         "largest error, relative to fp64",
     )
+    rows = tuple(row for found in parts.values() for row in _rows(found))
     tables = [Table("Against fp64", columns, rows)]
-    wrong = [(name, each) for name, found in parts.items() for each in found.get("wrong", [])]
+    wrong = [each for found in parts.values() for each in found.get("wrong", [])]
     if wrong:
         listed = tuple(
-            (name, "; ".join(each["faults"][:3]), shown(each.get("smallest") or each["case"]))
-            for name, each in wrong
+            (
+                group_of(each["case"]),
+                "; ".join(each["faults"][:3]),
+                shown(each.get("smallest") or each["case"]),
+            )
+            for each in wrong
         )
-        tables.append(Table("What is wrong", ("part", "error", "smallest case that fails"), listed))
+        tables.append(Table("What is wrong", ("what", "error", "smallest case that fails"), listed))
     cases = sum(found["cases"] for found in parts.values())
     findings = [f"{cases:,} cases were checked against fp64, {len(wrong)} of them are wrong."]
     if missed := sum(len(found.get("missed", ())) for found in parts.values()):

@@ -1,0 +1,166 @@
+"""What a GPU day survives: parts that die, hang, or cannot be written."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest.mock import ANY
+
+import psutil
+import pytest
+
+from retnet.settings import UserError
+from tests.helpers.gpu_day import gone, part
+from tools.gpu_day import plan, runner
+from tools.gpu_day.notebook import Notebook
+from tools.gpu_day.runner import Day
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton")
+
+
+class TestRunner:
+    """With steps that are little scripts instead of measurements."""
+
+    @pytest.fixture
+    def day(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(plan, "PARTS", [part("ops", name, 1, 1) for name in "abc"])
+        monkeypatch.setattr(plan, "PAGE", 1.0)
+        monkeypatch.setattr(runner, "GLANCE", 0.02)
+        monkeypatch.setattr(plan, "AT_LEAST", 1.0)
+        script = tmp_path / "step.py"
+
+        def make(body, seconds=60.0):
+            script.write_text(
+                "import json, os, sys, time\n"
+                f"file = {str(tmp_path / 'ops.json')!r}\n"
+                "parts = json.load(open(file))['parts'] if os.path.exists(file) else {}\n"
+                "def put(name, **state):\n"
+                "    parts[name] = {'began': time.time(), 'seconds': 0.0, **state}\n"
+                "    record = {'configuration': {'rehearsal': False}, 'parts': parts}\n"
+                "    json.dump(record, open(file + '.new', 'w'))\n"
+                "    os.replace(file + '.new', file)\n"
+                f"for name in sys.argv[1:]:\n    put(name, state='begun')\n{body}\n"
+                "    put(name, state='done', found={'name': name})\n"
+            )
+            monkeypatch.setattr(
+                Day, "_command", lambda self, step, names: [sys.executable, str(script), *names]
+            )
+            self.said = []
+            return Day(tmp_path, False, seconds, ["ops"], self.said.append)
+
+        return make
+
+    def states(self, day):
+        return {name: p["state"] for name, p in Notebook(day.out, "ops", False).parts().items()}
+
+    def test_all_done_once(self, day):
+        one = day("")
+        assert one.run()
+        assert self.states(one) == dict.fromkeys("abc", "done")
+        assert one.chosen() == []
+
+    @pytest.mark.parametrize(
+        ("dies", "why"),
+        [
+            ("os.kill(os.getpid(), 9)", "status -9"),
+            ("time.sleep(60)", "it took more than 3 s; 1 were expected"),
+        ],
+        ids=["killed", "hung"],
+    )
+    def test_a_part_that_dies_loses_no_other_and_is_tried_again_by_the_next_call(self, day, dies, why):
+        one = day(f"    if name == 'b': {dies}")
+        assert not one.run()
+        assert self.states(one) == {"a": "done", "b": "failed", "c": "done"}
+        assert why in Notebook(one.out, "ops", False).parts()["b"]["why"]
+        again = day("")
+        assert [p.name for p in again.chosen()] == ["b"]
+        assert again.run()
+
+    def test_what_does_not_listen_is_killed_wherever_it_is(self, day, tmp_path):
+        """A worker that is stopped and in a session of its own outlives no step: not one that hangs, nor one that died."""
+        one = day(
+            "    if name in 'ab':\n"
+            "        import signal, subprocess\n"
+            "        words = [sys.executable, '-c', 'import time; time.sleep(100)']\n"
+            "        worker = subprocess.Popen(words, start_new_session=True)\n"
+            "        worker.send_signal(signal.SIGSTOP)\n"
+            f"        open({str(tmp_path)!r} + '/' + name, 'w').write(str(worker.pid))\n"
+            "        time.sleep(60) if name == 'a' else os.kill(os.getpid(), 9)"
+        )
+        assert not one.run()
+        assert self.states(one) == {"a": "failed", "b": "failed", "c": "done"}
+        for name in "ab":
+            assert gone(int((tmp_path / name).read_text()))
+
+    @pytest.mark.parametrize("left", ["a", "z"])
+    def test_what_a_killed_call_left_open_is_closed(self, day, left):
+        """It is neither taken for what this call does, nor for having hung since then."""
+        one = day("    time.sleep(0.2)")
+        parts = {left: {"state": "begun", "began": time.time() - 9000}}
+        one.out.joinpath("ops.json").write_text(
+            json.dumps({"configuration": {"rehearsal": False}, "parts": parts})
+        )
+        assert one.run()
+        want = dict.fromkeys("abc", "done") | ({"z": "failed"} if left == "z" else {})
+        assert self.states(one) == want
+
+    def test_a_record_that_cannot_be_written_ends_the_day(self, day):
+        one = day("")
+        one.out.joinpath("step.py").write_text("raise SystemExit(4)")
+        with pytest.raises(UserError, match=r"the record of ops cannot be written; \S+ops.log says why"):
+            one.run()
+
+    def test_a_poisoned_process_is_replaced(self, day):
+        one = day("    if name == 'a':\n        put(name, state='failed', why='card')\n        sys.exit(3)")
+        assert not one.run()
+        assert self.states(one) == {"a": "failed", "b": "done", "c": "done"}
+
+    def test_a_step_that_cannot_begin_is_not_tried_for_ever(self, day):
+        one = day("")
+        one.out.joinpath("step.py").write_text("raise SystemExit(5)")
+        assert not one.run()
+        assert any("was not reached (status 5)" in line for line in self.said)
+
+    @pytest.mark.parametrize("how", ["time", "stopped"])
+    def test_it_ends_in_time_and_when_it_is_told_to(self, day, monkeypatch, how):
+        monkeypatch.setattr(plan, "START", 0.0)
+        monkeypatch.setattr(plan, "AT_LEAST", 60.0)
+        one = day("    time.sleep(30)", seconds=2.6 if how == "time" else 600)
+        if how == "stopped":
+            threading.Timer(0.5, one.stop).start()
+        begin = time.monotonic()
+        assert not one.run()
+        assert time.monotonic() - begin < 10
+        why = "the call's time was over" if how == "time" else "the call was stopped"
+        assert Notebook(one.out, "ops", False).parts() == {"a": ANY}
+        assert Notebook(one.out, "ops", False).parts()["a"]["why"] == why
+
+
+@pytest.mark.slow
+def test_a_step_does_not_outlive_the_call_that_was_killed(tmp_path):
+    words = [sys.executable, "-m", "tools.gpu_day", "--rehearse", "--only", "verify", "--out", str(tmp_path)]
+    call = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    record = tmp_path / "rehearsal.verify.json"
+    steps = []
+    for _ in range(600):
+        steps = [process for process in psutil.Process(call.pid).children() if process.is_running()]
+        if record.is_file() and steps:
+            break
+        time.sleep(0.1)
+    workers = []
+    while not workers:
+        workers = [p for p in steps[0].children(recursive=True) if "tools.gpu_day.cases" in p.cmdline()]
+        time.sleep(0.1)
+    workers[0].suspend()
+    call.kill()
+    call.wait()
+    _, alive = psutil.wait_procs([*steps, *workers], timeout=15)
+    assert not [process for process in alive if not gone(process.pid)]
+    parts = Notebook(tmp_path, "verify", True).parts()
+    assert not any(part.get("found", {}).get("wrong") for part in parts.values())
+    assert Notebook(tmp_path, "verify", True).open() is not None
+    Notebook(tmp_path, "verify", True).close()
+    assert Notebook(tmp_path, "verify", True).open() is None

@@ -1,0 +1,96 @@
+"""Winners of the tile table: what becomes of them, and what they are checked at."""
+
+import time
+
+import pytest
+import torch
+
+from tools.gpu_day import verify
+from tools.gpu_day.notebook import Notebook
+from tools.gpu_day.place import Place
+
+pytest.importorskip("triton")
+
+
+def test_winners_become_rows_of_the_table():
+    from retnet.ops.triton import tile_table
+    from tools.gpu_day import tune
+
+    table = tile_table.table("sm_90")
+    found = {
+        "state": {"start": list(table.state), "best": list(table.state)},
+        "out-256": {"start": list(table.out[256]), "best": [64, 32, 256, 64, 512, 8, 2], "verified": True},
+    }
+    assert tune.winners(found) == {"state": None, "out": {"256": [64, 32, 256, 64, 512, 8, 2]}}
+    namespace = {
+        name: getattr(tile_table, name)
+        for name in ("ArchitectureTiles", "StateTiles", "OutTiles", "StepTiles")
+    }
+    rows = eval("{" + tune.patch("sm_90", found) + "}", namespace)
+    assert rows["sm_90"].out[256] == tile_table.OutTiles(64, 32, 256, 64, 512, 8, 2)
+    assert rows["sm_90"]._replace(out=table.out) == table
+    assert tile_table.OutTiles(64, 32, 256, 64, 512, 8, 3) in tune.neighbours(table.out[256])
+    assert tile_table.OutTiles(64, 32, 256, 32, 512, 8, 3) in tune.neighbours(
+        table.out[256]
+    )  # docs/kernels.md
+    assert table.out[256] not in tune.neighbours(table.out[256])
+
+
+def test_winners_that_were_not_checked_are_named_and_in_no_patch(tmp_path):
+    from retnet.ops.triton import tile_table
+    from tools.gpu_day import tune
+
+    start = list(tile_table.table("sm_90").out[256])
+    found = {"architecture": "sm_90", "start": start, "best": [64, *start[1:]], "ratio": 0.5, "tried": [1, 2]}
+    checked = {"cases": 4, "right": 3, "wrong": [{}], "refused": [], "missed": []}
+    old = tmp_path / "tile_table.txt"
+    for more, said in (
+        ({}, "unverified"),
+        ({"checked": {**checked, "wrong": []}}, "unverified"),  # cut before the last case
+        ({"checked": checked, "verified": False}, "wrong in 1 of 4 cases"),
+    ):
+        old.write_text("of another day")
+        parts = {"out-256": {**found, **more}}
+        shown = tune.summarise(parts)
+        assert said in shown.findings[0]
+        assert len(shown.tables) == 1
+        assert tune.write_patch(tmp_path, False, parts) is None
+        assert not old.exists()
+    parts = {"out-256": {**found, "checked": {**checked, "wrong": []}, "verified": True}}
+    assert tune.write_patch(tmp_path, False, parts) == old
+    assert "256: OutTiles(64, " in old.read_text()
+    assert len(tune.summarise(parts).tables) == 2
+
+
+def test_a_winner_is_checked_at_every_head_shape_that_it_changes():
+    """fp16 takes the widest row where bf16 takes another."""
+    from tools.gpu_day import tune
+
+    row = [64, 32, 64, 32, 128, 8, 2]
+    assert tune.shapes_of("state", "sm_90", {"state": [32, 64, 64, 4, 2]}) == list(verify.HEADS)
+    assert tune.shapes_of("out-64", "sm_90", {"out": {"64": row}}) == [(64, 128)]
+    assert tune.shapes_of("out-128", "sm_90", {"out": {"128": row}}) == [(64, 128), (128, 256)]
+    assert tune.shapes_of("out-1024", "sm_90", {"out": {"1024": row}}) == [(128, 256), (256, 512)]
+
+
+def test_each_process_compiles_its_share_and_all_of_them_everything():
+    from tools.gpu_day.fla_tuning import share
+
+    for count in (5, 12):
+        shares = [share(range(48), n, count) for n in range(count)]
+        assert sorted(x for one in shares for x in one) == list(range(48))
+        assert all(share(range(6), n, count) for n in range(count))
+
+
+def test_a_winner_that_changes_no_kernel_is_not_verified(tmp_path, monkeypatch):
+    """Nothing was checked, so nothing is known to be right."""
+    from tools.gpu_day import tune
+
+    found = {"architecture": "sm_90", "start": [64, 64, 128, 4, 3], "best": [64, 64, 64, 4, 3], "tried": []}
+    monkeypatch.setattr(tune, "climb", lambda kind, place: found)
+    monkeypatch.setattr(tune, "shapes_of", lambda *_: [])
+    book = Notebook(tmp_path, "tune", True)
+    book.begin("state")
+    now = time.time()
+    place = Place(tmp_path, True, torch.device("cpu"), book, "state", now + 60, 20.0, now + 60)
+    assert tune.search("state", place)["verified"] is False
