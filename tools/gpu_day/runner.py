@@ -131,7 +131,7 @@ class Day:
                 self.failed.add((step, name))
                 self.say(f"{step}: {name} {state}{': ' + now['why'] if 'why' in now else ''}")
             elif time.time() >= self.end - plan.PAGE:
-                self.say(f"{step}: {name} was not reached in time; another call does it")
+                self.say(f"{step}: {name} was not reached; another call does it")
             elif (
                 process.returncode != POISONED and cut is None
             ):  # it never began: it would not the next time either
