@@ -8,7 +8,7 @@ from typing import NamedTuple
 from retnet.engine import Completion, Event, TokenLogprobs
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """What is new of one text: one event of the engine, or several that came before they were read.
 
     Attributes:
@@ -32,7 +32,9 @@ class Arrivals:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, int], _Waiting] = {}  # by request and sample, in the order they came
+        self._waiting: dict[
+            tuple[int, int], _GrowingDelta
+        ] = {}  # by request and sample, in the order they came
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
@@ -46,7 +48,7 @@ class Arrivals:
         key = number, event.sample
         waiting = self._waiting.get(key)
         if waiting is None:
-            waiting = self._waiting[key] = _Waiting()
+            waiting = self._waiting[key] = _GrowingDelta()
         waiting.add(event)
         self._wake()
 
@@ -55,7 +57,7 @@ class Arrivals:
         self._error = self._error or error
         self._wake()
 
-    async def get(self) -> tuple[int, Piece]:
+    async def get(self) -> tuple[int, Delta]:
         """The piece that has waited longest, and its request's number.
 
         Raises:
@@ -67,15 +69,15 @@ class Arrivals:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         key = next(iter(self._waiting))
-        return key[0], self._waiting.pop(key).piece(key[1])
+        return key[0], self._waiting.pop(key).delta(key[1])
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
 
-class _Waiting:
-    """A piece that may still grow."""
+class _GrowingDelta:
+    """A delta that may still grow."""
 
     __slots__ = ("completion", "logprobs", "text")
 
@@ -90,5 +92,5 @@ class _Waiting:
             self.logprobs.append(event.logprobs)
         self.completion = event.completion
 
-    def piece(self, sample: int) -> Piece:
-        return Piece(sample, self.text.decode(), tuple(self.logprobs), self.completion)
+    def delta(self, sample: int) -> Delta:
+        return Delta(sample, self.text.decode(), tuple(self.logprobs), self.completion)

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from retnet.engine import Completion, Request, TokenLogprobs
-from retnet.serve.arrivals import Piece
+from retnet.serve.arrivals import Delta
 from retnet.serve.bodies import ChatBody, CompletionBody, SamplingBody
 from retnet.serve.chat_template import ChatTurn
 from retnet.serve.documents import documented, read
@@ -37,7 +37,7 @@ from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter()
 Done = dict[tuple[int, int], Completion]
-Choices = Callable[[int, Piece], list[Any]]
+Choices = Callable[[int, Delta], list[Any]]
 
 
 @router.post("/v1/completions", **documented(CompletionBody, "Continue a text"))
@@ -55,7 +55,7 @@ async def completions(request: HttpRequest) -> Response:
     def index(number: int, sample: int) -> int:
         return number * body.n + sample
 
-    def choices(number: int, piece: Piece) -> list[Any]:
+    def choices(number: int, piece: Delta) -> list[Any]:
         place = index(number, piece.sample)
         logprobs = None
         if piece.logprobs:
@@ -98,7 +98,7 @@ async def chat(request: HttpRequest) -> Response:
     def named(places: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(service.tokenizer, places) if places else None
 
-    def choices(number: int, piece: Piece) -> list[Any]:
+    def choices(number: int, piece: Delta) -> list[Any]:
         role = None if piece.sample in begun else "assistant"
         begun.add(piece.sample)
         delta = ChatDelta(role, piece.text if piece.text or role else None)
@@ -183,7 +183,7 @@ async def respond(
     done: Done = {}
     counted = options is not None and options.include_usage
 
-    def keep(number: int, piece: Piece) -> None:
+    def keep(number: int, piece: Delta) -> None:
         if piece.completion is not None:
             done[number, piece.sample] = piece.completion
 

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from retnet.data import Tokenizer
 from retnet.engine import Completion, Request
-from retnet.serve.arrivals import Arrivals, Piece
+from retnet.serve.arrivals import Arrivals, Delta
 from retnet.serve.engine_thread import EngineThread, Feed
 from retnet.serve.errors import ApiError
 from retnet.serve.gate import Gate, shut_down
@@ -135,7 +135,7 @@ def owner_of(request: HttpRequest) -> str:
 @asynccontextmanager
 async def running(
     service: Service, requests: Sequence[Request], *, count: bool = True, partial: bool = False
-) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
+) -> AsyncIterator[AsyncIterator[tuple[int, Delta]]]:
     """Runs requests; whatever has not ended on leaving is cancelled at the engine's next step.
 
     Args:
@@ -158,7 +158,7 @@ async def running(
     feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
     ended = False
 
-    async def pieces() -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces() -> AsyncIterator[tuple[int, Delta]]:
         nonlocal ended
         left, first = sum(request.samples for request in requests), True
         while left:

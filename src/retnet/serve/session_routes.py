@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from retnet.engine import Engine, Session
 from retnet.serve.access import read_body
-from retnet.serve.arrivals import Piece
+from retnet.serve.arrivals import Delta
 from retnet.serve.bodies import AppendBody, EditBody, EmptyBody, RewindBody, SessionBody, SessionGenerateBody
 from retnet.serve.completion_routes import Done, respond
 from retnet.serve.documents import BYTES, documented, read
@@ -175,7 +175,7 @@ async def generate(request: HttpRequest, session: str) -> Response:
         await stack.aclose()
         raise
 
-    def choices(number: int, piece: Piece) -> list[Any]:
+    def choices(number: int, piece: Delta) -> list[Any]:
         return [TextChoice(0, piece.text, None, reason(piece.completion))]
 
     def whole(done: Done) -> list[Any]:
