@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from retnet.mixers import MIXERS
 from retnet.settings import UserError, load
-from retnet.train.config import RunConfig
+from retnet.train.config import ParallelConfig, RunConfig
 from retnet.train.objective import Objective
 from retnet.train.pace import Pace, fitted
 from retnet.train.trainer import train
@@ -50,14 +50,28 @@ def cases(run: RunConfig) -> dict[str, RunConfig]:
             z_loss=1e-2,
             ema=0.5,
         ),
+        "three rows": changed(run, {}, batch_size=3, clip=0.1),  # stretches end in mid-row
         "bf16 recomputed": changed(short, {}, activation_checkpointing=True, precision="bf16"),
         **mixers,
     }
 
 
+def meshes(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
+    """Name → the case it is like, and the same on a mesh of two processes that is not the default one."""
+    made = cases(run)
+    return {
+        "replicated": ("plain", replace(run, parallel=ParallelConfig(replicate=2))),
+        "in stretches": ("three rows", replace(made["three rows"], parallel=ParallelConfig(cp=2))),
+        "bf16 in stretches": (
+            "bf16 recomputed",
+            replace(made["bf16 recomputed"], parallel=ParallelConfig(cp=2)),
+        ),
+    }
+
+
 def stop_at(step: int) -> None:
-    """SIGTERM for this process in a step: the learning rate is asked for twice in each."""
-    wrap(f"retnet.train.trainer:learning_rate:{2 * step - 1}", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    """SIGTERM for this process in a step, before all agree in it: the targets of its one pass are counted."""
+    wrap(f"retnet.train.trainer:count:{step}", lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def break_loss(call: int) -> None:
@@ -91,8 +105,11 @@ def main() -> None:
     dist.init_process_group()  # once, for all cases
     for name, case in cases(run).items():
         train(case, folder / name)
+    for name, (_, case) in meshes(run).items():
+        train(case, folder / name)
     train(run, folder / "from one", begin="resume")
     mistaken(folder, "uneven", changed(run, {}, accumulate=3))
+    mistaken(folder, "unfit", replace(run, parallel=ParallelConfig(cp=4)))
     mistaken(folder, "nowhere", replace(run, data=replace(run.data, corpus="nowhere")))
     last = dist.get_rank() == dist.get_world_size() - 1
     if last:

@@ -26,7 +26,7 @@ from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, one_voice
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
-from tests.train.ranks import STOP, base, cases
+from tests.train.ranks import STOP, base, cases, meshes
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -122,6 +122,15 @@ def test_settings_of_learning(shared, alone):
             assert torch.allclose(got[tensor], x, rtol=1e-3, atol=1e-4), (file, tensor)
 
 
+def test_other_meshes(shared, alone, config_file):
+    """Losses of one process; bf16 rounds a weight's gradient stretch by stretch."""
+    for name, (like, config) in meshes(base(config_file)).items():
+        rounding = 5e-3 if name.startswith("bf16") else 1e-5
+        assert_same(shared / name, alone / like, tolerance=rounding)
+        mesh = json.loads((shared / name / "env.json").read_text())["mesh"]
+        assert mesh == vars(config.parallel.of(2))
+
+
 def test_the_same_files(shared, alone):
     """Names, types and shapes in checkpoints do not tell how many processes there were."""
     for step in ("step-00000003", "step-00000006"):
@@ -169,6 +178,7 @@ def test_mistakes_are_told_to_all(shared, config_file):
 
     assert "train.accumulate is 3, and 2 processes cannot share" in told("uneven")
     assert "--train.accumulate 6 --train.batch_size 1 makes the same step" in told("uneven")
+    assert "cp 4 makes 4 processes, and there are 2; set --parallel.cp 2" in told("unfit")
     assert "no corpus 'nowhere'" in told("nowhere")
     assert not (shared / "uneven").exists()
     # the second pass of the last rank is pass 1 + 2 of the run, in its second step

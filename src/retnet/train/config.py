@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from retnet.data.config import DataConfig
@@ -136,9 +137,53 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True)
+class ParallelConfig(Checked):
+    """How the processes of a run share it: their number is the product of these, the axes of a mesh of processes.
+
+    What is learned does not depend on it, but for rounding and for the masks of dropout.
+
+    Attributes:
+        replicate: groups of processes that hold all weights each (HSDP); they take turns with the passes of a step.
+        shard: processes that take turns too, and hold a part of all weights each (FSDP). None: what the others leave.
+        cp: context parallelism: processes that hold a stretch of every sequence each, and a part of all weights.
+    """
+
+    replicate: Count = 1
+    shard: Count | None = None
+    cp: Count = 1
+
+    @property
+    def readers(self) -> int:
+        """Batches that are read at the same time: the processes of one batch count as one. Of a resolved one."""
+        assert self.shard is not None
+        return self.replicate * self.shard
+
+    def of(self, processes: int) -> ParallelConfig:
+        """The axes for so many processes, all of them numbers.
+
+        Raises:
+            UserError: their product is another number; says which one would do.
+        """
+        sizes = {"replicate": self.replicate, "shard": self.shard or 1, "cp": self.cp}
+        product = math.prod(sizes.values())
+        if self.shard is None and processes % product == 0:
+            return replace(self, shard=processes // product)
+        if product == processes:
+            return self
+        others = {name: product // size for name, size in sizes.items()}
+        fits = [f"--parallel.{name} {processes // n}" for name, n in others.items() if processes % n == 0]
+        instead = f"set {' or '.join(fits)}, or " if fits else ""
+        raise UserError(
+            f"parallel.{' × '.join(f'{name} {size}' for name, size in sizes.items())} makes {product} processes, and there "
+            f"are {processes}; {instead}start {product} with torchrun --nproc-per-node {product}"
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     """Everything a run is made from; ``config.toml`` of a run directory holds it complete."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,47 +1,68 @@
-"""Distributed training by torch's FSDP2: ranks, how they agree, and how they share a model's weights.
+"""Distributed training on one mesh of processes: FSDP2, HSDP and context parallelism, and how the processes agree.
 
 Everything here is applied to the model from outside: each process keeps its part of every weight, of
-its gradient and of the optimiser's memory; the weights of a block are put together while it computes. Without a launcher
-nothing of it happens: there is one process, and no process group.
+its gradient and of the optimiser's memory; the weights of a block are put together while it computes. Processes that share
+a sequence (context parallelism) hold a stretch of it each. Without a launcher nothing of it happens: there is one process,
+and no process group.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from retnet import host
+from retnet.data import Batch
 from retnet.errors import UserError, told
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
+from retnet.ops.context_parallel import ContextParallel
+from retnet.train.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
+ONE = ParallelConfig(shard=1)  # process
 PATIENCE = timedelta(days=30)  # while one prepares data or writes a checkpoint
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, numbered by their rank: which one this is, of how many, and how they agree.
+    """The processes of a run, numbered by their rank: which one this is, of how many, how they agree and share the work.
 
-    What is said to gather, lead or tell must be called by all ranks, in the same order.
+    What is said to gather, sum, lead or tell must be called by all ranks, in the same order. On the mesh of `arranged` ranks
+    are counted by replica, then by shard, then by stretch of a sequence.
+
+    Attributes:
+        rank: of this process.
+        world: how many there are.
+        group: for words between them, on the CPU; None for a single process.
+        axes: of the mesh.
+        mesh: over which weights are cut, and over whose first dimension of two they are repeated; None for a single process.
+        context: what tells mixers which stretch of a sequence they see; None where each process reads whole ones.
     """
 
     rank: int = 0
     world: int = 1
-    group: dist.ProcessGroup | None = None  # for words between them, on the CPU; None for a single process
+    group: dist.ProcessGroup | None = None
+    axes: ParallelConfig = ONE
+    mesh: DeviceMesh | None = None
+    context: ContextParallel | None = None
 
     @property
     def alone(self) -> bool:
@@ -52,6 +73,49 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """Which of the processes, or groups of processes, that read batches at the same time this is, or is in."""
+        return self.rank // self.axes.cp
+
+    def arranged(self, axes: ParallelConfig, device: torch.device) -> Ranks:
+        """The same on a mesh with these axes."""
+        if self.alone:
+            return self
+        from torch.distributed.device_mesh import init_device_mesh
+
+        replicate, parts = axes.replicate, self.world // axes.replicate
+        shape, names = (
+            ((replicate, parts), ("replicate", "shard")) if replicate > 1 else ((parts,), ("shard",))
+        )
+        mesh, context = init_device_mesh(device.type, shape, mesh_dim_names=names), None
+        if axes.cp > 1:
+            rows = init_device_mesh(device.type, (axes.readers, axes.cp), mesh_dim_names=("read", "cp"))
+            context = ContextParallel(rows["cp"].get_group())
+        return replace(self, axes=axes, mesh=mesh, context=context)
+
+    def part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, targets and bounds of documents that this rank reads of a batch: all, or its stretch of them end to end.
+
+        The mixers of the model read that until the next call.
+        """
+        if self.context is None:
+            return batch[:3]
+        stretch = self.context.read(batch.tokens.numel(), batch.cu_seqlens)
+        tokens, targets = (x.flatten()[None, stretch.own] for x in batch[:2])
+        assert stretch.cu_seqlens is not None
+        return tokens, targets, stretch.cu_seqlens
+
+    def sum(self, numbers: Sequence[float | Tensor], device: torch.device) -> list[float]:
+        """Each of these numbers summed over ranks, on all of them: one small reduction, on the device of the model."""
+        if self.alone:
+            return [float(number) for number in numbers]
+        total = torch.stack(
+            [torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers]
+        )
+        dist.all_reduce(total)
+        return total.tolist()
 
     def gather(self, value: T) -> list[T]:
         """What each rank gives here, in the order of ranks, on all of them; anything that JSON can say."""
@@ -165,16 +229,14 @@ def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageM
     The weights come from the first rank's `whole`, which lies on its CPU; of the others' only the configuration is read, so
     theirs may lie on the meta device. Gradients are summed over ranks, in the type of the weights.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     # the logits are one, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     with torch.device("meta"):
         model = LanguageModel(whole.config)
-    mesh = init_device_mesh(device.type, (ranks.world,))
     for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -182,6 +244,9 @@ def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageM
     full = weights(whole) if ranks.first else {}
     for name, own in weights(model).items():
         spread(full.get(name), own, ranks)
+    if ranks.context is not None:
+        for block in model.blocks:
+            setattr(block.mixer, "context", ranks.context)  # noqa: B010  mypy takes parts of a module for tensors
     return model
 
 
@@ -194,10 +259,9 @@ def spread(whole: Tensor | None, part: Tensor, ranks: Ranks) -> None:
     if not ranks.alone:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        if isinstance(part, DTensor):
-            full = distribute_tensor(full, part.device_mesh, part.placements)
-        else:
-            dist.broadcast(full, 0)
+        dist.broadcast(full, 0)
+        if isinstance(part, DTensor):  # each cuts out its own
+            full = distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=None)
     part.copy_(full)
 
 
@@ -218,6 +282,22 @@ def own_part(x: Tensor, ranks: Ranks) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def holders(x: Tensor, ranks: Ranks) -> int:
+    """How many ranks hold the same part of a tensor as this one."""
+    if ranks.alone:
+        return 1
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(x, DTensor):
+        return ranks.world
+    cuts = [
+        size
+        for size, placement in zip(x.device_mesh.shape, x.placements, strict=True)
+        if placement != Replicate()
+    ]
+    return ranks.world // math.prod(cuts)
 
 
 def complete(part: Tensor, ranks: Ranks) -> Tensor:

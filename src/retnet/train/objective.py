@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,9 +39,9 @@ class Objective(nn.Module):
         return nats + (z - z.detach())
 
 
-def count(batches: Iterable[Batch]) -> int:
+def count(targets: Tensor) -> int:
     """Targets that count."""
-    return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    return int((targets != IGNORED).sum())
 
 
 class Quality(NamedTuple):
@@ -72,24 +71,27 @@ def evaluate(
         device: where the objective lies.
         autocast: context of the forward pass.
         max_tokens: None for all.
-        ranks: the processes that share the objective's weights; they take turns with the batches.
+        ranks: the processes that share the objective's weights; they take turns with the batches, or share them.
     """
     training = objective.training
     objective.eval()
     total, tokens, turns = 0.0, 0, 0
+    readers = ranks.axes.readers
+
+    def nats(batch: Batch) -> float:
+        return float(objective(*(x.to(device) for x in ranks.part(batch))))
+
     with torch.no_grad(), autocast:
         for batch in batches.in_order():
-            if turns % ranks.world == ranks.rank:
-                total += float(objective(*(x.to(device) for x in batch[:3])))
+            if turns % readers == ranks.reader:
+                total += nats(batch)
             turns += 1
-            tokens += count([batch])
+            tokens += count(batch.targets)
             if max_tokens is not None and tokens >= max_tokens:
                 break
-        if (
-            0 < turns % ranks.world <= ranks.rank
-        ):  # the last turn of others: shared weights are put together by all
-            objective(*(x.to(device) for x in batch[:3]))
-    total = sum(ranks.gather(total))
+        if 0 < turns % readers <= ranks.reader:  # the last turn of others: all put shared weights together
+            nats(batch)
+    (total,) = ranks.sum([total], device)
     objective.train(training)
     loss = total / tokens
     return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)

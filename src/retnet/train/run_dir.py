@@ -27,21 +27,25 @@ from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import RunConfig, TrainConfig
 
-# Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; and where text
-# lies, since what identifies a corpus is its tokens, which `data.json` knows.
-HARMLESS = frozenset(
-    f"train.{name}"
-    for name in (
-        "log_every",
-        "eval_every",
-        "eval_tokens",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-        "start_from",
-        "skip_limit",
+# Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; where text
+# lies, since what identifies a corpus is its tokens, which `data.json` knows; and how processes share the work.
+HARMLESS = (
+    frozenset(
+        f"train.{name}"
+        for name in (
+            "log_every",
+            "eval_every",
+            "eval_tokens",
+            "checkpoint_every",
+            "keep",
+            "tensorboard",
+            "start_from",
+            "skip_limit",
+        )
     )
-) | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
+    | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
+    | frozenset(f"parallel.{name}" for name in ("replicate", "shard", "cp"))
+)
 # All that a run writes of its own, so all that one may take away that came to nothing.
 OWN = {
     *("config.toml", "env.json", "data.json", "plan.json", "origin.json", "tokenizer.json"),

@@ -14,9 +14,10 @@ import torch
 from retnet import host
 from retnet.data import DataConfig, Prepared, RunData, Tokenizer, load, prepare
 from retnet.lock import sole_owner
+from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
-from retnet.train.config import RunConfig, TrainConfig
+from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
 from retnet.train.progress import TrainingProgress
@@ -38,24 +39,26 @@ def check(
         _check_run(run, begin, checkpoint)
     parameters = cost(config.model).total  # refuses shapes that do not fit
     c = config.train
-    if c.accumulate % ranks.world:
+    axes = config.parallel.of(ranks.world)
+    number = f"{axes.readers} processes" if axes.cp == 1 else f"{axes.readers} groups of {axes.cp} processes"
+    if c.accumulate % axes.readers:
         raise UserError(
-            f"train.accumulate is {c.accumulate}, and {ranks.world} processes cannot share so many passes of a step "
-            f"evenly; set it to a multiple of {ranks.world}{_same_step(c, ranks.world)}"
+            f"train.accumulate is {c.accumulate}, and {number} cannot share so many passes of a step "
+            f"evenly; set it to a multiple of {axes.readers}{_same_step(c, axes.readers)}"
         )
-    if c.ramp_steps and c.ramp_from % ranks.world:
+    if c.ramp_steps and c.ramp_from % axes.readers:
         raise UserError(
-            f"train.ramp_from is {c.ramp_from}, and {ranks.world} processes cannot share so many passes of the first steps "
-            f"evenly; set it to a multiple of {ranks.world}"
+            f"train.ramp_from is {c.ramp_from}, and {number} cannot share so many passes of the first steps "
+            f"evenly; set it to a multiple of {axes.readers}"
         )
     if c.threads:
         torch.set_num_threads(c.threads)
     device = ranks.device(c.device)
-    _check_memory(config, parameters, device, ranks.world)
+    _check_memory(config, parameters, device, axes)
     return device
 
 
-def _check_memory(config: RunConfig, parameters: int, device: torch.device, world: int) -> None:
+def _check_memory(config: RunConfig, parameters: int, device: torch.device, axes: ParallelConfig) -> None:
     """Refuses what cannot fit: the system would end the process without a word, and not at once.
 
     Counted is the least that any model needs: weights, gradients and moments in fp32; of each pass its tokens, and what
@@ -63,9 +66,10 @@ def _check_memory(config: RunConfig, parameters: int, device: torch.device, worl
     """
     c, m = config.train, config.model
     tokens = c.batch_size * c.seq_len
-    weights = (BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)) * parameters // world
-    passed = 2 * tokens * m.d_model * m.num_layers
-    read = BYTES_PER_TOKEN * tokens * max(c.accumulate // world, 1)
+    state = BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)
+    weights = state * parameters // (axes.readers // axes.replicate * axes.cp)
+    passed = 2 * tokens // axes.cp * m.d_model * m.num_layers
+    read = BYTES_PER_TOKEN * tokens * max(c.accumulate // axes.readers, 1)
     cpu = torch.device("cpu")
     for place, need in {cpu: read, device: weights + passed + (read if device == cpu else 0)}.items():
         if need > (have := host.memory_of(place)):
@@ -120,7 +124,42 @@ def start_from(config: RunConfig, run: RunDirectory, progress: TrainingProgress,
             f"not data.tokenizer {config.data.tokenizer!r}"
         )
     text = ranks.tell(dump(adopted) if adopted else "")
-    return adopted or build(RunConfig, tomllib.loads(text))
+    config = adopted or build(RunConfig, tomllib.loads(text))
+    check_cut(config)
+    return config
+
+
+def check_cut(config: RunConfig) -> None:
+    """Says what cannot be cut along time, where `parallel.cp` asks for it.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    cp, mixer, c = config.parallel.cp, config.model.mixer, config.train
+    if cp == 1:
+        return
+    able = [name for name, kind in MIXERS.items() if kind.cuttable]
+    whole = None if mixer.name in able else f"the mixer {mixer.name!r}"
+    if isinstance(mixer, RetentionConfig) and mixer.score_norm == "torchscale":
+        whole = "score_norm = 'torchscale'"
+    if whole:
+        raise UserError(
+            f"parallel.cp is {cp}, but {whole} needs whole sequences, not a stretch of them on each process; set it to 1 "
+            f"(mixers that can be cut: {', '.join(able)})"
+        )
+    if c.batch_size * c.seq_len < cp:
+        raise UserError(
+            f"parallel.cp is {cp}, more than the {c.batch_size * c.seq_len} tokens of a pass; lower it"
+        )
+
+
+def shares(config: RunConfig, ranks: Ranks) -> str:
+    """How several processes share the passes of a step, for people to read."""
+    passes, (readers, cp) = config.train.accumulate, (ranks.axes.readers, ranks.axes.cp)
+    each = f"{passes // readers} of the {passes} passes of a step"
+    if cp == 1:
+        return f"{ranks.world} processes, each with {each}"
+    return f"{ranks.world} processes, every {cp} with {each}, and each with a stretch of its sequences"
 
 
 def _other_tokenizer(asked: DataConfig, adopted: DataConfig) -> bool:
@@ -158,7 +197,8 @@ def resolve(
         old = run.planned(run.config()) if run.exists else None
         new = run.planned(_filled_in(config, prepared, device, old))
         if old is None:
-            run.create(new, {**host.describe(), "processes": ranks.world}, RunData.of(prepared))
+            environment = {**host.describe(), "processes": ranks.world, "mesh": vars(ranks.axes)}
+            run.create(new, environment, RunData.of(prepared))
             return new
         changed.extend(differences(old, new))
         fixed = [change for change in changed if not change.startswith(f"{LENGTH}:")]

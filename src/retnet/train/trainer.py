@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retnet.data import Batch, Batches, Prepared
 from retnet.model.checkpoint import weights
@@ -27,14 +27,15 @@ from retnet.settings import UserError
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
-from retnet.train.distributed import Ranks, complete, processes
+from retnet.train.distributed import Ranks, processes
+from retnet.train.gradients import scale, share_of_square
 from retnet.train.objective import Objective, Quality, count, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import Metrics, RunDirectory
-from retnet.train.signals import signals
-from retnet.train.start import Begin, check, owned, prepare_data, resolve, start_from
+from retnet.train.signals import STOPPING, signals
+from retnet.train.start import Begin, check, owned, prepare_data, resolve, shares, start_from
 from retnet.train.step_filter import StepFilter
 from retnet.train.step_meter import StepMeter
 
@@ -86,12 +87,10 @@ def train(
         stack.enter_context(owned(run, ranks, lambda: trainer is not None and trainer.step > 0))
         if checkpoint is not None:
             ranks.lead(lambda: run.choose(checkpoint))
+        ranks = ranks.arranged(config.parallel.of(ranks.world), device)
         config = start_from(config, run, progress, ranks)
         if not ranks.alone:
-            share = config.train.accumulate // ranks.world
-            progress.say(
-                f"{ranks.world} processes, each with {share} of the {config.train.accumulate} passes of a step"
-            )
+            progress.say(shares(config, ranks))
         prepared = prepare_data(config, progress, ranks, verify)
         config, changed = resolve(config, run, prepared, device, ranks)
         trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
@@ -100,6 +99,16 @@ def train(
             progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
         with signals() as stopped:
             return trainer.loop(stopped, profile)
+
+
+class _Found(NamedTuple):
+    """What the passes of a step found, on all ranks together."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradient of that
+    mean: float  # factor that makes it of the gradients there are: tokens ÷ targets that count
+    batches: list[Batch]  # of this rank, that may have spoiled it
+    waited: float  # seconds until all of them were there
 
 
 class _Trainer:
@@ -127,6 +136,8 @@ class _Trainer:
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
+            if ranks.context is not None:
+                ranks.context.entering = torch.compiler.disable(ranks.context.entering)  # type: ignore[method-assign]
             change_blocks(self.model, functools.partial(torch.compile, dynamic=True))
         if c.activation_checkpointing:
             recompute_blocks(self.model)
@@ -144,9 +155,13 @@ class _Trainer:
         held_out = prepared.validation.num_tokens
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
+        self.stopped: Sequence[signal.Signals] = ()  # that arrived at this process
+        self.signals: list[str] = []  # that all processes know of
+        self.trouble: UserError | None = None  # that the others have not heard of
 
     def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
+        self.stopped = stopped
         saved = self.step
         metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
@@ -154,7 +169,7 @@ class _Trainer:
             self.progress.training(self.config, self.model, self.step),
             self._profiled(profile) as after_step,
         ):
-            while not (received := self._noted(stopped)) and self.step < self.config.train.steps:
+            while not self._noted() and self.step < self.config.train.steps:
                 loss, norm = self._learn()
                 after_step()
                 c = self.config.train
@@ -180,8 +195,8 @@ class _Trainer:
             if saved != self.step:
                 self._save()
         steps = self.config.train.steps
-        if received:
-            self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
+        if self.signals:
+            self.progress.say(f"{self.signals[0]}: saved at step {self.step} of {steps}; --resume continues")
         return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
 
     def _profiled(self, wanted: bool) -> AbstractContextManager[Callable[[], None]]:
@@ -210,9 +225,11 @@ class _Trainer:
         self.config, self.open = replace(self.config, train=chosen), False
         self.progress.planned(chosen)
 
-    def _noted(self, stopped: Sequence[signal.Signals]) -> list[str]:
-        """Names of signals that arrived, at any of the processes: all of them stop after the same step."""
-        return [name for name in self.ranks.gather(stopped[0].name if stopped else None) if name]
+    def _noted(self) -> list[str]:
+        """Names of signals that arrived. Of several processes all hear of them in a step, and stop after the same one."""
+        if self.ranks.alone:
+            self.signals = [received.name for received in self.stopped]
+        return self.signals
 
     def _learn(self) -> tuple[float, float]:
         """One step; returns the loss in nats per token and the norm of the gradient before clipping.
@@ -221,15 +238,12 @@ class _Trainer:
         """
         begin, c = time.perf_counter(), self.config.train
         with torch.profiler.record_function("forward and backward"):
-            loss, batches, waited = self._backward()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        length = float(complete(norm, self.ranks))
-        if problem := self.filter.problem(loss, length):
-            self._skip(problem, batches)
+            found = self._backward()
+        if problem := self.filter.problem(found.loss, found.norm):
+            self._skip(problem, found.batches)
         else:
-            if c.clip:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), c.clip, norm)
+            clip = min(1.0, c.clip / (found.norm + 1e-6)) if c.clip else 1.0
+            scale(list(self.model.parameters()), found.mean * clip, self.ranks)
             lr = learning_rate(self.step, c)
             for optimizer in self.learned.optimizers:
                 for group in optimizer.param_groups:
@@ -239,35 +253,63 @@ class _Trainer:
                 self.learned.average.update(self.step + 1)
         self.model.zero_grad(set_to_none=True)
         seconds, passes = time.perf_counter() - begin, c.passes(self.step)
-        self.meter.step(passes * c.batch_size * c.seq_len, seconds, waited)
+        self.meter.step(passes * c.batch_size * c.seq_len, seconds, found.waited)
         self.pace.step(seconds, passes)
         self.step += 1
-        return loss, length
+        return found.loss, found.norm
 
-    def _backward(self) -> tuple[float, list[Batch], float]:
-        """Gradients of a step: the loss in nats per token, batches that may have spoiled it, seconds until all were there.
+    def _backward(self) -> _Found:
+        """Gradients of a step, of the sum of its losses ÷ its tokens.
 
-        Of the passes of a step, this process makes those whose number is its rank modulo the number of processes.
+        Of the passes of a step, this process makes those whose number is its place among the readers modulo their number.
+        The processes agree once, when all gradients are there, in one small reduction.
         """
-        c, begin = self.config.train, time.perf_counter()
+        c, ranks, begin = self.config.train, self.ranks, time.perf_counter()
         self.objective.train()
-        first = c.passes_before(self.step)
-        places = range(first + self.ranks.rank, first + c.passes(self.step), self.ranks.world)
+        first, passes = c.passes_before(self.step), c.passes(self.step)
+        places = range(first + ranks.reader, first + passes, ranks.axes.readers)
         batches = [self.batches.batch(place) for place in places]
         waited = time.perf_counter() - begin
-        targets = sum(self.ranks.gather(count(batches)))
-        losses = []
+        tokens = passes * c.batch_size * c.seq_len
+        losses, counted = [], 0
         for place, batch in zip(places, batches, strict=True):
-            if not self.ranks.alone:  # dropout then is the same for any number of processes but one
-                torch.manual_seed(random.Random(f"{c.seed} {place}").getrandbits(63))
+            if not ranks.alone:  # dropout's masks: of the pass and stretch, whatever the number of processes
+                stretch = f" {ranks.rank % ranks.axes.cp}" if ranks.context else ""
+                torch.manual_seed(random.Random(f"{c.seed} {place}{stretch}").getrandbits(63))
+            part = ranks.part(batch)
             with self.autocast:
-                nats = self.objective(*(x.to(self.device, non_blocking=True) for x in batch[:3]))
-            (nats / targets).backward()
+                nats = self.objective(*(x.to(self.device, non_blocking=True) for x in part))
+            (nats / tokens).backward()
             losses.append(float(nats.detach()))
-        total = sum(self.ranks.gather(sum(losses)))
+            counted += count(part[1])
+        square = share_of_square(list(self.model.parameters()), ranks)
+        total, targets, square_of_all = self._agree(sum(losses), counted, square)
         if not math.isfinite(total):
             batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
-        return total / targets, batches, waited
+        mean = tokens / targets  # over what counts, which no process knew before
+        return _Found(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
+
+    def _agree(self, *numbers: float | Tensor) -> list[float]:
+        """Numbers summed over all ranks, which hear of signals and of lines that could not be written there too."""
+        heard = [float(kind in self.stopped) for kind in STOPPING]
+        *sums, trouble, sigterm, sigint = self.ranks.sum(
+            [*numbers, float(self.trouble is not None), *heard], self.device
+        )
+        if trouble:
+            self._tell_trouble()
+        if not self.ranks.alone:
+            counts = zip(STOPPING, (sigterm, sigint), strict=True)
+            self.signals = [kind.name for kind, arrived in counts if arrived]
+        return sums
+
+    def _tell_trouble(self) -> None:
+        """Ends all ranks with what the first has not told yet, if there is something."""
+
+        def tell() -> None:
+            if self.trouble is not None:
+                raise self.trouble
+
+        self.ranks.together(tell)
 
     def _skip(self, problem: str, batches: Sequence[Batch]) -> None:
         """Says which step is skipped, why, and where it began: in which tensor, with which documents, of all ranks.
@@ -335,11 +377,18 @@ class _Trainer:
         )
 
     def _note(self, metrics: Metrics | None, **values: float) -> None:
-        """Writes a line of metrics; the first rank has the file, and all hear of it when it cannot be written."""
-        self.ranks.lead(lambda: metrics.write(self.step, **values) if metrics else None)
+        """Writes a line of metrics, on the first rank, which has the file; if it fails, the others hear in the next step."""
+        try:
+            if metrics:
+                metrics.write(self.step, **values)
+        except UserError as error:
+            if self.ranks.alone:
+                raise
+            self.trouble = error
 
     def _save(self) -> None:
         begin = time.perf_counter()
+        self._tell_trouble()
         # whoever goes on after a run ended of them has been told
         in_a_row = 0 if self.filter.ended else self.filter.in_a_row
         standing = Standing(self.step, self.best, self.filter.skipped, in_a_row, self.filter.norms)

@@ -1,0 +1,30 @@
+"""Gradients that lie in parts on many processes: their norm, and clipping, without a collective of their own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from retnet.train.distributed import Ranks, holders, own_part
+
+
+def share_of_square(parameters: Sequence[nn.Parameter], ranks: Ranks) -> Tensor:
+    """Squared norm of this rank's share of the gradients: summed over all ranks it is that of the whole gradient.
+
+    What several ranks hold counts for each of them by its part.
+    """
+    alike: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            alike[holders(parameter.grad, ranks)].append(own_part(parameter.grad, ranks))
+    squares = [nn.utils.get_total_norm(parts) ** 2 / number for number, parts in alike.items()]
+    return sum(squares[1:], squares[0])
+
+
+def scale(parameters: Sequence[nn.Parameter], factor: float, ranks: Ranks) -> None:
+    """Multiplies the gradients, each rank's part of them."""
+    if factor != 1:
+        torch._foreach_mul_([own_part(p.grad, ranks) for p in parameters if p.grad is not None], factor)
