@@ -1,6 +1,7 @@
 """Processes of a gloo group on this machine, for tests: `launch` starts them, `main` is what they run."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,13 @@ def launch(module: str, ranks: int, folder: Path, *words: str) -> list[dict]:
         [sys.executable, "-W", "error", "-m", module, str(rank), str(ranks), str(folder), *words]
         for rank in range(ranks)
     ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as torchrun has it: more threads than cores wait for each other
     processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) for command in commands
+        subprocess.Popen(command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE)
+        for command in commands
     ]
     try:
         said = [process.communicate(timeout=300)[1] for process in processes]

@@ -60,7 +60,10 @@ def meshes(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
     """Name → the case it is like, and the same on a mesh of two processes that is not the default one."""
     made = cases(run)
     return {
-        "replicated": ("plain", replace(run, parallel=ParallelConfig(replicate=2))),
+        "replicated": (
+            "muon, ramp, average",
+            replace(made["muon, ramp, average"], parallel=ParallelConfig(replicate=2)),
+        ),
         "in stretches": ("three rows", replace(made["three rows"], parallel=ParallelConfig(cp=2))),
         "bf16 in stretches": (
             "bf16 recomputed",
@@ -71,7 +74,7 @@ def meshes(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
 
 def stop_at(step: int) -> None:
     """SIGTERM for this process in a step, before all agree in it: the targets of its one pass are counted."""
-    wrap(f"retnet.train.trainer:count:{step}", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    wrap(f"retnet.train.passes:count:{step}", lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def break_loss(call: int) -> None:

@@ -19,6 +19,7 @@ def check(found: list[dict], least: int) -> None:
             assert max(errors.values()) < 1e-10, (rank, name, errors)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     check(launch("tests.train.meshes", 2, tmp_path), 11)
 

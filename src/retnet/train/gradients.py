@@ -20,7 +20,7 @@ def share_of_square(parameters: Sequence[nn.Parameter], ranks: Ranks) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             alike[holders(parameter.grad, ranks)].append(own_part(parameter.grad, ranks))
-    squares = [nn.utils.get_total_norm(parts) ** 2 / number for number, parts in alike.items()]
+    squares = [nn.utils.get_total_norm(parts).double() ** 2 / number for number, parts in alike.items()]
     return sum(squares[1:], squares[0])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retnet.data import Batch, Batches, Prepared
 from retnet.model.checkpoint import weights
@@ -28,13 +27,15 @@ from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, processes
-from retnet.train.gradients import scale, share_of_square
-from retnet.train.objective import Objective, Quality, count, evaluate
+from retnet.train.gradients import scale
+from retnet.train.notices import Notices
+from retnet.train.objective import Objective, Quality, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
+from retnet.train.passes import Passes
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import Metrics, RunDirectory
-from retnet.train.signals import STOPPING, signals
+from retnet.train.signals import signals
 from retnet.train.start import Begin, check, owned, prepare_data, resolve, shares, start_from
 from retnet.train.step_filter import StepFilter
 from retnet.train.step_meter import StepMeter
@@ -101,16 +102,6 @@ def train(
             return trainer.loop(stopped, profile)
 
 
-class _Found(NamedTuple):
-    """What the passes of a step found, on all ranks together."""
-
-    loss: float  # nats per token
-    norm: float  # of the gradient of that
-    mean: float  # factor that makes it of the gradients there are: tokens ÷ targets that count
-    batches: list[Batch]  # of this rank, that may have spoiled it
-    waited: float  # seconds until all of them were there
-
-
 class _Trainer:
     """This process's part in training one model. All processes take the same turns, with the same numbers."""
 
@@ -155,21 +146,19 @@ class _Trainer:
         held_out = prepared.validation.num_tokens
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
-        self.stopped: Sequence[signal.Signals] = ()  # that arrived at this process
-        self.signals: list[str] = []  # that all processes know of
-        self.trouble: UserError | None = None  # that the others have not heard of
+        self.notices = Notices(ranks, device)
+        self.passes = Passes(self.objective, self.batches, device, self.autocast, self.notices, ranks)
 
     def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
-        self.stopped = stopped
-        saved = self.step
+        self.notices.stopped, saved = stopped, self.step
         metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
             closing(metrics) if metrics else nullcontext(),
             self.progress.training(self.config, self.model, self.step),
             self._profiled(profile) as after_step,
         ):
-            while not self._noted() and self.step < self.config.train.steps:
+            while not self.notices.signals and self.step < self.config.train.steps:
                 loss, norm = self._learn()
                 after_step()
                 c = self.config.train
@@ -195,8 +184,8 @@ class _Trainer:
             if saved != self.step:
                 self._save()
         steps = self.config.train.steps
-        if self.signals:
-            self.progress.say(f"{self.signals[0]}: saved at step {self.step} of {steps}; --resume continues")
+        if received := self.notices.signals:
+            self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
         return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
 
     def _profiled(self, wanted: bool) -> AbstractContextManager[Callable[[], None]]:
@@ -225,12 +214,6 @@ class _Trainer:
         self.config, self.open = replace(self.config, train=chosen), False
         self.progress.planned(chosen)
 
-    def _noted(self) -> list[str]:
-        """Names of signals that arrived. Of several processes all hear of them in a step, and stop after the same one."""
-        if self.ranks.alone:
-            self.signals = [received.name for received in self.stopped]
-        return self.signals
-
     def _learn(self) -> tuple[float, float]:
         """One step; returns the loss in nats per token and the norm of the gradient before clipping.
 
@@ -238,7 +221,7 @@ class _Trainer:
         """
         begin, c = time.perf_counter(), self.config.train
         with torch.profiler.record_function("forward and backward"):
-            found = self._backward()
+            found = self.passes.gradients(self.step, c)
         if problem := self.filter.problem(found.loss, found.norm):
             self._skip(problem, found.batches)
         else:
@@ -257,59 +240,6 @@ class _Trainer:
         self.pace.step(seconds, passes)
         self.step += 1
         return found.loss, found.norm
-
-    def _backward(self) -> _Found:
-        """Gradients of a step, of the sum of its losses ÷ its tokens.
-
-        Of the passes of a step, this process makes those whose number is its place among the readers modulo their number.
-        The processes agree once, when all gradients are there, in one small reduction.
-        """
-        c, ranks, begin = self.config.train, self.ranks, time.perf_counter()
-        self.objective.train()
-        first, passes = c.passes_before(self.step), c.passes(self.step)
-        places = range(first + ranks.reader, first + passes, ranks.axes.readers)
-        batches = [self.batches.batch(place) for place in places]
-        waited = time.perf_counter() - begin
-        tokens = passes * c.batch_size * c.seq_len
-        losses, counted = [], 0
-        for place, batch in zip(places, batches, strict=True):
-            if not ranks.alone:  # dropout's masks: of the pass and stretch, whatever the number of processes
-                stretch = f" {ranks.rank % ranks.axes.cp}" if ranks.context else ""
-                torch.manual_seed(random.Random(f"{c.seed} {place}{stretch}").getrandbits(63))
-            part = ranks.part(batch)
-            with self.autocast:
-                nats = self.objective(*(x.to(self.device, non_blocking=True) for x in part))
-            (nats / tokens).backward()
-            losses.append(float(nats.detach()))
-            counted += count(part[1])
-        square = share_of_square(list(self.model.parameters()), ranks)
-        total, targets, square_of_all = self._agree(sum(losses), counted, square)
-        if not math.isfinite(total):
-            batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
-        mean = tokens / targets  # over what counts, which no process knew before
-        return _Found(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
-
-    def _agree(self, *numbers: float | Tensor) -> list[float]:
-        """Numbers summed over all ranks, which hear of signals and of lines that could not be written there too."""
-        heard = [float(kind in self.stopped) for kind in STOPPING]
-        *sums, trouble, sigterm, sigint = self.ranks.sum(
-            [*numbers, float(self.trouble is not None), *heard], self.device
-        )
-        if trouble:
-            self._tell_trouble()
-        if not self.ranks.alone:
-            counts = zip(STOPPING, (sigterm, sigint), strict=True)
-            self.signals = [kind.name for kind, arrived in counts if arrived]
-        return sums
-
-    def _tell_trouble(self) -> None:
-        """Ends all ranks with what the first has not told yet, if there is something."""
-
-        def tell() -> None:
-            if self.trouble is not None:
-                raise self.trouble
-
-        self.ranks.together(tell)
 
     def _skip(self, problem: str, batches: Sequence[Batch]) -> None:
         """Says which step is skipped, why, and where it began: in which tensor, with which documents, of all ranks.
@@ -378,17 +308,13 @@ class _Trainer:
 
     def _note(self, metrics: Metrics | None, **values: float) -> None:
         """Writes a line of metrics, on the first rank, which has the file; if it fails, the others hear in the next step."""
-        try:
-            if metrics:
+        if metrics:
+            with self.notices.later():
                 metrics.write(self.step, **values)
-        except UserError as error:
-            if self.ranks.alone:
-                raise
-            self.trouble = error
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        self._tell_trouble()
+        self.notices.tell()
         # whoever goes on after a run ended of them has been told
         in_a_row = 0 if self.filter.ended else self.filter.in_a_row
         standing = Standing(self.step, self.best, self.filter.skipped, in_a_row, self.filter.norms)

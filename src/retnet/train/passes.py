@@ -1,0 +1,84 @@
+"""The passes of a training step: forwards and backwards, shared by the processes, until all gradients are there."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from retnet.data import Batch, Batches
+from retnet.train.config import TrainConfig
+from retnet.train.distributed import Ranks
+from retnet.train.gradients import share_of_square
+from retnet.train.notices import Notices
+from retnet.train.objective import count
+
+
+class Found(NamedTuple):
+    """What the passes of a step found, on all ranks together."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradient of that
+    mean: float  # factor that makes it of the gradients there are: tokens ÷ targets that count
+    batches: list[Batch]  # of this rank, that may have spoiled it
+    waited: float  # seconds until all of them were there
+
+
+class Passes:
+    """This process's share in the passes of all steps.
+
+    Args:
+        objective: from tokens, targets and bounds of documents to the sum of losses in nats.
+        batches: to learn from.
+        device: where the objective lies.
+        autocast: context of the forward pass.
+        notices: by which the processes agree.
+        ranks: of these processes.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        device: torch.device,
+        autocast: torch.autocast,
+        notices: Notices,
+        ranks: Ranks,
+    ) -> None:
+        self._objective, self._batches, self._device, self._autocast = objective, batches, device, autocast
+        self._notices, self._ranks = notices, ranks
+
+    def gradients(self, step: int, c: TrainConfig) -> Found:
+        """Leaves in the objective's parameters the gradient of a step's losses ÷ its tokens.
+
+        Of the passes of a step, this process makes those whose number is its place among the readers modulo their number.
+        The processes agree once, when all gradients are there, in one small reduction.
+        """
+        ranks, begin = self._ranks, time.perf_counter()
+        self._objective.train()
+        first, passes = c.passes_before(step), c.passes(step)
+        places = range(first + ranks.reader, first + passes, ranks.axes.readers)
+        batches = [self._batches.batch(place) for place in places]
+        waited = time.perf_counter() - begin
+        tokens = passes * c.batch_size * c.seq_len
+        losses, counted = [], 0
+        for place, batch in zip(places, batches, strict=True):
+            if not ranks.alone:  # dropout's masks: of the pass and stretch, whatever the number of processes
+                stretch = f" {ranks.rank % ranks.axes.cp}" if ranks.context else ""
+                torch.manual_seed(random.Random(f"{c.seed} {place}{stretch}").getrandbits(63))
+            part = ranks.part(batch)
+            with self._autocast:
+                nats = self._objective(*(x.to(self._device, non_blocking=True) for x in part))
+            (nats / tokens).backward()
+            losses.append(float(nats.detach()))
+            counted += count(part[1])
+        square = share_of_square(list(self._objective.parameters()), ranks)
+        total, targets, square_of_all = self._notices.sum(sum(losses), counted, square)
+        if not math.isfinite(total):
+            batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
+        mean = tokens / targets  # over what counts, which no process knew before
+        return Found(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
