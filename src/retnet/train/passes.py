@@ -18,8 +18,8 @@ from retnet.train.notices import Notices
 from retnet.train.objective import count
 
 
-class Found(NamedTuple):
-    """What the passes of a step found, on all ranks together."""
+class StepGradient(NamedTuple):
+    """What the passes of a step come to, on all ranks together."""
 
     loss: float  # nats per token
     norm: float  # of the gradient of that
@@ -52,7 +52,7 @@ class Passes:
         self._objective, self._batches, self._device, self._autocast = objective, batches, device, autocast
         self._notices, self._ranks = notices, ranks
 
-    def gradients(self, step: int, c: TrainConfig) -> Found:
+    def gradients(self, step: int, c: TrainConfig) -> StepGradient:
         """Leaves in the objective's parameters the gradient of a step's losses ÷ its tokens.
 
         Of the passes of a step, this process makes those whose number is its place among the readers modulo their number.
@@ -81,4 +81,4 @@ class Passes:
         if not math.isfinite(total):
             batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
         mean = tokens / targets  # over what counts, which no process knew before
-        return Found(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
+        return StepGradient(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
