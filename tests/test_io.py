@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from retnet.io import (
     expanded,
     foreign_encoding,
     nul_byte,
+    read_stream,
     read_text,
     require_writable,
     sha256,
@@ -92,6 +94,15 @@ def test_what_cannot_be_read(tmp_path, make, why):
     make(tmp_path / "a")
     with pytest.raises(UserError, match=f"^cannot read --prompt-file a: .*{why}"):
         read_text(tmp_path / "a", "--prompt-file a")
+
+
+def test_what_never_ends_is_refused_where_it_begins():
+    """`--prompt-file /dev/zero`, or `< /dev/full`, would fill the memory first."""
+    for name in ("/dev/zero", "/dev/full"):
+        with open(name, "rb", buffering=0) as device:
+            read = SimpleNamespace(read=lambda size: device.read(size))  # nobody may ask for all of it
+            with pytest.raises(UserError, match=f"^{name} is not UTF-8 text: byte 0 is NUL"):
+                read_stream(read, name)
 
 
 def test_configurations_are_read_alike(tmp_path):

@@ -18,11 +18,12 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from retnet.errors import UserError, dangling, told
 
 BOM = codecs.BOM_UTF8
+_HEAD = 1 << 16  # bytes that are looked at before the others are read
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
 LFS_ADVICE = "it is a Git LFS pointer, not the file itself; `git lfs pull` in its repository fetches that"
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -46,10 +47,26 @@ def read_text(path: str | Path, name: str | None = None) -> str:
     """
     name = name or str(path)
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            return read_stream(file, name)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}{dangling(path)}") from None
-    return decode(content, name)
+
+
+def read_stream(stream: BinaryIO, name: str) -> str:
+    """The text of a stream, to its end; refused at once where it begins with what is no text, as endless devices do.
+
+    Args:
+        stream: of bytes.
+        name: what error messages call it.
+
+    Raises:
+        UserError: it is not text in UTF-8.
+        OSError: it cannot be read.
+    """
+    head = stream.read(_HEAD)
+    _require_no_binary(head, name)
+    return decode(head + stream.read(), name)
 
 
 def expanded(path: str) -> str:
@@ -75,8 +92,7 @@ def decode(content: bytes, name: str) -> str:
     Raises:
         UserError: they are not text in UTF-8.
     """
-    if why := foreign_encoding(content) or nul_byte(content):
-        raise UserError(f"{name} is not UTF-8 text: {why}")
+    _require_no_binary(content, name)
     try:
         return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -85,6 +101,11 @@ def decode(content: bytes, name: str) -> str:
         raise UserError(
             f"{name} is not UTF-8 text: byte {at} (in line {line}) is 0x{content[at]:02x}; save it as UTF-8"
         ) from None
+
+
+def _require_no_binary(content: bytes, name: str) -> None:
+    if why := foreign_encoding(content) or nul_byte(content):
+        raise UserError(f"{name} is not UTF-8 text: {why}")
 
 
 def foreign_encoding(head: bytes) -> str:

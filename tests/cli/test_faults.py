@@ -276,6 +276,10 @@ SERVING = {
     "a folder of keys": (["{run}", "--api-key-file", "."], r"cannot read --api-key-file \.: Is a directory"),
     "a file without keys": (["{run}", "--api-key-file", "keys"], r"--api-key-file keys has no keys"),
     "short keys": (["{run}", "--api-key-file", "short"], r"has a key of 3 characters"),
+    "keys that no request can carry": (
+        ["{run}", "--api-key-file", "control"],
+        r"control has a key with a control character",
+    ),
     "keys in Latin-1": (
         ["{run}", "--api-key-file", "latin"],
         r"--api-key-file latin is not UTF-8 text: byte 3",
@@ -296,6 +300,7 @@ def test_a_server_that_cannot_start(what, shop, places, tmp_path):
     words, want = SERVING[what]
     for name, content in {"keys": b"# none\n\n", "short": b"abc\n", "latin": b"caf\xe9-0123456\n"}.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "control").write_text("sk-01234\x01567")
     (tmp_path / "wide").write_text("sk-0123456789", encoding="utf-16")
     before = sorted(tmp_path.iterdir())
     with socket.create_server(("127.0.0.1", 0)) as taken:

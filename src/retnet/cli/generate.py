@@ -13,7 +13,7 @@ import click
 
 from retnet.cli.options import HomeText, opening, options
 from retnet.errors import UserError, told
-from retnet.io import decode, read_text
+from retnet.io import read_stream, read_text
 
 if TYPE_CHECKING:
     from retnet.engine import Completion, Event, Stats
@@ -130,7 +130,7 @@ def _standard_input() -> str:
     if sys.stdin is None:
         raise UserError("cannot read standard input: it is closed; give --prompt, or --prompt-file")
     with told("read standard input", "give --prompt, or --prompt-file"):
-        return decode(sys.stdin.buffer.read(), "standard input")
+        return read_stream(sys.stdin.buffer, "standard input")
 
 
 class AsMade:

@@ -49,6 +49,10 @@ class ApiKeys:
             raise UserError(
                 f"--api-key-file {path} has a key of {len(short[0])} characters; keys have at least {SHORTEST_KEY}"
             )
+        if any(not key.isprintable() for key in keys):
+            raise UserError(
+                f"--api-key-file {path} has a key with a control character, which no request can carry"
+            )
         return cls(keys)
 
     def owner(self, sent: bytes | None) -> str | None:
