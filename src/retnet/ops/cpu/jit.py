@@ -61,19 +61,19 @@ def hindrance() -> str | None:
 @cache
 def _compiler() -> tuple[Compiler | None, str | None]:
     """The compiler, or why there is none."""
-    made, why = None, None
+    made, why, level = None, None, logging.INFO
     try:
         made, why = _make_compiler(), None
     except ImportError as error:
         why = "numba is not installed; pip install 'retnet[fast]' is faster"
         if not isinstance(error, ModuleNotFoundError) or error.name != "numba":
-            why = f"numba cannot be imported ({_short(error)})"
-    except Exception as error:  # a half-installed or mismatched numba raises all kinds
-        why = f"numba is broken ({_short(error)})"
+            why, level = f"numba cannot be imported ({_short(error)})", logging.WARNING
+    except (Exception, SystemExit) as error:  # a half-installed or mismatched numba raises all kinds
+        why, level = f"numba is broken ({_short(error)})", logging.WARNING
     if why is None and parallel() is None:
         made, why = None, "torch does not use GNU OpenMP here, whose threads the kernels run on"
     if why is not None:
-        _log.info("kernels for the CPU cannot be compiled, so torch's own operators are used: %s", why)
+        _log.log(level, "kernels for the CPU cannot be compiled, so torch's own operators are used: %s", why)
     return made, why
 
 
