@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 
 def test_winners_become_rows_of_the_table():
     from retnet.ops.triton import tile_table
-    from tools.gpu_day import tune
+    from tools.gpu_day import tiles, tune
 
     table = tile_table.table("sm_90")
     found = {
         "state": {"start": list(table.state), "best": list(table.state)},
         "out-256": {"start": list(table.out[256]), "best": [64, 32, 256, 64, 512, 8, 2], "verified": True},
     }
-    assert tune.winners(found) == {"state": None, "out": {"256": [64, 32, 256, 64, 512, 8, 2]}}
+    assert tune.winners(found) == {"out": {"256": [64, 32, 256, 64, 512, 8, 2]}}
     namespace = {
         name: getattr(tile_table, name)
         for name in ("ArchitectureTiles", "StateTiles", "OutTiles", "StepTiles")
@@ -29,11 +29,15 @@ def test_winners_become_rows_of_the_table():
     rows = eval("{" + tune.patch("sm_90", found) + "}", namespace)
     assert rows["sm_90"].out[256] == tile_table.OutTiles(64, 32, 256, 64, 512, 8, 2)
     assert rows["sm_90"]._replace(out=table.out) == table
-    assert tile_table.OutTiles(64, 32, 256, 64, 512, 8, 3) in tune.neighbours(table.out[256])
-    assert tile_table.OutTiles(64, 32, 256, 32, 512, 8, 3) in tune.neighbours(
+    found["step"] = {"start": list(table.step), "best": [4096, 2], "verified": True}
+    rows = eval("{" + tune.patch("sm_90", found) + "}", namespace)
+    assert rows["sm_90"].step == tile_table.StepTiles(4096, 2)
+    assert tile_table.StepTiles(4096, 2) in tiles.neighbours(table.step)
+    assert tile_table.OutTiles(64, 32, 256, 64, 512, 8, 3) in tiles.neighbours(table.out[256])
+    assert tile_table.OutTiles(64, 32, 256, 32, 512, 8, 3) in tiles.neighbours(
         table.out[256]
     )  # docs/kernels.md
-    assert table.out[256] not in tune.neighbours(table.out[256])
+    assert table.out[256] not in tiles.neighbours(table.out[256])
 
 
 def test_winners_that_were_not_checked_are_named_and_in_no_patch(tmp_path):
@@ -68,6 +72,8 @@ def test_a_winner_is_checked_at_every_head_shape_that_it_changes():
 
     row = [64, 32, 64, 32, 128, 8, 2]
     assert tune.shapes_of("state", "sm_90", {"state": [32, 64, 64, 4, 2]}) == list(verify.HEADS)
+    assert tune.shapes_of("step", "sm_90", {"step": [16384, 4]}) == [(128, 256), (256, 512)]
+    assert tune.shapes_of("step", "sm_90", {"step": [8192, 4]}) == []
     assert tune.shapes_of("out-64", "sm_90", {"out": {"64": row}}) == [(64, 128)]
     assert tune.shapes_of("out-128", "sm_90", {"out": {"128": row}}) == [(64, 128), (128, 256)]
     assert tune.shapes_of("out-1024", "sm_90", {"out": {"1024": row}}) == [(128, 256), (256, 512)]

@@ -115,6 +115,7 @@ def _tell(out: Path, rehearsal: bool) -> None:
     try:
         with told("write the page", "records are whole"):
             if patch := write_patch(out, rehearsal):
+                print(f"\nFor src/retnet/ops/triton/tile_table.py:\n{patch.read_text(encoding='utf-8')}")
                 _say(f"wrote {patch}")
             _say(f"wrote {write_page(out, rehearsal)}")
     except UserError as error:

@@ -124,10 +124,11 @@ def _tiles(named: str | dict[str, Any] | None, device: torch.device) -> Iterator
 
 
 def replaced(table: tile_table.ArchitectureTiles, rows: dict[str, Any]) -> tile_table.ArchitectureTiles:
-    """The table with other rows: ``{"state": […], "out": {width: […]}}``, as JSON has them."""
+    """The table with some other rows, as JSON has them: ``{"state": […], "step": […], "out": {width: […]}}``."""
     state = tile_table.StateTiles(*rows["state"]) if rows.get("state") else table.state
+    step = tile_table.StepTiles(*rows["step"]) if rows.get("step") else table.step
     out = {int(width): tile_table.OutTiles(*tiles) for width, tiles in rows.get("out", {}).items()}
-    return table._replace(state=state, out=dict(sorted((table.out | out).items())))
+    return tile_table.ArchitectureTiles(state, dict(sorted((table.out | out).items())), step)
 
 
 def step(case: Case, device: torch.device) -> Answer:
@@ -144,7 +145,8 @@ def step(case: Case, device: torch.device) -> Answer:
     order[0] = -1
     slots = order.to(device, torch.int32)
     wanted, before = pool.double(), pool.clone()
-    got = retention_steps(q, k, v, log_decay.float(), pool, slots, backend="triton")
+    with _tiles(case.get("tiles"), device):
+        got = retention_steps(q, k, v, log_decay.float(), pool, slots, backend="triton")
     exact = [x.double() for x in (q, k, v)]
     want = torch.stack(
         [

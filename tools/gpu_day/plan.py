@@ -72,10 +72,11 @@ PARTS = (
     Part("verify", "fuzz", 35, 5, "anything at all, from fresh seeds"),
     # the neighbours of a row, some 15 of two to six kernels, are compiled in 8 s and timed in 5; checking takes 10
     Part("tune", "state", 28, 3, "tiles of STATE, for all head shapes together; the winner against fp64"),
-    Part("tune", "out-64", 23, 3, "tiles of OUT for scores contracted over 64; the winner against fp64"),
+    Part("tune", "step", 18, 3, "tiles of STEP, from memory; the winner against fp64"),
+    Part("tune", "out-64", 21, 3, "tiles of OUT for scores contracted over 64; the winner against fp64"),
     Part("tune", "out-128", 23, 3, "over 128"),
     Part("tune", "out-256", 23, 3, "over 256"),
-    Part("tune", "out-1024", 23, 3, "over 512"),
+    Part("tune", "out-1024", 21, 3, "over 512"),
     Part("ops", "kernels", 25, 1, "TFLOP/s and GB/s of every kernel beside the ceilings"),
     Part("ops", "256-512", 28, 1, "the op at K 256, V 512, from 512 to 131,072 tokens, beside FlashAttention"),
     # some 180 configurations of its kernels, 360 s of a core, are compiled in 27 s beside 12 of importing, and timed in 8

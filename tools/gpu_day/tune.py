@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
@@ -21,79 +21,25 @@ import torch
 from retnet.io import write_text
 from retnet.measure.clock import stopwatch
 from retnet.measure.summary import Summary
-from retnet.ops import log_decays
-from retnet.ops.triton import capability, launch, tile_table
-from retnet.ops.triton.autotune import candidates
+from retnet.ops.triton import capability, tile_table
 from retnet.tables import MISSING, Table
-from tools.gpu_day.cases import replaced
+from tools.gpu_day.cases import Case, replaced
 from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found, file_name
 from tools.gpu_day.place import Place, Run, interpret_exactly
-from tools.gpu_day.verify import HEADS, TYPES, of_heads, tiny
+from tools.gpu_day.tiles import NUM_HEADS, TOKENS, WIDTHS, Pass, Tiles, neighbours, passes
+from tools.gpu_day.verify import HEADS, TYPES, base, of_heads, tiny
 
-SEQUENCES, TOKENS, NUM_HEADS = 4, 4096, 8  # as in training: a single sequence has few programs
 AT_ONCE = 14  # candidates compiled at a time
 CHECK = 10.0  # seconds kept for checking the best
 GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
-WIDTHS = (64, 128, 256, 1024)
+SINGLE = ("state", "step")  # kernels with one row in the table
 NOTES = (
     "Geometric mean over all passes that the row serves. Tiles: tokens, rows, columns, warps, stages (STATE); rows, "
-    "columns, contraction of scores, of the state, columns of the output, warps, stages (OUT). The best was checked in all "
+    "columns, contraction of scores, of the state, columns of the output, warps, stages (OUT); numbers of the state, warps "
+    "(STEP). The best was checked in all "
     "three types at every head shape whose kernels it changes, and is in the patch only if all of it was right.",
 )
-Tiles = tile_table.StateTiles | tile_table.OutTiles
-Pass = Callable[[], object]
-
-
-def passes(
-    kind: str, device: torch.device, tokens: int, heads: int, shapes: tuple[tuple[int, int], ...]
-) -> list[Pass]:
-    """All passes that a row serves: ``state``, or ``out-WIDTH``."""
-    found = []
-    for K, V in shapes:
-        q, k, v, d_out = (
-            torch.randn(SEQUENCES, tokens, heads, width, device=device, dtype=torch.bfloat16)
-            for width in (K, K, V, V)
-        )
-        log_decay = log_decays("paper", heads).to(device)
-        chunks = launch.cut(q, None, tile_table.CHUNK)
-        if kind == "state":
-            found += [
-                partial(launch.state_pass, k, v, None, log_decay, chunks, reverse=False),
-                partial(launch.state_pass, q, d_out, None, log_decay, chunks, reverse=True, scale=K**-0.5),
-            ]
-            continue
-        states = torch.randn(chunks.total, heads, K, V, device=device, dtype=torch.bfloat16)
-        width = int(kind.removeprefix("out-"))
-        for x, y, z, reverse, transposed in (
-            (q, k, v, False, False),
-            (d_out, v, k, False, True),
-            (v, d_out, q, True, True),
-            (k, q, d_out, True, False),
-        ):
-            if _row(x.shape[3]) == width:
-                shared = (x, y, z, states, log_decay, K**-0.5, chunks)
-                found.append(partial(launch.out_pass, *shared, reverse=reverse, transposed=transposed))
-    return found
-
-
-def neighbours(tiles: Tiles) -> list[Tiles]:
-    """What tuning in use would try, and one width doubled with another halved: as many registers, other traffic."""
-    found: list[Tiles] = list(candidates(tiles))[1:]
-    if isinstance(tiles, tile_table.OutTiles):
-        for up, down in (("bz", "bm"), ("bm", "bz"), ("bn", "bx"), ("bx", "bn"), ("bs", "bn")):
-            more, less = getattr(tiles, up) * 2, getattr(tiles, down) // 2
-            if more <= 512 and less >= 32:
-                found.append(tiles._replace(**{up: more, down: less}))
-                if (
-                    up == "bz" and tiles.bs >= 64
-                ):  # a wider output fills shared memory: room for it is in the state's
-                    found.append(tiles._replace(**{up: more, down: less, "bs": tiles.bs // 2}))
-    else:  # larger tiles of the state read less and are fewer: which counts depends on the card
-        for ba, bz in ((2 * tiles.ba, tiles.bz), (tiles.ba, 2 * tiles.bz), (tiles.ba // 2, 2 * tiles.bz)):
-            found += [tiles._replace(ba=ba, bz=bz, warps=warps) for warps in (4, 8) if ba >= 32 and bz <= 256]
-        found.append(tiles._replace(bt=tiles.bt * 2))
-    return list(dict.fromkeys(found))
 
 
 def search(kind: str, place: Place) -> Found:
@@ -107,7 +53,7 @@ def search(kind: str, place: Place) -> Found:
         case
         for K, V in shapes_of(kind, name, rows)
         for dtype in TYPES
-        for case in of_heads(K, V, dtype, tiles=rows)
+        for case in _cases(kind, K, V, dtype, tiles=rows)
     ]
     if place.rehearsal:
         cases = [tiny(case) for case in cases[:1]]
@@ -116,10 +62,19 @@ def search(kind: str, place: Place) -> Found:
     return {**found, "checked": checked, "verified": 0 < len(cases) == checked["right"]}
 
 
+def _cases(kind: str, K: int, V: int, dtype: str, **more: Any) -> Iterable[Case]:  # noqa: ANN401
+    """That the row of a kind is checked with at one head shape."""
+    if kind == "step":
+        return [{**base(K=K, V=V, dtype=dtype, B=5, T=T, **more), "kind": "step"} for T in (1, 3)]
+    return of_heads(K, V, dtype, **more)
+
+
 def shapes_of(kind: str, name: str, rows: dict[str, Any]) -> list[tuple[int, int]]:
     """The head shapes whose kernels are others with these rows in the table of an architecture, in any type."""
 
-    def used() -> list[list[Tiles]]:
+    def used() -> Sequence[object]:
+        if kind == "step":
+            return [tile_table.step_tiles(name, K, V) for K, V in HEADS]
         types = [getattr(torch, dtype) for dtype in TYPES]
         if kind == "state":
             return [[tile_table.state_tiles(name, K, V, dtype) for dtype in types] for K, V in HEADS]
@@ -175,10 +130,13 @@ def climb(kind: str, place: Place) -> Found:
 
 
 def winners(parts: dict[str, Found]) -> dict[str, Any]:
-    """The rows that are faster than those in use, and right: ``{"state": […] or None, "out": {width: […]}}``."""
-    found = {kind: x for kind, x in parts.items() if x.get("verified")}
-    out = {kind.removeprefix("out-"): x["best"] for kind, x in found.items() if kind != "state"}
-    return {"state": found["state"]["best"] if "state" in found else None, "out": out}
+    """The rows that are faster than those in use, and right, as `tools.gpu_day.cases.replaced` has them."""
+    found: dict[str, Any] = {}
+    for kind, row in parts.items():
+        if row.get("verified"):
+            one = _rows(kind, row["best"])
+            found |= {"out": found.get("out", {}) | one["out"]} if "out" in one else one
+    return found
 
 
 def patch(name: str, parts: dict[str, Found]) -> str:
@@ -193,13 +151,10 @@ def _written(tiles: tuple[int, ...]) -> str:
     return f"{type(tiles).__name__}({', '.join(map(str, tiles))})"
 
 
-def _row(width: int) -> int:
-    return min(row for row in WIDTHS if row >= width)
-
-
 def _in_use(kind: str, table: tile_table.ArchitectureTiles) -> Tiles:
-    if kind == "state":
-        return table.state
+    if kind in SINGLE:
+        row: Tiles = getattr(table, kind)
+        return row
     width = int(kind.removeprefix("out-"))
     return table.out[min(row for row in table.out if row >= width)]
 
@@ -228,7 +183,7 @@ def _mean(times: list[float], began: list[float]) -> float:
 
 def _rows(kind: str, tiles: Sequence[int]) -> dict[str, Any]:
     """One row as `tools.gpu_day.cases.replaced` has it."""
-    return {"state": list(tiles)} if kind == "state" else {"out": {kind.removeprefix("out-"): list(tiles)}}
+    return {kind: list(tiles)} if kind in SINGLE else {"out": {kind.removeprefix("out-"): list(tiles)}}
 
 
 class _changed:  # noqa: N801
@@ -274,8 +229,7 @@ def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles:
     interpret_exactly()
     where = torch.device(device)
     name = tile_table.family(capability.architecture(where))
-    one = tile_table.StateTiles(*tiles) if kind == "state" else tile_table.OutTiles(*tiles)
-    with _changed(name, _rows(kind, one)):
+    with _changed(name, _rows(kind, tiles)):
         for run in passes(kind, where, 512, NUM_HEADS, shapes):
             try:
                 run()
@@ -285,7 +239,7 @@ def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles:
 
 
 PARTS: dict[str, Run] = {
-    "state": partial(search, "state"),
+    **{kind: partial(search, kind) for kind in SINGLE},
     **{f"out-{width}": partial(search, f"out-{width}") for width in WIDTHS},
 }
 
@@ -293,8 +247,7 @@ PARTS: dict[str, Run] = {
 def write_patch(out: Path, rehearsal: bool, parts: dict[str, Found]) -> Path | None:
     """The table with all rows in it that were found faster and right; the file is removed if there are none."""
     path = out / file_name("tile_table.txt", rehearsal)
-    rows = winners(parts)
-    if rows["state"] is None and not rows["out"]:
+    if not winners(parts):
         path.unlink(missing_ok=True)
         return None
     write_text(path, patch(next(iter(parts.values()))["architecture"], parts) + "\n")
@@ -316,14 +269,14 @@ def summarise(parts: dict[str, Found]) -> Summary:
         for kind, found in searched.items()
     )
     columns = ("row", "in use", "best", "time of the best ÷ in use", "the best against fp64", "tried")
-    tables, rows_found = [Table("Tiles", columns, rows, NOTES)], winners(searched)
+    tables = [Table("Tiles", columns, rows, NOTES)]
     findings = [
         f"Tiles for {kind} that are faster, {'×'.join(map(str, found['best']))}, are {_checked(found)}; they are not in the "
         "patch."
         for kind, found in searched.items()
         if found["best"] != found["start"] and not found.get("verified")
     ]
-    if rows_found["state"] is not None or rows_found["out"]:
+    if winners(searched):
         source = patch(next(iter(searched.values()))["architecture"], searched).splitlines()
         lines = tuple((str(n + 1), line.strip()) for n, line in enumerate(source))
         tables.append(Table("For src/retnet/ops/triton/tile_table.py", ("line", "source"), lines))
