@@ -61,6 +61,15 @@ def test_too_little_text_to_split_is_said(tmp_path):
         hold_out(find(str(tmp_path)), 0.02)
 
 
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.txt.gz", "a.jsonl.xz", "a.md.bz2"])
+def test_one_file_that_is_not_packed_as_it_says_is_not_called_short(name, tmp_path):
+    (tmp_path / name).write_bytes(b"not packed")
+    with pytest.raises(UserError) as error:
+        prepare(DataConfig(corpus=str(tmp_path / name), cache=str(tmp_path / "cache")))
+    assert "too little" not in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
+
+
 TEXT = "".join(f"line {i} of a text that is long enough to be split\n" for i in range(100))
 OTHER = TEXT.replace("line", "row")
 

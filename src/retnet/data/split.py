@@ -13,7 +13,7 @@ from retnet.data.config import DataConfig, as_tuple
 from retnet.data.content import Contents
 from retnet.data.manifest import CorpusEntry
 from retnet.data.sources import TEXT, Problem, Source
-from retnet.errors import UserError, printable
+from retnet.errors import UserError, printable, reason_of
 
 DIVISION = 1  # number of the rule that divides text into sides; whoever changes the rule adds one
 _KINDS_COUNTED = 100  # by name, of what one corpus leaves out; the manifest would not end otherwise
@@ -141,6 +141,10 @@ def hold_out(found: list[Source], fraction: float) -> list[Source]:
     if len({s.validation for s in decided if s.size}) == 2:
         return decided
     largest = max(found, key=lambda s: s.size)
+    if not largest.size and (why := _broken(largest)):
+        raise UserError(
+            f"no text can be read in {len(found)} files; the first: {printable(largest.path)}: {why}"
+        )
     wanted = min(int(fraction * sum(s.size for s in found)), largest.size // 2)
     cut = _line_start(largest, largest.size - wanted)
     if not 0 < cut < largest.size:
@@ -224,6 +228,16 @@ def _capped(counts: Counter[str]) -> dict[str, int]:
     most = dict(counts.most_common(_KINDS_COUNTED))
     rest = sum(counts.values()) - sum(most.values())
     return most | ({"others": rest} if rest else {})
+
+
+def _broken(source: Source) -> str:
+    """Why nothing can be read of a file; empty where there is nothing."""
+    try:
+        for _ in content.chunks(source):
+            break
+    except content.BROKEN as error:
+        return reason_of(error)
+    return ""
 
 
 def _line_start(source: Source, offset: int) -> int:
