@@ -43,6 +43,7 @@ def check(record, verb):
         assert target["seen"]["low"] <= target["seen"]["median"] <= target["seen"]["high"]
 
 
+@pytest.mark.slow
 def test_train(tmp_path):
     place = tmp_path / "new" / "place"
     record, shown = quick("train", place, "--extra", "--model.num_layers", 1, "--minutes", 0.001)

@@ -189,6 +189,7 @@ class TestWrappers:
         assert text(tmp_path / "mended") == text(folder) == text(copy)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_by_its_own_names(tmp_path):
     torch.manual_seed(0)
     model = LanguageModel(

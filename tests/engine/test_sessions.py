@@ -13,6 +13,7 @@ from retnet.engine import ComposedDecoder, Engine, Request, Sampling, Session
 from retnet.engine.store import BLOCK, digest_of, state_size
 from retnet.mixers import MIXERS
 from retnet.settings import UserError
+from tests.helpers.fast import few_fast
 from tests.helpers.sessions import GREEDY, MB, TURN, bits, engine, fresh, make, words
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def model():
 # -- exact ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_fast(MIXERS, "retention", "softmax"))
 def test_company_arrival_and_cache_change_no_bit(name, tokenizer):
     model = make(name)
     long = words(700)
@@ -119,6 +120,7 @@ def test_rewinding_reads_again_from_the_nearest_kept_state(model, tokenizer, bac
     assert back - got.cached_tokens <= BLOCK + (2031 - got.cached_tokens) // 4
 
 
+@pytest.mark.slow
 def test_a_cache_that_holds_next_to_nothing_loses_no_session(model, tokenizer, tmp_path):
     small = state_size(ComposedDecoder(model, 1).read(torch.tensor([0]))) * 2
     for directory in (tmp_path / "states", None):

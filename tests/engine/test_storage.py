@@ -74,6 +74,7 @@ def test_what_is_left_over_is_swept(url):
         assert sorted(os.listdir(path)) == ["a", "folder"]
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_half_file(tmp_path):
     """One is killed in the midst of writing: whoever reads sees all of a content or none, before and after."""
     code = f"""

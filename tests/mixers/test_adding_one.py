@@ -89,6 +89,7 @@ def _tenth(monkeypatch):
     monkeypatch.setitem(MIXERS, "mean", Mean)
 
 
+@pytest.mark.slow
 def test_it_holds_the_contract():
     torch.manual_seed(0)
     assert_mixer_holds(Mean(16, MeanConfig()).double(), 16)

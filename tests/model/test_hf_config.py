@@ -102,6 +102,7 @@ def test_auto_classes_make_models_filled_as_ours(init):
     assert type(AutoModel.from_config(model.config)) is RetNetModel
 
 
+@pytest.mark.slow
 def test_the_package_itself_does_not_import_transformers():
     code = "import sys, retnet, retnet.model, retnet.cli; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0

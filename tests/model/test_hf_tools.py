@@ -10,6 +10,7 @@ from retnet.data import Tokenizer
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.hf import RetNetCache, RetNetForCausalLM, write_folder
+from tests.helpers.fast import few_fast
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import V, causal_lm, greedy, language_model, left_padded, tokens
 
@@ -165,7 +166,7 @@ def check_compiled(dialect, backend):
             assert relative(decode(model, step, ids, start), want) < 1e-5
 
 
-@pytest.mark.parametrize("dialect", ["torchscale", "plain"])
+@pytest.mark.parametrize("dialect", few_fast(["torchscale", "plain"], "plain"))
 def test_a_compiled_step_is_one_graph_and_stays_it(dialect):
     check_compiled(dialect, "aot_eager")
 

@@ -17,6 +17,7 @@ def check(found: list[dict], least: int) -> None:
             assert all(error <= limit for error in errors.values()), (rank, name, errors)
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     check(launch("tests.ops.stretches", 2, tmp_path), 25)
 

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from retnet.ops import head_norm, product, retention, retention_step, retention_steps, rotate, rotation
+from tests.helpers.fast import few_fast
 from tests.helpers.parity import random_inputs, relative
 
 GAMMAS = torch.tensor([1.0, 0.9], dtype=torch.float64).log()
@@ -23,7 +24,7 @@ def op(backend, cu_seqlens=None, chunk_size=3):
     return run
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", few_fast(BACKENDS, "torch", "numba"))
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 3, 5])], ids=["rows", "packed"])
 def test_all_orders_and_directions(backend, cu_seqlens):
     """Three chunks, the last one not whole; the time grows with the square of the numbers in the inputs."""
@@ -34,7 +35,7 @@ def test_all_orders_and_directions(backend, cu_seqlens):
     assert gradgradcheck(run, inputs, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", few_fast(BACKENDS, "numba"))
 @pytest.mark.parametrize("frozen", range(4))
 def test_with_one_input_frozen_or_absent(backend, frozen):
     inputs = list(random_inputs(2, 4, 2, 2, 3))
@@ -43,7 +44,7 @@ def test_with_one_input_frozen_or_absent(backend, frozen):
     assert gradgradcheck(lambda *x: op(backend)(*x, *[None] * (4 - len(x))), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", few_fast(BACKENDS, "torch", "numba"))
 @pytest.mark.parametrize("which", [0, 1])
 def test_where_only_one_output_is_used(backend, which):
     inputs = random_inputs(1, 5, 2, 2, 3)

@@ -126,6 +126,7 @@ def test_what_is_no_http_is_told_so_with_the_envelope(serving):
         assert "no HTTP" in json.loads(content)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving, monkeypatch):
     monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)  # many events, which no buffer has room for
     with serving() as server:

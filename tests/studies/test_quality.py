@@ -15,6 +15,7 @@ from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study, load_study
 from retnet.studies.study_files import find_study, shipped_studies
 from retnet.train.config import RunConfig
+from tests.helpers.fast import few_fast
 
 OUT = Path("out")
 ROWS = (Variant("A net", "smoke"), Variant("B net", "smoke"))
@@ -180,7 +181,7 @@ def test_what_cannot_run_is_said_before_anything_runs(fields, said):
         quality(**fields).check()
 
 
-@pytest.mark.parametrize("name", ["architectures", "ablations", "scaling"])
+@pytest.mark.parametrize("name", few_fast(["architectures", "ablations", "scaling"], "ablations", "scaling"))
 def test_shipped_studies_are_whole(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         estimate, "_kept_bytes", lambda *_: (1, 1)

@@ -18,6 +18,7 @@ from retnet.studies import estimate, runner
 from retnet.studies.folder import StudyFolder
 from retnet.studies.quality import QualityMeasure, Variant
 from retnet.studies.study import Study
+from tests.helpers.fast import few_fast
 
 RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 # Stands in for the worker: says how far it is, and leaves what a real job would.
@@ -101,14 +102,19 @@ def test_another_study_in_the_folder_is_refused(tmp_path, monkeypatch):
         run(study(rates=(0.5,)), tmp_path)
 
 
+FAILURES = {
+    "killed": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "killed by SIGKILL, most likely because memory ran out",
+    ),
+    "status": ("sys.exit(3)", "exit status 3"),
+    "said": ("(place / 'error.txt').write_text('no such thing'); sys.exit(1)", "no such thing"),
+    "nothing left": ("raise SystemExit(0)", "exit status 0"),  # though it ended well
+}
+
+
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, most likely because memory ran out"),
-        ("sys.exit(3)", "exit status 3"),
-        ("(place / 'error.txt').write_text('no such thing'); sys.exit(1)", "no such thing"),
-        ("raise SystemExit(0)", "exit status 0"),  # ended well, and left nothing
-    ],
+    ("how", "reason"), few_fast((pytest.param(*case, id=name) for name, case in FAILURES.items()), "said")
 )
 def test_a_failing_job_is_listed_and_tried_again(tmp_path, monkeypatch, how, reason):
     work(monkeypatch, f"if place.name == 'a.lr-0.25.seed-0': {how}")
