@@ -79,6 +79,7 @@ def test_the_picture_shows_the_record():
     assert readme_figure.PICTURE.stat().st_size <= 60_000
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_anew(tmp_path, capsys):
     readme_figure.main([str(readme_figure.RECORD), str(tmp_path / "new.png")])
     assert (tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")

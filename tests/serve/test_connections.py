@@ -145,6 +145,7 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(serving, monkeypatch)
         assert len(events) < 900  # what waited came together
 
 
+@pytest.mark.slow
 def test_a_reader_that_takes_nothing_is_given_up(serving, monkeypatch):
     monkeypatch.setattr(connections, "STILL_SECONDS", 0.5)
     monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)

@@ -71,6 +71,7 @@ def test_a_job_leaves_all_that_the_summary_reads(tmp_path):
     assert all(len(line.x) == len(line.y) == 5 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_half_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     job = TINY.jobs(tmp_path, {}, ())["linear"]
     first = job.run(tmp_path, lambda _: None)

@@ -27,7 +27,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 SHARD = "5GB"
-CONVERSION = "conversion.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retnet.ops.torch_private import is_readable, plain, transforming
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OP_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> bool:
@@ -58,8 +58,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bo
         raise ValueError(
             f"v has shape {tuple(v.shape)}; allowed: [{lead},V] = {(*q.shape[:-1], 'V')} as in q"
         )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q has type {q.dtype}; allowed: {', '.join(map(str, DTYPES))}")
+    if q.dtype not in OP_DTYPES:
+        raise ValueError(f"q has type {q.dtype}; allowed: {', '.join(map(str, OP_DTYPES))}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has type {x.dtype}; allowed: that of q, {q.dtype}")

@@ -14,7 +14,7 @@ from retnet.settings.build import build, nearest
 T = TypeVar("T")
 BASE = "base"  # the key of a file that names the one it is based on
 COMMAND_LINE = "command line"
-MISSING = "missing required field"  # msgspec's words
+NOT_GIVEN = "missing required field"  # msgspec's words
 
 
 class Layer(NamedTuple):
@@ -212,7 +212,7 @@ def _laid(under: dict[str, Any], over: Mapping[str, Any], source: str) -> dict[s
 
 def _to_blame(cls: type, layers: Sequence[Layer], message: str) -> str:
     """The source of the first layer from which on the mistake is there; what is missing is missing from the last file."""
-    if MISSING in message:
+    if NOT_GIVEN in message:
         return [layer.source for layer in layers if layer.source != COMMAND_LINE][-1]
     for layer, below in zip(layers[::-1], layers[-2::-1], strict=False):
         try:

@@ -301,7 +301,7 @@ def test_tiles_that_do_not_fit_a_gpu_say_so():
 
 class TestTiles:
     @pytest.mark.parametrize("architecture", [*tile_table.TABLES, "sm_103", "sm_120", "gfx1100"])
-    @pytest.mark.parametrize("dtype", capability.DTYPES)
+    @pytest.mark.parametrize("dtype", capability.KERNEL_DTYPES)
     @pytest.mark.parametrize(("K", "V"), [(1, 1), (16, 16), (60, 100), (256, 512), (256, 1024)])
     def test_every_head_has_tiles_that_the_kernels_can_take(self, architecture, dtype, K, V):
         for chunk in (16, 48, 256, 640):

@@ -13,7 +13,7 @@ from torch import Tensor
 from retnet.ops.torch_private import constant_in_traces, is_differentiated
 from retnet.ops.triton.tile_table import MAX_KEY_DIM, MAX_VALUE_DIM
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("chunkwise", "parallel")
 
 
@@ -77,8 +77,8 @@ def unfit_heads(width: int, *tensors: Tensor | None, constant: Tensor | None = N
     if constant is not None and is_differentiated(constant):
         return "sums requires a gradient, which the kernels do not compute"
     for x in tensors:
-        if x is not None and x.dtype not in DTYPES:
-            return f"a tensor has type {x.dtype}; allowed: {', '.join(map(str, DTYPES))}"
+        if x is not None and x.dtype not in KERNEL_DTYPES:
+            return f"a tensor has type {x.dtype}; allowed: {', '.join(map(str, KERNEL_DTYPES))}"
     if not 1 <= width <= MAX_VALUE_DIM:
         return f"heads have width {width}; allowed: from 1 to {MAX_VALUE_DIM}"
     return None
@@ -86,8 +86,8 @@ def unfit_heads(width: int, *tensors: Tensor | None, constant: Tensor | None = N
 
 def unsupported(q: Tensor, v: Tensor, form: str) -> str | None:
     """Why the kernels cannot run these arguments; None if they can."""
-    if q.dtype not in DTYPES:
-        return f"q has type {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"q has type {q.dtype}; allowed: {', '.join(map(str, KERNEL_DTYPES))}"
     if q.shape[-1] > MAX_KEY_DIM or v.shape[-1] > MAX_VALUE_DIM:
         return f"heads are {q.shape[-1]}/{v.shape[-1]} (K/V); allowed: up to {MAX_KEY_DIM}/{MAX_VALUE_DIM}"
     if q.shape[-1] == 0 or v.shape[-1] == 0:
