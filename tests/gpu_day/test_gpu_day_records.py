@@ -52,6 +52,28 @@ def test_a_damaged_record_stops_its_own_step_alone(tmp_path, capsys):
     assert "tune.json" in text
 
 
+def test_a_part_that_was_cut_short_hides_no_other(tmp_path):
+    book = Notebook(tmp_path, "machine", True)
+    book.begin("ceilings")
+    book.note("ceilings", {"size": 1})
+    book.fail("ceilings", "CUDA error: an illegal memory access\nand more")
+    book.begin("card")
+    book.finish(
+        "card",
+        {
+            "gpu": {"name": "a card"},
+            "nvidia_smi": {},
+            "versions": {},
+            "missing": [],
+            "cuda": "13",
+            "hip": None,
+        },
+    )
+    text = page.write_page(tmp_path, True).read_text(encoding="utf-8")
+    assert "The record of ceilings cannot be shown: KeyError" in text
+    assert "a card" in text
+
+
 def test_both_attempts_stay(tmp_path):
     """A part that is tried again loses nothing of what it had found; the page says how often it was tried."""
     book = Notebook(tmp_path, "ops", True)

@@ -7,7 +7,7 @@ import torch
 
 from tools.gpu_day import verify
 from tools.gpu_day.notebook import Notebook
-from tools.gpu_day.place import Place
+from tools.gpu_day.place import Place, StoppedError
 
 pytest.importorskip("triton")
 
@@ -88,15 +88,33 @@ def test_each_process_compiles_its_share_and_all_of_them_everything():
         assert all(share(range(6), n, count) for n in range(count))
 
 
-def test_a_winner_that_changes_no_kernel_is_not_verified(tmp_path, monkeypatch):
-    """Nothing was checked, so nothing is known to be right."""
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Where a search has come to another row at once."""
     from tools.gpu_day import tune
 
     found = {"architecture": "sm_90", "start": [64, 64, 128, 4, 3], "best": [64, 64, 64, 4, 3], "tried": []}
-    monkeypatch.setattr(tune, "climb", lambda kind, place: found)
-    monkeypatch.setattr(tune, "shapes_of", lambda *_: [])
+    monkeypatch.setattr(tune, "climb", lambda kind, place: dict(found))
     book = Notebook(tmp_path, "tune", True)
     book.begin("state")
     now = time.time()
-    place = Place(tmp_path, True, torch.device("cpu"), book, "state", now + 60, 20.0, now + 60)
+    return Place(tmp_path, True, torch.device("cpu"), book, "state", now + 60, 20.0, now + 60)
+
+
+def test_a_winner_that_changes_no_kernel_is_not_verified(place, monkeypatch):
+    """Nothing was checked, so nothing is known to be right."""
+    from tools.gpu_day import tune
+
+    monkeypatch.setattr(tune, "shapes_of", lambda *_: [])
     assert tune.search("state", place)["verified"] is False
+
+
+def test_a_winner_that_there_was_no_time_to_check_is_searched_again(place, monkeypatch):
+    from tools.gpu_day import tune
+
+    checked = {"cases": 0, "right": 0, "wrong": [], "refused": [], "missed": [{}]}
+    monkeypatch.setattr(tune.Checks, "run", lambda self, until: checked)
+    with pytest.raises(StoppedError):
+        tune.search("state", place)
+    found = place.notebook.parts()["state"]["found"]
+    assert "unverified" in tune.summarise({"state": found}).findings[0]

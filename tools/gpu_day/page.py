@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,19 @@ def _page(out: Path, rehearsal: bool) -> Page:
 
 
 def _chapter(step: str, record: dict[str, Any]) -> tuple[str, Summary]:
-    """A step as a chapter."""
-    title, module = _title(step), import_module(f"tools.gpu_day.{step}")
-    joined = getattr(
-        module, "joined", lambda found: found[-1]
-    )  # the latest attempt, or all where they add up
-    try:
-        parts = {name: joined(found) for name, part in record["parts"].items() if (found := _found(part))}
-        shown: Summary = module.summarise(parts)
-    except BROKEN as error:
-        return title, Summary(findings=(f"Its record cannot be shown: {type(error).__name__}: {error}.",))
-    return title, shown
+    """A step as a chapter; a part that is cut short so that it cannot be shown hides no other."""
+    module = import_module(f"tools.gpu_day.{step}")
+    parts: dict[str, Found] = {}
+    broken = []
+    for name, part in record["parts"].items():
+        try:
+            one = _parts(step, {"parts": {name: part}})
+            module.summarise(one)
+            parts |= one
+        except BROKEN as error:
+            broken.append(f"The record of {name} cannot be shown: {type(error).__name__}: {error}.")
+    shown: Summary = module.summarise(parts)
+    return _title(step), replace(shown, findings=(*broken, *shown.findings))
 
 
 def _parts(step: str, record: dict[str, Any]) -> dict[str, Found]:

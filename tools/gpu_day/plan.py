@@ -22,6 +22,7 @@ DAY = 4  # the last rank of a day; what comes behind it is more than was asked f
 GLANCE = 0.5  # seconds between looks at another process
 PATIENCE = 3.0  # times its estimate that a part may take
 AT_LEAST = 60.0  # seconds that it may take anyhow
+SLOWER = 4.0  # times as long may a part take in a rehearsal, whose machine may have more to do
 POISONED = 3  # status of a step that has left the card unusable for itself
 UNWRITABLE = 4  # and of one whose record cannot be written
 
@@ -53,10 +54,9 @@ class Part(NamedTuple):
         """What it is called in the whole day."""
         return self.step, self.name
 
-    @property
-    def most(self) -> float:
+    def most(self, rehearsal: bool = False) -> float:
         """Seconds after which it is ended; one that can stop at any time knows its end itself."""
-        return max(AT_LEAST, PATIENCE * self.seconds)
+        return max(AT_LEAST, PATIENCE * self.seconds) * (SLOWER if rehearsal else 1.0)
 
 
 # Seconds are reckoned, not seen: a kernel takes a core 1.2 s to compile (seen here, on an EPYC), 14 cores compile at a time;

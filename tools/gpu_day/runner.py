@@ -129,7 +129,9 @@ class Day:
                 self.say(f"{step}: {name} done in {now['seconds']:.0f} s")
             elif state in ("failed", "stopped"):
                 self.failed.add((step, name))
-                self.say(f"{step}: {name} {state}{': ' + now['why'] if 'why' in now else ''}")
+                self.say(
+                    f"{step}: {name} {state}{': ' + now['why'].splitlines()[0] if now.get('why') else ''}"
+                )
             elif time.time() >= self.end - plan.PAGE:
                 self.say(f"{step}: {name} was not reached; another call does it")
             elif (
@@ -149,9 +151,10 @@ class Day:
             if name is None:
                 continue
             part = parts[name]
-            if not part.least and now - book.parts()[name]["began"] > part.most:
+            most = part.most(self.rehearsal)
+            if not part.least and now - book.parts()[name]["began"] > most:
                 self._end_process(process, GLANCE)
-                return f"it took more than {part.most:.0f} s; {part.seconds:g} were expected"
+                return f"it took more than {most:.0f} s; {part.seconds:g} were expected"
         return ""
 
     def _end_process(self, process: subprocess.Popen[bytes], grace: float) -> None:

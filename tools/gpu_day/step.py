@@ -64,7 +64,7 @@ def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], d
         print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
         seconds = REHEARSED if given.rehearse else given.until - now if part.least else part.seconds
         notebook.begin(name)
-        ended = given.until if part.least else min(given.until, now + part.most)
+        ended = given.until if part.least else min(given.until, now + part.most(given.rehearse))
         place = Place(given.out, given.rehearse, device, notebook, name, given.until, seconds, ended)
         try:
             notebook.finish(name, runs[name](place))

@@ -26,7 +26,7 @@ from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import Case, replaced
 from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found, file_name
-from tools.gpu_day.place import Place, Run, interpret_exactly
+from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly
 from tools.gpu_day.tiles import NUM_HEADS, TOKENS, WIDTHS, Pass, Tiles, neighbours, passes
 from tools.gpu_day.verify import HEADS, TYPES, base, of_heads, tiny
 
@@ -43,7 +43,11 @@ NOTES = (
 
 
 def search(kind: str, place: Place) -> Found:
-    """Climbs from the row in use as long as there is time, and checks where it has come to against fp64."""
+    """Climbs from the row in use as long as there is time, and checks where it has come to against fp64.
+
+    Raises:
+        StoppedError: there was no time to check it; another attempt begins anew, its kernels compiled.
+    """
     found = climb(kind, place)
     if found["best"] == found["start"]:
         return found
@@ -59,7 +63,11 @@ def search(kind: str, place: Place) -> Found:
         cases = [tiny(case) for case in cases[:1]]
     checks = Checks(place, cases, lambda checked: place.note({**found, "checked": checked}))
     checked = checks.run(min(place.until, place.ended - CHECK))
-    return {**found, "checked": checked, "verified": 0 < len(cases) == checked["right"]}
+    found |= {"checked": checked, "verified": 0 < len(cases) == checked["right"]}
+    if checked["missed"]:
+        place.note(found)
+        raise StoppedError("there was no time to check its winner")
+    return found
 
 
 def _cases(kind: str, K: int, V: int, dtype: str, **more: Any) -> Iterable[Case]:  # noqa: ANN401
