@@ -31,6 +31,7 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch):
     assert "gguf and xllamacpp missing" in llama_cpp.missing()
 
 
+@pytest.mark.slow
 def test_ours_is_measured_where_llama_cpp_is_missing(monkeypatch):
     without(monkeypatch, "gguf", "xllamacpp")
     said = []

@@ -116,6 +116,7 @@ def test_engine(tmp_path):
     assert "A session after a restart" in shown
 
 
+@pytest.mark.slow
 def test_ops(tmp_path):
     record, shown = quick("ops", tmp_path, "--lengths", "100,128", "--device", "cpu")
     check(record, "ops")

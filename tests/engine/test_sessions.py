@@ -219,7 +219,7 @@ def test_a_saved_session_is_rewound_as_fast_after_a_restart(model, tokenizer, tm
     assert here.cached_tokens == there.cached_tokens == reused
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_fast(MIXERS, "retention", "softmax"))
 def test_every_mixer_has_sessions_that_survive_export(name, tokenizer):
     model = make(name)
     session = Session(engine(model, tokenizer))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_a_bare_checkout_is_enough(tmp_path):
     """Nothing of ours is installed: the checkout's own sources are found."""
     code = "import sys; sys.path = [p for p in sys.path if not p.endswith('/src')]; import runpy; "

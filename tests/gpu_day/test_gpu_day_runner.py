@@ -79,6 +79,7 @@ class TestRunner:
         assert [p.name for p in again.chosen()] == ["b"]
         assert again.run()
 
+    @pytest.mark.slow
     def test_what_does_not_listen_is_killed_wherever_it_is(self, day, tmp_path):
         """A worker that is stopped and in a session of its own outlives no step: not one that hangs, nor one that died."""
         one = day(

@@ -160,6 +160,7 @@ def test_widths_that_do_not_fit():
         SoftmaxAttention(16, SoftmaxConfig(num_heads=16))
 
 
+@pytest.mark.slow
 def test_training_it_is_one_graph():
     """What refuses second derivatives looks at the graph of a result, which a trace has not."""
     mixer = SoftmaxAttention(16, SoftmaxConfig(num_heads=2))

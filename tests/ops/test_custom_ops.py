@@ -18,8 +18,12 @@ def arguments(state, cu_seqlens):
 
 @pytest.mark.parametrize(
     ("backend", "state", "cu_seqlens"),  # every pair of them
-    [("torch", True, None), ("torch", False, PACKED), ("numba", True, PACKED), ("numba", False, None)],
-    ids=["torch-state", "torch-packed", "numba-state-packed", "numba"],
+    [
+        pytest.param("torch", True, None, id="torch-state", marks=pytest.mark.slow),
+        pytest.param("torch", False, PACKED, id="torch-packed"),
+        pytest.param("numba", True, PACKED, id="numba-state-packed"),
+        pytest.param("numba", False, None, id="numba", marks=pytest.mark.slow),
+    ],
 )
 def test_opcheck_chunkwise(backend, state, cu_seqlens):
     args = arguments(state, cu_seqlens)

@@ -117,7 +117,12 @@ ROUTES = {
     ),
 }
 
-LONG = {"/v1/chat/completions", "/v1/responses", "/v1/sessions/{session}/generate"}  # seconds each
+LONG = {
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/sessions/{session}/generate",
+}  # seconds each
 
 
 def fields(kind, body, place=()):

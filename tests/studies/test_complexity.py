@@ -50,6 +50,7 @@ def made_up(using=1e-6, state=100, kept=10, alone=(2e-6, 1e-6)):
     }
 
 
+@pytest.mark.slow
 def test_a_job_leaves_all_that_the_summary_reads(tmp_path):
     results, told = {}, []
     jobs = TINY.jobs(tmp_path, {}, ())
