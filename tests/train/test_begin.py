@@ -34,6 +34,14 @@ class TestBegin:
             with pytest.raises(UserError, match=r"lies in the run \S*run; --run-dir \S*run names that"):
                 train(tiny(config_file), tmp_path / "run" / inside, begin="resume")
 
+    @pytest.mark.parametrize("begin", ["new", "resume", "resume-or-start"])
+    def test_checkpoints_without_a_configuration_are_not_gone_on_from(self, begin, config_file, tmp_path):
+        train(tiny(config_file), tmp_path / "run")
+        (tmp_path / "run/config.toml").unlink()
+        with pytest.raises(UserError, match=r"run has checkpoints and no config.toml"):
+            train(tiny(config_file, steps=6), tmp_path / "run", begin=begin)
+        assert train(tiny(config_file, start_from=str(tmp_path / "run")), tmp_path / "other").finished
+
     def test_a_directory_that_vanishes(self, config_file, tmp_path):
         class Removes(TrainingProgress):
             def step(self, step, loss, rate, left=None):

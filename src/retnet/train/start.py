@@ -89,6 +89,11 @@ def _check_run(run: RunDirectory, begin: Begin, checkpoint: str | None) -> None:
     around = run.around
     if not run.exists and around is not None:
         raise UserError(f"{run.path} lies in the run {around}; --run-dir {around} names that")
+    if not run.exists and run.steps_done():  # a new run would go on from them
+        raise UserError(
+            f"{run.path} has checkpoints and no config.toml, so nobody knows what run they are of; restore that, or choose "
+            f"another --run-dir, where --init {run.path} begins a run with these weights"
+        )
     if not run.exists and begin == "resume":
         raise UserError(
             f"there is no run in {run.path} to resume; leave out --resume to begin one there "
