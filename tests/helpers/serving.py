@@ -1,7 +1,9 @@
 """What clients do."""
 
 import json
+import socket
 import time
+from contextlib import contextmanager
 
 
 def stream(http, url, body):
@@ -42,3 +44,23 @@ def until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def request(body, path="/v1/completions", length=None):
+    """A request as bytes."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content
+
+
+@contextmanager
+def not_reading(server, content):
+    """A client that sends a request and reads nothing, with the least that the system keeps for it."""
+    server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # of connections made from now on
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.settimeout(20)
+        connection.connect(server.found.getsockname())
+        server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        connection.sendall(content)
+        yield connection

@@ -8,7 +8,7 @@ import socket
 import time
 import tracemalloc
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ from retnet.serve import access, connections, engine_thread
 from retnet.serve import server as server_module
 from retnet.serve.arrivals import Arrivals
 from retnet.serve.engine_thread import EngineThread, Feed
-from tests.helpers.serving import joined, refused, stream, until
+from tests.helpers.serving import joined, not_reading, refused, request, stream, until
 
 BODY = {"prompt": "abc", "max_tokens": 900, "seed": 3, "logit_bias": {"256": -1000}, "cache": False}
 SHORT = BODY | {"max_tokens": 20}
@@ -26,12 +26,6 @@ SHORT = BODY | {"max_tokens": 20}
 
 def connected(server, **options):
     return socket.create_connection(("127.0.0.1", server.found.getsockname()[1]), timeout=20, **options)
-
-
-def request(body, path="/v1/completions", length=None):
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content
 
 
 def read_all(connection):
@@ -43,19 +37,6 @@ def read_all(connection):
 
 def text_of(server, body=SHORT):
     return joined(stream(server.http, "/v1/completions", body))
-
-
-@contextmanager
-def not_reading(server, content):
-    """A client that sends a request and reads nothing, with the least that the system keeps for it."""
-    server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # of connections made from now on
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        connection.settimeout(20)
-        connection.connect(server.found.getsockname())
-        server.found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-        connection.sendall(content)
-        yield connection
 
 
 def test_a_thousand_idle_connections_hold_up_nobody(serving):

@@ -10,10 +10,11 @@ import pytest
 import uvicorn
 
 from retnet.engine import ComposedDecoder, Run
-from retnet.serve import gate
+from retnet.serve import engine_thread, gate
+from retnet.serve import server as server_module
 from retnet.serve.app import make_app
 from retnet.serve.server import config_of, listen
-from tests.helpers.serving import refused, until
+from tests.helpers.serving import not_reading, refused, request, until
 
 LONG = {"max_tokens": 60_000, "temperature": 0, "logit_bias": {"256": -1000}}
 TALK = {"messages": [{"role": "user", "content": "abc"}]}
@@ -119,6 +120,57 @@ def test_a_session_keeps_what_was_sent(serving, whole, tmp_path):
         server.http.post(f"{place}/rewind", json={"position": 4})
         server.http.post(f"{place}/generate", json=LONG | {"max_tokens": len(more) - 4})
         assert server.http.get(place).json()["tokens"] == more
+
+
+def test_a_session_keeps_what_a_reader_that_stands_still_has_not_taken(serving, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)  # many events, which no buffer has room for
+    monkeypatch.setattr(server_module, "GRACE", 1)
+    with serving(sessions=tmp_path, shutdown_seconds=1) as server:
+        name = server.http.post("/v1/sessions", json={"text": "abc"}).json()["id"]
+        place, stats = f"/v1/sessions/{name}", server.service.engine._engine.stats
+        with not_reading(server, request(LONG | {"stream": True}, f"{place}/generate")):
+            until(lambda: stats.decode_tokens > 1200, 60)
+            end_all(server)
+            until(lambda: server.service.gate.ended)
+            server.uvicorn.should_exit = True
+            until(lambda: server.service.gate.texts == 0, 30)
+    with serving(sessions=tmp_path) as server:
+        tokens = server.http.get(place).json()["tokens"]
+        assert len(tokens) > 1200
+        server.http.post(f"{place}/rewind", json={"position": 4})
+        server.http.post(f"{place}/generate", json=LONG | {"max_tokens": 50})
+        assert server.http.get(place).json()["tokens"] == tokens[:54]
+
+
+class FailingDecoder(ComposedDecoder):
+    """One that cannot generate."""
+
+    def prefill(self, *given):
+        raise RuntimeError("no kernel")
+
+
+def test_a_server_that_cannot_generate_still_writes_its_states(tiny, tokenizer, tmp_path, monkeypatch):
+    app = make_app(
+        Run(tiny, tokenizer, tmp_path, "last"), "tiny", sessions=tmp_path, decoder=FailingDecoder(tiny, 2)
+    )
+    service, flushed = app.state.service, []
+    real = service.sessions.flush
+
+    async def flush():
+        flushed.append(await real())
+
+    monkeypatch.setattr(service.sessions, "flush", flush)
+    with listen("127.0.0.1", 0) as found:
+        server = uvicorn.Server(config_of(app))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [found]})
+        thread.start()
+        until(lambda: server.started and service.gate.texts == 0 and service.engine._engine._submitted == 1)
+        time.sleep(0.1)
+        assert service.why_not_ready()
+        server.should_exit = True
+        thread.join(30)
+    assert flushed == [None]
+    assert not service.engine.alive
 
 
 class StuckDecoder(ComposedDecoder):

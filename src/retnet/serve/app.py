@@ -37,6 +37,7 @@ from retnet.serve.settings import ServerSettings
 from retnet.settings import UserError
 
 STOP_SECONDS = 10.0  # for the step that the engine is in
+KEEP_SECONDS = 5.0  # for sessions to keep what readers that stand still have not taken
 _log = logging.getLogger("retnet.serve")
 
 
@@ -127,13 +128,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming = asyncio.ensure_future(_warm_up(service))
     yield  # a second signal cancels this here, and nothing of what follows is done
     service.gate.close()
+    stuck = not warming.done()  # kernels may be compiled for a minute yet; there is nothing to keep
     warming.cancel()
     with suppress(asyncio.CancelledError):
         await warming
     await service.template.close()
-    if not service.warm:  # its kernels may be compiled for a minute yet; there is nothing to keep
+    if stuck:
         service.engine.stop(0)
         return
+    await service.gate.wait_until_empty(KEEP_SECONDS)
     await service.sessions.flush()
     if not await asyncio.to_thread(service.engine.stop, STOP_SECONDS):
         _log.warning("the engine did not end within %g seconds", STOP_SECONDS)

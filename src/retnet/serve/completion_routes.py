@@ -189,15 +189,25 @@ async def respond(
 
     async def stream() -> AsyncIterator[bytes]:
         last = msgspec.structs.replace(chunk, choices=[], usage=None if counted else msgspec.UNSET)
-        async for number, piece in pieces:
-            keep(number, piece)
-            if piece.text or piece.logprobs or piece.completion is not None:
-                yield sse(msgspec.structs.replace(last, choices=choices(number, piece)))
-        if on_done is not None:
-            await on_done(last, done)
-        if counted or on_done is not None:
-            last.usage = usage(done)
-            yield sse(last)
+        kept = on_done is None
+        try:
+            async for number, piece in pieces:
+                keep(number, piece)
+                if piece.text or piece.logprobs or piece.completion is not None:
+                    yield sse(msgspec.structs.replace(last, choices=choices(number, piece)))
+            if on_done is not None:
+                kept = True
+                await on_done(last, done)
+            if counted or on_done is not None:
+                last.usage = usage(done)
+                yield sse(last)
+        finally:
+            if (
+                not kept and on_done is not None and service.gate.ended
+            ):  # the reader stood still until the end
+                async for number, piece in pieces:
+                    keep(number, piece)
+                await on_done(last, done)
 
     async def all_of_it() -> bytes:
         async with stack:

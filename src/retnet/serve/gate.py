@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from retnet.serve.errors import ApiError
 
@@ -27,6 +28,7 @@ class Gate:
         self._slots, self._queue = slots, queue
         self.texts, self.closed, self.ended = 0, False, False
         self._inside: set[Callable[[], None]] = set()
+        self._emptied = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -71,6 +73,8 @@ class Gate:
         finally:
             self.texts -= texts
             self._inside.discard(end)
+            if not self.texts:
+                self._emptied.set()
 
     def close(self) -> None:
         """Lets nobody in any more; those inside go on."""
@@ -81,6 +85,13 @@ class Gate:
         self.ended = True
         for end in tuple(self._inside):
             end()
+
+    async def wait_until_empty(self, seconds: float) -> None:
+        """Waits until nobody is inside, for at most so many seconds."""
+        self._emptied.clear()
+        if self.texts:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._emptied.wait(), seconds)
 
 
 def shut_down(
