@@ -1,5 +1,8 @@
 """A text of any length: memory of a token does not grow, and what is kept of it grows with its logarithm."""
 
+import os
+import statistics
+import time
 import tracemalloc
 
 import psutil
@@ -8,33 +11,45 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet.engine import Engine, Request
+from retnet.engine import Engine, Request, choose_decoder
 from retnet.engine.store import BLOCK, kept_positions
 from retnet.engine.streams import Stream
 from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import build
 from tests.helpers.sessions import GREEDY, MB
 
+TOKENS = int(os.environ.get("RETNET_STREAM_TOKENS", "12000"))
+
 
 @pytest.mark.slow
-def test_memory_of_a_long_stream_does_not_grow(tokenizer):
-    """Some thousands of tokens."""
+def test_a_long_stream_takes_no_more_memory_and_time(tokenizer):
+    """RETNET_STREAM_TOKENS=1000000 is the long run, of a minute or two."""
     config = {"vocab_size": 257, "d_model": 128, "num_layers": 1, "mixer": {"name": "retention"}}
     torch.manual_seed(0)
     model = LanguageModel(build(ModelConfig, config)).eval()
-    engine = Engine(model, tokenizer, slots=1, cache_bytes=MB)
-    total, block = 12_000, 500
-    engine.submit(Request("a", max_tokens=total, sampling=GREEDY, stop=["\0\0\0"]))
+    engine = Engine(choose_decoder(model, 1), tokenizer, slots=1, cache_bytes=MB)
+    blocks = 24
+    block = TOKENS // blocks
+    engine.submit(Request("a", max_tokens=blocks * block, sampling=GREEDY, stop=["\0\0\0"]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a step is no work for two, least of all beside other processes
-    resident = []
-    for _ in range(total // block):
+    resident, seconds = [], []
+    for _ in range(blocks):
+        times = []
         for _ in range(block):
+            began = time.perf_counter()
             assert len(engine.step()) == 1
+            times.append(time.perf_counter() - began)
+        seconds.append(statistics.median(times))
         resident.append(psutil.Process().memory_info().rss)
-    assert resident[-1] - resident[total // block // 4] < 4 * MB  # text and ids: 10 bytes a token
     torch.set_num_threads(threads)
     assert not engine.busy
+    early = blocks // 4
+    grown = resident[-1] - resident[early]
+    slower = statistics.median(seconds[-early:]) / statistics.median(seconds[:early])
+    print(f"{blocks * block:,} tokens: {grown / MB:.1f} MB more, {slower:.2f} times the time of a token")
+    assert grown < 4 * MB + 12 * blocks * block  # ids and text: 10 bytes a token
+    assert slower < 1.5  # of a time that would grow with the text, a multiple
 
 
 def test_a_stream_keeps_ids_and_text_and_no_more(tokenizer):
