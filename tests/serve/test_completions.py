@@ -228,3 +228,16 @@ def test_the_openai_client(server):
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="a")
     client.close()
+
+
+def test_ignore_eos_ends_a_text_at_max_tokens_alone(http):
+    body = {"prompt": "abc", "max_tokens": 30, "logit_bias": {"256": 1000}, "temperature": 0}
+    assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 0
+    ignored = body | {"ignore_eos": True, "stop": None}
+    events = stream(http, "/v1/completions", ignored | {"stream_options": {"include_usage": True}})
+    assert events[-1]["usage"]["completion_tokens"] == 30
+    chat = {key: ignored[key] for key in ignored if key != "prompt"}
+    chat["messages"] = [{"role": "user", "content": "abc"}]
+    assert http.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 30
+    message = refused(http.post("/v1/completions", json=ignored | {"stop": "x"}), param="ignore_eos")
+    assert "opposite" in message

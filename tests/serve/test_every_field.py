@@ -47,6 +47,8 @@ FINE = {
     "stream": [True],
     "stream_options": [{}],
     "include_usage": [True],
+    "continuous_usage_stats": [True],
+    "ignore_eos": [True],
     "user": TEXT,
     "cache": [True],
     "json_schema": [{}],

@@ -44,6 +44,9 @@ class StreamOptions(StrictBody):
 
     NOT_SUPPORTED = frozenset({"include_obfuscation"})
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(
+        False, description="is not used; usage comes once, in the last event"
+    )
 
 
 class SamplingBody(StrictBody):
@@ -63,6 +66,7 @@ class SamplingBody(StrictBody):
     stop: str | SeveralStops = Field([], description="a string, or up to 16, each of 1 to 1,024 characters")
     stop_token_ids: list[TokenId] = Field([], max_length=64)
     min_tokens: int = Field(0, ge=0, lt=1 << 31)
+    ignore_eos: bool = Field(False, description="nothing but max_tokens ends a text, as load tests ask")
     seed: int | None = Field(None, ge=0, lt=SEED_END, description="the same seed, the same text")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -74,8 +78,8 @@ class SamplingBody(StrictBody):
         None, min_length=1, max_length=1024, description="the text is one of them"
     )
 
-    def options(self) -> dict[str, Any]:
-        """The arguments of an engine's request that these fields say."""
+    def options(self, max_tokens: int) -> dict[str, Any]:
+        """The arguments of an engine's request that these fields say, of one for so many tokens."""
         bias = []
         for name, value in self.logit_bias.items():
             if not (name.isascii() and name.isdecimal() and len(name) < 12):
@@ -97,11 +101,15 @@ class SamplingBody(StrictBody):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if "" in stop:
             raise ApiError(400, "stop must be a string of at least one character, got ''", param="stop")
+        if self.ignore_eos and (stop or self.stop_token_ids):
+            raise ApiError(
+                400, "ignore_eos and stop ask for opposite things; give one of them", param="ignore_eos"
+            )
         return {
             "sampling": Sampling(**{name: getattr(self, name) for name in names}, logit_bias=tuple(bias)),
             "stop": stop,
             "stop_tokens": self.stop_token_ids,
-            "min_tokens": self.min_tokens,
+            "min_tokens": max_tokens if self.ignore_eos else self.min_tokens,
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "cache": self.cache,
             "grammar": self.grammar(),

@@ -48,7 +48,11 @@ async def completions(request: HttpRequest) -> Response:
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "echo with logprobs is not supported; ask for one of them", param="logprobs")
     prompts = await _prompts(service, body)
-    options = body.options() | {"max_tokens": body.max_tokens, "samples": body.n, "logprobs": body.logprobs}
+    options = body.options(body.max_tokens) | {
+        "max_tokens": body.max_tokens,
+        "samples": body.n,
+        "logprobs": body.logprobs,
+    }
     requests = [Request(prompt, echo=body.echo, **options) for prompt in prompts]
     offsets: dict[int, int] = {}
 
@@ -89,8 +93,9 @@ async def chat(request: HttpRequest) -> Response:
         )
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    options = body.options() | {"samples": body.n, "logprobs": body.top_logprobs if body.logprobs else None}
     wanted = body.max_tokens or body.max_completion_tokens or service.settings.max_tokens
+    named_tokens = body.top_logprobs if body.logprobs else None
+    options = body.options(wanted) | {"samples": body.n, "logprobs": named_tokens}
     turns = [ChatTurn(each.role, each.text) for each in body.messages]
     engine_request = await chat_request(service, turns, options, wanted)
     begun: set[int] = set()

@@ -14,7 +14,7 @@ from retnet.serve.bodies import StrictBody, parse
 from retnet.serve.service import service_of
 
 Body = TypeVar("Body", bound=StrictBody)
-JSON, BYTES = "application/json", "application/octet-stream"
+JSON, BYTES, EVENTS = "application/json", "application/octet-stream", "text/event-stream"
 _documented: set[type[StrictBody]] = set()  # by the routes, as they are defined
 _ERROR = {
     "type": "object",
@@ -32,6 +32,11 @@ _ERROR = {
         }
     },
 }
+_EVENT = {  # server-sent, each of them
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 
 
 async def read(request: HttpRequest, kind: type[Body]) -> Body:
@@ -47,16 +52,20 @@ async def read(request: HttpRequest, kind: type[Body]) -> Body:
 
 
 def documented(kind: type[StrictBody] | None, summary: str, *, status: int = 200) -> dict[str, Any]:
-    """Arguments of a route that say in OpenAPI what it takes; bytes where `kind` is None."""
+    """Arguments of a route that say in OpenAPI what it takes, bytes where `kind` is None, and that it may stream."""
+    responses: dict[int, Any] = {}
     if kind is None:
         content = {BYTES: {"schema": {"type": "string", "format": "binary"}}}
     else:
         _documented.add(kind)
         content = {JSON: {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+        if "stream" in kind.model_fields:
+            responses[status] = {"content": {EVENTS: {"schema": _EVENT}}}
     return {
         "summary": summary,
         "response_model": None,
         "status_code": status,
+        "responses": responses,
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
     }
 

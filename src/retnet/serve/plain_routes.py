@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from retnet.serve.bodies import DetokenizeBody, TokenizeBody
 from retnet.serve.documents import documented, read
@@ -80,7 +80,9 @@ async def ready(request: HttpRequest) -> Response:
     return _json({"status": "ready"})
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_model=None)
+@router.get(
+    "/metrics", summary="Metrics for Prometheus", response_model=None, response_class=PlainTextResponse
+)
 async def metrics(request: HttpRequest) -> Response:
     """Counters, gauges and histograms as text."""
     service = service_of(request)

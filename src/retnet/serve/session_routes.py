@@ -145,7 +145,12 @@ async def save(request: HttpRequest, session: str) -> Response:
     return _shown(service, entry)
 
 
-@router.get("/{session}/export", summary="Export a session as bytes", response_model=None)
+@router.get(
+    "/{session}/export",
+    summary="Export a session as bytes",
+    response_model=None,
+    responses={200: {"content": {BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
+)
 async def export(request: HttpRequest, session: str, every: bool = False) -> Response:
     """Tokens and the last state as a safetensors file; with `every`, all states that are kept along the text."""
     service = service_of(request)
@@ -169,7 +174,7 @@ async def generate(request: HttpRequest, session: str) -> Response:
     entry = await stack.enter_async_context(service.sessions.use(owner_of(request), session))
     try:
         service.check_tokens(entry.position + body.max_tokens, body.max_tokens)
-        options = body.options() | {"max_tokens": body.max_tokens}
+        options = body.options(body.max_tokens) | {"max_tokens": body.max_tokens}
         engine_request = await service.engine.call(lambda engine: entry.session.request(**options))
     except BaseException:
         await stack.aclose()
