@@ -101,3 +101,22 @@ def test_what_a_peer_is_not_measured_at_is_said():
     assert re.search(r"SDPA, H·V wide, forward \+ backward, T 131,072: a call takes [\d,]+ Gflop", said)
     assert "retnet, reference, forward and forward + backward, T 2,048, 4,096" in said
     assert 4096 in LENGTHS
+
+
+def test_ratios_of_training_stand_beside_the_published_ones():
+    """Tokens/s and memory of each Transformer against RetNet's, at the paper's length."""
+    from retnet.paper import TRAINED, TRAINING_COST
+    from tools.gpu_day.train import summarise
+
+    rows = [
+        {"kind": kind, "length": 8192, "seconds": [seconds, seconds], "peak_bytes": peak}
+        for kind, seconds, peak in zip(TRAINED, (3.0, 2.0, 1.0), (400, 300, 100), strict=True)
+    ]
+    found = {"size": "1.3B", "lengths": [8192], "tokens": 8192, "rows": rows, "parameters": {}, "skipped": []}
+    table = summarise({"1.3B-compiled": found}).tables[0]
+    memory, words = TRAINING_COST["1.3B"]
+    assert [row[2] for row in table.rows] == ["3 (3..3)", "2 (2..2)"]
+    assert [row[3] for row in table.rows] == [f"{words[2] / words[n]:.2f}" for n in (0, 1)]
+    assert [row[4] for row in table.rows] == ["4.00", "3.00"]
+    assert [row[5] for row in table.rows] == [f"{memory[n] / memory[2]:.2f}" for n in (0, 1)]
+    assert table.rows[0][0] == "1.3B, compiled"

@@ -7,12 +7,14 @@ from functools import partial
 
 from retnet.measure.summary import Summary
 from retnet.model import ModelConfig
+from retnet.paper import TRAINING_COST
 from retnet.settings import build
 from retnet.studies.study import load_study
 from retnet.studies.study_files import find_study
 from retnet.studies.training import ModelSize, TrainingGrid, TrainingMeasure, speed
+from retnet.studies.training_summary import FLASH, OURS, PLAIN, faster
 from retnet.studies.training_summary import summarise as summary_of
-from retnet.tables import Table
+from retnet.tables import MISSING, Table
 from tools.gpu_day.notebook import Found
 from tools.gpu_day.place import Place, Run
 
@@ -71,11 +73,11 @@ PARTS: dict[str, Run] = {
 
 
 def summarise(parts: dict[str, Found]) -> Summary:
-    """The study's own tables, eager and compiled, the published ones beside."""
+    """The ratios beside the published ones; the study's own tables, eager and compiled."""
     tables: list[Table] = []
     figures, findings = [], []
     for name, found in parts.items():
-        label, how = found["size"], "compiled" if name.endswith(COMPILED) else "eager"
+        label, how = found["size"], _how(name)
         shown = summary_of([label], found["lengths"], found["tokens"], {label: found}, {})
         tables += [replace(shown.tables[0], title=f"{shown.tables[0].title}, {how}")]
         figures += [replace(figure, name=f"{figure.name}-{how}") for figure in shown.figures]
@@ -83,5 +85,34 @@ def summarise(parts: dict[str, Found]) -> Summary:
             f"{sentence[:-1]} ({how})." for sentence in shown.findings if "the paper's" not in sentence
         ]
     if parts:
-        tables.append(summary_of([], [], 1, {}, {}).tables[-1])  # what is published
+        published = summary_of([], [], 1, {}, {}).tables[-1]
+        tables = [_ratios(parts), *tables, published]
     return Summary(tuple(tables), tuple(figures), tuple(findings))
+
+
+def _ratios(parts: dict[str, Found]) -> Table:
+    """How many times the tokens/s of each Transformer, and how many times less memory; the paper's beside."""
+    rows = []
+    for name, found in parts.items():
+        length = PAPER_LENGTH if PAPER_LENGTH in found["lengths"] else found["lengths"][-1]
+        peaks = {row["kind"]: row.get("peak_bytes") for row in found["rows"] if row["length"] == length}
+        published = TRAINING_COST.get(found["size"])
+        for number, than in enumerate((PLAIN, FLASH)):
+            speed, (ours, theirs) = faster(found, than, length), (peaks.get(OURS), peaks.get(than))
+            memory, words = published or ((), ())
+            rows.append(
+                (
+                    f"{found['size']}, {_how(name)}",
+                    than,
+                    str(speed or MISSING),
+                    f"{words[2] / words[number]:.2f}" if words else MISSING,
+                    f"{theirs / ours:.2f}" if ours and theirs else MISSING,
+                    f"{memory[number] / memory[2]:.2f}" if memory else MISSING,
+                )
+            )
+    columns = ("size", "beside", "tokens/s: RetNet ÷ it", "the paper's", "memory: it ÷ RetNet", "the paper's")
+    return Table(f"Ratios at {PAPER_LENGTH:,} tokens a sequence", columns, tuple(rows))
+
+
+def _how(name: str) -> str:
+    return "compiled" if name.endswith(COMPILED) else "eager"

@@ -64,7 +64,7 @@ def _seconds(speed: Result | None, model: str, length: int) -> list[float] | Non
     return next((r["seconds"] for r in rows if (r["kind"], r["length"]) == (model, length)), None)
 
 
-def _faster(speed: Result | None, than: str, length: int) -> Spread | None:
+def faster(speed: Result | None, than: str, length: int) -> Spread | None:
     """How many times the tokens per second of another model RetNet makes."""
     ours, other = _seconds(speed, OURS, length), _seconds(speed, than, length)
     return spread(b / a for a, b in zip(ours, other, strict=True)) if ours and other else None
@@ -89,7 +89,7 @@ def _table(size: str, lengths: Sequence[int], tokens: int, speed: Result | None,
         rows.append(
             (
                 f"{length:,}",
-                *(str(_faster(speed, than, length) or MISSING) for than in (PLAIN, FLASH)),
+                *(str(faster(speed, than, length) or MISSING) for than in (PLAIN, FLASH)),
                 *(
                     f"{spread(tokens / t for t in seconds).median:,.0f}" if seconds else MISSING
                     for seconds in times
@@ -182,10 +182,10 @@ def _figure(
 def _findings(size: str, lengths: Sequence[int], speed: Result | None, memories: Memories) -> list[str]:
     sentences = []
     for than in (PLAIN, FLASH):
-        both = [n for n in lengths if _faster(speed, than, n)]
+        both = [n for n in lengths if faster(speed, than, n)]
         if both:
             sentences.append(
-                f"{size}: at {both[-1]:,} tokens RetNet trains {_faster(speed, than, both[-1])} times as fast as the {than}."
+                f"{size}: at {both[-1]:,} tokens RetNet trains {faster(speed, than, both[-1])} times as fast as the {than}."
             )
         held = [n for n in lengths if _peak(memories, size, OURS, n) and _peak(memories, size, than, n)]
         if held:
