@@ -93,6 +93,19 @@ def test_a_run_stands_for_what_its_training_held_out(tmp_path, records):
     assert texts(run)[0] == same == held_out  # a run on a prepared folder
 
 
+@pytest.mark.parametrize("validation", [None, "other.txt"])
+def test_runs_that_hold_out_the_same_text_count_once(validation, tmp_path, records):
+    (tmp_path / "other.txt").write_text("something else")
+    apart = {"validation": str(tmp_path / validation)} if validation else {}
+    run, _, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3, **apart)
+    shutil.copytree(run, tmp_path / "twin")
+    found, problems = texts(run, tmp_path / "twin")
+    assert found == held_out
+    assert {problem.kind for problem in problems} == {"duplicate"}
+    if validation:
+        assert texts(run, tmp_path / "other.txt")[0] == held_out
+
+
 def test_a_run_whose_only_file_was_cut(tmp_path):
     (tmp_path / "one.txt").write_text("\n".join(f"line {i} of äll" for i in range(500)))
     run, _, held_out = run_with(tmp_path, corpus=str(tmp_path / "one.txt"), validation_fraction=0.1)

@@ -13,8 +13,9 @@ from retnet.data.config import as_tuple
 from retnet.data.manifest import prepared_folder
 from retnet.data.readers import Piece, pieces, read
 from retnet.data.run_data import OR_DIVISION
-from retnet.data.sources import Source
+from retnet.data.sources import TEXT, Source
 from retnet.data.split import Taken, found_in, gather, is_held_out, text_fingerprint
+from retnet.errors import printable
 from retnet.model.runs import meant
 from retnet.settings import UserError, build, read_toml
 
@@ -108,10 +109,26 @@ def is_run(path: str | Path) -> bool:
 
 def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
     if is_run(spec):
-        return _validation_of(meant(spec), on_problem)
+        return _once(_validation_of(meant(spec), on_problem), on_problem, taken)
     if (folder := prepared_folder(spec)) is not None:
         return _Part([], text_field, prepared=folder)
     return _Part(list(found_in([spec], on_problem, taken)), text_field)
+
+
+def _once(part: _Part, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
+    """A run's held-out text without what was there before: other runs hold out the same of one corpus."""
+    kept = []
+    for source in part.sources:
+        all_of_it = source.validation is True or part.fraction is None
+        whole = all_of_it and not source.start and source.stop is None
+        name = source.identity if whole else f"{source.identity} {source.start} {source.stop} {part.fraction}"
+        key = (source.kind in TEXT, name)
+        if key in taken:
+            on_problem(Problem(printable(source.path), 0, "duplicate", f"the same text as {taken[key]}"))
+        else:
+            taken[key] = printable(source.path)
+            kept.append(source)
+    return part._replace(sources=kept)
 
 
 def _validation_of(run: Path, on_problem: Callable[[Problem], None]) -> _Part:
