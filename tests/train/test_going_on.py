@@ -164,6 +164,17 @@ class TestGoingOn:
         run = replace(run, data=replace(run.data, corpus=str(other), cache=str(tmp_path / "cache")))
         assert train(run, tmp_path / "run", begin="resume").finished
 
+    def test_metrics_that_a_crash_damaged(self, config_file, tmp_path, caplog):
+        """What is whole is kept, a line that was cut goes without a word, and anything else is said."""
+        train(tiny(config_file), tmp_path / "run")
+        file = tmp_path / "run/metrics.jsonl"
+        whole = file.read_bytes()
+        for damage, said in ((b'{"step": 4, "lo', False), (b"\xff\xfe\x00 NULs\n[3]\n", True)):
+            file.write_bytes(whole + damage)
+            assert train(tiny(config_file), tmp_path / "run", begin="resume").finished
+            assert file.read_bytes() == whole
+            assert ("metrics.jsonl had 2 lines that are no metrics; they are left out" in caplog.text) == said
+
     def test_a_copy_that_somebody_keeps_beside_the_checkpoints(self, config_file, tmp_path):
         constant = {"schedule": "constant"}
         train(tiny(config_file, **constant), tmp_path / "run")

@@ -7,12 +7,11 @@ files `best` and `last` in `checkpoints/` name one each.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -285,71 +284,6 @@ def _whole(checkpoint: Path) -> bool:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-class Metrics:
-    """`metrics.jsonl`, one object a line, in the order of steps; and TensorBoard if wanted.
-
-    Every line has its step and the seconds that the run has taken up to it, in all calls together.
-    """
-
-    def __init__(self, run: RunDirectory, step: int, tensorboard: bool) -> None:
-        path = run.path / "metrics.jsonl"
-        self._run = run
-        with run.writing():
-            lines = list(_until(path, step)) if path.is_file() else []
-            before = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
-            self._began = time.monotonic() - before
-            write_text(path, "".join(lines))  # a continued run repeats the steps after its checkpoint
-            self._file = path.open("a", encoding="utf-8")
-        self._board = _board(run.path / "tensorboard", step) if tensorboard else None
-
-    def write(self, step: int, **values: float) -> None:
-        """Appends what was measured at the end of a step; the line is with the system before this returns.
-
-        Numbers that are not finite, for which JSON has no word, are left out.
-
-        Raises:
-            UserError: it cannot be written; says which checkpoint is whole.
-        """
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = {"step": step, "seconds": round(time.monotonic() - self._began, 3), **values}
-        with told(f"write {self._file.name}", self._run.whole):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            if self._board is not None:
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Ends the files.
-
-        Raises:
-            UserError: TensorBoard's, which keep lines back, cannot be written.
-        """
-        with suppress(OSError):  # of a line that could not be written, which was said
-            self._file.close()
-        if self._board is not None:
-            with told(f"write {self._run.path / 'tensorboard'}", self._run.whole):
-                self._board.close()
-
-
-def _until(path: Path, step: int) -> Iterable[str]:
-    """The whole lines of steps up to this one; a last line cut short by a crash is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                yield line
-        except (ValueError, KeyError, TypeError):
-            continue
-
-
-def _board(path: Path, step: int) -> Any:  # noqa: ANN401
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("train.tensorboard needs TensorBoard: pip install 'retnet[tensorboard]'") from None
-    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def differences(old: object, new: object, place: str = "") -> list[str]:

@@ -28,13 +28,14 @@ from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, processes
 from retnet.train.gradients import scale
+from retnet.train.metrics import Metrics
 from retnet.train.notices import Notices
 from retnet.train.objective import Objective, Quality, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
 from retnet.train.passes import Passes
 from retnet.train.progress import TrainingProgress
-from retnet.train.run_dir import Metrics, RunDirectory
+from retnet.train.run_dir import RunDirectory
 from retnet.train.signals import signals
 from retnet.train.start import Begin, check, owned, prepare_data, resolve, shares, start_from
 from retnet.train.step_filter import StepFilter
