@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from retnet.engine import ComposedDecoder, choose_decoder
-from retnet.mixers import MIXERS
-from retnet.model import LanguageModel, ModelConfig
+from retnet.model import LanguageModel
+from tests.helpers.kinds import KINDS, configured
 from tests.helpers.parity import relative
 
 VOCABULARY = 61
@@ -16,7 +16,7 @@ VOCABULARY = 61
 def model(name, dtype=torch.float64, **options) -> LanguageModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 2} | options
-    return LanguageModel(ModelConfig(mixer=MIXERS[name].Config(), **sizes)).to(dtype).eval()
+    return LanguageModel(configured(name, **sizes)).to(dtype).eval()
 
 
 def poison(decoder, slots) -> None:
@@ -107,7 +107,7 @@ def play(decoder, module, tolerance) -> None:
     assert decoder.prefill(rows(), torch.zeros(1, dtype=torch.int32), rows()).shape == (0, VOCABULARY)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_rows_come_and_go_in_every_mixer(name):
     module = model(name)
     play(ComposedDecoder(module, 5), module, 1e-9)
@@ -121,7 +121,7 @@ def test_rows_come_and_go_in_the_compiled_decoder():
     play(decoder, module, 1e-4)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_step_is_the_step_of_the_model(name):
     module = model(name, torch.float32)
     decoder, tokens = ComposedDecoder(module, 3), torch.randint(VOCABULARY, (3, 8))

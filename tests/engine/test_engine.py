@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling
 from retnet.engine.prompts import IDLE_TOKENS, share
-from retnet.mixers import MIXERS
-from retnet.model import LanguageModel, ModelConfig
-from retnet.settings import UserError, build
+from retnet.model import LanguageModel
+from retnet.settings import UserError
 from tests.helpers.fast import few_fast
+from tests.helpers.kinds import KINDS, configured
 
 GREEDY = Sampling(temperature=0)
 
@@ -109,8 +109,7 @@ def test_a_cache_that_grows_counts_as_long_as_it_may_become(tokenizer):
 
 def model(name, vocab_size=257):
     torch.manual_seed(0)
-    config = {"vocab_size": vocab_size, "d_model": 32, "num_layers": 2, "mixer": {"name": name}}
-    return LanguageModel(build(ModelConfig, config)).double().eval()
+    return LanguageModel(configured(name, vocab_size=vocab_size, d_model=32, num_layers=2)).double().eval()
 
 
 SAMPLINGS = [
@@ -153,7 +152,7 @@ def same(one, two):
         assert [value for _, value in a.top] == pytest.approx([value for _, value in b.top], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", few_fast(MIXERS, "retention", "softmax", "hyena"))
+@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax", "hyena"))
 def test_every_mixer_gives_every_request_what_it_gives_it_alone(name, tokenizer):
     decoder = ComposedDecoder(model(name), 4)
     asked = requests(10)

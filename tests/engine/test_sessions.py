@@ -11,9 +11,9 @@ import torch
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling, Session
 from retnet.engine.store import BLOCK, digest_of, state_size
-from retnet.mixers import MIXERS
 from retnet.settings import UserError
 from tests.helpers.fast import few_fast
+from tests.helpers.kinds import KINDS
 from tests.helpers.sessions import GREEDY, MB, TURN, bits, engine, fresh, make, words
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def model():
 # -- exact ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", few_fast(MIXERS, "retention", "softmax"))
+@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax"))
 def test_company_arrival_and_cache_change_no_bit(name, tokenizer):
     model = make(name)
     long = words(700)
@@ -177,6 +177,7 @@ def test_a_process_killed_between_two_saves_loses_what_came_after_the_first_alon
     write_checkpoint(tmp_path / "model", {**model_files(model), "tokenizer.json": tokenizer.save})
     code = f"""
 from retnet.engine import Engine, Sampling, Session, open_run
+from tests.helpers.kinds import KINDS
 from tests.helpers.sessions import TURN, words
 run = open_run({str(tmp_path / "model")!r})
 session = Session(Engine(run.model, run.tokenizer, exact=True, cache_bytes=1 << 26), name="mine")
@@ -219,7 +220,7 @@ def test_a_saved_session_is_rewound_as_fast_after_a_restart(model, tokenizer, tm
     assert here.cached_tokens == there.cached_tokens == reused
 
 
-@pytest.mark.parametrize("name", few_fast(MIXERS, "retention", "softmax"))
+@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax"))
 def test_every_mixer_has_sessions_that_survive_export(name, tokenizer):
     model = make(name)
     session = Session(engine(model, tokenizer))

@@ -5,8 +5,8 @@ import random
 import torch
 
 from retnet.engine import Engine, Request, Sampling
-from retnet.model import LanguageModel, ModelConfig
-from retnet.settings import build
+from retnet.model import LanguageModel
+from tests.helpers.kinds import configured
 
 MB = 1 << 20
 GREEDY = Sampling(temperature=0)
@@ -15,8 +15,7 @@ TURN = {"max_tokens": 30, "sampling": Sampling(temperature=0.8), "logprobs": 2}
 
 def make(name="retention", seed=0):
     torch.manual_seed(seed)
-    config = {"vocab_size": 257, "d_model": 32, "num_layers": 2, "mixer": {"name": name}}
-    return LanguageModel(build(ModelConfig, config)).eval()
+    return LanguageModel(configured(name, vocab_size=257, d_model=32, num_layers=2)).eval()
 
 
 def engine(model, tokenizer, **options):

@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from retnet.data import Tokenizer
-from retnet.mixers import MIXERS, RetentionConfig
+from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.hf import RetNetCache, RetNetForCausalLM, hf_tokenizer
 from retnet.settings import UserError
+from tests.helpers.kinds import KINDS, configured
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import DIALECTS, V, beam, causal_lm, greedy, language_model, left_padded, tokens
 
@@ -155,12 +156,11 @@ def test_steps_and_prefills_are_the_whole_sequence():
         assert cache.get_seq_length() == 12
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_any_mixer(name):
     """The cache knows no mixer: rows are padded, chosen, repeated and continued alike."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=V, d_model=16, num_layers=2, mixer=MIXERS[name].Config())
-    law = LanguageModel(config).double().eval()
+    law = LanguageModel(configured(name, vocab_size=V, d_model=16, num_layers=2)).double().eval()
     model = RetNetForCausalLM.from_language_model(law)
     rows = [tokens(length, seed=length) for length in (4, 9)]
     ids, mask = left_padded(rows)

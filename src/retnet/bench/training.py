@@ -85,8 +85,11 @@ class TrainingBench(Checked):
                 f"--tokens is {self.tokens}; it must be a multiple of every sequence length up to it: "
                 f"{', '.join(map(str, self.lengths))}"
             )
-        if not isinstance(self.model.mixer, RetentionConfig):
-            raise UserError(f"model.mixer.name is {self.model.mixer.name!r}; bench measures 'retention'")
+        if not isinstance(self.model.mixer, RetentionConfig) or not self.model.is_uniform:
+            raise UserError(
+                f"model.mixer.name is {self.model.mixer.name!r}, model.layers {self.model.layers}; "
+                "bench measures 'retention' in all layers"
+            )
 
     @property
     def used_lengths(self) -> tuple[int, ...]:

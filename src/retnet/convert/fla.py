@@ -197,6 +197,8 @@ def cannot_express(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[s
     mixer = config.mixer
     if not isinstance(mixer, RetentionConfig):
         return [f"its mixer is {mixer.name!r}, not retention"]
+    if not config.is_uniform:
+        return ["its layers differ (model.layers, ffn_layers, ffn_dims)"]
     heads, (key_dim, _) = mixer.num_heads, mixer.widths(config.d_model)
     turns = mixer.rotary != "none" and torch.equal(
         frequencies(key_dim, mixer.rotary_spacing, mixer.rotary_base), frequencies(key_dim, "geometric")

@@ -104,8 +104,9 @@ def write_hf(found: Found, path: Path, extra: Files) -> None:
     from retnet.model.hf import RetNetForCausalLM
     from retnet.model.hf.folder import save
 
-    cached = getattr(found.config.mixer, "score_norm", None) != "torchscale"  # which no cache can carry
-    model = RetNetForCausalLM.from_language_model(found.model(), use_cache=cached, **found.tokens)
+    model = RetNetForCausalLM.from_language_model(
+        found.model(), use_cache=found.config.has_states, **found.tokens
+    )
     staging = path.with_name(f".{path.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)  # left by an interrupted write
     try:

@@ -43,7 +43,8 @@ def transformer(model: ModelConfig, head_width: int) -> ModelConfig:
     """
     if model.d_model % head_width:
         raise UserError(f"d_model {model.d_model} is no multiple of head_width {head_width}; change one")
-    peer = replace(model, mixer=SoftmaxConfig(num_heads=model.d_model // head_width))
+    mixer = SoftmaxConfig(num_heads=model.d_model // head_width)
+    peer = replace(model, mixer=mixer, layers=None, mixers=None, ffn_layers=None, ffn_dims=None)
     name = f"Transformer of d_model {model.d_model} and {model.num_layers} layers"
     width = equal_width(cost(model, 1).total, lambda width: cost(replace(peer, ffn_dim=width), 1).total, name)
     return replace(peer, ffn_dim=width)

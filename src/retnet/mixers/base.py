@@ -78,14 +78,14 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: Any = None,  # noqa: ANN401
     ) -> Positions | None:
-        """What all layers of a model would make alike of the places of tokens, cos and sin first of all: None by default.
+        """What layers of one kind would make alike of the places of tokens, cos and sin first of all: None by default.
 
-        A model asks its first mixer once a forward pass and hands the answer to all, whose weights may differ.
+        A model asks the first mixer of a kind once a forward pass and hands the answer to all of them.
 
         Args:
-            x: what the first layer reads, [B,T,D], or [B,D] for `step`; its shape, type and device count.
+            x: what the layer reads, [B,T,D], or [B,D] for `step`; its shape, type and device count.
             cu_seqlens: as in `forward` and `prefill`.
-            state: of the first layer, for `prefill` and `step`.
+            state: of the layer, for `prefill` and `step`.
         """
         return None
 

@@ -2,27 +2,104 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from retnet.mixers import MixerConfig, RetentionConfig
-from retnet.settings import At, Checked, Count
+from retnet.settings import At, Checked, Count, UserError, nearest
+
+FFN = Literal["gelu", "geglu", "swiglu"]
 
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """A language model: embedding, `num_layers` blocks of mixer and FFN, norm, head (paper §3). No layer has a bias."""
+    """A language model: embedding, `num_layers` blocks of mixer and FFN, norm, head (paper §3). No layer has a bias.
+
+    All layers have `mixer` and `ffn`, unless patterns say otherwise, which are repeated from the first layer to the last:
+    ``layers = ["retention", "retention", "retention", "softmax"]`` makes every fourth layer softmax. A name there is that of
+    `mixer`, or one of `mixers`, where settings of the others stand, or that of a mixer with its default settings.
+    """
 
     vocab_size: Count | None = None  # None: that of the tokenizer it is trained with
     d_model: Count = 256
     num_layers: Annotated[int, At(least=1, most=10_000)] = 6
     mixer: MixerConfig = field(default_factory=RetentionConfig)
+    layers: tuple[str, ...] | None = None  # mixers by layer, repeated; None: `mixer` in all
+    # settings of the others that `layers` names
+    mixers: dict[str, MixerConfig] | None = field(default=None, hash=False)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, At(least=0, most=1)] = 1e-5
-    ffn: Literal["gelu", "geglu", "swiglu"] = "gelu"
+    ffn: FFN = "gelu"
+    ffn_layers: tuple[FFN, ...] | None = None  # kinds of FFN by layer, repeated; None: `ffn` in all
     ffn_dim: Count | None = None  # 2 · d_model
+    ffn_dims: tuple[Count, ...] | None = None  # widths of FFNs by layer, repeated; None: `ffn_dim` in all
     tie_embeddings: bool = True
     embedding_scale: bool = False  # embeddings × √d_model
     embedding_norm: bool = False
     dropout: Annotated[float, At(least=0, below=1)] = 0.0
     init: Literal["deepnet", "normal"] = "deepnet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "ffn_layers", "ffn_dims"):
+            pattern = getattr(self, name)
+            if pattern is not None and not 0 < len(pattern) <= self.num_layers:
+                raise UserError(
+                    f"{name} has {len(pattern)} entries for {self.num_layers} layers; allowed: 1 to num_layers, repeated"
+                )
+        named, others = self.layers or (self.mixer.name,), self.mixers or {}
+        if self.mixer.name in others:
+            raise UserError(
+                f"mixers.{self.mixer.name} has the name of mixer, whose settings stand there; rename it"
+            )
+        if self.mixer.name not in named:
+            raise UserError(
+                f"layers names no {self.mixer.name!r}, which is mixer.name; make mixer one of those in layers"
+            )
+        if unused := [name for name in others if name not in named]:
+            raise UserError(f"mixers.{unused[0]} is not in layers; take it out, or name it there")
+        known = {self.mixer.name, *others, *MixerConfig.options()}
+        for name in named:
+            if name not in known:
+                raise UserError(f"unknown mixer {name!r} in layers; {nearest(name, sorted(known))}")
+
+    @property
+    def mixers_by_layer(self) -> tuple[MixerConfig, ...]:
+        """The configuration of each layer's mixer, from the first layer to the last."""
+        settings = {self.mixer.name: self.mixer, **(self.mixers or {})}
+        pattern = [
+            settings.get(name) or MixerConfig.options()[name]() for name in self.layers or (self.mixer.name,)
+        ]
+        return tuple(pattern[number % len(pattern)] for number in range(self.num_layers))
+
+    @property
+    def ffns_by_layer(self) -> tuple[tuple[FFN, int], ...]:
+        """Kind and width of each layer's FFN, from the first layer to the last."""
+        kinds, widths = self.ffn_layers or (self.ffn,), self.ffn_dims or (self.ffn_dim or 2 * self.d_model,)
+        return tuple((kinds[n % len(kinds)], widths[n % len(widths)]) for n in range(self.num_layers))
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """The configuration of a model that has only this layer."""
+        ffn, width = self.ffns_by_layer[layer]
+        return replace(
+            self,
+            num_layers=1,
+            mixer=self.mixers_by_layer[layer],
+            layers=None,
+            mixers=None,
+            ffn=ffn,
+            ffn_layers=None,
+            ffn_dim=width,
+            ffn_dims=None,
+        )
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers are alike: `mixer`, `ffn` and `ffn_dim` say all about them."""
+        alike = {(self.mixer, (self.ffn, self.ffn_dim or 2 * self.d_model))}
+        return set(zip(self.mixers_by_layer, self.ffns_by_layer, strict=True)) == alike
+
+    @property
+    def has_states(self) -> bool:
+        """Whether states can carry the model: False with torchscale's score norm, a sum over whole sequences."""
+        return all(getattr(kind, "score_norm", None) != "torchscale" for kind in self.mixers_by_layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
         length: tokens in a sequence, which the mixing may depend on.
     """
     if config.vocab_size is None:
-        config = ModelConfig(**{**vars(config), "vocab_size": 257})
+        config = replace(config, vocab_size=257)
     with torch.device("meta"):
         model = LanguageModel(config)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`LanguageModel`: embedding, blocks of one mixer of any kind and a feed-forward network, head; plain torch."""
+"""`LanguageModel`: embedding, blocks of a mixer of any kind and a feed-forward network, head; plain torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,26 @@ from retnet.nn import FeedForward, Linear, Norm, Positions
 from retnet.settings import UserError
 
 ModelState = tuple[Any, ...]  # one mixer state a layer
+ModelPositions = Sequence[Positions | None]  # what the mixer of each layer is handed
 
 
 class Block(nn.Module):
-    """Y = Mixer(Norm(X)) + X, X' = FFN(Norm(Y)) + Y (paper §3)."""
+    """Y = Mixer(Norm(X)) + X, X' = FFN(Norm(Y)) + Y (paper §3).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: of the model.
+        layer: the block's number from 0, which decides its mixer and FFN where layers differ.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
+        kind = config.mixers_by_layer[layer]
+        self.mixer_kind = config.mixers_by_layer.index(kind)  # the first layer with such a mixer
         self.mixer_norm = Norm(config.d_model, config.norm, config.norm_eps)
-        self.mixer = MIXERS[config.mixer.name](config.d_model, config.mixer)
+        self.mixer = MIXERS[kind.name](config.d_model, kind)
         self.ffn_norm = Norm(config.d_model, config.norm, config.norm_eps)
-        self.ffn = FeedForward(config.d_model, config.ffn_dim or 2 * config.d_model, config.ffn)
+        ffn, width = config.ffns_by_layer[layer]
+        self.ffn = FeedForward(config.d_model, width, ffn)
         self.dropout = nn.Dropout(config.dropout)
 
     def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -79,7 +88,7 @@ class Backbone(nn.Module):
             Norm(config.d_model, config.norm, config.norm_eps) if config.embedding_norm else None
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(self.block_class(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config.d_model, config.norm, config.norm_eps)
 
     def init_state(
@@ -96,9 +105,14 @@ class Backbone(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor | None = None,
         state: Sequence[Any] | None = None,
-    ) -> Positions | None:
-        """What the mixers of all layers share in a pass over x [B,T,D] or [B,D]; see `Mixer.positions`."""
-        return self._blocks()[0].mixer.positions(x, cu_seqlens, None if state is None else state[0])
+    ) -> ModelPositions:
+        """What layers with the same kind of mixer share in a pass over x [B,T,D] or [B,D]; see `Mixer.positions`."""
+        blocks, shared = self._blocks(), dict[int, Positions | None]()
+        for number, block in enumerate(blocks):
+            if block.mixer_kind not in shared:
+                before = None if state is None else state[number]
+                shared[block.mixer_kind] = block.mixer.positions(x, cu_seqlens, before)
+        return [shared[block.mixer_kind] for block in blocks]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._enter(self.embedding(tokens))
@@ -154,8 +168,8 @@ class LanguageModel(ReadsWrapped, Backbone):
         """What the head reads: tokens [B,T] → [B,T,D]."""
         x = self._embed(tokens)
         positions = self._positions(x, cu_seqlens)
-        for block in self.blocks:
-            x = block(x, cu_seqlens, positions)
+        for block, shared in zip(self.blocks, positions, strict=True):
+            x = block(x, cu_seqlens, shared)
         return self.norm(x)
 
     def prefill(
@@ -183,8 +197,8 @@ class LanguageModel(ReadsWrapped, Backbone):
         """
         x = self._embed(tokens)
         positions, after = self._positions(x, cu_seqlens, state), []
-        for block, before in zip(self._blocks(), state, strict=True):
-            x, layer = block.prefill(x, before, cu_seqlens, positions)
+        for block, before, shared in zip(self._blocks(), state, positions, strict=True):
+            x, layer = block.prefill(x, before, cu_seqlens, shared)
             after.append(layer)
         return self.norm(x), tuple(after)
 
@@ -195,8 +209,8 @@ class LanguageModel(ReadsWrapped, Backbone):
         """
         x = self._embed(tokens)
         positions, after = self._positions(x, None, state), []
-        for block, before in zip(self._blocks(), state, strict=True):
-            x, layer = block.step(x, before, positions)
+        for block, before, shared in zip(self._blocks(), state, positions, strict=True):
+            x, layer = block.step(x, before, shared)
             after.append(layer)
         return self.head(self.norm(x)), tuple(after)
 

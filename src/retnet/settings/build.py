@@ -96,6 +96,18 @@ def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN4
             elif typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):
                 for number, item in enumerate(value if isinstance(value, Sequence) else ()):
                     _refuse_unknown_keys(typing.get_args(kind)[0], item, f"{place}[{number}]")
+            elif typing.get_origin(kind) is dict:
+                _refuse_unknown_keys_of_each(typing.get_args(kind)[1], value, place)
+
+
+def _refuse_unknown_keys_of_each(kind: Any, data: Any, where: str) -> None:  # noqa: ANN401
+    """For a table of tables whose names are the user's own."""
+    if not isinstance(kind, type) or not issubclass(kind, Choice) or data is None:
+        return
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} must be a table of tables, got {data!r}")
+    for name, item in data.items():
+        _refuse_unknown_keys(_chosen(kind, item, f"{where}.{name}"), item, f"{where}.{name}")
 
 
 def _chosen(kind: type[Choice], value: Any, where: str) -> type:  # noqa: ANN401
@@ -117,8 +129,12 @@ def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: AN
     keys = [key for key in place.rstrip("`").lstrip(".").split(".") if key]
     kind, value = cls, data
     for key in keys:
-        kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
-        value = value.get(key) if isinstance(value, Mapping) else value
+        field, _, item = key.rstrip("]").partition("[")  # such as "layers[1]"
+        kind = typing.get_type_hints(kind).get(field) if dataclasses.is_dataclass(kind) else None
+        value = value.get(field) if isinstance(value, Mapping) else value
+        if item.isdigit() and isinstance(value, Sequence):
+            tuples = [k for k in _alternatives(kind) if typing.get_origin(k) is tuple]
+            kind, value = typing.get_args(tuples[0])[0] if tuples else None, value[int(item)]
     name = ".".join([where, *keys] if where else keys)
     shown = "" if isinstance(value, Mapping) else f" {value!r}"
     words = _words(kind)

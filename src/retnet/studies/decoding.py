@@ -62,9 +62,10 @@ class DecodingGrid(Checked):
         super().__post_init__()
         if self.model.vocab_size is None:
             raise UserError("model.vocab_size is not set; a step reads a row of it, so give it")
-        if not isinstance(self.model.mixer, RetentionConfig):
+        if not isinstance(self.model.mixer, RetentionConfig) or not self.model.is_uniform:
             raise UserError(
-                f"model.mixer.name is {self.model.mixer.name!r}; this measure is about 'retention'"
+                f"model.mixer.name is {self.model.mixer.name!r}, model.layers {self.model.layers}; "
+                "this measure is about 'retention' in all layers"
             )
         for name in ("lengths", "batches"):
             values = getattr(self, name)

@@ -69,10 +69,11 @@ def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
     c = config.train
     rows = c.batch_size * c.seq_len
     assert model.vocab_size is not None
-    each, shared = _kept_bytes(replace(model, num_layers=1), c.seq_len)
-    block = each * c.batch_size // (2 if c.precision == "bf16" else 1)
+    layers = [_kept_bytes(model.of_layer(number), c.seq_len) for number in range(model.num_layers)]
+    blocks = [each * c.batch_size // (2 if c.precision == "bf16" else 1) for each, _ in layers]
+    shared = sum(dict(zip(model.mixers_by_layer, (shared for _, shared in layers), strict=True)).values())
     inputs = rows * model.d_model * 4
-    kept = model.num_layers * inputs + block if c.activation_checkpointing else model.num_layers * block
+    kept = model.num_layers * inputs + max(blocks) if c.activation_checkpointing else sum(blocks)
     return (
         kept + shared * c.batch_size + 3 * rows * model.vocab_size * 4
     )  # logits in fp32, their logarithms, their gradient

@@ -82,9 +82,10 @@ class TrainingGrid(Checked):
         if not self.sizes or len({size.label for size in self.sizes}) < len(self.sizes):
             raise UserError("sizes must be at least one, each with a label of its own")
         for size in self.sizes:
-            if not isinstance(size.model.mixer, RetentionConfig):
+            if not isinstance(size.model.mixer, RetentionConfig) or not size.model.is_uniform:
                 raise UserError(
-                    f"{size.label}: mixer.name is {size.model.mixer.name!r}; it must be 'retention'"
+                    f"{size.label}: mixer.name is {size.model.mixer.name!r}, layers {size.model.layers}; "
+                    "all layers must be 'retention'"
                 )
             if size.model.vocab_size is None:
                 raise UserError(f"{size.label}: model.vocab_size is not set; logits are as wide, so give it")

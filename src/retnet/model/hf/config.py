@@ -28,7 +28,7 @@ _FOREIGN = {
 
 
 class RetNetConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has no types
-    """The fields of `ModelConfig`, the mixer's as a dictionary, beside what transformers keeps in a configuration.
+    """The fields of `ModelConfig`, mixers as dictionaries, beside what transformers keeps in a configuration.
 
     transformers' own names work too: `hidden_size`, `num_hidden_layers`, `tie_word_embeddings`; and, to read,
     `num_attention_heads` and `intermediate_size`. `use_cache` is False for a mixer that no state can carry.
@@ -50,10 +50,14 @@ class RetNetConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
     d_model: Any = ModelConfig.d_model
     num_layers: Any = ModelConfig.num_layers
     mixer: Any = None
+    layers: Any = None
+    mixers: Any = None
     norm: Any = ModelConfig.norm
     norm_eps: Any = ModelConfig.norm_eps
     ffn: Any = ModelConfig.ffn
+    ffn_layers: Any = None
     ffn_dim: Any = ModelConfig.ffn_dim
+    ffn_dims: Any = None
     tie_embeddings: Any = ModelConfig.tie_embeddings
     embedding_scale: Any = ModelConfig.embedding_scale
     embedding_norm: Any = ModelConfig.embedding_norm
@@ -82,8 +86,9 @@ class RetNetConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
                 )
             setattr(self, ours, kwargs.pop(theirs))
         super().__post_init__(**kwargs)
-        self.mixer = msgspec.to_builtins(self.model_config.mixer)  # complete, and checked with all the rest
-        if self.mixer.get("score_norm") == "torchscale":  # a sum that no state can carry
+        whole = self.model_config  # complete, and checked with all the rest
+        self.mixer, self.mixers = msgspec.to_builtins(whole.mixer), msgspec.to_builtins(whole.mixers)
+        if not whole.has_states:
             self.use_cache = False
 
     @classmethod

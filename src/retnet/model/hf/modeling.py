@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from retnet.mixers import Mixer
 from retnet.model.config import ModelConfig
 from retnet.model.hf.cache import RetNetCache, require_states
 from retnet.model.hf.config import RetNetConfig
@@ -122,8 +121,8 @@ class RetNetModel(RetNetPreTrainedModel, Backbone):
             x = x[:, 0]  # a step, which has no gradient
 
         positions, hidden, after = self._positions(x, bounds, states), [x], []
-        for block, state in zip(self.blocks, states or repeat(None), strict=False):
-            x, state = block(x, state, bounds, positions)
+        for block, state, shared in zip(self.blocks, states or repeat(None), positions, strict=False):
+            x, state = block(x, state, bounds, shared)
             hidden.append(x)
             after.append(state)
         hidden[-1] = self.norm(x)
@@ -304,7 +303,5 @@ def _theirs(name: str) -> str:
 
 def _completed(made: Any, source: nn.Module, config: ModelConfig) -> Any:  # noqa: ANN401
     """A model made on the meta device, once it has its tensors."""
-    for module in made.modules():
-        if isinstance(module, Mixer):
-            compute_constants(module, config)
+    compute_constants(made, config)
     return made.train(source.training)

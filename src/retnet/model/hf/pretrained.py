@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from retnet.mixers import MIXERS
-from retnet.mixers.base import Mixer
+from retnet.mixers import MIXERS, Mixer, MixerConfig
 from retnet.model.config import ModelConfig
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.folder import check_folder, save, seal, unseal
@@ -61,9 +60,7 @@ class RetNetPreTrainedModel(ReadsWrapped, PreTrainedModel):  # type: ignore[misc
             kwargs["use_safetensors"] = True  # a pickle is never opened
         result = super().from_pretrained(name, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
-        for module in model.modules():
-            if isinstance(module, Mixer):  # made on the meta device, where constants have no values
-                compute_constants(module, model.config.model_config)
+        compute_constants(model, model.config.model_config)  # made on the meta device, they have no values
         return result
 
     def save_pretrained(
@@ -90,11 +87,17 @@ class RetNetPreTrainedModel(ReadsWrapped, PreTrainedModel):  # type: ignore[misc
         """Nothing is left to do: every folder is written with the code file that ``trust_remote_code`` needs."""
 
 
-def compute_constants(mixer: nn.Module, config: ModelConfig) -> None:
-    """Fills the buffers of a mixer that no checkpoint holds (γ, angles), where they are; from meta, beside its weights."""
+def compute_constants(model: nn.Module, config: ModelConfig) -> None:
+    """Fills the buffers of mixers that no checkpoint holds (γ, angles), where they are; from meta, beside their weights."""
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    for mixer, kind in zip(mixers, config.mixers_by_layer, strict=True):
+        _compute_constants(mixer, _unfilled(config.d_model, kind))
+
+
+def _compute_constants(mixer: Mixer, unfilled: Mixer) -> None:
     weight = next(mixer.parameters())
     # `to_empty` makes a mixer compute its constants, of the precision that weights of this type ask for
-    fresh = _unfilled(config).to(weight.dtype).to_empty(device="cpu")
+    fresh = unfilled.to(weight.dtype).to_empty(device="cpu")
     for name, constant in fresh.named_buffers():
         path, _, leaf = name.rpartition(".")
         parent = mixer.get_submodule(path)
@@ -105,12 +108,16 @@ def compute_constants(mixer: nn.Module, config: ModelConfig) -> None:
 
 def precise_parameters(config: ModelConfig) -> set[str]:
     """Names of the parameters that their mixer keeps in fp32 whatever the type of the others."""
-    narrowed = _unfilled(config).float().to(torch.bfloat16)
-    return {
-        f"blocks.*.mixer.{name}" for name, x in narrowed.named_parameters() if x.dtype is not torch.bfloat16
-    }
+    kinds, found = config.mixers_by_layer, set()
+    for kind in set(map(kinds.index, kinds)):  # the first layer of each
+        narrowed = _unfilled(config.d_model, kinds[kind]).float().to(torch.bfloat16)
+        layers = [number for number, other in enumerate(kinds) if other == kinds[kind]]
+        places = ["*"] if len(layers) == len(kinds) else layers
+        wide = [name for name, x in narrowed.named_parameters() if x.dtype is not torch.bfloat16]
+        found |= {f"blocks.{place}.mixer.{name}" for place in places for name in wide}
+    return found
 
 
-def _unfilled(config: ModelConfig) -> Mixer:
+def _unfilled(d_model: int, kind: MixerConfig) -> Mixer:
     with torch.device("meta"):
-        return MIXERS[config.mixer.name](config.d_model, config.mixer)
+        return MIXERS[kind.name](d_model, kind)
