@@ -74,6 +74,9 @@ def test_mixers_that_need_whole_sequences_are_refused_by_name():
         with pytest.raises(UserError, match=rf"parallel\.cp is 2, but {name} needs whole sequences"):
             check_cut(wanted)
         check_cut(replace(wanted, parallel=ParallelConfig()))
+    hybrid = replace(run.model, num_layers=4, layers=("retention", "softmax"))
+    with pytest.raises(UserError, match="but the mixer 'softmax' needs whole sequences"):
+        check_cut(replace(run, model=hybrid))
     with pytest.raises(UserError, match=r"parallel\.cp is 64, more than the 4 tokens of a pass"):
         check_cut(
             replace(run, parallel=ParallelConfig(cp=64), train=replace(run.train, batch_size=2, seq_len=2))

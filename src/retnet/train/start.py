@@ -14,7 +14,7 @@ import torch
 from retnet import host
 from retnet.data import DataConfig, Prepared, RunData, Tokenizer, load, prepare
 from retnet.lock import sole_owner
-from retnet.mixers import MIXERS, RetentionConfig
+from retnet.mixers import MIXERS
 from retnet.model.cost import cost
 from retnet.settings import UserError, build, dump
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
@@ -140,12 +140,12 @@ def check_cut(config: RunConfig) -> None:
     Raises:
         UserError: on all ranks alike.
     """
-    cp, mixer, c = config.parallel.cp, config.model.mixer, config.train
+    cp, c = config.parallel.cp, config.train
     if cp == 1:
         return
     able = [name for name, kind in MIXERS.items() if kind.cuttable]
-    whole = None if mixer.name in able else f"the mixer {mixer.name!r}"
-    if isinstance(mixer, RetentionConfig) and mixer.score_norm == "torchscale":
+    whole = next((f"the mixer {m.name!r}" for m in config.model.mixers_by_layer if m.name not in able), None)
+    if not config.model.has_states:
         whole = "score_norm = 'torchscale'"
     if whole:
         raise UserError(
