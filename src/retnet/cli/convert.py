@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def _say(title: str, *lines: str) -> None:
 
 
 def _description(found: Found, source: str) -> list[str]:
-    """What was found, in three lines: where, how large, which dialect."""
+    """What was found, in a few lines: where, how large, which dialect."""
     from retnet.mixers import RetentionConfig
 
     config, mixer = found.config, found.config.mixer
@@ -116,7 +117,10 @@ def _description(found: Found, source: str) -> list[str]:
         f"{config.num_layers} layers of width {config.d_model}, {config.vocab_size:,} tokens, {parameters:,} parameters, "
         f"{str(found.dtype).removeprefix('torch.')}",
     ]
-    if isinstance(mixer, RetentionConfig):
+    if not config.is_uniform:
+        mixers = Counter(kind.name for kind in config.mixers_by_layer)
+        lines.append(f"layers of {', '.join(f'{name} ({count})' for name, count in mixers.items())}")
+    elif isinstance(mixer, RetentionConfig):
         keys, values = mixer.widths(config.d_model)
         decay = f"decay {mixer.decay}" if isinstance(mixer.decay, str) else "decays of its own"
         lines += [

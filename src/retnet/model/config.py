@@ -48,6 +48,10 @@ class ModelConfig(Checked):
                     f"{name} has {len(pattern)} entries for {self.num_layers} layers; allowed: 1 to num_layers, repeated"
                 )
         named, others = self.layers or (self.mixer.name,), self.mixers or {}
+        known = {self.mixer.name, *others, *MixerConfig.options()}
+        for name in named:
+            if name not in known:
+                raise UserError(f"unknown mixer {name!r} in layers; {nearest(name, sorted(known))}")
         if self.mixer.name in others:
             raise UserError(
                 f"mixers.{self.mixer.name} has the name of mixer, whose settings stand there; rename it"
@@ -58,10 +62,6 @@ class ModelConfig(Checked):
             )
         if unused := [name for name in others if name not in named]:
             raise UserError(f"mixers.{unused[0]} is not in layers; take it out, or name it there")
-        known = {self.mixer.name, *others, *MixerConfig.options()}
-        for name in named:
-            if name not in known:
-                raise UserError(f"unknown mixer {name!r} in layers; {nearest(name, sorted(known))}")
 
     @property
     def mixers_by_layer(self) -> tuple[MixerConfig, ...]:
