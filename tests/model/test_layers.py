@@ -71,7 +71,10 @@ MISTAKES = [
     ({"mixers": {"wide": {"num_heads": 3}}}, "mixers.wide must be a table with a 'name'"),
     ({"mixers": {"wide": {"name": "softmax", "num_heads": 0}}}, "num_heads is 0"),
     ({"mixers": ["softmax"]}, "mixers must be a table of tables"),
-    ({"mixers": {"retention": {"name": "softmax"}}}, "mixers.retention has the name of mixer"),
+    (
+        {"mixers": TEXT["mixers"] | {"retention": {"name": "softmax"}}},
+        "mixers.retention has the name of mixer",
+    ),
     (
         {"ffn_layers": ["gelu", "swiglo"]},
         r"ffn_layers\[1\] 'swiglo'.*allowed: 'gelu'.*did you mean \"swiglu\"",
