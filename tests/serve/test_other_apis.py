@@ -98,3 +98,23 @@ def test_the_openai_client_goes_on(server):
     assert pieces
     assert first.output_text == chat(server.http, USER)
     client.close()
+
+
+def test_the_anthropic_client(server):
+    """Streams, counts tokens, and is told what is missing."""
+    anthropic = pytest.importorskip("anthropic")
+    ask = {"model": "tiny", "messages": USER, "max_tokens": 8, "extra_body": {"temperature": 0}}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        with client.messages.stream(**ask) as streamed:
+            text = "".join(streamed.text_stream)
+            last = streamed.get_final_message()
+        assert text == chat(server.http, USER)
+        assert (last.stop_reason, last.usage.output_tokens) == ("max_tokens", 8)
+        assert client.messages.create(**ask).content[0].text == text
+        counted = client.messages.count_tokens(model="tiny", messages=USER)
+        assert counted.input_tokens == last.usage.input_tokens + last.usage.cache_read_input_tokens
+        tool = {"name": "now", "input_schema": {"type": "object"}}
+        with pytest.raises(anthropic.BadRequestError, match="tools is not supported"):
+            client.messages.create(**ask, tools=[tool])
+        with pytest.raises(anthropic.NotFoundError, match="there is no model"):
+            client.messages.create(**ask | {"model": "other"})

@@ -1,0 +1,95 @@
+"""Does another load tool see what the load generator of `retnet bench serve` sees? guidellm and it ask one server in turns.
+
+    python -m venv guide && guide/bin/pip install guidellm==0.8.1
+    python -m tools.check_load guide/bin/guidellm             # 4 streams, 128 tokens of context, 128 to write
+
+guidellm takes more than a gigabyte and pins of its own, so it lives in an environment of its own. Its streams go on by
+themselves, those of `bench serve` begin together; with prompts and texts of one length that is the same load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from rich.console import Console
+
+from retnet.bench import served
+from retnet.bench.load import LoadSample, generator
+from retnet.settings import config_path, load
+from retnet.tables import Table, print_table
+from retnet.train.config import RunConfig
+
+Numbers = Mapping[str, float]
+NAMES = ("tokens/s", "first token, ms", "between tokens, ms")
+
+
+def ours(samples: list[LoadSample]) -> Numbers:
+    """What our generator saw."""
+    return {
+        NAMES[0]: sum(s.tokens for s in samples) / sum(s.seconds for s in samples),
+        NAMES[1]: statistics.mean(first for s in samples for first in s.first) * 1e3,
+        NAMES[2]: statistics.mean(gap for s in samples for gap in s.between) * 1e3,
+    }
+
+
+def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> Numbers:
+    """What guidellm saw of so many requests."""
+    report = prompts.with_suffix(".report.json")
+    words = [command, "run", "--disable-console", "--profile", f"kind=concurrent,streams={streams}"]
+    body = '{"body":{"cache":false}}'
+    words += ["--backend", f"kind=openai_http,target={url},request_format=/v1/completions,extras={body}"]
+    words += ["--constraint", f"kind=max_requests,count={count}"]
+    words += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(words, check=True, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = json.loads(report.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
+    names = "output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms"
+    assert metrics["request_totals"]["successful"] == count
+    return dict(zip(NAMES, (metrics[name]["successful"]["mean"] for name in names), strict=True))
+
+
+def main() -> None:
+    """Prints what both saw, and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("guidellm", help="its command")
+    parser.add_argument("--config", default="laptop/17m")
+    for name, default in (("streams", 4), ("context", 128), ("tokens", 128), ("rounds", 3), ("waves", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    streams, tokens = options.streams, options.tokens
+    config = replace(load(RunConfig, config_path(options.config), {}).model, vocab_size=257)
+    random, rounds = np.random.default_rng(0), list[tuple[Numbers, Numbers]]()
+    with TemporaryDirectory() as folder, generator() as ask:
+        server = served.ours(served.OURS, config, "fp32", Path(folder))
+        with server.start(streams, options.context + tokens) as place:
+            for number in range(options.rounds + 1):  # the first warms up
+                ids = random.integers(97, 123, (2, options.waves, streams, options.context)).tolist()
+                bodies = [[server.body(prompt, tokens) for prompt in wave] for wave in ids[0]]
+                url = f"{place.url}/v1/completions"
+                seen = ours([ask.together(url, wave, tokens, served.OURS) for wave in bodies])
+                prompts = Path(folder) / f"{number}.jsonl"
+                texts = [bytes(prompt[1:]).decode() for wave in ids[1] for prompt in wave]  # BOS comes before
+                rows = [json.dumps({"prompt": text, "output_tokens_count": tokens}) for text in texts]
+                prompts.write_text("\n".join(rows), encoding="utf-8")
+                rounds.append((seen, theirs(options.guidellm, place.url, prompts, streams, len(rows))))
+    table = []
+    for name in NAMES:
+        a, b = (statistics.median(pair[side][name] for pair in rounds[1:]) for side in (0, 1))
+        ratio = statistics.median(pair[1][name] / pair[0][name] for pair in rounds[1:])
+        table.append((name, f"{a:.2f}", f"{b:.2f}", f"{ratio:.3f}"))
+    title = f"{streams} streams, {options.context} tokens of context, {tokens} to write"
+    columns = "", "bench serve", "guidellm", "guidellm ÷ bench serve"
+    print_table(Table(title, columns, tuple(table)), Console())
+
+
+if __name__ == "__main__":
+    main()
