@@ -24,7 +24,7 @@ from rich.console import Console
 
 from retnet.bench import served
 from retnet.bench.load import LoadSample, generator
-from retnet.settings import config_path, load
+from retnet.settings import UserError, config_path, load
 from retnet.tables import Table, print_table
 from retnet.train.config import RunConfig
 
@@ -53,7 +53,9 @@ def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> N
     subprocess.run(words, check=True, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = json.loads(report.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     names = "output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms"
-    assert metrics["request_totals"]["successful"] == count
+    totals = metrics["request_totals"]
+    if totals["errored"] or not totals["successful"]:
+        raise UserError(f"guidellm had {totals['successful']} answers and {totals['errored']} errors")
     return dict(zip(NAMES, (metrics[name]["successful"]["mean"] for name in names), strict=True))
 
 
