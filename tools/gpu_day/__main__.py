@@ -114,8 +114,9 @@ def _tell(out: Path, rehearsal: bool) -> None:
             print(f"* {sentence}")
     try:
         with told("write the page", "records are whole"):
-            if patch := write_patch(out, rehearsal):
+            if (patch := write_patch(out, rehearsal)) and not rehearsal:
                 print(f"\nFor src/retnet/ops/triton/tile_table.py:\n{patch.read_text(encoding='utf-8')}")
+            if patch:
                 _say(f"wrote {patch}")
             _say(f"wrote {write_page(out, rehearsal)}")
     except UserError as error:

@@ -28,6 +28,11 @@ from tools.gpu_day.place import Place, Run, StoppedError
 HEADS = ((64, 128), (128, 256), (256, 512))
 TYPES = ("bfloat16", "float16", "float32")
 FINE = ("bfloat16", "float32")  # where addresses are looked at: types and addresses do not meet in a kernel
+NOTES = (
+    "heads: the head shapes of the tile table in every type; layouts: all that changes addresses; step: decoding; rows: "
+    "rotation, norm, a whole model; torch: opcheck, one graph, CUDA graphs, export; tiles: those of other architectures; "
+    "sizes: K 16 to 256, V 16 to 512; far: beyond 2³¹ numbers; fuzz: anything.",
+)
 SIZES = ((16, 17, 33, 60, 100, 128, 256), (16, 33, 100, 128, 300, 512))
 REHEARSED = {"torch": 4, "fuzz": 2}  # cases of a group in a rehearsal; of all others one
 
@@ -280,7 +285,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         "largest error, relative to fp64",
     )
     rows = tuple(row for found in parts.values() for row in _rows(found))
-    tables = [Table("Against fp64", columns, rows)]
+    tables = [Table("Against fp64", columns, rows, NOTES)]
     wrong = [each for found in parts.values() for each in found.get("wrong", [])]
     if wrong:
         listed = tuple(
