@@ -99,8 +99,9 @@ def test_decode(tmp_path, monkeypatch):
 
 
 def test_engine(tmp_path):
-    record, shown = quick("engine", tmp_path)
+    record, shown = quick("engine", tmp_path, "--minutes", 0.001)
     check(record, "engine")
+    assert record["configuration"]["minutes"] == 0.001
     ways = ("greedy", "sampled", "top-p 0.9", "top-k 40, top-p 0.9")
     assert [(row["rows"], row["sampling"]) for row in record["rows"]] == [
         (n, way) for n in (1, 2) for way in ways

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tokenizers
@@ -20,10 +20,10 @@ from retnet.bench.training import cost_vocabulary
 from retnet.data import Tokenizer
 from retnet.engine import Decoder, Engine, Request, Sampling, Session, choose_decoder
 from retnet.engine.decoder import ComposedDecoder
-from retnet.measure.clock import Contender, Sample, Spread, Target, interleave, median_seconds, spread
+from retnet.measure.clock import Budget, Contender, Sample, Spread, Target, interleave, median_seconds, spread
 from retnet.model import LanguageModel, ModelConfig
 from retnet.progress import Say
-from retnet.settings import Checked, Count
+from retnet.settings import At, Checked, Count
 
 SECONDS = 0.25  # of one sample, three steps at least
 DRAFT = 16  # tokens
@@ -54,12 +54,14 @@ class EngineBench(Checked):
         rows: streams at once.
         rounds: of measurements.
         prompt: tokens of the prompt that is read, copied and edited.
+        minutes: that it may take: fewer rounds beyond, but at least 3; None is all rounds.
     """
 
     model: ModelConfig
     rows: tuple[Count, ...] = (1, 8, 64)
     rounds: Count = 9
     prompt: Count = 2000
+    minutes: Annotated[float, At(above=0)] | None = None
 
 
 def measure_engine(bench: EngineBench, say: Say) -> dict[str, Any]:
@@ -67,8 +69,9 @@ def measure_engine(bench: EngineBench, say: Say) -> dict[str, Any]:
     vocab_size = bench.model.vocab_size or cost_vocabulary(bench.model)
     model = LanguageModel(replace(bench.model, vocab_size=vocab_size)).eval()
     tokenizer = pair_tokenizer(vocab_size)
-    steps, exact = _steps(model, tokenizer, bench, say)
-    drafts = _drafts(model, tokenizer, bench, say)
+    budget = Budget(bench.minutes)
+    steps, exact = _steps(model, tokenizer, bench, budget, say)
+    drafts = _drafts(model, tokenizer, bench, budget, say)
     targets = [
         Target(
             f"engine ÷ decoder, {row['rows']} rows, {row['sampling']}",
@@ -106,11 +109,11 @@ def pair_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def _steps(
-    model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, say: Say
+    model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, budget: Budget, say: Say
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the engine over its decoder, and of exactness."""
     found, exact = [], []
-    for rows in bench.rows:
+    for number, rows in enumerate(bench.rows):
         say(f"streams: {rows}")
         decoder = choose_decoder(model, rows)
         decoder.reset(torch.arange(rows))
@@ -122,7 +125,8 @@ def _steps(
         contenders["exact"] = _Streams(
             Engine(choose_decoder(model, rows), tokenizer, exact=True), rows, SAMPLINGS["greedy"]
         )
-        samples = _interleaved(contenders, bench.rounds, say)
+        until = budget.deadline(1 / (len(bench.rows) - number + 3))  # three parts follow
+        samples = _interleaved(contenders, bench.rounds, say, until)
         for name in SAMPLINGS:
             found.append(
                 {
@@ -140,7 +144,7 @@ def _steps(
         )
         for name in ("reading", "exact")
     }
-    samples = _interleaved(reading, bench.rounds, say)
+    samples = _interleaved(reading, bench.rounds, say, budget.deadline(1 / 3))
     exact.append(
         {"what": f"reading {bench.prompt:,} tokens", "ratio": _ratio(samples["exact"], samples["reading"])}
     )
@@ -240,12 +244,17 @@ class ScriptedDecoder(Decoder):
         return self._decoder.state_bytes(tokens)
 
 
-def _drafts(model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, say: Say) -> list[dict[str, Any]]:
+def _drafts(
+    model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, budget: Budget, say: Say
+) -> list[dict[str, Any]]:
     """Rows of texts with drafts beside the same without."""
     prompt, other = _random(model, bench.prompt // 4), _random(model, bench.prompt // 4, seed=1)
     edited = [b if i % 25 == 24 else a for i, (a, b) in enumerate(zip(prompt, other, strict=True))]
     found = []
-    for name, text in (("a copy with one token in 25 changed", edited), ("nothing is repeated", other)):
+    for share, name, text in (
+        (1 / 2, "a copy with one token in 25 changed", edited),
+        (1, "nothing is repeated", other),
+    ):
         decoder = choose_decoder(model, 1)
         assert isinstance(decoder, ComposedDecoder)
         scripted = ScriptedDecoder(decoder, [*prompt, *text])
@@ -253,7 +262,7 @@ def _drafts(model: LanguageModel, tokenizer: Tokenizer, bench: EngineBench, say:
             way: partial(_written, Engine(scripted, tokenizer, slots=1, draft_tokens=draft), prompt, text)
             for way, draft in (("no drafts", 0), ("drafts", DRAFT))
         }
-        samples = _interleaved(runs, bench.rounds, say)
+        samples = _interleaved(runs, bench.rounds, say, budget.deadline(share))
         found.append({"what": name, "ratio": _ratio(samples["drafts"], samples["no drafts"])})
     return found
 
@@ -331,8 +340,10 @@ def _random(model: LanguageModel, count: int, seed: int = 0) -> list[int]:
     return found
 
 
-def _interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, say: Say) -> dict[str, list[Sample]]:
-    return interleave([Contender(name, run) for name, run in runs.items()], {}, rounds, say)
+def _interleaved(
+    runs: Mapping[str, Callable[[], float]], rounds: int, say: Say, until: float
+) -> dict[str, list[Sample]]:
+    return interleave([Contender(name, run) for name, run in runs.items()], {}, rounds, say, until)
 
 
 def _ratio(one: Sequence[Sample], other: Sequence[Sample]) -> dict[str, Any]:

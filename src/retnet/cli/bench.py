@@ -125,7 +125,7 @@ def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN40
     return DecodingBench(model, long_model=long_model, **given), measure_decoding
 
 
-@_of_a_model("engine", "laptop/17m", "retnet.bench.engine:EngineBench", "rounds", "prompt")
+@_of_a_model("engine", "laptop/17m", "retnet.bench.engine:EngineBench", "rounds", "prompt", "minutes")
 def engine(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
     """What the engine costs over its decoder, and what exactness, drafts and edits of a session cost and save.
 
