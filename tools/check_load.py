@@ -1,7 +1,7 @@
 """Does another load tool see what the load generator of `retnet bench serve` sees? guidellm and it ask one server in turns.
 
     python -m venv guide && guide/bin/pip install guidellm==0.8.1
-    python -m tools.check_load guide/bin/guidellm             # 4 streams, 128 tokens of context, 128 to write
+    python -m tools.check_load guide/bin/guidellm             # 4 streams, 128 tokens of context, 256 to write
 
 guidellm takes more than a gigabyte and pins of its own, so it lives in an environment of its own. Its streams go on by
 themselves, those of `bench serve` begin together; with prompts and texts of one length that is the same load.
@@ -50,6 +50,7 @@ def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> N
     words += ["--constraint", f"kind=max_requests,count={count}"]
     words += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    clean["GUIDELLM__MAX_WORKER_PROCESSES"] = "1"  # not 10, which take two cores from the server
     subprocess.run(words, check=True, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = json.loads(report.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     names = "output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms"
@@ -64,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("guidellm", help="its command")
     parser.add_argument("--config", default="laptop/17m")
-    for name, default in (("streams", 4), ("context", 128), ("tokens", 128), ("rounds", 3), ("waves", 5)):
+    for name, default in (("streams", 4), ("context", 128), ("tokens", 256), ("rounds", 4), ("waves", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     streams, tokens = options.streams, options.tokens

@@ -76,6 +76,12 @@ def test_more_connections_than_there_are_descriptors_for_are_refused(serving, mo
         assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
+def test_a_connection_stays_open_for_longer_than_clients_keep_theirs(serving):
+    """httpx keeps an idle one for 5 seconds, so the official clients do; load balancers keep it for up to a minute."""
+    with serving() as server:
+        assert server.uvicorn.config.timeout_keep_alive > 60
+
+
 def test_what_never_becomes_a_request_is_closed(serving, monkeypatch):
     monkeypatch.setattr(connections, "STILL_SECONDS", 0.3)
     with serving() as server, ExitStack() as stack:

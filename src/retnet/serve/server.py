@@ -21,6 +21,9 @@ from retnet.settings import UserError
 
 BACKLOG = 2048  # connections that wait, as uvicorn has it
 GRACE = 5  # seconds beyond `shutdown_seconds`, for answers to be written
+KEEP_ALIVE = (
+    75  # seconds; uvicorn's 5 are httpx's too, whose clients then ask as their connection is being closed
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger("retnet.serve")
 
@@ -107,6 +110,7 @@ def config_of(app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(service.settings.shutdown_seconds) + GRACE,
+        timeout_keep_alive=KEEP_ALIVE,
         ws="none",
         lifespan="on",
     )
