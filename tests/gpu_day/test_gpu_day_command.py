@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.gpu_day import __main__ as command
 from tools.gpu_day import plan
+from tools.gpu_day.notebook import Notebook
+from tools.gpu_day.place import Place
 from tools.gpu_day.plan import PARTS, STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +37,20 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command.main(["--out", str(tmp_path)])
     assert "finds no GPU here; --rehearse runs everything" in capsys.readouterr().err
+
+
+def test_the_study_of_a_rehearsal_can_be_trained(tmp_path, monkeypatch):
+    """Its models are those of the study, made small."""
+    from retnet.studies import estimate
+    from tools.gpu_day.quality import study_of
+
+    monkeypatch.setattr(estimate, "_kept_bytes", lambda *_: (1, 1))
+    now = time.time()
+    book = Notebook(tmp_path, "quality", True)
+    place = Place(tmp_path, True, torch.device("cpu"), book, "architectures", now + 60, 20.0, now + 60)
+    plans = study_of(place).measure.plans()
+    assert [plan.name for plan in plans] == ["RetNet", "Transformer"]
+    assert all(plan.parameters < 1e5 for plan in plans)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ CORPUS = (
 )  # fmt: skip
 LAST = 25.0  # seconds before the end in which jobs save and the report is written
 TINY: dict[str, Any] = {
-    "model": {"d_model": 32, "num_layers": 1},
+    "model": {"d_model": 48, "num_layers": 1},  # a multiple of the heads of the study
     "data": {"corpus": "package:click", "tokenizer": "bytes"},
     "train": {
         "steps": 3,
