@@ -60,6 +60,9 @@ def test_a_text_its_probabilities_and_its_branches(browser, server):
     with opened(browser, server) as page:
         generate(page, "def area(")
         assert page.locator("article").count() == 2
+        assert (
+            page.locator(".message.model .token").count() > 6
+        )  # each by itself, also of those that came together
         assert re.fullmatch(r"[\d.]+", page.text_content("#rate"))
         assert page.text_content("#position").endswith("tokens")
         # a token says how likely it and others were, and one of those begins a branch

@@ -1,7 +1,7 @@
 // The page: what is current, what runs, and what buttons do.
 
 import {add, deepest, pathTo, remove} from "./conversation.js";
-import {asCurl, asPython, errorOf, eventsOf, headers, isChat, requestFor, tokenOf} from "./requests.js";
+import {asCurl, asPython, errorOf, eventsOf, headers, isChat, requestFor, tokensIn} from "./requests.js";
 import {comparison, extend, hideToken, listenToPopover, message, tree} from "./views.js";
 
 const $ = (id) => document.getElementById(id);
@@ -115,15 +115,16 @@ async function receive(response, node, clock) {
         clock.first = performance.now();
         $("first").textContent = `${Math.round(clock.first - clock.began)} ms`;
       }
-      clock.count++;
-      const token = tokenOf(choice);
-      if (token.text) node.tokens.push(token);
+      const tokens = tokensIn(choice);
+      clock.count += tokens.length;
+      node.tokens.push(...tokens.filter((token) => token.text));
     }
     if (performance.now() - shown > 50) {
       extend(node.view, node, drawn, fork);
       drawn = node.tokens.length;
       $("transcript").scrollTop = $("transcript").scrollHeight;
-      if (clock.count > 1) $("rate").textContent = rate(clock);
+      const told = node.tokens.at(-1)?.logprob !== undefined; // else nobody knows how many tokens a text has
+      if (told && clock.count > 1) $("rate").textContent = rate(clock);
       await new Promise((resume) => setTimeout(resume));
       shown = performance.now();
     }

@@ -36,20 +36,36 @@ export function headers() {
   return made;
 }
 
-/** The token that an event brings: its text, and how likely it and others were, where that was asked for. */
-export function tokenOf(choice) {
-  const token = {text: choice.text ?? choice.delta?.content ?? ""};
-  const said = choice.logprobs;
-  if (said?.content?.length) {
-    const place = said.content[said.content.length - 1];
-    token.logprob = place.logprob;
-    token.top = place.top_logprobs.map((each) => [each.token, each.logprob]);
-  } else if (said?.tokens?.length) {
-    token.logprob = said.token_logprobs[said.tokens.length - 1];
-    token.top = Object.entries(said.top_logprobs[said.tokens.length - 1]);
+/** The tokens that an event brings: their texts, and how likely each and others were, where that was asked for. */
+export function tokensIn(choice) {
+  const text = choice.text ?? choice.delta?.content ?? "";
+  const tokens = placesOf(choice.logprobs);
+  if (!tokens.length) return [{text}];
+  let end = 0; // of the text that has been given to tokens
+  for (const [i, token] of tokens.entries()) {
+    const begin = token.name ? text.indexOf(token.name, end) : -1;
+    token.text = "";
+    if (begin < 0) continue; // a part of a character, or held back
+    if (begin > end) tokens[Math.max(0, i - 1)].text += text.slice(end, begin);
+    end = begin + token.name.length;
+    token.text += token.name;
   }
-  token.top?.sort((a, b) => b[1] - a[1]);
-  return token;
+  tokens[tokens.length - 1].text += text.slice(end);
+  return tokens;
+}
+
+/** Log-probabilities of an event, a token each; parts of characters have no name. */
+function placesOf(said) {
+  const whole = (name) => (/^bytes:|\ufffd/.test(name) ? "" : name);
+  const best = (top) => top.sort((a, b) => b[1] - a[1]);
+  if (said?.content) {
+    return said.content.map((place) => ({
+      name: whole(place.token), logprob: place.logprob, top: best(place.top_logprobs.map((each) => [each.token, each.logprob])),
+    }));
+  }
+  return (said?.tokens ?? []).map((name, i) => ({
+    name: whole(name), logprob: said.token_logprobs[i], top: best(Object.entries(said.top_logprobs[i])),
+  }));
 }
 
 export async function* eventsOf(response) {
