@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retnet import paper
+from retnet.measure import footprint
 from retnet.measure.memory import kept_for_backward
 from retnet.model import LanguageModel
 from retnet.settings import UserError, dump, load
@@ -183,9 +184,8 @@ def test_what_cannot_run_is_said_before_anything_runs(fields, said):
 
 @pytest.mark.parametrize("name", few_fast(["architectures", "ablations", "scaling"], "ablations", "scaling"))
 def test_shipped_studies_are_whole(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        estimate, "_kept_bytes", lambda *_: (1, 1)
-    )  # counting it takes a minute; tested below
+    # counting it takes a minute; tested below
+    monkeypatch.setattr(footprint, "kept_bytes", lambda *_: (1, 1, 1))
     extra = {"gpu"} if name == "architectures" else set()
     assert set(shipped_studies()[name]) == {"laptop", "small", "paper"} | extra
     for scale in shipped_studies()[name]:
@@ -224,7 +224,7 @@ def test_plans_count_what_a_model_keeps():
 def test_what_all_blocks_share_is_counted_once():
     model = load(RunConfig, "configs/smoke.toml").model
     model = replace(model, vocab_size=257, num_layers=5)
-    each, shared = estimate._kept_bytes(replace(model, num_layers=1), 128)
+    each, shared, _ = footprint.kept_bytes(replace(model, num_layers=1), 128)
     with torch.device("meta"):
         whole, x = LanguageModel(model), torch.empty(1, 128, model.d_model, requires_grad=True)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from retnet.cli.options import HomePath, HomeText
-from retnet.settings import config_path, load, parse_overrides
+from retnet.cli.options import FiniteRange, HomePath, HomeText
+from retnet.settings import UserError, config_path, load, parse_overrides
+
+if TYPE_CHECKING:
+    from retnet.train.config import RunConfig
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
@@ -23,6 +27,27 @@ from retnet.settings import config_path, load, parse_overrides
 )
 @click.option("--verify", is_flag=True, help="Read all text and all shards again; trust no times and sizes.")
 @click.option("--profile", is_flag=True, help="Trace three steps, for Perfetto, into profile/ of the run.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print memory, bytes on the wire and hours, and what would fit; do nothing.",
+)
+@click.option(
+    "--gpus", type=click.IntRange(1), help="For --dry-run: processes; default: as --parallel has it."
+)
+@click.option(
+    "--memory",
+    type=FiniteRange(0, min_open=True),
+    help="For --dry-run: GB (10⁹ bytes) of each process; default: what this machine's device has.",
+)
+@click.option(
+    "--peak", type=FiniteRange(0, min_open=True), help="For --dry-run: Tflop/s of one GPU; default: 989."
+)
+@click.option(
+    "--utilisation",
+    type=FiniteRange(0, 1, min_open=True),
+    help="For --dry-run: part of the peak that is reached; default: 0.4.",
+)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def command(
     config: str,
@@ -33,6 +58,11 @@ def command(
     init: str | None,
     verify: bool,
     profile: bool,
+    dry_run: bool,
+    gpus: int | None,
+    memory: float | None,
+    peak: float | None,
+    utilisation: float | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Train the model that CONFIG (a .toml file, or a shipped name such as demo) describes.
@@ -47,10 +77,16 @@ def command(
     from retnet.train.progress import TrainingProgress
     from retnet.train.trainer import train
 
+    path = config_path(config)
+    changes = parse_overrides(overrides) | ({} if init is None else {"train.start_from": init})
+    of_plan = {"--gpus": gpus, "--memory": memory, "--peak": peak, "--utilisation": utilisation}
+    if dry_run:
+        _plan(load(RunConfig, path, changes), gpus, memory, peak or 989.0, utilisation or 0.4)
+        return
     keep_freed_memory()
     with one_voice() as speaks:
-        path = config_path(config)
-        changes = parse_overrides(overrides) | ({} if init is None else {"train.start_from": init})
+        if given := [name for name, value in of_plan.items() if value is not None]:
+            raise UserError(f"{', '.join(given)} is for --dry-run, which is not given")
         outcome = train(
             load(RunConfig, path, changes),
             run_dir or Path("runs") / path.stem,
@@ -64,3 +100,44 @@ def command(
         click.echo(
             f"{outcome.run_dir}: {outcome.step} steps, {outcome.quality.bits_per_byte:.4f} bits/byte held out"
         )
+
+
+def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float, utilisation: float) -> None:
+    """What a run takes of each process, as tables, and the nearest run that fits if it does not."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from retnet.measure.footprint import changes, footprint, nearest_fit, with_vocabulary
+    from retnet.measure.memory import total_memory
+    from retnet.tables import print_table
+
+    if config.train.precision == "auto":
+        chosen = "fp32" if config.train.device == "cpu" else "bf16"
+        config = replace(config, train=replace(config.train, precision=chosen))
+    p = config.parallel
+    processes = gpus or p.replicate * (p.shard or 1) * p.cp
+    there = memory * 1e9 if memory else float(total_memory())
+    found, console = footprint(config, processes), Console(highlight=False)
+    axes = " × ".join(f"{name} {size}" for name, size in vars(found.axes).items())
+    click.echo(
+        f"{found.parameters:,} parameters in {config.train.precision} on {processes} processes: {axes}"
+    )
+    if config.model.vocab_size is None and config.data.learned_vocab is None:
+        vocabulary = with_vocabulary(config).vocab_size
+        click.echo(f"model.vocab_size is not set: counted with {vocabulary}, that of bytes")
+    for table in found.tables():
+        print_table(table, console)
+    hours = found.hours(processes * peak * 1e12 * utilisation)
+    click.echo(f"{hours:,.3g} hours at {utilisation:.0%} of {peak:g} Tflop/s on each of {processes}")
+    if found.memory.peak <= there:
+        click.echo(f"fits: {found.memory.peak / 1e9:,.1f} of {there / 1e9:,.1f} GB")
+        return
+    click.echo(f"does not fit: {found.memory.peak / 1e9:,.1f} GB, and each process has {there / 1e9:,.1f}")
+    nearest = nearest_fit(config, processes, there)
+    if nearest is None:
+        click.echo("nothing that makes the same steps fits; take a smaller model or larger devices")
+        return
+    run, number = nearest
+    words = " ".join(filter(None, (f"--gpus {number}" if number != processes else "", changes(config, run))))
+    click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.1f} GB with {words}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from retnet.host import peak_memory
 
@@ -67,6 +71,40 @@ def kept_for_backward(run: Callable[[], Tensor], weights: Iterable[Tensor]) -> i
         graph = run()
     del graph  # it held the tensors, so that no storage was counted under the address of another
     return sum(kept.values())
+
+
+def most_alive(run: Callable[[], object]) -> int:
+    """Bytes of the tensors that a computation makes, as many as are there at once; what its operators have inside is not."""
+    watch = _Alive()
+    with watch:
+        kept = run()
+    del kept
+    return watch.most
+
+
+class _Alive(TorchDispatchMode):
+    """Counts storages from the operator that made them until nobody has them any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Runs an operator."""
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and (place := x.untyped_storage()._cdata) not in self._known | given:
+                self._known.add(place)
+                self._now += x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self._gone, place, x.untyped_storage().nbytes())
+        self.most = max(self.most, self._now)
+        return found
+
+    def _gone(self, place: int, nbytes: int) -> None:
+        self._known.discard(place)
+        self._now -= nbytes
 
 
 def free_memory(device: torch.device) -> int:

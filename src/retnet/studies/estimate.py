@@ -7,17 +7,14 @@ blocks keep is counted from the model itself, run on the meta device; kernels' s
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from retnet.host import product_rate
-from retnet.measure.memory import GIB, kept_for_backward, total_memory
-from retnet.model import Block, LanguageModel, ModelConfig
+from retnet.measure.footprint import kept_activations, logit_bytes, with_vocabulary, working_bytes
+from retnet.measure.memory import GIB, total_memory
 from retnet.model.cost import cost
-from retnet.nn import Positions
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
 
@@ -50,8 +47,7 @@ class RunEstimate(NamedTuple):
 
 def plan(name: str, config: RunConfig, runs: int) -> RunEstimate:
     """Counts one kind of run. Where only a file knows the size of the vocabulary, that of bytes is taken."""
-    model, c = config.model, config.train
-    model = replace(model, vocab_size=model.vocab_size or config.data.learned_vocab or 257)
+    model, c = with_vocabulary(config), config.train
     counted = cost(model, c.seq_len)
     tokens = c.tokens_before(c.steps)
     return RunEstimate(
@@ -61,33 +57,8 @@ def plan(name: str, config: RunConfig, runs: int) -> RunEstimate:
         tokens,
         3.0 * counted.flops_per_token * tokens,
         BYTES_PER_PARAMETER * counted.total,
-        _pass_bytes(model, config),
+        kept_activations(model, c) + max(logit_bytes(model, c), working_bytes(model, c)),
     )
-
-
-def _pass_bytes(model: ModelConfig, config: RunConfig) -> int:
-    c = config.train
-    rows = c.batch_size * c.seq_len
-    assert model.vocab_size is not None
-    layers = [_kept_bytes(model.of_layer(number), c.seq_len) for number in range(model.num_layers)]
-    blocks = [each * c.batch_size // (2 if c.precision == "bf16" else 1) for each, _ in layers]
-    shared = sum(dict(zip(model.mixers_by_layer, (shared for _, shared in layers), strict=True)).values())
-    inputs = rows * model.d_model * 4
-    kept = model.num_layers * inputs + max(blocks) if c.activation_checkpointing else sum(blocks)
-    return (
-        kept + shared * c.batch_size + 3 * rows * model.vocab_size * 4
-    )  # logits in fp32, their logarithms, their gradient
-
-
-@lru_cache
-def _kept_bytes(model: ModelConfig, length: int) -> tuple[int, int]:
-    """What each block keeps of a sequence for its backward pass, and what all share (cos, sin); fp32, weights left out."""
-    with torch.device("meta"):
-        block = LanguageModel(model).blocks[0]
-        x = torch.empty(1, length, model.d_model, requires_grad=True)
-        positions: Positions | None = cast(Block, block).mixer.positions(x)
-    shared = sum(y.nbytes for y in positions or () if y is not None and y.is_floating_point())
-    return kept_for_backward(lambda: block(x, None, positions), block.parameters()) - shared, shared
 
 
 def rate() -> float:

@@ -158,6 +158,12 @@ class ParallelConfig(Checked):
         assert self.shard is not None
         return self.replicate * self.shard
 
+    @property
+    def parts(self) -> int:
+        """Into which weights are cut. Of a resolved one."""
+        assert self.shard is not None
+        return self.shard * self.cp
+
     def of(self, processes: int) -> ParallelConfig:
         """The axes for so many processes, all of them numbers.
 

@@ -40,6 +40,20 @@ def check(
     parameters = cost(config.model).total  # refuses shapes that do not fit
     c = config.train
     axes = config.parallel.of(ranks.world)
+    check_shares(c, axes)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    device = ranks.device(c.device)
+    _check_memory(config, parameters, device, axes)
+    return device
+
+
+def check_shares(c: TrainConfig, axes: ParallelConfig) -> None:
+    """Says where processes cannot share the passes of a step.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
     number = f"{axes.readers} processes" if axes.cp == 1 else f"{axes.readers} groups of {axes.cp} processes"
     if c.accumulate % axes.readers:
         raise UserError(
@@ -51,11 +65,6 @@ def check(
             f"train.ramp_from is {c.ramp_from}, and {number} cannot share so many passes of the first steps "
             f"evenly; set it to a multiple of {axes.readers}"
         )
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    device = ranks.device(c.device)
-    _check_memory(config, parameters, device, axes)
-    return device
 
 
 def _check_memory(config: RunConfig, parameters: int, device: torch.device, axes: ParallelConfig) -> None:
@@ -67,7 +76,7 @@ def _check_memory(config: RunConfig, parameters: int, device: torch.device, axes
     c, m = config.train, config.model
     tokens = c.batch_size * c.seq_len
     state = BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)
-    weights = state * parameters // (axes.readers // axes.replicate * axes.cp)
+    weights = state * parameters // axes.parts
     passed = 2 * tokens // axes.cp * m.d_model * m.num_layers
     read = BYTES_PER_TOKEN * tokens * max(c.accumulate // axes.readers, 1)
     cpu = torch.device("cpu")

@@ -1,0 +1,299 @@
+"""What training takes of each process of a mesh, before it starts: memory by part, bytes on the wire by kind, operations.
+
+What blocks keep for the backward pass is counted from the model itself, run on the meta device; all else from its sizes.
+Counted are tensors. What kernels, collectives and the allocator need beside them is not, nor what a process has before it
+trains (on a CPU some hundred MB of libraries, on a GPU its context).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple, cast
+
+import torch
+
+from retnet.measure.memory import kept_for_backward, most_alive
+from retnet.model import Block, LanguageModel, ModelConfig
+from retnet.model.cost import Cost, cost
+from retnet.nn import Positions
+from retnet.settings import UserError
+from retnet.tables import Table
+from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
+from retnet.train.start import check_cut, check_shares
+
+WIDE = 4  # bytes of fp32: weights, gradients, moments, states, logits
+MOMENTS = {
+    "adamw": 2,
+    "muon": 1,
+}  # numbers a parameter that the optimiser remembers; of matrices, which are nearly all
+LOGITS = 3  # numbers a token and entry of the vocabulary at the worst: log-probabilities, their gradient, that of logits
+LOGITS_OF_Z_LOSS = 5  # the logits too, and their part of the gradient
+SUMS = 6 * 8  # bytes that a step agrees on: loss, targets, norm, two signals, a mistake, in fp64
+MOST_PROCESSES = 64  # times as many as there are, in the search for a plan that fits
+
+
+class RankMemory(NamedTuple):
+    """Bytes that one process holds, by part."""
+
+    weights: int  # its part of them, fp32
+    gradients: int
+    optimiser: int  # moments
+    average: int  # of weights, if one is kept
+    gathered: int  # whole weights of the parts that compute: those outside blocks, and two blocks
+    activations: int  # that a pass keeps for its backward pass
+    work: int  # tensors that pass while one block is differentiated
+    states: int  # that enter a stretch in all layers and are exchanged, under context parallelism
+    logits: int  # of a pass, with what their gradient needs
+    accumulates: (
+        bool  # whether a step has several passes, so that gradients are there while the next one computes
+    )
+
+    @property
+    def peak(self) -> int:
+        """At most: logits go before blocks are differentiated, and activations as gradients come."""
+        lasting = self.weights + self.optimiser + self.average + self.gathered
+        passing = self.activations + self.states + max(self.logits, self.work)
+        if self.accumulates:
+            return lasting + self.gradients + passing
+        return lasting + max(self.gradients, passing)
+
+
+class Traffic(NamedTuple):
+    """Bytes that one process receives from others in a step, by kind."""
+
+    weights: int  # all-gather, in each forward and each backward pass
+    gradients: int  # reduce-scatter
+    replicas: int  # all-reduce of gradients between replicas
+    states: int  # all-gather of states between stretches
+    sums: int  # all-reduce of what a step agrees on
+
+
+class Footprint(NamedTuple):
+    """A run on a mesh."""
+
+    axes: ParallelConfig
+    parameters: int
+    memory: RankMemory
+    traffic: Traffic
+    flops: float  # of the whole run, on all processes; blocks that are recomputed count once more
+
+    def hours(self, flops_per_second: float) -> float:
+        """Of the run, at a rate that all processes together really reach."""
+        return self.flops / flops_per_second / 3600
+
+    def tables(self) -> tuple[Table, Table]:
+        """Memory and traffic of one process, to be printed."""
+        parts = {**self.memory._asdict(), "at most at once": self.memory.peak}
+        del parts["accumulates"]
+        kept = Table("memory of a process", ("part", "GB"), _rows(parts))
+        sent = Table("received by a process in a step", ("kind", "GB"), _rows(self.traffic._asdict()))
+        return kept, sent
+
+
+def _rows(sizes: dict[str, int]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, f"{size / 1e9:,.3f}") for name, size in sizes.items() if size)
+
+
+def footprint(config: RunConfig, processes: int) -> Footprint:
+    """Counts a run on so many processes. Where only a file knows the size of the vocabulary, that of bytes is taken.
+
+    Raises:
+        UserError: processes that cannot share the run so, as `retnet train` has it.
+    """
+    axes = config.parallel.of(processes)
+    check_cut(config)
+    check_shares(config.train, axes)
+    model, c = with_vocabulary(config), config.train
+    counted = _cost(model, c.seq_len)
+    passes = c.accumulate // axes.readers
+    recomputed = counted.flops_per_token - _products_of_head(model) if c.activation_checkpointing else 0
+    flops = float(3 * counted.flops_per_token + recomputed) * c.tokens_before(c.steps)
+    memory = _memory(model, c, axes, counted, passes)
+    return Footprint(axes, counted.total, memory, _traffic(model, c, axes, counted, passes), flops)
+
+
+def with_vocabulary(config: RunConfig) -> ModelConfig:
+    """The model with a vocabulary: its own, that to be learned, or that of bytes."""
+    size = config.model.vocab_size or config.data.learned_vocab or 257
+    return replace(config.model, vocab_size=size)
+
+
+def _memory(
+    model: ModelConfig, c: TrainConfig, axes: ParallelConfig, counted: Cost, passes: int
+) -> RankMemory:
+    parts = axes.parts
+    own = WIDE * (-(-counted.total // parts))
+    gathered = 0
+    if parts > 1 or axes.replicate > 1:
+        blocks = _in_blocks(counted)
+        gathered = WIDE * (counted.total - blocks + 2 * blocks // model.num_layers)
+    return RankMemory(
+        weights=own,
+        gradients=own,
+        optimiser=MOMENTS[c.optimizer] * own,
+        average=own if c.ema else 0,
+        gathered=gathered,
+        activations=kept_activations(model, c) // axes.cp,
+        work=working_bytes(model, c) // axes.cp,
+        states=WIDE * _state_numbers(model) * (model.num_layers + axes.cp) if axes.cp > 1 else 0,
+        logits=logit_bytes(model, c) // axes.cp,
+        accumulates=passes > 1,
+    )
+
+
+def kept_activations(model: ModelConfig, c: TrainConfig) -> int:
+    """Bytes that one pass keeps in all blocks for its backward pass; whole sequences, `vocab_size` not looked at."""
+    tokens = c.batch_size * c.seq_len
+    each, shared, _ = kept_bytes(replace(model, num_layers=1, vocab_size=1), c.seq_len)
+    residual = tokens * model.d_model * WIDE
+    block = residual if c.activation_checkpointing else _block_bytes(each, model, c)
+    return (
+        model.num_layers * block + shared * c.batch_size + 2 * residual
+    )  # what the last norm and the head read
+
+
+def working_bytes(model: ModelConfig, c: TrainConfig) -> int:
+    """Bytes that the backward pass of one block makes beside what was kept; all of the block, if it is recomputed."""
+    each, _, work = kept_bytes(replace(model, num_layers=1, vocab_size=1), c.seq_len)
+    passing = work * c.batch_size // (2 if c.precision == "bf16" else 1)
+    return passing + (_block_bytes(each, model, c) if c.activation_checkpointing else 0)
+
+
+def _block_bytes(each: int, model: ModelConfig, c: TrainConfig) -> int:
+    """Of what one block keeps of all sequences of a pass; in bf16 half, but norms read the residual stream in fp32."""
+    if c.precision != "bf16":
+        return each * c.batch_size
+    return (each // 2 + c.seq_len * model.d_model * WIDE) * c.batch_size
+
+
+def logit_bytes(model: ModelConfig, c: TrainConfig) -> int:
+    """Bytes of a pass's logits in fp32, of their logarithms and gradients."""
+    assert model.vocab_size is not None
+    kinds = LOGITS_OF_Z_LOSS if c.z_loss else LOGITS
+    return kinds * c.batch_size * c.seq_len * model.vocab_size * WIDE
+
+
+@lru_cache
+def kept_bytes(model: ModelConfig, length: int) -> tuple[int, int, int]:
+    """What each block keeps of a sequence for its backward pass, what all share (cos, sin), and what passes in between.
+
+    In fp32, weights and their gradients left out.
+    """
+    with torch.device("meta"):
+        block = LanguageModel(model).blocks[0]
+        x = torch.empty(1, length, model.d_model, requires_grad=True)
+        positions: Positions | None = cast(Block, block).mixer.positions(x)
+    shared = sum(y.nbytes for y in positions or () if y is not None and y.is_floating_point())
+    kept = kept_for_backward(lambda: block(x, None, positions), block.parameters()) - shared
+
+    def differentiated() -> None:
+        y = block(x, None, positions)
+        torch.autograd.backward(y, torch.empty_like(y))
+
+    most = most_alive(differentiated)
+    return kept, shared, max(most - kept - sum(p.nbytes for p in block.parameters()), 0)
+
+
+def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, counted: Cost, passes: int) -> Traffic:
+    parts, world = axes.parts, axes.parts * axes.replicate
+    others = WIDE * counted.total * (parts - 1) // parts  # all that this process has no part of
+    own = WIDE * counted.total // parts
+    directions = 3 if c.activation_checkpointing else 2  # recomputed blocks exchange once more
+    exchanged = WIDE * _state_numbers(model) * (axes.cp - 1) * model.num_layers if axes.cp > 1 else 0
+    return Traffic(
+        weights=2 * passes * others,
+        gradients=passes * others,
+        replicas=passes * _all_reduced(own, axes.replicate),
+        states=passes * directions * exchanged,
+        sums=_all_reduced(SUMS, world),
+    )
+
+
+def _all_reduced(size: int, ranks: int) -> int:
+    """Bytes received in an all-reduce that is a reduce-scatter and an all-gather."""
+    return 2 * size * (ranks - 1) // ranks
+
+
+def _state_numbers(model: ModelConfig) -> int:
+    """Of one sequence, in one layer: those that travel between stretches."""
+    with torch.device("meta"):
+        block = LanguageModel(replace(model, num_layers=1, vocab_size=1)).blocks[0]
+        state = cast(Block, block).mixer.init_state(1)
+    return sum(x.numel() for x in state if torch.is_floating_point(x))
+
+
+def _in_blocks(counted: Cost) -> int:
+    return counted.parameters["mixers"] + counted.parameters["feed-forward"]
+
+
+def _products_of_head(model: ModelConfig) -> int:
+    assert model.vocab_size is not None
+    return 2 * model.d_model * model.vocab_size
+
+
+_cost = lru_cache(cost)
+
+
+def nearest_fit(config: RunConfig, processes: int, nbytes: float) -> tuple[RunConfig, int] | None:
+    """The nearest run that fits and makes the same steps.
+
+    Preferred in this order are another mesh of as many processes, smaller passes, recomputed blocks, sequences that are cut;
+    then come twice as many processes, and so on.
+
+    Args:
+        config: that does not fit.
+        processes: that there are.
+        nbytes: of memory that each has.
+
+    Returns:
+        The run and its number of processes; None if none was found.
+    """
+    more = processes
+    while more <= MOST_PROCESSES * processes:
+        for candidate in _variants(config, more):
+            try:
+                if footprint(candidate, more).memory.peak <= nbytes:
+                    return candidate, more
+            except UserError:  # it cannot be shared so
+                continue
+        more *= 2
+    return None
+
+
+def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
+    """The same steps in other ways, those nearest to the given one first."""
+    c, axes = config.train, config.parallel
+    stretches = [axes.cp, *(n for n in _powers(processes) if n > axes.cp)]
+    for cp in stretches:
+        for recompute in dict.fromkeys((c.activation_checkpointing, True)):
+            for split in (n for n in _powers(c.batch_size) if c.batch_size % n == 0):
+                smaller = {"batch_size": c.batch_size // split, "accumulate": c.accumulate * split}
+                ramp = {"ramp_from": c.ramp_from * split} if c.ramp_steps else {}
+                train = replace(c, activation_checkpointing=recompute, **smaller, **ramp)
+                for replicate in dict.fromkeys((axes.replicate, 1)):
+                    mesh = ParallelConfig(replicate=replicate, cp=cp)
+                    yield replace(config, train=train, parallel=mesh)
+
+
+def _powers(most: int) -> Iterator[int]:
+    """1, 2, 4, … up to a number."""
+    n = 1
+    while n <= most:
+        yield n
+        n *= 2
+
+
+def changes(old: RunConfig, new: RunConfig) -> str:
+    """What tells one run from another, as words of the command line."""
+    words = []
+    for section in ("train", "parallel"):
+        before, after = getattr(old, section), getattr(new, section)
+        for each in dataclasses.fields(after):
+            value = getattr(after, each.name)
+            if value != getattr(before, each.name) and value is not None:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                words.append(f"--{section}.{each.name} {shown}")
+    return " ".join(words)
