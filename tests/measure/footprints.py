@@ -1,10 +1,12 @@
-"""Trains some runs, and prints how much memory each took of this process and how much was expected:
-python -m tests.measure.footprints CONFIG FOLDER, or torchrun -m …; every rank writes FOLDER/RANK.json.
+"""Trains some runs, and writes what each took and what was expected: python -m tests.measure.footprints CONFIG FOLDER
+
+Alone it is about memory, of several processes (torchrun -m) about bytes that they receive too; each writes FOLDER/RANK.json.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,50 +18,101 @@ from retnet.measure.footprint import footprint
 from retnet.measure.memory import Watch
 from retnet.mixers import MIXERS
 from retnet.settings import load
-from retnet.train.config import RunConfig
+from retnet.train.config import ParallelConfig, RunConfig
+from retnet.train.passes import Passes
 from retnet.train.trainer import train
+
+SHARED = "RANK" in os.environ
+STEPS = 2
 
 
 def cases(base: RunConfig) -> dict[str, RunConfig]:
-    """Runs of which other parts take most of the memory each."""
+    """Runs of which other parts take most of the memory, or of the bytes on the wire, each."""
 
-    def case(model: dict, mixer: str = "retention", **options) -> RunConfig:
-        kind = MIXERS[mixer].Config()
+    def case(model: dict, mixer: str = "retention", parallel: ParallelConfig | None = None, **options):
+        kind, shown = MIXERS[mixer].Config(), {"eval_tokens": 512, "eval_every": 0, "checkpoint_every": 9}
         return replace(
             base,
             model=replace(base.model, mixer=kind, **model),
-            train=replace(base.train, steps=2, eval_tokens=512, eval_every=0, checkpoint_every=9, **options),
+            train=replace(base.train, steps=STEPS, **shown, **options),
+            parallel=parallel or ParallelConfig(),
         )
 
-    once = {"seq_len": 512, "accumulate": 1}
-    alone = {
+    weights = case({"d_model": 512, "num_layers": 4}, batch_size=1, seq_len=128, accumulate=2, ema=0.9)
+    if SHARED:
+        small = {"model": {"d_model": 64}, "batch_size": 2, "seq_len": 64}
+        return {
+            "weights": weights,
+            "replicas": case(parallel=ParallelConfig(replicate=2), accumulate=4, **small),
+            "stretches": case(
+                parallel=ParallelConfig(cp=2), accumulate=3, activation_checkpointing=True, **small
+            ),
+        }
+    once, wide = {"seq_len": 512, "accumulate": 1}, {"d_model": 256, "num_layers": 4, "dropout": 0.0}
+    return {
+        "weights": weights,
         "logits": case({"d_model": 64, "vocab_size": 20000}, batch_size=2, **once),
-        "activations": case({"d_model": 256, "num_layers": 4, "dropout": 0.0}, batch_size=4, **once),
-        "recomputed": case(
-            {"d_model": 256, "num_layers": 4}, batch_size=8, activation_checkpointing=True, **once
-        ),
+        "activations": case(wide, batch_size=4, **once),
+        "recomputed": case(wide, batch_size=8, activation_checkpointing=True, **once),
         "hybrid": case({"d_model": 128, "num_layers": 2}, "h3", batch_size=4, **once),
     }
-    weights = case({"d_model": 512, "num_layers": 4}, batch_size=1, seq_len=128, accumulate=2, ema=0.9)
-    return {**(alone if "RANK" not in os.environ else {}), "weights": weights}
+
+
+def count_received(received: Counter) -> None:
+    """Counts bytes that collectives bring this process in the passes of steps, by kind."""
+    plain, gathers, scatters, sums = (
+        Passes.gradients,
+        dist.all_gather_single,
+        dist.reduce_scatter_single,
+        dist.all_reduce,
+    )
+
+    def gather(output, given, *args, **options):
+        received["states" if given.dim() > 1 else "weights"] += output.nbytes - given.nbytes
+        return gathers(output, given, *args, **options)
+
+    def scatter(output, *args, **options):
+        given = options["input"] if "input" in options else args[0]
+        received["gradients"] += given.nbytes - output.nbytes
+        return scatters(output, *args, **options)
+
+    def reduce(x, *args, **options):
+        ranks = dist.get_world_size(options.get("group"))
+        received["sums" if x.dtype == torch.float64 else "replicas"] += 2 * x.nbytes * (ranks - 1) // ranks
+        return sums(x, *args, **options)
+
+    def gradients(*args):
+        dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = gather, scatter, reduce
+        try:
+            return plain(*args)
+        finally:
+            dist.all_gather_single, dist.reduce_scatter_single, dist.all_reduce = gathers, scatters, sums
+
+    Passes.gradients = gradients
 
 
 def main() -> None:
     map_large_tensors()
     base, folder = load(RunConfig, sys.argv[1]), Path(sys.argv[2])
-    shared = "RANK" in os.environ
-    if shared:
+    if SHARED:
         dist.init_process_group()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-    found = {}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if SHARED else (0, 1)
+    received, found = Counter(), {}
+    count_received(received)
     train(replace(base, train=replace(base.train, steps=1)), folder / "warm")  # libraries are loaded
     for name, config in cases(base).items():
+        received.clear()
         watch = Watch(torch.device("cpu"))
         train(config, folder / name)
-        memory = footprint(config, world).memory
-        found[name] = {"held": watch.peak(), "expected": memory.peak, **memory._asdict()}
+        expected = footprint(config, world)
+        found[name] = {
+            "held": watch.peak(),
+            "expected": expected.memory.peak,
+            "received": {kind: number // STEPS for kind, number in received.items() if number},
+            "to be received": {kind: number for kind, number in expected.traffic._asdict().items() if number},
+        }
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    if shared:
+    if SHARED:
         dist.barrier()
         dist.destroy_process_group()
 

@@ -113,8 +113,8 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     from retnet.tables import print_table
 
     if config.train.precision == "auto":
-        chosen = "fp32" if config.train.device == "cpu" else "bf16"
-        config = replace(config, train=replace(config.train, precision=chosen))
+        bf16 = config.train.device != "cpu"
+        config = replace(config, train=replace(config.train, precision="bf16" if bf16 else "fp32"))
     p = config.parallel
     processes = gpus or p.replicate * (p.shard or 1) * p.cp
     there = memory * 1e9 if memory else float(total_memory())
@@ -131,13 +131,13 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     hours = found.hours(processes * peak * 1e12 * utilisation)
     click.echo(f"{hours:,.3g} hours at {utilisation:.0%} of {peak:g} Tflop/s on each of {processes}")
     if found.memory.peak <= there:
-        click.echo(f"fits: {found.memory.peak / 1e9:,.1f} of {there / 1e9:,.1f} GB")
+        click.echo(f"fits: {found.memory.peak / 1e9:,.3g} of {there / 1e9:,.3g} GB")
         return
-    click.echo(f"does not fit: {found.memory.peak / 1e9:,.1f} GB, and each process has {there / 1e9:,.1f}")
+    click.echo(f"does not fit: {found.memory.peak / 1e9:,.3g} GB, and each process has {there / 1e9:,.3g}")
     nearest = nearest_fit(config, processes, there)
     if nearest is None:
         click.echo("nothing that makes the same steps fits; take a smaller model or larger devices")
         return
     run, number = nearest
     words = " ".join(filter(None, (f"--gpus {number}" if number != processes else "", changes(config, run))))
-    click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.1f} GB with {words}")
+    click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.3g} GB with {words}")

@@ -270,9 +270,13 @@ def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
     for cp in stretches:
         for recompute in dict.fromkeys((c.activation_checkpointing, True)):
             for split in (n for n in _powers(c.batch_size) if c.batch_size % n == 0):
-                smaller = {"batch_size": c.batch_size // split, "accumulate": c.accumulate * split}
-                ramp = {"ramp_from": c.ramp_from * split} if c.ramp_steps else {}
-                train = replace(c, activation_checkpointing=recompute, **smaller, **ramp)
+                train = replace(
+                    c,
+                    activation_checkpointing=recompute,
+                    batch_size=c.batch_size // split,
+                    accumulate=c.accumulate * split,
+                    ramp_from=c.ramp_from * split if c.ramp_steps else c.ramp_from,
+                )
                 for replicate in dict.fromkeys((axes.replicate, 1)):
                     mesh = ParallelConfig(replicate=replicate, cp=cp)
                     yield replace(config, train=train, parallel=mesh)

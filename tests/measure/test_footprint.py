@@ -1,0 +1,151 @@
+"""What `retnet train --dry-run` says is what processes then hold and receive; what does not fit is answered by what does."""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from retnet.cli.train import command
+from retnet.measure.footprint import changes, footprint, nearest_fit
+from retnet.mixers import SoftmaxConfig
+from retnet.model import ModelConfig
+from retnet.settings import UserError
+from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
+from tests.train.test_distributed import launch
+
+ROOT = Path(__file__).parents[2]
+MODULE = ["-m", "tests.measure.footprints"]
+RUN = RunConfig(
+    model=ModelConfig(vocab_size=1000, d_model=64, num_layers=4),
+    train=TrainConfig(seq_len=128, batch_size=8, accumulate=8, precision="fp32"),
+)
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """A configuration of a run on texts of its own."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(30):
+        (corpus / f"{i}.txt").write_text(f"{i} " + "The quick brown fox jumps over the lazy dog. " * 60)
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[data]\ncorpus = "{corpus}"\nvalidation_fraction = 0.3\ncache = "{tmp_path}/cache"\n'
+        '[model]\nd_model = 32\nnum_layers = 2\n[train]\nprecision = "fp32"\nseq_len = 64\nbatch_size = 2\naccumulate = 2\n'
+    )
+    return path
+
+
+def assert_held(found: dict) -> None:
+    for name, case in found.items():
+        assert case["held"] == pytest.approx(case["expected"], rel=0.15), (name, case)
+
+
+@pytest.mark.slow
+def test_memory_of_a_process(texts, tmp_path):
+    subprocess.run([sys.executable, *MODULE, texts, tmp_path], cwd=ROOT, check=True, timeout=600)
+    assert_held(json.loads((tmp_path / "0.json").read_text()))
+
+
+@pytest.mark.slow
+def test_memory_and_bytes_received_of_two_processes(texts, tmp_path):
+    done = launch("--standalone", "--nproc-per-node=2", *MODULE, texts, tmp_path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for name, case in found.items():
+            got, want = case["received"], case["to be received"]
+            assert got.keys() == want.keys(), (name, case)
+            for kind in want:  # FSDP fills parts up to one length
+                exact = kind in ("states", "sums")
+                assert got[kind] == pytest.approx(want[kind], rel=0 if exact else 0.02), (name, kind, case)
+        if rank:  # the first process gathers whole weights for a checkpoint
+            assert_held({"weights": found["weights"]})
+
+
+def test_what_axes_divide():
+    """Weights by all processes but replicas, activations and logits by stretches."""
+    one, four = footprint(RUN, 1), footprint(RUN, 4)
+    replicas = footprint(replace(RUN, parallel=ParallelConfig(replicate=2)), 4)
+    stretches = footprint(replace(RUN, parallel=ParallelConfig(cp=2)), 4)
+    assert one.memory.weights == 4 * one.parameters == 2 * replicas.memory.weights
+    assert four.memory.weights == stretches.memory.weights == one.memory.weights // 4
+    assert four.memory.activations == one.memory.activations == 2 * stretches.memory.activations
+    assert one.memory.logits == 3 * 4 * 8 * 128 * 1000 == 2 * stretches.memory.logits
+    assert one.traffic == (0, 0, 0, 0, 0)
+    # two passes a process, weights twice in each; then gradients
+    assert four.traffic.weights == 2 * four.traffic.gradients == 2 * 2 * 4 * one.parameters * 3 // 4
+    assert replicas.traffic.replicas == 2 * 4 * one.parameters // 2
+    # four passes, forwards and backwards; a state [H,K,V] of each of the four layers
+    assert stretches.traffic.states == 4 * 2 * 4 * 4 * (4 * 16 * 32)
+    assert one.hours(one.flops / 7200) == pytest.approx(2)
+
+
+def test_recomputed_blocks_keep_less_and_cost_more():
+    lean = footprint(replace(RUN, train=replace(RUN.train, activation_checkpointing=True)), 1)
+    full = footprint(RUN, 1)
+    assert lean.memory.activations < full.memory.activations / 3
+    assert lean.memory.peak < full.memory.peak
+    assert 1.25 < lean.flops / full.flops < 4 / 3
+
+
+class TestNearestFit:
+    def test_makes_the_same_steps_in_less_memory(self):
+        for part in (0.9, 0.7, 0.4, 0.2, 0.1, 0.05):
+            limit = part * footprint(RUN, 2).memory.peak
+            run, processes = nearest_fit(RUN, 2, limit)
+            assert footprint(run, processes).memory.peak <= limit
+            assert run.train.tokens_per_step == RUN.train.tokens_per_step
+            assert run.model == RUN.model
+
+    def test_prefers_another_mesh_then_smaller_passes(self):
+        held = replace(RUN, parallel=ParallelConfig(replicate=2), train=replace(RUN.train, batch_size=1))
+        run, processes = nearest_fit(held, 2, footprint(held, 2).memory.peak - 1)
+        assert (changes(held, run), processes) == ("--parallel.replicate 1", 2)
+        run, processes = nearest_fit(RUN, 2, footprint(RUN, 2).memory.peak - 1)
+        assert (changes(RUN, run), processes) == ("--train.batch_size 4 --train.accumulate 16", 2)
+
+    def test_cuts_no_mixer_that_needs_whole_sequences(self):
+        whole = replace(RUN, model=replace(RUN.model, mixer=SoftmaxConfig()))
+        found = nearest_fit(whole, 2, 0.02 * footprint(whole, 2).memory.peak)
+        assert found is None or found[0].parallel.cp == 1
+
+    def test_none_where_nothing_fits(self):
+        assert nearest_fit(RUN, 1, 1000.0) is None
+
+
+def invoke(*words):
+    done = CliRunner().invoke(command, list(map(str, words)))
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
+
+
+def test_dry_run_says_what_fits_and_does_nothing(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    said = invoke(texts, "--dry-run", "--gpus", 2, "--memory", 80)
+    assert "fp32 on 2 processes: replicate 1 × shard 2 × cp 1" in said
+    assert "counted with 257, that of bytes" in said
+    assert " of 80 GB" in said
+    said = invoke(texts, "--dry-run", "--memory", 0.002, "--train.batch_size", 8, "--model.vocab_size", 2000)
+    assert ", and each process has 0.002" in said
+    words = shlex.split(said.splitlines()[-1].partition(" with ")[2])
+    again = {"--train.batch_size": "8", "--model.vocab_size": "2000"} | dict(
+        zip(words[::2], words[1::2], strict=True)
+    )
+    flat = [word for pair in again.items() for word in pair]
+    assert "\nfits: " in invoke(texts, "--dry-run", "--memory", 0.002, *flat)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_mistakes_are_those_of_the_run(texts):
+    with pytest.raises(UserError, match=r"train\.accumulate is 2, and 3 processes cannot share"):
+        invoke(texts, "--dry-run", "--gpus", 3)
+    with pytest.raises(UserError, match="--gpus, --memory is for --dry-run, which is not given"):
+        invoke(texts, "--gpus", 3, "--memory", 2)
