@@ -40,7 +40,7 @@ def cases(base: RunConfig) -> dict[str, RunConfig]:
 
     weights = case({"d_model": 512, "num_layers": 4}, batch_size=1, seq_len=128, accumulate=2, ema=0.9)
     if SHARED:
-        small = {"model": {"d_model": 64}, "batch_size": 2, "seq_len": 64}
+        small = {"model": {"d_model": 64}, "batch_size": 1, "seq_len": 64}  # a cut is in the middle of a row
         return {
             "weights": weights,
             "replicas": case(parallel=ParallelConfig(replicate=2), accumulate=4, **small),

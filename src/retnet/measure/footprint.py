@@ -42,7 +42,9 @@ class RankMemory(NamedTuple):
     gradients: int
     optimiser: int  # moments
     average: int  # of weights, if one is kept
-    gathered: int  # whole weights of the parts that compute: those outside blocks, and two blocks
+    gathered: (
+        int  # whole weights that compute, and gradients on their way: those outside blocks, and of two blocks
+    )
     activations: int  # that a pass keeps for its backward pass
     work: int  # tensors that pass while one block is differentiated
     states: int  # that enter a stretch in all layers and are exchanged, under context parallelism
@@ -67,7 +69,7 @@ class Traffic(NamedTuple):
     weights: int  # all-gather, in each forward and each backward pass
     gradients: int  # reduce-scatter
     replicas: int  # all-reduce of gradients between replicas
-    states: int  # all-gather of states between stretches
+    states: int  # all-gather of states between stretches, where a document crosses a cut
     sums: int  # all-reduce of what a step agrees on
 
 
@@ -129,7 +131,7 @@ def _memory(
     gathered = 0
     if parts > 1 or axes.replicate > 1:
         blocks = _in_blocks(counted)
-        gathered = WIDE * (counted.total - blocks + 2 * blocks // model.num_layers)
+        gathered = 2 * WIDE * (counted.total - blocks + 2 * blocks // model.num_layers)
     return RankMemory(
         weights=own,
         gradients=own,
