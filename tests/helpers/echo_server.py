@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,6 +23,7 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         key = "messages" in body
         for number in range(count):
+            time.sleep(0.001)  # tokens that are read at once are no steps to time
             text = f"{len(body['messages'])}" if key else f"{number}"
             choice = {"delta": {"content": text}} if key else {"text": text}
             self.write(json.dumps({"choices": [choice]}))
