@@ -92,7 +92,8 @@ def test_needs_grow_as_the_models_do():
     }
     heads, layers = size.model.d_model // study.steps.head_width, size.model.num_layers
     scores = 4 * heads * study.steps.tokens * (8192 - 1024)
-    assert grown["transformer"] == pytest.approx((layers + training.EXTRA_SCORES) * scores, rel=0.1)
+    backward = 2  # matrices of scores that the backward pass of a layer makes besides
+    assert grown["transformer"] == pytest.approx((layers + backward) * scores, rel=0.1)
     assert grown["flash"] == 0
     assert abs(grown["retnet"]) < 0.1 * need(study.steps, size, "retnet", 1024, CPU)[1]
 

@@ -36,6 +36,12 @@ class TestInit:
         )
         assert "tokenizer" not in capsys.readouterr().err
 
+    def test_a_new_run_whose_tokenizer_is_still_to_be_learned(self, config_file, tmp_path):
+        run = tiny(config_file, steps=1)
+        run = replace(run, data=replace(run.data, tokenizer="bpe:270"))
+        train(run, tmp_path / "new")
+        assert load(RunConfig, tmp_path / "new/config.toml").model.vocab_size == 270
+
     def test_from_a_folder_without_a_model_table(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "old")
         convert(tmp_path / "old", tmp_path / "folder", to="hf")

@@ -107,7 +107,8 @@ class Backbone(nn.Module):
         state: Sequence[Any] | None = None,
     ) -> ModelPositions:
         """What layers with the same kind of mixer share in a pass over x [B,T,D] or [B,D]; see `Mixer.positions`."""
-        blocks, shared = self._blocks(), dict[int, Positions | None]()
+        blocks = self._blocks()
+        shared: dict[int, Positions | None] = {}
         for number, block in enumerate(blocks):
             if block.mixer_kind not in shared:
                 before = None if state is None else state[number]

@@ -33,7 +33,6 @@ from retnet.train.config import RunConfig, TrainConfig
 
 KINDS = {"transformer": PLAIN, "flash": FLASH, "retnet": OURS}  # in names of jobs → in tables
 SHORT = 64  # tokens whose scores weigh nothing, from which memory that is linear in the length is reckoned
-EXTRA_SCORES = 2  # matrices of scores beyond those kept: their gradient, and what it is made from
 SHARE = 0.85  # of the free memory that may be planned with: estimates do not know scratch memory
 
 
@@ -201,16 +200,12 @@ def need(
 ) -> tuple[int, int]:
     """Bytes of weights, gradients and moments, and of what a step holds beside them, estimated without allocating any.
 
-    What blocks keep is counted on the meta device, where attention is always the plain formula; so that of FlashAttention
-    is reckoned from short sequences. The plain formula holds a few matrices of scores more while it computes a layer.
+    Blocks are run on the meta device, where attention is always the plain formula; so that of FlashAttention is reckoned
+    from short sequences.
     """
     at = SHORT if kind == "flash" and length > SHORT else length
     config, rows = steps.config(size, kind), steps.tokens // at
-    fixed, step = _plan(config, at, rows, device.type, steps.activation_checkpointing)
-    if kind == "transformer":
-        heads = size.model.d_model // steps.head_width
-        step += EXTRA_SCORES * steps.tokens * length * heads * (4 if device.type == "cpu" else 2)
-    return fixed, step
+    return _plan(config, at, rows, device.type, steps.activation_checkpointing)
 
 
 def why_not(

@@ -178,6 +178,8 @@ def shares(config: RunConfig, ranks: Ranks) -> str:
 
 def _other_tokenizer(asked: DataConfig, adopted: DataConfig) -> bool:
     """Whether the tokenizer that comes with weights is another one than a configuration leaves at its default."""
+    if asked.tokenizer == adopted.tokenizer:  # also one that is still to be learned, "bpe:8192"
+        return False
     one, other = (Tokenizer.load(data.tokenizer).fingerprint for data in (asked, adopted))
     return one != other
 
