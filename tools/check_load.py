@@ -45,7 +45,7 @@ def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> N
     """What guidellm saw of so many requests."""
     report = prompts.with_suffix(".report.json")
     words = [command, "run", "--disable-console", "--profile", f"kind=concurrent,streams={streams}"]
-    body = '{"body":{"cache":false}}'
+    body = '{"body":{"cache":false,"temperature":0}}'
     words += ["--backend", f"kind=openai_http,target={url},request_format=/v1/completions,extras={body}"]
     words += ["--constraint", f"kind=max_requests,count={count}"]
     words += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}"]

@@ -239,5 +239,6 @@ def test_ignore_eos_ends_a_text_at_max_tokens_alone(http):
     chat = {key: ignored[key] for key in ignored if key != "prompt"}
     chat["messages"] = [{"role": "user", "content": "abc"}]
     assert http.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 30
-    message = refused(http.post("/v1/completions", json=ignored | {"stop": "x"}), param="ignore_eos")
-    assert "opposite" in message
+    for other in ({"stop": "x"}, {"choice": ["a"]}, {"regex": "a+"}):
+        message = refused(http.post("/v1/completions", json=ignored | other), param="ignore_eos")
+        assert "writes to the last token" in message

@@ -18,6 +18,7 @@ from retnet.serve import access, connections, engine_thread
 from retnet.serve import server as server_module
 from retnet.serve.arrivals import Arrivals
 from retnet.serve.engine_thread import EngineThread, Feed
+from retnet.serve.service import _Deltas
 from tests.helpers.serving import joined, not_reading, refused, request, stream, until
 
 BODY = {"prompt": "abc", "max_tokens": 900, "seed": 3, "logit_bias": {"256": -1000}, "cache": False}
@@ -79,7 +80,7 @@ def test_more_connections_than_there_are_descriptors_for_are_refused(serving, mo
 def test_a_connection_stays_open_for_longer_than_clients_keep_theirs(serving):
     """httpx keeps an idle one for 5 seconds, so the official clients do; load balancers keep it for up to a minute."""
     with serving() as server:
-        assert server.uvicorn.config.timeout_keep_alive > 60
+        assert 60 < server.uvicorn.config.timeout_keep_alive < connections.STILL_SECONDS
 
 
 def test_what_never_becomes_a_request_is_closed(serving, monkeypatch):
@@ -160,6 +161,19 @@ def test_what_waits_for_a_reader_takes_no_more_than_its_text():
     tracemalloc.stop()
     assert taken < 2 * 6 * count + 10_000
     assert len(arrivals) == 4
+
+
+def test_reading_goes_on_after_a_wait_that_was_cancelled():
+    async def main():
+        arrivals = Arrivals()
+        deltas = _Deltas(arrivals, 1, lambda *said: None)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(deltas), 0.01)
+        arrivals.put(0, Event(0, 0, "a", 1))
+        arrivals.put(0, Event(0, 0, "b", 2, None, Completion("ab", (), "length", 2)))
+        return [delta.text async for _, delta in deltas], deltas.left
+
+    assert asyncio.run(main()) == (["ab"], 0)
 
 
 def test_what_is_put_together_stays_in_order():

@@ -101,9 +101,11 @@ class SamplingBody(StrictBody):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if "" in stop:
             raise ApiError(400, "stop must be a string of at least one character, got ''", param="stop")
-        if self.ignore_eos and (stop or self.stop_token_ids):
+        if self.ignore_eos and (stop or self.stop_token_ids or self.grammar() is not None):
             raise ApiError(
-                400, "ignore_eos and stop ask for opposite things; give one of them", param="ignore_eos"
+                400,
+                "ignore_eos writes to the last token, which stop and a grammar may forbid; give one of them",
+                param="ignore_eos",
             )
         return {
             "sampling": Sampling(**{name: getattr(self, name) for name in names}, logit_bias=tuple(bias)),

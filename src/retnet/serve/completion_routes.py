@@ -212,7 +212,8 @@ async def respond(
             ):  # the reader stood still until the end
                 async for number, piece in pieces:
                     keep(number, piece)
-                await on_done(last, done)
+                if done:  # not where it failed
+                    await on_done(last, done)
 
     async def all_of_it() -> bytes:
         async with stack:

@@ -15,7 +15,9 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-STILL_SECONDS = 60.0  # that a connection may stand still
+STILL_SECONDS = (
+    90.0  # that a connection may stand still; longer than uvicorn keeps one that waits for a request
+)
 MOST = 65_536  # connections, where the system allows as many
 FILES = 256  # descriptors that are left for files, at most half of all
 _log = logging.getLogger("retnet.serve")

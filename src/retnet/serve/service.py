@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -145,7 +145,7 @@ async def running(
         partial: whether texts that a shutdown cuts short end as they are, "interrupted", instead of with an error.
 
     Yields:
-        Pieces of texts, each with the number of its request.
+        Pieces of texts, each with the number of its request; whoever is cancelled while it waits for one may read on.
 
     Raises:
         ApiError: there is no room; while pieces are read, also: they took too long, one failed, the server shuts down.
@@ -156,25 +156,18 @@ async def running(
     timeout = service.settings.timeout
     too_long = ApiError(504, TIMEOUT.format(timeout), code="timeout")
     feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
-    ended = False
 
-    async def pieces() -> AsyncIterator[tuple[int, Delta]]:
-        nonlocal ended
-        left, first = sum(request.samples for request in requests), True
-        while left:
-            number, piece = await arrivals.get()
-            if first and count:
-                service.metrics.first_token.observe(time.monotonic() - began)
-            first = False
-            if piece.completion is not None:
-                left -= 1
-                _require_whole(requests[number], piece.completion, partial and service.gate.ended)
-                if count:
-                    _tally(service.metrics, piece.sample, piece.completion)
-            yield number, piece
-        ended = True
-        if count:
+    def look(number: int, piece: Delta, first: bool, last: bool) -> None:
+        if first and count:
+            service.metrics.first_token.observe(time.monotonic() - began)
+        if piece.completion is not None:
+            _require_whole(requests[number], piece.completion, partial and service.gate.ended)
+            if count:
+                _tally(service.metrics, piece.sample, piece.completion)
+        if last and count:
             service.metrics.duration.observe(time.monotonic() - began)
+
+    deltas = _Deltas(arrivals, sum(request.samples for request in requests), look)
 
     def end() -> None:
         if partial:
@@ -188,12 +181,38 @@ async def running(
         try:
             for feed in feeds:
                 await service.engine.submit(feed)
-            yield pieces()
+            yield deltas
         finally:
             timer.cancel()
-            if not ended:
+            if deltas.left:
                 for feed in feeds:
                     service.engine.cancel(feed)
+
+
+class _Deltas:
+    """What is new of texts until all have ended: no generator, which a cancelled wait would end with pieces unread.
+
+    Attributes:
+        left: texts that have not ended.
+    """
+
+    def __init__(
+        self, arrivals: Arrivals, texts: int, look: Callable[[int, Delta, bool, bool], None]
+    ) -> None:
+        self.left = texts
+        self._arrivals, self._look, self._first = arrivals, look, True
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Delta]:
+        if not self.left:
+            raise StopAsyncIteration
+        number, piece = await self._arrivals.get()
+        first, self._first = self._first, False
+        self.left -= piece.completion is not None
+        self._look(number, piece, first, not self.left)
+        return number, piece
 
 
 def _require_whole(request: Request, completion: Completion, partial: bool) -> None:
