@@ -65,7 +65,7 @@ class Passes:
         batches = [self._batches.batch(place) for place in places]
         waited = time.perf_counter() - begin
         tokens = passes * c.batch_size * c.seq_len
-        losses, counted = [], 0
+        found, counted = [], 0
         for place, batch in zip(places, batches, strict=True):
             if not ranks.alone:  # dropout's masks: of the pass and stretch, whatever the number of processes
                 stretch = f" {ranks.rank % ranks.axes.cp}" if ranks.context else ""
@@ -74,8 +74,9 @@ class Passes:
             with self._autocast:
                 nats = self._objective(*(x.to(self._device, non_blocking=True) for x in part))
             (nats / tokens).backward()
-            losses.append(float(nats.detach()))
+            found.append(nats.detach())
             counted += count(part[1])
+        losses = [float(nats) for nats in found]  # only now, for a number waits for the device
         square = share_of_square(list(self._objective.parameters()), ranks)
         total, targets, square_of_all = self._notices.sum(sum(losses), counted, square)
         if not math.isfinite(total):
