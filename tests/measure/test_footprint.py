@@ -149,3 +149,8 @@ def test_mistakes_are_those_of_the_run(texts):
         invoke(texts, "--dry-run", "--gpus", 3)
     with pytest.raises(UserError, match="--gpus, --memory is for --dry-run, which is not given"):
         invoke(texts, "--gpus", 3, "--memory", 2)
+    for option in ("--resume", "--resume-or-start", "--verify", "--profile"):
+        with pytest.raises(UserError, match=f"{option} is of a run, and --dry-run begins none; leave it out"):
+            invoke(texts, "--dry-run", option)
+    with pytest.raises(UserError, match="--checkpoint, --verify is of a run"):
+        invoke(texts, "--dry-run", "--verify", "--checkpoint", "best")

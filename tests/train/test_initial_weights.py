@@ -4,10 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
+from retnet.cli.train import command
 from retnet.convert import convert
 from retnet.data import Tokenizer
 from retnet.model import ModelConfig
+from retnet.model.cost import cost
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
 from retnet.train.progress import TrainingProgress
@@ -48,6 +51,17 @@ class TestInit:
         run = replace(tiny(config_file, start_from=str(tmp_path / "folder"), steps=2), model=ModelConfig())
         assert train(run, tmp_path / "new").finished
         assert load(RunConfig, tmp_path / "new/config.toml").model.d_model == 16
+
+    def test_a_dry_run_counts_the_model_of_the_weights_and_writes_nothing(self, config_file, tmp_path):
+        train(tiny(config_file, steps=1), tmp_path / "old")
+        (tmp_path / "new.toml").write_text("[data]\n")
+        before = sorted(tmp_path.rglob("*"))
+        words = [tmp_path / "new.toml", "--init", tmp_path / "old", "--dry-run", "--memory", 8]
+        words += ["--run-dir", tmp_path / "new"]
+        done = CliRunner().invoke(command, list(map(str, words)), catch_exceptions=False)
+        model = load(RunConfig, tmp_path / "old/config.toml").model
+        assert done.output.startswith(f"{cost(model).total:,} parameters")
+        assert sorted(tmp_path.rglob("*")) == before
 
     def test_resumed_without_the_source(self, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "old")

@@ -74,14 +74,25 @@ def command(
     from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
     from retnet.train.distributed import one_voice
+    from retnet.train.initial_weights import of_weights
     from retnet.train.progress import TrainingProgress
     from retnet.train.trainer import train
 
     path = config_path(config)
     changes = parse_overrides(overrides) | ({} if init is None else {"train.start_from": init})
     of_plan = {"--gpus": gpus, "--memory": memory, "--peak": peak, "--utilisation": utilisation}
+    of_run = {
+        "--resume": resume,
+        "--resume-or-start": resume_or_start,
+        "--checkpoint": checkpoint is not None,
+        "--verify": verify,
+        "--profile": profile,
+    }
     if dry_run:
-        _plan(load(RunConfig, path, changes), gpus, memory, peak or 989.0, utilisation or 0.4)
+        if named := [name for name, given in of_run.items() if given]:
+            raise UserError(f"{', '.join(named)} is of a run, and --dry-run begins none; leave it out")
+        planned, _ = of_weights(load(RunConfig, path, changes))
+        _plan(planned, gpus, memory, peak or 989.0, utilisation or 0.4)
         return
     keep_freed_memory()
     with one_voice() as speaks:

@@ -47,6 +47,24 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
         data = replace(config.data, tokenizer=str(tokenizer)) if tokenizer.is_file() else config.data
         train = replace(config.train, start_from=old.train.start_from)
         return replace(config, model=old.model, data=data, train=train)
+    config, tokenizer = of_weights(config)
+    if tokenizer is None:
+        return config
+    with run.writing():
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_bytes(run.path / TOKENIZER, tokenizer)
+    return replace(config, data=replace(config.data, tokenizer=str(run.path / TOKENIZER)))
+
+
+def of_weights(config: RunConfig) -> tuple[RunConfig, bytes | None]:
+    """A new run's configuration with the model of the weights it starts from, and their `tokenizer.json`; writes nothing.
+
+    Raises:
+        UserError: as `adopt`.
+    """
+    source = config.train.start_from
+    if source is None:
+        return config, None
     found = read(source)
     if config.model != ModelConfig():
         asked = replace(config.model, vocab_size=config.model.vocab_size or found.config.vocab_size)
@@ -56,21 +74,16 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
                 f"--init {source} holds another model than [model] describes: {'; '.join(other)}. "
                 "Leave [model] out to take that of the weights, or make it the same"
             )
-    model = replace(found.config, dropout=config.model.dropout)
-    config = replace(config, model=model)
-    if TOKENIZER not in found.tokenizer:
-        return config
-    if config.data.tokenizer != DataConfig().tokenizer:
+    config = replace(config, model=replace(found.config, dropout=config.model.dropout))
+    tokenizer = found.tokenizer.get(TOKENIZER)
+    if tokenizer is not None and config.data.tokenizer != DataConfig().tokenizer:
         given = Path(config.data.tokenizer)
-        if not given.is_file() or given.read_bytes() != found.tokenizer[TOKENIZER]:
+        if not given.is_file() or given.read_bytes() != tokenizer:
             raise UserError(
                 f"--init {source} was trained with a tokenizer of its own, and data.tokenizer is "
                 f"{config.data.tokenizer!r}; leave data.tokenizer out"
             )
-    with run.writing():
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(run.path / TOKENIZER, found.tokenizer[TOKENIZER])
-    return replace(config, data=replace(config.data, tokenizer=str(run.path / TOKENIZER)))
+    return config, tokenizer
 
 
 def fill(model: LanguageModel, config: RunConfig, run: RunDirectory) -> None:
