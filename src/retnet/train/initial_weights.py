@@ -43,8 +43,8 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
                 f"{run.path} was begun {began} and goes on with its own, so --init {source} would not be read; leave it "
                 "out, or begin another run with it in another --run-dir"
             )
-        tokenizer = run.path / TOKENIZER
-        data = replace(config.data, tokenizer=str(tokenizer)) if tokenizer.is_file() else config.data
+        own = run.path / TOKENIZER
+        data = replace(config.data, tokenizer=str(own)) if own.is_file() else config.data
         train = replace(config.train, start_from=old.train.start_from)
         return replace(config, model=old.model, data=data, train=train)
     config, tokenizer = of_weights(config)
