@@ -39,6 +39,16 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     assert "finds no GPU here; --rehearse runs everything" in capsys.readouterr().err
 
 
+def test_what_it_takes_to_begin_is_a_part_of_the_call(tmp_path, monkeypatch):
+    """Importing torch, that is, before anything is planned."""
+    days = []
+    monkeypatch.setattr(command, "_no_gpu", lambda: time.sleep(0.5) or "")
+    monkeypatch.setattr(command, "_run", lambda day: days.append(day) or True)
+    began = time.time()
+    assert command.main(["--minutes", "1", "--only", "machine", "--out", str(tmp_path)]) == 0
+    assert days[0].end == pytest.approx(began + 60, abs=0.2)
+
+
 def test_the_study_of_a_rehearsal_can_be_trained(tmp_path, monkeypatch):
     """Its models are those of the study, made small."""
     from retnet.measure import footprint

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from retnet.measure.summary import Summary
 from tools.gpu_day import __main__ as command
 from tools.gpu_day import identity, page
 from tools.gpu_day.notebook import Notebook, attempts
@@ -72,6 +73,23 @@ def test_a_part_that_was_cut_short_hides_no_other(tmp_path):
     text = page.write_page(tmp_path, True).read_text(encoding="utf-8")
     assert "The record of ceilings cannot be shown: KeyError" in text
     assert "a card" in text
+
+
+def test_a_chapter_that_cannot_be_shown_hides_no_other(tmp_path, monkeypatch):
+    """Its parts can be shown one by one, and not together."""
+    from tools.gpu_day import train
+
+    def summarise(parts):
+        return Summary(findings=(f"{len(parts)} is fine",)) if len(parts) < 2 else Summary(parts[None])
+
+    monkeypatch.setattr(train, "summarise", summarise)
+    book = Notebook(tmp_path, "train", True)
+    for name in ("1.3B", "350M"):
+        book.begin(name)
+        book.finish(name, {"rows": []})
+    [(title, shown)] = page.chapters(tmp_path, True)[1:]
+    assert title.startswith("Train")
+    assert shown.findings == ("The record of train cannot be shown: KeyError: None.",)
 
 
 def test_both_attempts_stay(tmp_path):

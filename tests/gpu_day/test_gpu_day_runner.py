@@ -5,15 +5,17 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import ANY
 
 import psutil
 import pytest
+import torch
 
 from retnet.settings import UserError
 from tests.helpers.gpu_day import gone, part
-from tools.gpu_day import plan, runner
+from tools.gpu_day import plan, runner, step
 from tools.gpu_day.notebook import Notebook
 from tools.gpu_day.runner import Day
 
@@ -125,6 +127,22 @@ class TestRunner:
         assert not one.run()
         assert any("was not reached (status 5)" in line for line in self.said)
 
+    def test_a_part_for_which_too_little_time_is_left_is_left_to_another_call(self, day, monkeypatch):
+        """Not taken for one that failed."""
+        monkeypatch.setattr(plan, "START", 0.0)
+        monkeypatch.setattr(
+            plan, "PARTS", [part("ops", "a", 1, 1), part("ops", "b", 1, 1)._replace(least=3.0)]
+        )
+        one = day("    if name == 'b':\n        sys.exit(0)\n    time.sleep(3)", seconds=5.2)
+        one.out.joinpath("step.py").write_text(
+            one.out.joinpath("step.py").read_text().replace("for name in sys.argv[1:]:", "for name in 'a':")
+        )
+        monkeypatch.setattr(plan, "PATIENCE", 20.0)
+        assert one.run()
+        assert self.states(one) == {"a": "done"}
+        assert one.failed == set()
+        assert "ops: b was not reached; another call does it" in self.said
+
     @pytest.mark.parametrize("how", ["time", "stopped"])
     def test_it_ends_in_time_and_when_it_is_told_to(self, day, monkeypatch, how):
         monkeypatch.setattr(plan, "START", 0.0)
@@ -138,6 +156,19 @@ class TestRunner:
         why = "the call's time was over" if how == "time" else "the call was stopped"
         assert Notebook(one.out, "ops", False).parts() == {"a": ANY}
         assert Notebook(one.out, "ops", False).parts()["a"]["why"] == why
+
+
+def test_a_step_begins_nothing_for_which_too_little_time_is_left(tmp_path):
+    """A study needs some to begin before it can be told to stop."""
+    begun = []
+    runs = {name: lambda place: begun.append(place.part) or {} for name in ("architectures", "second-seed")}
+    book = Notebook(tmp_path, "quality", True)
+    for left in (60, 100):
+        given = Namespace(
+            step="quality", parts=["second-seed"], until=time.time() + left, rehearse=True, out=tmp_path
+        )
+        assert step._work(given, book, runs, torch.device("cpu")) == 0
+        assert begun == (["second-seed"] if left == 100 else [])
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Winners of the tile table: what becomes of them, and what they are checked at."""
 
 import time
+from concurrent.futures import BrokenExecutor, Future
+from functools import cache
 
 import pytest
 import torch
@@ -86,6 +88,83 @@ def test_each_process_compiles_its_share_and_all_of_them_everything():
         shares = [share(range(48), n, count) for n in range(count)]
         assert sorted(x for one in shares for x in one) == list(range(48))
         assert all(share(range(6), n, count) for n in range(count))
+
+
+class Compilers:
+    """Stands for the processes: each answer is that of a candidate, None that of one which is never compiled."""
+
+    def __init__(self, *answers):
+        self.answers, self.ended = iter(answers), False
+
+    def submit(self, compile_all, tiles):
+        future = Future()
+        future.set_running_or_notify_cancel()
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        elif answer is not None:
+            future.set_result(answer)
+        return future
+
+    def map(self, *_, **__):
+        return []
+
+    def shutdown(self, **_):
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("answers", "ready", "replaced"),
+    [
+        ((True, None, True), [0, 2], False),  # its time was over
+        ((True, False, True), [0, 2], True),  # has lost the card
+        ((True, BrokenExecutor(), BrokenExecutor()), [0, 1, 2], True),  # has died
+    ],
+    ids=["slow", "lost", "dead"],
+)
+def test_a_compiler_that_is_gone_costs_no_row(monkeypatch, place, answers, ready, replaced):
+    from tools.gpu_day import tune
+
+    made = []
+    monkeypatch.setattr(tune, "_compilers", cache(lambda rehearsal: made.append(1) or Compilers(*answers)))
+    batch = [(8192, 2), (8192, 4), (8192, 8)]
+    found = tune._compiled(lambda tiles: True, batch, place, time.time() + 1)
+    assert found == [batch[n] for n in ready]
+    tune._compilers(place.rehearsal)
+    assert len(made) == 1 + replaced
+
+
+@pytest.mark.parametrize("fails", ["passes", "run"])
+def test_a_candidate_that_fails_says_whether_its_process_has_the_card(monkeypatch, fails):
+    from tools.gpu_day import tune
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "passes", broken if fails == "passes" else lambda *_: [broken])
+    asked = []
+    monkeypatch.setattr(tune, "usable", lambda device: asked.append(device) or False)
+    assert tune._compile("step", "cpu", ((16, 32),), [1024, 2]) is False
+    assert asked == [torch.device("cpu")]
+
+
+def test_a_row_for_which_nothing_could_be_tried_is_searched_again(monkeypatch, tmp_path):
+    from tools.gpu_day import tune
+
+    book = Notebook(tmp_path, "tune", False)
+    book.begin("step")
+    now = time.time()
+    place = Place(tmp_path, False, torch.device("cpu"), book, "step", now + 60, 20.0, now + 60)
+    monkeypatch.setattr(tune, "_compilers", cache(lambda rehearsal: Compilers(*[None] * 100)))
+    monkeypatch.setattr(tune, "CHECK", 19.5)
+    monkeypatch.setattr(tune, "passes", lambda *_: [lambda: None])
+    monkeypatch.setattr(tune, "_seconds", lambda *_: 1.0)
+    with pytest.raises(StoppedError, match="no other tiles could be tried"):
+        tune.search("step", place)
+    assert tune.summarise({"step": book.parts()["step"]["found"]}).findings == ()
+    monkeypatch.setattr(tune, "CHECK", 10.0)
+    monkeypatch.setattr(tune, "_compilers", cache(lambda rehearsal: Compilers(*[True] * 100)))
+    assert len(tune.search("step", place)["tried"]) > 2
 
 
 @pytest.fixture

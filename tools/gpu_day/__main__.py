@@ -30,6 +30,7 @@ DISK = 12 << 30  # bytes that a day leaves at most: checkpoints of the study, pr
 
 def main(arguments: list[str] | None = None) -> int:
     """0 if all that was tried was done, 1 if something failed or was stopped, 2 if nothing could begin."""
+    began = time.time()  # what torch takes to be imported is a part of the call
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_day", description="Measures everything on a GPU. Called again, it goes on."
     )
@@ -52,13 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not 1 <= given.minutes < 24 * 60:
         parser.error(f"--minutes is {given.minutes:g}; allowed: from 1 to a day's 1,440")
     try:
-        return _day(given)
+        return _day(given, began + 60 * given.minutes)
     except UserError as error:
         parser.error(str(error))
 
 
-def _day(given: argparse.Namespace) -> int:
-    """The whole call; its exit status.
+def _day(given: argparse.Namespace, end: float) -> int:
+    """The whole call, until `end` as `time.time` counts; its exit status.
 
     Raises:
         UserError: it cannot begin, or records cannot be read or written.
@@ -75,7 +76,7 @@ def _day(given: argparse.Namespace) -> int:
         )
     if not given.rehearse and not given.dry_run and (why := _no_gpu()):
         raise UserError(f"{why}; --rehearse runs everything on this machine's CPU, at sizes that say nothing")
-    day = Day(out, given.rehearse, 60 * given.minutes, given.only or list(plan.STEPS), _say)
+    day = Day(out, given.rehearse, end - time.time(), given.only or list(plan.STEPS), _say)
     _print_plan(day, given.minutes)
     if given.dry_run:
         return 0

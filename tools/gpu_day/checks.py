@@ -96,6 +96,11 @@ class Worker:
                 pipe.close()  # type: ignore[union-attr]
 
 
+def patience(place: Place) -> float:
+    """Seconds that a case may take."""
+    return REHEARSED_SECONDS if place.rehearsal else CASE_SECONDS
+
+
 @cache
 def _workers(device: torch.device, count: int) -> list[Worker]:
     """Those of all parts of a step, ended with it."""
@@ -138,7 +143,7 @@ class Checks:
 
     def _ask(self, worker: Worker, case: Case) -> Answer | None:
         """What comes of a case; None if its part had to end before it had its time, for then nothing is known of it."""
-        most = REHEARSED_SECONDS if self._place.rehearsal else CASE_SECONDS
+        most = patience(self._place)
         left = self._place.ended - MARGIN - time.time()
         if left <= 0 or ((answer := worker.ask(case, min(most, left))) is None and left < most):
             return None

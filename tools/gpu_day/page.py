@@ -129,7 +129,11 @@ def _chapter(step: str, record: dict[str, Any]) -> tuple[str, Summary]:
             parts |= one
         except BROKEN as error:
             broken.append(f"The record of {name} cannot be shown: {type(error).__name__}: {error}.")
-    shown: Summary = module.summarise(parts)
+    shown = Summary()
+    try:  # parts that can be shown each need not go together
+        shown = module.summarise(parts)
+    except BROKEN as error:
+        broken.append(f"The record of {step} cannot be shown: {type(error).__name__}: {error}.")
     return _title(step), replace(shown, findings=(*broken, *shown.findings))
 
 

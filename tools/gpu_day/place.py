@@ -60,6 +60,18 @@ class StoppedError(Exception):
     """A part ended early, as it was told to, and can go on later; its text says what is left."""
 
 
+def usable(device: torch.device) -> bool:
+    """Whether the card still answers this process, and holds no memory of what failed."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        return bool(torch.ones(1, device=device).item() == 1.0)
+    except RuntimeError:
+        return False
+
+
 def interpret_exactly() -> None:
     """In a rehearsal: the interpreter computes bf16 as a GPU does."""
     if os.environ.get("TRITON_INTERPRET") == "1":

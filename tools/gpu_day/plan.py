@@ -21,7 +21,7 @@ GRACE = 75.0  # seconds that a step has to stop in an orderly way; a study has 6
 DAY = 4  # the last rank of a day; what comes behind it is more than was asked for
 GLANCE = 0.5  # seconds between looks at another process
 PATIENCE = 3.0  # times its estimate that a part may take
-AT_LEAST = 60.0  # seconds that it may take anyhow
+AT_LEAST = 85.0  # seconds that it may take anyhow: a case of `verify` that hangs is named after 60
 SLOWER = 4.0  # times as long may a part take in a rehearsal, whose machine may have more to do
 POISONED = 3  # status of a step that has left the card unusable for itself
 UNWRITABLE = 4  # and of one whose record cannot be written
@@ -57,6 +57,10 @@ class Part(NamedTuple):
     def most(self, rehearsal: bool = False) -> float:
         """Seconds after which it is ended; one that can stop at any time knows its end itself."""
         return max(AT_LEAST, PATIENCE * self.seconds) * (SLOWER if rehearsal else 1.0)
+
+    def is_worth(self, seconds: float) -> bool:
+        """Whether it is begun where so much is left; half of `least`, for its process took some of what was planned."""
+        return seconds > self.least / 2
 
 
 # Seconds are reckoned, not seen: a kernel takes a core 1.2 s to compile (seen here, on an EPYC), 14 cores compile at a time;

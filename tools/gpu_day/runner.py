@@ -120,7 +120,7 @@ class Day:
             end = notebook.stop if why in (TIME_OVER, CALL_STOPPED) else notebook.fail
             end(cut, why or f"the process ended with status {process.returncode}; see {log.name}")
         after = notebook.parts()
-        for name in names:
+        for name, part in zip(names, parts, strict=True):
             now = after.get(name, {})
             state = (
                 now.get("state") if now.get("began", 0.0) >= since else None
@@ -132,7 +132,7 @@ class Day:
                 self.say(
                     f"{step}: {name} {state}{': ' + now['why'].splitlines()[0] if now.get('why') else ''}"
                 )
-            elif time.time() >= self.end - plan.PAGE:
+            elif not part.is_worth(self.end - plan.PAGE - time.time()):
                 self.say(f"{step}: {name} was not reached; another call does it")
             elif (
                 process.returncode != POISONED and cut is None

@@ -23,7 +23,7 @@ import torch
 from retnet.errors import UserError
 from tools.gpu_day import family
 from tools.gpu_day.notebook import Notebook
-from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly
+from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly, usable
 from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, find
 
 REHEARSED = 120.0  # seconds of a part in a rehearsal, whatever a card would take
@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], device: torch.device) -> int:
     for name in given.parts:
         part, now = find(given.step, name), time.time()
-        if now >= given.until:  # what came before took longer: this one and the next are left to another call
+        if not part.is_worth(given.until - now):  # what came before took longer: it is left to another call
             print(f"{given.step} {name}: no time is left", file=sys.stderr, flush=True)
-            break
+            continue
         print(f"{given.step} {name}: begins", file=sys.stderr, flush=True)
         seconds = REHEARSED if given.rehearse else given.until - now if part.least else part.seconds
         notebook.begin(name)
@@ -73,7 +73,7 @@ def _work(given: argparse.Namespace, notebook: Notebook, runs: dict[str, Run], d
         except Exception as error:  # whatever it is, the other parts are worth doing
             traceback.print_exc()
             notebook.fail(name, f"{type(error).__name__}: {error}")
-            if not _usable(device):
+            if not usable(device):
                 return POISONED
     return 0
 
@@ -94,18 +94,6 @@ def _end_without(starter: int) -> None:
         words = [sys.executable, "-m", "tools.gpu_day.family", mark]
         subprocess.Popen(words, env=environment, start_new_session=True).wait()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the card still answers this process, and holds no memory of what failed."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        return bool(torch.ones(1, device=device).item() == 1.0)
-    except RuntimeError:
-        return False
 
 
 if __name__ == "__main__":

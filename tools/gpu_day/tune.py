@@ -10,7 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+from contextlib import suppress
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,11 +27,12 @@ from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import Case, replaced
 from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found, file_name
-from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly
+from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly, usable
 from tools.gpu_day.tiles import NUM_HEADS, TOKENS, WIDTHS, Pass, Tiles, neighbours, passes
 from tools.gpu_day.verify import HEADS, TYPES, base, of_heads, tiny
 
 AT_ONCE = 14  # candidates compiled at a time
+WAKING = 30.0  # seconds that the processes which compile have to begin
 CHECK = 10.0  # seconds kept for checking the best
 GAIN = 0.98  # of the time in use that a winner takes at most: less is noise
 SINGLE = ("state", "step")  # kernels with one row in the table
@@ -46,7 +48,7 @@ def search(kind: str, place: Place) -> Found:
     """Climbs from the row in use as long as there is time, and checks where it has come to against fp64.
 
     Raises:
-        StoppedError: there was no time to check it; another attempt begins anew, its kernels compiled.
+        StoppedError: there was no time to try any other, or to check it; another attempt begins anew, its kernels compiled.
     """
     found = climb(kind, place)
     if found["best"] == found["start"]:
@@ -99,7 +101,12 @@ def shapes_of(kind: str, name: str, rows: dict[str, Any]) -> list[tuple[int, int
 
 
 def climb(kind: str, place: Place) -> Found:
-    """The best row found, noted after every batch; compiles candidates in several processes beforehand."""
+    """The best row found, noted after every batch; compiles candidates in several processes beforehand.
+
+    Raises:
+        StoppedError: no other could be tried.
+    """
+    _wake(place)
     until, device = time.time() + 60 * place.minutes - CHECK * (not place.rehearsal), place.device
     shapes, tokens, heads = (((16, 32),), 32, 1) if place.rehearsal else (HEADS, TOKENS, NUM_HEADS)
     name = tile_table.family(capability.architecture(device))
@@ -117,9 +124,9 @@ def climb(kind: str, place: Place) -> Found:
         before = best
         for first in range(0, 2 if place.rehearsal else len(waiting), AT_ONCE):
             batch = waiting[first : first + (2 if place.rehearsal else AT_ONCE)]
-            if not _compiled(compile_all, batch, place, until):
-                break
-            for tiles in batch:
+            for tiles in (ready := _compiled(compile_all, batch, place, until)):
+                if time.time() > place.ended - 2 * CHECK:  # one that is compiled as it is timed takes long
+                    break
                 times = _times(runs, device, name, kind, tiles)
                 tried[tiles] = _mean(times, began) if times else math.inf
                 if tried[tiles] < GAIN * ratio:
@@ -131,8 +138,12 @@ def climb(kind: str, place: Place) -> Found:
                 "tried": [{"tiles": list(tiles), "ratio": ratio} for tiles, ratio in tried.items()],
             }
             place.note(found)
+            if len(ready) < len(batch) and time.time() > until:
+                break
         if best == before or place.rehearsal or time.time() > until:
             break
+    if len(tried) < 2 and not place.rehearsal:
+        raise StoppedError("no other tiles could be tried in its time")
     again = _times(runs, device, name, kind, start)  # the beginning once more: how far times wander
     return {**found, "start again": _mean(again, began) if again else None}
 
@@ -212,17 +223,35 @@ class _changed:  # noqa: N801
 
 
 def _compiled(
-    compile_all: Callable[[list[int]], None], batch: Sequence[Tiles], place: Place, until: float
-) -> bool:
-    """Compiles candidates before any of them is timed; whether there was time for it."""
+    compile_all: Callable[[list[int]], bool], batch: Sequence[Tiles], place: Place, until: float
+) -> list[Tiles]:
+    """Compiles candidates before any of them is timed; those that there was time for.
+
+    Compilers are replaced when one of them has died (what it was at is then compiled as it is timed), or has lost the card:
+    then the candidates it was given are left out, for they would take the card from this process as well.
+    """
     if time.time() > until:
-        return False
+        return []
+    if (pool := _compilers(place.rehearsal)) is None:
+        return list(batch)
+    try:
+        begun = [pool.submit(compile_all, list(tiles)) for tiles in batch]
+        wait(begun, max(1.0, until - time.time()))
+        answers = [None if one.cancel() or not one.done() else one.result() for one in begun]
+    except BrokenExecutor:
+        _compilers.cache_clear()
+        return list(batch)
+    if False in answers:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _compilers.cache_clear()
+    return [tiles for tiles, compiled in zip(batch, answers, strict=True) if compiled]
+
+
+def _wake(place: Place) -> None:
+    """Waits until all compilers have imported torch and met the card: no row is charged with it."""
     if (pool := _compilers(place.rehearsal)) is not None:
-        try:
-            list(pool.map(compile_all, map(list, batch), timeout=max(1.0, until - time.time())))
-        except (TimeoutError, BrokenExecutor):
-            return False
-    return True
+        with suppress(TimeoutError, BrokenExecutor):  # the next batch finds out
+            list(pool.map(usable, [place.device] * AT_ONCE, timeout=WAKING))
 
 
 @cache
@@ -232,18 +261,18 @@ def _compilers(rehearsal: bool) -> ProcessPoolExecutor | None:
     return None if rehearsal or count < 2 else ProcessPoolExecutor(count, get_context("spawn"))
 
 
-def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles: list[int]) -> None:
-    """Runs every pass once on few tokens, which leaves its kernel in the cache."""
+def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles: list[int]) -> bool:
+    """Runs every pass once on few tokens, which leaves its kernel in the cache; whether this process still has the card."""
     interpret_exactly()
     where = torch.device(device)
-    name = tile_table.family(capability.architecture(where))
-    with _changed(name, _rows(kind, tiles)):
-        for run in passes(kind, where, 512, NUM_HEADS, shapes):
-            try:
+    try:
+        name = tile_table.family(capability.architecture(where))
+        with _changed(name, _rows(kind, tiles)):
+            for run in passes(kind, where, 512, NUM_HEADS, shapes):
                 run()
-            except Exception as error:
-                print(f"{kind} {tuple(tiles)}: {type(error).__name__}")
-                return
+    except Exception as error:
+        print(f"{kind} {tuple(tiles)}: {type(error).__name__}: {str(error)[:200]}")
+    return usable(where)
 
 
 PARTS: dict[str, Run] = {
@@ -294,7 +323,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         source = patch(next(iter(searched.values()))["architecture"], searched).splitlines()
         lines = tuple((str(n + 1), line.strip()) for n, line in enumerate(source))
         tables.append(Table("For src/retnet/ops/triton/tile_table.py", ("line", "source"), lines))
-    elif searched and not findings:
+    elif any(len(found["tried"]) > 1 for found in searched.values()) and not findings:
         findings.append("No tiles were faster than those in the table by more than 2 %.")
     return Summary(tuple(tables), (), tuple(findings))
 

@@ -21,7 +21,7 @@ from retnet.ops.triton import tile_table
 from retnet.settings import UserError
 from retnet.tables import MISSING, Table
 from tools.gpu_day.cases import Case
-from tools.gpu_day.checks import Checks, group_of
+from tools.gpu_day.checks import MARGIN, Checks, group_of, patience
 from tools.gpu_day.notebook import Found
 from tools.gpu_day.place import Place, Run, StoppedError
 
@@ -166,7 +166,9 @@ def far() -> Iterator[Case]:
 
 
 def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Found:
-    """Checks cases until they or the time of the part are used up, or those that the last attempt missed; plain data.
+    """Checks cases, or those that the last attempt missed, as long as the part may take; plain data.
+
+    Random ones, which have no end, are checked for as long as was planned; of others, each has its full time.
 
     Raises:
         UserError: the comparisons cannot be imported.
@@ -180,9 +182,9 @@ def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Foun
     )  # none were missed: all are in the record already
     if place.rehearsal:
         some = _some_of_each(some)
-    found = Checks(place, some if endless and not place.rehearsal else list(some), place.note).run(
-        time.time() + 60 * place.minutes
-    )
+    planned, last = time.time() + 60 * place.minutes, place.ended - MARGIN - patience(place)
+    checks = Checks(place, some if endless and not place.rehearsal else list(some), place.note)
+    found = checks.run(planned if endless else max(planned, last))
     if found["missed"]:
         raise StoppedError(f"{len(found['missed'])} of its cases were not reached")
     return found
