@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from retnet.cli.train import command
+from retnet.data import Tokenizer
 from retnet.measure.footprint import changes, footprint, nearest_fit
 from retnet.mixers import SoftmaxConfig
 from retnet.model import ModelConfig
@@ -112,8 +113,24 @@ class TestNearestFit:
 
     def test_cuts_no_mixer_that_needs_whole_sequences(self):
         whole = replace(RUN, model=replace(RUN.model, mixer=SoftmaxConfig()))
-        found = nearest_fit(whole, 2, 0.02 * footprint(whole, 2).memory.peak)
-        assert found is None or found[0].parallel.cp == 1
+        with pytest.raises(
+            UserError, match=r"parallel\.cp is 2, but the mixer 'softmax' needs whole sequences"
+        ):
+            footprint(replace(whole, parallel=ParallelConfig(cp=2)), 2)
+        whole = replace(whole, train=replace(whole.train, batch_size=1, accumulate=2))
+        cut = replace(RUN, train=whole.train)
+        for run, stretches in (
+            (cut, 2),
+            (whole, None),
+        ):  # of two passes, four processes can share by cutting only
+            shared = replace(run, train=replace(run.train, activation_checkpointing=True))
+            found = nearest_fit(run, 2, footprint(shared, 2).memory.peak - 1)
+            assert (found and found[0].parallel.cp) == stretches
+
+    def test_keeps_a_shard_that_is_set_in_step_with_the_others(self):
+        held = replace(RUN, parallel=ParallelConfig(replicate=2, shard=1))
+        run, processes = nearest_fit(held, 2, footprint(held, 2).memory.peak - 1)
+        assert (changes(held, run), processes) == ("--parallel.replicate 1 --parallel.shard 2", 2)
 
     def test_none_where_nothing_fits(self):
         assert nearest_fit(RUN, 1, 1000.0) is None
@@ -126,6 +143,48 @@ def invoke(*words):
     return done.output
 
 
+def taken(said, words):
+    """Words of the command line with those that a dry run advises in place of their own."""
+    advised = shlex.split(said.splitlines()[-1].partition(" with ")[2])
+    assert advised
+    pairs = [*zip(words[::2], words[1::2], strict=True), *zip(advised[::2], advised[1::2], strict=True)]
+    return [word for pair in dict(pairs).items() for word in pair]
+
+
+@pytest.mark.parametrize("memory", [0.128, 0.1])
+def test_advice_is_taken_where_shard_is_set(memory, texts):
+    words = ["--parallel.shard", 2, "--gpus", 2, "--train.batch_size", 1, "--train.accumulate", 8]
+    words += ["--model.vocab_size", 100_000, "--memory", memory]
+    said = invoke(texts, "--dry-run", *words)
+    again = taken(said, words)
+    assert "--parallel.shard" in said.splitlines()[-1]
+    assert "\nfits: " in invoke(texts, "--dry-run", *again)
+
+
+def test_vocabulary_is_that_of_the_tokenizer_that_is_there(texts, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    words = ["--dry-run", "--memory", 1, "--data.tokenizer", file]
+    assert "counted with 257, that of bytes" in invoke(texts, *words)
+    Tokenizer.train(["a b c the quick brown fox"], 260).save(file)
+    assert f"counted with 260, that of {file}" in invoke(texts, *words)
+    assert "counted with" not in invoke(texts, "--dry-run", "--memory", 1, "--data.tokenizer", "bpe:300")
+
+
+def test_precision_and_memory_are_those_of_the_run(texts, monkeypatch):
+    """A plan for this machine asks it; one for another takes its GPUs to have bf16."""
+    monkeypatch.setattr("retnet.host.memory_of", lambda device: 3_000_000_000)
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr("retnet.host.choose_precision", lambda asked, device, said=precision: said)
+        said = invoke(texts, "--dry-run", "--train.precision", "auto", "--train.device", "cpu")
+        assert f" parameters in {precision} on" in said
+        assert " of 3 GB" in said
+    elsewhere = ("--dry-run", "--memory", 2, "--train.precision", "auto")
+    assert " in bf16 on" in invoke(texts, *elsewhere)
+    assert " in fp32 on" in invoke(texts, *elsewhere, "--train.device", "cpu")
+    with pytest.raises(UserError, match=r"'cuda:99' cannot be used here.*another machine takes its --memory"):
+        invoke(texts, "--dry-run", "--train.device", "cuda:99")
+
+
 def test_dry_run_says_what_fits_and_does_nothing(texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -135,12 +194,8 @@ def test_dry_run_says_what_fits_and_does_nothing(texts, tmp_path, monkeypatch):
     assert " of 80 GB" in said
     said = invoke(texts, "--dry-run", "--memory", 0.002, "--train.batch_size", 8, "--model.vocab_size", 2000)
     assert ", and each process has 0.002" in said
-    words = shlex.split(said.splitlines()[-1].partition(" with ")[2])
-    again = {"--train.batch_size": "8", "--model.vocab_size": "2000"} | dict(
-        zip(words[::2], words[1::2], strict=True)
-    )
-    flat = [word for pair in again.items() for word in pair]
-    assert "\nfits: " in invoke(texts, "--dry-run", "--memory", 0.002, *flat)
+    flat = ["--train.batch_size", 8, "--model.vocab_size", 2000]
+    assert "\nfits: " in invoke(texts, "--dry-run", "--memory", 0.002, *taken(said, flat))
     assert sorted(tmp_path.rglob("*")) == before
 
 

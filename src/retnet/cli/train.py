@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
@@ -12,6 +12,8 @@ from retnet.settings import UserError, config_path, load, parse_overrides
 
 if TYPE_CHECKING:
     from retnet.train.config import RunConfig
+
+Precision = Literal["fp32", "bf16"]
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
@@ -115,28 +117,26 @@ def command(
 
 def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float, utilisation: float) -> None:
     """What a run takes of each process, as tables, and the nearest run that fits if it does not."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from rich.console import Console
 
     from retnet.measure.footprint import changes, footprint, nearest_fit, with_vocabulary
-    from retnet.measure.memory import total_memory
     from retnet.tables import print_table
 
-    if config.train.precision == "auto":
-        bf16 = config.train.device != "cpu"
-        config = replace(config, train=replace(config.train, precision="bf16" if bf16 else "fp32"))
+    precision, there = _here(config) if memory is None else (_elsewhere(config), memory * 1e9)
+    config = replace(config, train=replace(config.train, precision=precision))
     p = config.parallel
     processes = gpus or p.replicate * (p.shard or 1) * p.cp
-    there = memory * 1e9 if memory else float(total_memory())
+    given, config = config, replace(config, model=with_vocabulary(config))  # read once
     found, console = footprint(config, processes), Console(highlight=False)
-    axes = " × ".join(f"{name} {size}" for name, size in vars(found.axes).items())
+    axes = " × ".join(f"{name} {size}" for name, size in asdict(found.axes).items())
     click.echo(
         f"{found.parameters:,} parameters in {config.train.precision} on {processes} processes: {axes}"
     )
-    if config.model.vocab_size is None and config.data.learned_vocab is None:
-        vocabulary = with_vocabulary(config).vocab_size
-        click.echo(f"model.vocab_size is not set: counted with {vocabulary}, that of bytes")
+    if given.model.vocab_size is None and given.data.learned_vocab is None:
+        whose = given.data.tokenizer if Path(given.data.tokenizer).exists() else "bytes"
+        click.echo(f"model.vocab_size is not set: counted with {config.model.vocab_size}, that of {whose}")
     for table in found.tables():
         print_table(table, console)
     hours = found.hours(processes * peak * 1e12 * utilisation)
@@ -152,3 +152,22 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     run, number = nearest
     words = " ".join(filter(None, (f"--gpus {number}" if number != processes else "", changes(config, run))))
     click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.3g} GB with {words}")
+
+
+def _here(config: RunConfig) -> tuple[Precision, float]:
+    """Precision of a run on this machine, as `train` decides it, and bytes of its device."""
+    from retnet import host
+
+    try:
+        device = host.choose_device(config.train.device)
+    except UserError as error:
+        raise UserError(f"{error}; a plan for another machine takes its --memory") from None
+    precision = cast("Precision", host.choose_precision(config.train.precision, device))
+    return precision, float(host.memory_of(device))
+
+
+def _elsewhere(config: RunConfig) -> Precision:
+    """Precision on a machine that cannot be asked: GPUs are taken to have bf16."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "fp32" if config.train.device == "cpu" else "bf16"

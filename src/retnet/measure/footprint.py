@@ -11,10 +11,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 
+from retnet.data import Tokenizer
 from retnet.measure.memory import kept_for_backward, most_alive
 from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
@@ -100,10 +102,10 @@ def _rows(sizes: dict[str, int]) -> tuple[tuple[str, str], ...]:
 
 
 def footprint(config: RunConfig, processes: int) -> Footprint:
-    """Counts a run on so many processes. Where only a file knows the size of the vocabulary, that of bytes is taken.
+    """Counts a run on so many processes.
 
     Raises:
-        UserError: processes that cannot share the run so, as `retnet train` has it.
+        UserError: processes that cannot share the run so, as `retnet train` has it; or an unreadable tokenizer.
     """
     axes = config.parallel.of(processes)
     check_cut(config)
@@ -118,8 +120,14 @@ def footprint(config: RunConfig, processes: int) -> Footprint:
 
 
 def with_vocabulary(config: RunConfig) -> ModelConfig:
-    """The model with a vocabulary: its own, that to be learned, or that of bytes."""
-    size = config.model.vocab_size or config.data.learned_vocab or 257
+    """The model with a vocabulary: its own, that to be learned, that of the tokenizer's file, or where none is, of bytes.
+
+    Raises:
+        UserError: the file is there and no tokenizer.
+    """
+    size, tokenizer = config.model.vocab_size or config.data.learned_vocab, config.data.tokenizer
+    if size is None:
+        size = Tokenizer.load(tokenizer if Path(tokenizer).exists() else "bytes").vocab_size
     return replace(config.model, vocab_size=size)
 
 
@@ -289,8 +297,10 @@ def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
                     ramp_from=c.ramp_from * split if c.ramp_steps else c.ramp_from,
                 )
                 for replicate in dict.fromkeys((axes.replicate, 1)):
-                    mesh = ParallelConfig(replicate=replicate, cp=cp)
-                    yield replace(config, train=train, parallel=mesh)
+                    left, rest = divmod(processes, replicate * cp)
+                    if not rest:  # a `shard` that is set changes with the others
+                        mesh = ParallelConfig(replicate, axes.shard and left, cp)
+                        yield replace(config, train=train, parallel=mesh)
 
 
 def _powers(most: int) -> Iterator[int]:

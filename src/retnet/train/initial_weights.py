@@ -47,12 +47,12 @@ def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
         data = replace(config.data, tokenizer=str(own)) if own.is_file() else config.data
         train = replace(config.train, start_from=old.train.start_from)
         return replace(config, model=old.model, data=data, train=train)
-    config, tokenizer = of_weights(config)
-    if tokenizer is None:
+    config, content = of_weights(config)
+    if content is None:
         return config
     with run.writing():
         run.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(run.path / TOKENIZER, tokenizer)
+        write_bytes(run.path / TOKENIZER, content)
     return replace(config, data=replace(config.data, tokenizer=str(run.path / TOKENIZER)))
 
 
