@@ -96,9 +96,9 @@ PARTS = (
     Part("decode", "steps", 20, 1, "the step of the op, batch 1 to 256, share of bandwidth"),
     Part("decode", "1.3B", 42, 1, "a model of 1.3 B parameters, batch 1 to 256, beside a Llama at 2k, 8k, 32k"),
     Part("decode", "350M", 25, 3, "the same with 350 M"),
-    # 9 s a round of three kinds and lengths, four times, and 12 of making both models and compiling
-    Part("train", "1.3B", 48, 1, "1.3 B parameters at 2,048, 8,192 and 32,768 tokens, eagerly"),
-    Part("train", "350M", 20, 3, "350 M parameters, eagerly"),
+    # 9 s a round of three kinds and lengths, four times, and 14 of making both models, anew for each length, and compiling
+    Part("train", "1.3B", 50, 1, "1.3 B parameters at 2,048, 8,192 and 32,768 tokens, eagerly"),
+    Part("train", "350M", 21, 3, "350 M parameters, eagerly"),
     # three graphs of 12 s, forward and backward, and 4 s a round
     Part("train", "1.3B-compiled", 50, 3, "1.3 B at 8,192 tokens under torch.compile"),
     Part("train", "350M-compiled", 40, 3, "350 M at 8,192 tokens under torch.compile"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ from retnet.measure.summary import Summary
 from retnet.model import ModelConfig
 from retnet.paper import TRAINING_COST
 from retnet.settings import build
+from retnet.studies.protocols import Result
 from retnet.studies.study import load_study
 from retnet.studies.study_files import find_study
 from retnet.studies.training import ModelSize, TrainingGrid, TrainingMeasure, speed
@@ -16,7 +18,7 @@ from retnet.studies.training_summary import FLASH, OURS, PLAIN, faster
 from retnet.studies.training_summary import summarise as summary_of
 from retnet.tables import MISSING, Table
 from tools.gpu_day.notebook import Found
-from tools.gpu_day.place import Place, Run
+from tools.gpu_day.place import Place, Run, usable
 
 LABELS = ("1.3B", "350M")
 COMPILED = "-compiled"
@@ -52,17 +54,33 @@ def sizes() -> dict[str, ModelConfig]:
 
 
 def cost(label: str, compiled: bool, place: Place) -> Found:
-    """One size: seconds and memory of a step of RetNet and both Transformers; compiled, at the paper's length alone."""
+    """One size: seconds and memory of a step of RetNet and both Transformers, noted length by length.
+
+    The length that the paper's table is of comes first; compiled, it is the only one.
+    """
     steps = build(TrainingGrid, TINY) if place.rehearsal else grid()
     size = steps.sizes[0] if place.rehearsal else steps.size(label)
     steps = replace(steps, sizes=(size,), compile=compiled, device=str(place.device))
-    if compiled:
-        steps = replace(steps, lengths=(steps.lengths[-1] if place.rehearsal else PAPER_LENGTH,))
+    first = PAPER_LENGTH if PAPER_LENGTH in steps.lengths else steps.lengths[-1]
+    others = () if compiled else tuple(length for length in steps.lengths if length != first)
+    found: Found = {"size": ModelSize(label, size.model).label, "lengths": [], "tokens": steps.tokens}
+    for length in (first, *others):
+        found = _with(found, length, speed(replace(steps, lengths=(length,)), size, lambda part: None))
+        place.note(found)
+        gc.collect()  # a model of 1.3 B parameters, its gradients and moments
+        usable(place.device)
+    return found
+
+
+def _with(found: Found, length: int, more: Result) -> Found:
+    """What was found, and what was at another length."""
     return {
-        "size": ModelSize(label, size.model).label,
-        "lengths": list(steps.lengths),
-        "tokens": steps.tokens,
-        **speed(steps, size, lambda part: None),
+        **found,
+        **more,
+        "lengths": sorted([*found["lengths"], length]),
+        "interleaved": found.get("interleaved", True) and more["interleaved"],
+        "parameters": found.get("parameters", {}) | more["parameters"],
+        **{key: [*found.get(key, []), *more[key]] for key in ("rows", "skipped")},
     }
 
 
