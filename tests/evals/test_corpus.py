@@ -2,6 +2,7 @@ import gzip
 import json
 import random
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -104,6 +105,44 @@ def test_runs_that_hold_out_the_same_text_count_once(validation, tmp_path, recor
     assert {problem.kind for problem in problems} == {"duplicate"}
     if validation:
         assert texts(run, tmp_path / "other.txt")[0] == held_out
+
+
+def test_prepared_folders_count_once(tmp_path, records):
+    _, prepared, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
+    folder = prepared.directory
+    run, _, _ = run_with(tmp_path, corpus=str(folder))
+    shutil.copytree(run, tmp_path / "twin")
+    shutil.copytree(folder, tmp_path / "copy")
+    for specs in ((run, tmp_path / "twin"), (folder, folder), (folder, run), (run, tmp_path / "copy")):
+        found, (problem,) = texts(*specs)
+        assert found == held_out
+        assert (problem.kind, problem.message) == ("duplicate", f"the same text as {folder}")
+    _, other, also = run_with(tmp_path, corpus=str(records), validation_fraction=0.5)
+    assert texts(folder, other.directory) == (held_out + also, [])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_records_that_another_rule_divided_are_refused(apart, tmp_path, records, monkeypatch):
+    """Their files are the same, and nobody can tell the sides."""
+    for file in records.glob("*.txt"):
+        file.unlink()
+    (tmp_path / "other.txt").write_text("something else")
+    more = {"validation": str(tmp_path / "other.txt")} if apart else {}
+    run, prepared, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3, **more)
+    noted = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(noted | {"division": noted["division"] + 1}))
+    if apart:
+        assert texts(run) == (held_out, [])
+    else:
+        with pytest.raises(
+            UserError, match="its text, or the rule by which this version divides it, has changed"
+        ):
+            Corpus([str(run)])
+    monkeypatch.setattr(
+        import_module("retnet.data.prepare"), "DIVISION", 2
+    )  # the package names a function so
+    data = DataConfig(corpus=str(records), validation_fraction=0.3, cache=str(tmp_path / "cache"), **more)
+    assert (prepare(data).directory == prepared.directory) is apart
 
 
 def test_a_run_whose_only_file_was_cut(tmp_path):

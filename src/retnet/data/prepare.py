@@ -25,7 +25,7 @@ from retnet.data.content import require_unchanged
 from retnet.data.readers import PIECE, Piece, Shares, read
 from retnet.data.shards import Prepared, load
 from retnet.data.sources import TEXT, Problem, Source
-from retnet.data.split import Gathered, gather, is_held_out, text_fingerprint
+from retnet.data.split import DIVISION, Gathered, gather, is_held_out, text_fingerprint
 from retnet.data.tokenizer import Tokenizer
 from retnet.data.tokenizer_text import learn
 from retnet.data.writer import EXAMPLES, Segments
@@ -329,6 +329,8 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
         rules.append("pieces know what stands before them")
     if any(s.kind not in TEXT for s in found):  # they were known by another hash before
         rules.append("records are known by SHA-256, whatever their line endings")
+    if DIVISION != 1 and fraction is not None:  # the first rule had no number here
+        rules.append(f"divided by rule {DIVISION}")
     return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()
 
 

@@ -14,7 +14,7 @@ from retnet.data.manifest import prepared_folder
 from retnet.data.readers import Piece, pieces, read
 from retnet.data.run_data import OR_DIVISION
 from retnet.data.sources import TEXT, Source
-from retnet.data.split import Taken, found_in, gather, is_held_out, text_fingerprint
+from retnet.data.split import DIVISION, Taken, found_in, gather, is_held_out, text_fingerprint
 from retnet.errors import printable
 from retnet.model.runs import meant
 from retnet.settings import UserError, build, read_toml
@@ -111,12 +111,20 @@ def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], tak
     if is_run(spec):
         return _once(_validation_of(meant(spec), on_problem), on_problem, taken)
     if (folder := prepared_folder(spec)) is not None:
-        return _Part([], text_field, prepared=folder)
+        return _once(_Part([], text_field, prepared=folder), on_problem, taken)
     return _Part(list(found_in([spec], on_problem, taken)), text_field)
 
 
 def _once(part: _Part, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
-    """A run's held-out text without what was there before: other runs hold out the same of one corpus."""
+    """Held-out text without what was there before: other runs hold out the same of one corpus or prepared folder."""
+    if part.prepared is not None:
+        name = f"prepared {load(part.prepared).validation.fingerprint}"
+        if (False, name) in taken:
+            said = f"the same text as {taken[False, name]}"
+            on_problem(Problem(printable(part.prepared), 0, "duplicate", said))
+            return part._replace(prepared=None)
+        taken[False, name] = printable(part.prepared)
+        return part
     kept = []
     for source in part.sources:
         all_of_it = source.validation is True or part.fraction is None
@@ -169,6 +177,8 @@ def _held_out(config: DataConfig) -> _Part:
 def _same(began: RunData, part: _Part) -> bool:
     if part.prepared is not None:
         return load(part.prepared).validation.fingerprint == began.validation
+    if part.fraction is not None and began.division not in (0, DIVISION):
+        return False  # the files are the same, not the sides that their records fall on
     return text_fingerprint(part.sources, validation=True) == began.validation_text
 
 
