@@ -51,6 +51,7 @@ def test_transformers_names():
     assert (config.d_model, config.num_layers, config.tie_embeddings) == (24, 3, False)
     assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (24, 3, False)
     assert (config.num_attention_heads, config.intermediate_size) == (4, 50)
+    assert RetNetConfig(vocab_size=V, ffn_dims=[40, 72, 56]).intermediate_size == 72  # of the widest
     assert config.get_text_config() is config
     config.vocab_size = 50  # what resizing the embeddings does
     assert config.model_config.vocab_size == 50

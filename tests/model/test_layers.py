@@ -2,11 +2,13 @@
 
 import dataclasses
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from retnet.convert import fla, syncdoth
+from retnet.data import DataConfig
 from retnet.measure.sizes import transformer
 from retnet.mixers import GatedRetentionConfig, RetentionConfig, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
@@ -88,6 +90,20 @@ MISTAKES = [
 def test_mistakes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         build(ModelConfig, TEXT | change, "model")
+
+
+def test_patterns_from_python():
+    """Lists are taken for what they are; a text is not read letter by letter."""
+    config = ModelConfig(layers=["retention", "softmax"], ffn_layers=["gelu"], ffn_dims=[64, 48])
+    assert config == ModelConfig(layers=("retention", "softmax"), ffn_layers=("gelu",), ffn_dims=(64, 48))
+    assert hash(config) == hash(replace(config))
+    for name in ("layers", "ffn_layers", "ffn_dims"):
+        with pytest.raises(UserError, match=f"^{name} is 'gelu'; it must be a list"):
+            ModelConfig(**{name: "gelu"})
+    with pytest.raises(UserError, match=r"^layers is 3; it must be a list"):
+        ModelConfig(layers=3)
+    assert DataConfig(corpus=["a", "b"]).corpus == ("a", "b")
+    assert DataConfig(corpus="abc").corpus == "abc"
 
 
 # -- what it computes ------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ class Checked:
     """Base of the dataclasses that hold settings: their numbers are numbers, and in range, however they are made.
 
     Floats are finite, and at most `LARGEST` in size unless their field says otherwise with `At`; fields marked `PATH`
-    have their ``~`` expanded. A subclass that compares fields calls ``super().__post_init__()`` first.
+    have their ``~`` expanded; lists become tuples, so that settings can be hashed. A subclass that compares fields calls
+    ``super().__post_init__()`` first.
     """
 
     def __post_init__(self) -> None:
@@ -90,8 +91,12 @@ def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]
     elif origin is typing.Annotated:
         yield from _faults(inner[0], value, tuple(mark for mark in inner[1:] if isinstance(mark, At)))
     elif origin in (types.UnionType, typing.Union):
-        for each in inner:
-            yield from _faults(each, value, ranges)
+        others = [each for each in inner if each is not types.NoneType]
+        for each in others:
+            if len(others) == 1 or typing.get_origin(each) is not tuple or isinstance(value, (tuple, list)):
+                yield from _faults(each, value, ranges)
+    elif origin is tuple and inner[-1] is Ellipsis and not isinstance(value, (tuple, list, types.NoneType)):
+        yield f"is {value!r}; it must be a list"  # a text would be taken for the list of its letters
     elif origin is tuple and inner[-1] is Ellipsis and isinstance(value, (tuple, list)):
         for item in value:
             yield from (f"has an item that {fault}" for fault in _faults(inner[0], item))
@@ -118,13 +123,13 @@ def _bounded(ranges: tuple[At, ...]) -> bool:
 
 
 def _expanded(kind: Any, value: Any) -> Any:  # noqa: ANN401
-    """A value with the ``~`` of its paths expanded."""
+    """A value with the ``~`` of its paths expanded, and tuples for lists."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated and PATH in inner[1:]:
         return expanded(value) if isinstance(value, str) else value
     if origin in (types.UnionType, typing.Union):
         return functools.reduce(lambda held, each: _expanded(each, held), inner, value)
-    if origin is tuple and isinstance(value, tuple) and inner[-1] is Ellipsis:
+    if origin is tuple and isinstance(value, (tuple, list)) and inner[-1] is Ellipsis:
         return tuple(_expanded(inner[0], item) for item in value)
     if origin is dict and isinstance(value, dict):
         return {name: _expanded(inner[1], item) for name, item in value.items()}

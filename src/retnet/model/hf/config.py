@@ -112,8 +112,8 @@ class RetNetConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the feed-forward layers."""
-        return self.ffn_dim or 2 * self.d_model
+        """Width of the feed-forward layers, of the widest where they differ."""
+        return max(width for _, width in self.model_config.ffns_by_layer)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
