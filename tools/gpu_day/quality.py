@@ -9,11 +9,11 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 
+from retnet.data.sources import package_folder
 from retnet.measure.summary import Summary
 from retnet.settings import UserError, build, merge
 from retnet.studies.folder import StudyFolder
@@ -49,12 +49,7 @@ TINY: dict[str, Any] = {
 
 def corpus() -> tuple[str, ...]:
     """The standard library, and what is installed of `CORPUS`."""
-    return ("stdlib", *(f"package:{name}" for name in CORPUS if _is_folder(name)))
-
-
-def _is_folder(name: str) -> bool:
-    found = find_spec(name)
-    return found is not None and bool(found.submodule_search_locations)
+    return ("stdlib", *(f"package:{name}" for name in CORPUS if package_folder(name)))
 
 
 def study_of(place: Place, seeds: int = 1) -> Study:

@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import os
 import sysconfig
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import takewhile
@@ -171,12 +172,21 @@ def _python(spec: str) -> CorpusFiles:
 
 
 def _package(spec: str) -> Path:
-    """The folder of an installed Python package, which is not imported."""
     name = spec.removeprefix("package:")
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
+    found = package_folder(name)
+    if found is None:
         raise UserError(f"no corpus {spec!r}: there is no installed Python package {name!r} that is a folder")
-    return Path(next(iter(found.submodule_search_locations)))
+    return found
+
+
+def package_folder(name: str) -> Path | None:
+    """The folder of an installed Python package, which is not imported; None where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # setuptools looks after what looks for pip, and may warn of distutils
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+    return Path(places[0]) if found and (places := list(found.submodule_search_locations or ())) else None
 
 
 def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
