@@ -95,7 +95,7 @@ def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]
         for each in others:
             if len(others) == 1 or typing.get_origin(each) is not tuple or isinstance(value, (tuple, list)):
                 yield from _faults(each, value, ranges)
-    elif origin is tuple and inner[-1] is Ellipsis and not isinstance(value, (tuple, list, types.NoneType)):
+    elif origin is tuple and inner[-1] is Ellipsis and isinstance(value, (str, bytes, Real)):
         yield f"is {value!r}; it must be a list"  # a text would be taken for the list of its letters
     elif origin is tuple and inner[-1] is Ellipsis and isinstance(value, (tuple, list)):
         for item in value:
