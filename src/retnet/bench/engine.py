@@ -227,11 +227,11 @@ class ScriptedDecoder(Decoder):
         """See `Decoder.copy`."""
         self._decoder.copy(source, target)
 
-    def read(self, slots: Tensor) -> Any:  # noqa: ANN401
+    def read(self, slots: Tensor) -> Any:  # noqa: ANN401  (a state of any mixers)
         """See `Decoder.read`."""
         return self._decoder.read(slots)
 
-    def write(self, slots: Tensor, state: Any) -> None:  # noqa: ANN401
+    def write(self, slots: Tensor, state: Any) -> None:  # noqa: ANN401  (a state of any mixers)
         """See `Decoder.write`."""
         self._decoder.write(slots, state)
 

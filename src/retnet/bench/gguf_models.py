@@ -205,7 +205,7 @@ def _llama_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_llama(writer: Any, size: PeerSize) -> None:  # noqa: ANN401
+def _describe_llama(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
     writer.add_feed_forward_length(size.inner)
     writer.add_head_count(size.width // HEAD)
     writer.add_head_count_kv(size.width // HEAD)
@@ -252,7 +252,7 @@ def _rwkv7_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_rwkv7(writer: Any, size: PeerSize) -> None:  # noqa: ANN401
+def _describe_rwkv7(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
     ranks = _ranks(size.width)
     writer.add_feed_forward_length(size.inner)
     writer.add_head_count(0)
@@ -281,7 +281,7 @@ def _mamba2_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_mamba2(writer: Any, size: PeerSize) -> None:  # noqa: ANN401
+def _describe_mamba2(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
     writer.add_feed_forward_length(0)
     writer.add_head_count(0)
     writer.add_layer_norm_rms_eps(1e-5)
