@@ -95,11 +95,16 @@ def test_targets():
         ChatRow(OURS, 4, [[9.0, 1.0, 1.0, 1.0]]),
         ChatRow(TRANSFORMER, 20, [[float(n) for n in range(20)]]),
     ]
-    overhead = [OverheadRow("fp32", 1, [1.05], [1.0]), OverheadRow("8 bits", 64, [1.3], [1.0])]
-    ahead, many, ours, grown, one, most = targets(rows, chats, overhead)
+    overhead = [
+        OverheadRow("fp32", 1, [1.05], [1.0]),
+        OverheadRow("fp32", 16, [4.2], [4.0]),
+        OverheadRow("8 bits", 64, [1.3], [1.0]),
+    ]
+    ahead, many, writing, ours, grown, one, _, most = targets(rows, chats, overhead)
     assert "of mamba, the worst point (16 streams, context 128)" in ahead.what
     assert (ahead.seen.median, ahead.met) == (pytest.approx(0.5), False)
     assert (many.seen.median, many.met) == (pytest.approx(10), True)
+    assert (writing.seen.median, writing.met) == (pytest.approx(4), False)
     assert (ours.seen.median, ours.met) == (1.0, True)
     assert grown.met
     assert (one.met, most.met) == (True, False)

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -201,22 +202,31 @@ def test_a_server_that_is_not_ready_yet_ends_at_once(tiny, tokenizer, tmp_path):
     until(lambda: not engine.alive)
 
 
-def test_the_openai_client_asks_again_until_the_server_is_back(serving, monkeypatch):
-    """By its own retries, of a whole answer; of a stream, half of which has been read, it raises the error."""
+def test_official_clients_ask_again_until_the_server_is_back(serving, monkeypatch):
+    """By their own retries, of a whole answer; of a stream, half of which has been read, they raise the error."""
     openai = pytest.importorskip("openai")
+    anthropic = pytest.importorskip("anthropic")
     monkeypatch.setattr(gate, "RETRY_SECONDS", 1)
     ask = {"model": "tiny", "prompt": "a", "logit_bias": {"256": -100}}
-    with ThreadPoolExecutor(1) as pool:
+    talk = {"model": "tiny", "messages": TALK["messages"], "extra_body": {"temperature": 0}}
+    with ThreadPoolExecutor(2) as pool, ExitStack() as clients:
         with serving() as server:
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=8)
-            whole = pool.submit(client.completions.create, max_tokens=1000, **ask)
-            broken = client.completions.create(max_tokens=60_000, stream=True, **ask)
-            next(iter(broken))
-            until(lambda: server.service.gate.texts == 2)
+            url = server.url
+            one = clients.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8))
+            other = clients.enter_context(anthropic.Anthropic(base_url=url, api_key="none", max_retries=8))
+            completion = pool.submit(one.completions.create, max_tokens=1000, **ask)
+            message = pool.submit(other.messages.create, max_tokens=1000, **talk)
+            completions = one.completions.create(max_tokens=60_000, stream=True, **ask)
+            messages = other.messages.create(max_tokens=60_000, stream=True, **talk)
+            for broken in (completions, messages):
+                next(iter(broken))
+            until(lambda: server.service.gate.texts == 4)
             end_all(server)
             with pytest.raises(openai.APIError, match="no time left") as error:
-                list(broken)
+                list(completions)
             assert error.value.code == "shutting_down"
-        with serving(port=int(server.url.rpartition(":")[2])):
-            assert whole.result(60).usage.completion_tokens == 1000
-        client.close()
+            with pytest.raises(anthropic.APIStatusError, match="no time left"):
+                list(messages)
+        with serving(port=int(url.rpartition(":")[2])):
+            assert completion.result(60).usage.completion_tokens == 1000
+            assert message.result(60).usage.output_tokens == 1000

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger("retnet.serve")
 _MOST_FAILURES = 3  # in a row: then nothing that waits has a chance
-TOGETHER = 0.01  # seconds; a hundred times a second is as often as a screen can show something
+TOGETHER = 0.02  # seconds; fifty times a second is fluent to the eye
 
 
 class Feed:
