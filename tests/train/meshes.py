@@ -1,92 +1,163 @@
 """What the ranks of tests/train/test_mesh.py compute: gradients of a model on every mesh, held against one process's."""
 
+import functools
 import itertools
+import math
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from retnet.data import Batch
-from retnet.mixers import H3Config, RetentionConfig
+from retnet.mixers import H3Config, MixerConfig, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.train.config import ParallelConfig
+from retnet.train.blocks import change_blocks, recompute_blocks
+from retnet.train.config import ParallelConfig, TrainConfig
 from retnet.train.distributed import Ranks, complete, shard
 from retnet.train.gradients import scale, share_of_square
 from retnet.train.objective import Objective, count
-from retnet.train.trainer import recompute_blocks
+from retnet.train.optimizer import optimizers
+from retnet.train.tensor_parallel import global_tensors
 from tests.helpers.parity import relative
 from tests.helpers.ranks import main
 
-VOCABULARY = 31
-MODELS = {
-    "retention": RetentionConfig(num_heads=2, backend="torch"),
-    "no decay": RetentionConfig(num_heads=2, backend="torch", decay="none", rotary="halves", gate=False),
-    "paper's scores": RetentionConfig(num_heads=2, backend="torch", head_norm="none", score_norm="paper"),
-    "affine": RetentionConfig(
-        num_heads=2, backend="torch", head_norm="rms", head_norm_affine=True, score_norm="decay"
-    ),
+VOCABULARY = 31  # which nothing divides
+DEVICE = torch.device("cpu")
+BASE = ModelConfig(
+    vocab_size=VOCABULARY,
+    d_model=16,
+    num_layers=2,
+    mixer=RetentionConfig(num_heads=4, backend="torch"),
+)
+
+
+def with_mixer(*mixers: MixerConfig) -> ModelConfig:
+    first, *others = mixers
+    return replace(
+        BASE,
+        mixer=first,
+        layers=tuple(mixer.name for mixer in mixers) if others else None,
+        num_layers=max(len(mixers), 2),
+        tie_embeddings=first.name == "retention" and not others,
+        ffn="swiglu" if others else "gelu",
+    )
+
+
+RETENTION = {
+    "retention": BASE,
+    "no decay": with_mixer(replace(BASE.mixer, decay="none", rotary="halves", gate=False)),
+    "paper's scores": with_mixer(replace(BASE.mixer, head_norm="none", score_norm="paper")),
+    "affine": with_mixer(replace(BASE.mixer, head_norm="rms", head_norm_affine=True, score_norm="decay")),
 }
+HYBRID = replace(BASE, layers=("retention", "softmax", "gated_retention", "linear"), num_layers=4)
 
 
-def model_of(mixer) -> LanguageModel:
+def model_of(config: ModelConfig) -> LanguageModel:
     torch.manual_seed(3)
-    return LanguageModel(ModelConfig(vocab_size=VOCABULARY, d_model=16, num_layers=2, mixer=mixer))
+    return LanguageModel(config)
 
 
 def batch(place: int) -> Batch:
     """Rows of 37 tokens, so that stretches end in mid-row and differ in length; some targets do not count."""
     g = torch.Generator().manual_seed(place)
     tokens, targets = (torch.randint(VOCABULARY, (3, 37), generator=g) for _ in range(2))
-    targets[0, : 5 + place] = -100
-    bounds = torch.tensor([0, 9 + place, 37, 70 - place, 74, 111], dtype=torch.int32)
+    targets[0, : 5 + place % 9] = -100
+    bounds = torch.tensor([0, 9 + place % 9, 37, 70 - place % 9, 74, 111], dtype=torch.int32)
     return Batch(tokens, targets, bounds, (0, 1, 2, 3, 4))
 
 
-def gradients(model, batches, read, device) -> tuple[float, int]:
+def gradients(model, batches, read, tp=None) -> tuple[float, int]:
     losses, counted = 0.0, 0
     for each in batches:
         part = read(each)
-        nats = Objective(model)(*part)
+        nats = Objective(model, z_loss=1e-2, tp=tp)(*part)
         nats.backward()
         losses, counted = losses + float(nats.detach()), counted + count(part[1])
     return losses, counted
 
 
-def compared(axes: ParallelConfig, mixer, recompute: bool = False, passes: int = 1) -> dict[str, float]:
+def arranged(axes: ParallelConfig) -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD).arranged(axes, DEVICE)
+
+
+def summed(model, ranks: Ranks, passes: range) -> list[float]:
+    """Losses, targets and squared norm of the gradient of these passes, each made by the readers whose turn it is."""
+    mine = map(batch, passes[ranks.reader :: ranks.axes.readers])
+    losses, counted = gradients(model, mine, ranks.part, ranks.tp)
+    share = [losses, counted] if ranks.counts else [0, 0]
+    return ranks.sum([*share, share_of_square(model, ranks)], DEVICE)
+
+
+def compared(
+    axes: ParallelConfig, config: ModelConfig, change=lambda model, ranks: None, passes: int = 1
+) -> dict[str, float]:
     """Relative errors of loss, gradients and their norm; each reader makes so many passes."""
-    device = torch.device("cpu")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD).arranged(axes, device)
-    model, whole = shard(model_of(mixer), device, ranks), model_of(mixer)
-    if recompute:
-        recompute_blocks(model)
-    all_passes = range(passes * axes.readers)
-    want, targets = gradients(whole, map(batch, all_passes), lambda each: each[:3], device)
-    mine = map(batch, all_passes[ranks.reader :: axes.readers])
-    sums = gradients(model, mine, ranks.part, device)
-    parameters = list(model.parameters())
-    total, counted, square = ranks.sum([*sums, share_of_square(parameters, ranks)], device)
+    ranks = arranged(axes)
+    model, whole = shard(model_of(config), DEVICE, ranks), model_of(config)
+    change(model, ranks)
+    every = range(passes * axes.readers)
+    want, targets = gradients(whole, map(batch, every), lambda each: each[:3])
+    total, counted, square = summed(model, ranks, every)
     assert counted == targets
     norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()])
     errors = {"loss": abs(total / want - 1), "norm": abs(square**0.5 / float(norm) - 1)}
-    scale(parameters, 0.5, ranks)
-    for (name, p), q in zip(whole.named_parameters(), parameters, strict=True):
-        errors[name] = relative(complete(q.grad, ranks), 0.5 * p.grad)
+    scale(list(model.parameters()), 0.5, ranks)
+    got = global_tensors({name: p.grad for name, p in model.named_parameters()}, model, ranks.mesh)
+    for name, p in whole.named_parameters():
+        errors[name] = relative(complete(got[name], ranks), 0.5 * p.grad)
     return errors
+
+
+def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[str, float]:
+    """The largest relative error of the losses of so many steps with AdamW and clipping."""
+    ranks, c = arranged(axes), TrainConfig(learning_rate=3e-3, clip=1.0)
+    one, whole = Ranks(), model_of(config)
+    models = (shard(model_of(config), DEVICE, ranks), ranks), (whole, one)
+    curves = []
+    for model, those in models:
+        (optimizer,), losses = optimizers(model, c), []
+        for step in range(steps):
+            total, counted, square = summed(model, those, range(4 * step, 4 * step + 4))
+            losses.append(total / counted)
+            scale(list(model.parameters()), min(1.0, c.clip / math.sqrt(square)), those)
+            optimizer.step()
+            model.zero_grad()
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0]
+    return {"losses": max(abs(a / b - 1) for a, b in zip(*curves, strict=True))}
+
+
+def recomputed(model, ranks: Ranks) -> None:
+    recompute_blocks(model)
+
+
+def compiled(model, ranks: Ranks) -> None:
+    """Blocks as graphs, and what ranks exchange between these; the code that inductor makes of graphs is not the matter."""
+    ranks.leave_uncompiled()
+    change_blocks(model, functools.partial(torch.compile, dynamic=True, backend="aot_eager"))
 
 
 def cases() -> dict[str, dict[str, float]]:
     torch.set_default_dtype(torch.float64)
     found, world = {}, dist.get_world_size()
-    sizes = [n for n in (1, 2, 4) if world % n == 0]
-    for replicate, cp in itertools.product(sizes, sizes):
-        if world % (replicate * cp):
+    for sizes in itertools.product((1, 2, 4), repeat=4):
+        if math.prod(sizes) != world:
             continue
-        axes = ParallelConfig(replicate=replicate, cp=cp).of(world)
-        for name, mixer in itertools.islice(MODELS.items(), 1 if cp == 1 else None):
-            found[f"{axes}, {name}"] = compared(axes, mixer)
-        found[f"{axes}, recomputed, accumulated"] = compared(axes, MODELS["retention"], True, passes=2)
-        if cp == 1:
-            found[f"{axes}, h3"] = compared(axes, H3Config())
+        axes = ParallelConfig(*sizes)
+        whole_sequences = axes.cp == 1
+        for name, config in itertools.islice(RETENTION.items(), None if axes.cp > 1 or axes.tp > 1 else 1):
+            found[f"{axes}, {name}"] = compared(axes, config)
+        found[f"{axes}, recomputed, accumulated"] = compared(axes, BASE, recomputed, passes=2)
+        if whole_sequences:
+            found[f"{axes}, hybrid"] = compared(axes, HYBRID)
+        if whole_sequences and axes.tp == 1:
+            found[f"{axes}, h3"] = compared(axes, with_mixer(H3Config()))
+        if axes == ParallelConfig(1, 1, 2, 2):
+            found[f"{axes}, compiled"] = compared(axes, BASE, compiled)
+        if axes == ParallelConfig(1, 2, 2, 1):
+            found[f"{axes}, trained"] = trained(axes, HYBRID)
+            found[f"{axes}, sharded, compiled"] = compared(axes, BASE, compiled)
     return found
 
 

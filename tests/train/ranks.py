@@ -50,6 +50,7 @@ def cases(run: RunConfig) -> dict[str, RunConfig]:
             z_loss=1e-2,
             ema=0.5,
         ),
+        "average": changed(short, {}, ema=0.5, z_loss=1e-2),
         "three rows": changed(run, {}, batch_size=3, clip=0.1),  # stretches end in mid-row
         "bf16 recomputed": changed(short, {}, activation_checkpointing=True, precision="bf16"),
         **mixers,
@@ -63,6 +64,12 @@ def meshes(run: RunConfig) -> dict[str, tuple[str, RunConfig]]:
         "replicated": (
             "muon, ramp, average",
             replace(made["muon, ramp, average"], parallel=ParallelConfig(replicate=2)),
+        ),
+        "by heads": ("three rows", replace(made["three rows"], parallel=ParallelConfig(tp=2))),
+        "average by heads": ("average", replace(made["average"], parallel=ParallelConfig(tp=2))),
+        "bf16 by heads": (
+            "bf16 recomputed",
+            replace(made["bf16 recomputed"], parallel=ParallelConfig(tp=2)),
         ),
         "in stretches": ("three rows", replace(made["three rows"], parallel=ParallelConfig(cp=2))),
         "bf16 in stretches": (
@@ -111,6 +118,7 @@ def main() -> None:
     for name, (_, case) in meshes(run).items():
         train(case, folder / name)
     train(run, folder / "from one", begin="resume")
+    train(replace(run, parallel=ParallelConfig(tp=2)), folder / "from one by heads", begin="resume")
     mistaken(folder, "uneven", changed(run, {}, accumulate=3))
     mistaken(folder, "unfit", replace(run, parallel=ParallelConfig(cp=4)))
     mistaken(folder, "nowhere", replace(run, data=replace(run.data, corpus="nowhere")))

@@ -81,7 +81,8 @@ def alone(config_file, tmp_path_factory) -> Path:
 def shared(config_file, alone, tmp_path_factory) -> Path:
     """All that two processes do in `ranks.py`."""
     home = tmp_path_factory.mktemp("shared")
-    shutil.copytree(alone / "stopped", home / "from one")
+    for name in ("from one", "from one by heads"):
+        shutil.copytree(alone / "stopped", home / name)
     words = ["--standalone", "--nproc-per-node=2", "-m", "tests.train.ranks", config_file, home]
     done = launch(*words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -125,7 +126,7 @@ def test_settings_of_learning(shared, alone):
 def test_other_meshes(shared, alone, config_file):
     """Losses of one process; bf16 rounds a weight's gradient stretch by stretch, and Muon's products."""
     for name, (like, config) in meshes(base(config_file)).items():
-        rounding = {"bf16 in stretches": 5e-3, "replicated": 1e-4}.get(name, 1e-5)
+        rounding = {"bf16 in stretches": 5e-3, "bf16 by heads": 5e-3, "replicated": 1e-4}.get(name, 1e-5)
         assert_same(shared / name, alone / like, tolerance=rounding)
         mesh = json.loads((shared / name / "env.json").read_text())["mesh"]
         assert mesh == vars(config.parallel.of(2))
@@ -165,6 +166,7 @@ def test_the_first_of_them_plans_for_all(shared):
 def test_continued_by_another_number_of_processes(shared, alone, config_file, tmp_path):
     assert_same(shared / "stopped and continued", alone / "plain")  # 2 → 2
     assert_same(shared / "from one", alone / "plain")  # 1 → 2
+    assert_same(shared / "from one by heads", alone / "plain")
     shutil.copytree(shared / "stopped", tmp_path / "run")
     assert train(base(config_file), tmp_path / "run", begin="resume").finished
     assert_same(tmp_path / "run", alone / "plain")  # 2 → 1

@@ -127,7 +127,7 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     precision, there = _here(config) if memory is None else (_elsewhere(config), memory * 1e9)
     config = replace(config, train=replace(config.train, precision=precision))
     p = config.parallel
-    processes = gpus or p.replicate * (p.shard or 1) * p.cp
+    processes = gpus or p.replicate * (p.shard or 1) * p.tp * p.cp
     given, config = config, replace(config, model=with_vocabulary(config))  # read once
     found, console = footprint(config, processes), Console(highlight=False)
     axes = " × ".join(f"{name} {size}" for name, size in asdict(found.axes).items())

@@ -8,6 +8,7 @@ trains (on a CPU some hundred MB of libraries, on a GPU its context).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -19,12 +20,13 @@ import torch
 from retnet.data import Tokenizer
 from retnet.measure.memory import kept_for_backward, most_alive
 from retnet.model import Block, LanguageModel, ModelConfig
-from retnet.model.cost import Cost, cost
+from retnet.model.cost import cost
 from retnet.nn import Positions
 from retnet.settings import UserError
 from retnet.tables import Table
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
 from retnet.train.start import check_cut, check_shares
+from retnet.train.tensor_parallel import check_heads, cut, cut_block
 
 WIDE = 4  # bytes of fp32: weights, gradients, moments, states, logits
 MOMENTS = {
@@ -33,7 +35,9 @@ MOMENTS = {
 }  # numbers a parameter that the optimiser remembers; of matrices, which are nearly all
 LOGITS = 3  # numbers a token and entry of the vocabulary at the worst: log-probabilities, their gradient, that of logits
 LOGITS_OF_Z_LOSS = 5  # the logits too, and their part of the gradient
+LOGITS_OF_PART = 2  # of the vocabulary: the logits and their gradient
 SUMS = 6 * 8  # bytes that a step agrees on: loss, targets, norm, two signals, a mistake, in fp64
+MOST_PARTS = 8  # of heads, in that search: they are exchanged in every block, which wants one machine
 MOST_PROCESSES = 64  # times as many as there are, in the search for a plan that fits
 
 
@@ -71,6 +75,7 @@ class Traffic(NamedTuple):
     weights: int  # all-gather, in each forward and each backward pass
     gradients: int  # reduce-scatter
     replicas: int  # all-reduce of gradients between replicas
+    activations: int  # all-reduce of what parts of heads, widths and vocabulary make, in each block both ways
     states: int  # all-gather of states between stretches, where a document crosses a cut
     sums: int  # all-reduce of what a step agrees on
 
@@ -111,12 +116,13 @@ def footprint(config: RunConfig, processes: int) -> Footprint:
     check_cut(config)
     check_shares(config.train, axes)
     model, c = with_vocabulary(config), config.train
+    check_heads(model, axes.tp)
     counted = _cost(model, c.seq_len)
     passes = c.accumulate // axes.readers
     recomputed = counted.flops_per_token - _products_of_head(model) if c.activation_checkpointing else 0
     flops = float(3 * counted.flops_per_token + recomputed) * c.tokens_before(c.steps)
-    memory = _memory(model, c, axes, counted, passes)
-    return Footprint(axes, counted.total, memory, _traffic(model, c, axes, counted, passes), flops)
+    memory = _memory(model, c, axes, passes)
+    return Footprint(axes, counted.total, memory, _traffic(model, c, axes, passes), flops)
 
 
 def with_vocabulary(config: RunConfig) -> ModelConfig:
@@ -131,33 +137,33 @@ def with_vocabulary(config: RunConfig) -> ModelConfig:
     return replace(config.model, vocab_size=size)
 
 
-def _memory(
-    model: ModelConfig, c: TrainConfig, axes: ParallelConfig, counted: Cost, passes: int
-) -> RankMemory:
-    parts = axes.parts
-    own = WIDE * (-(-counted.total // parts))
-    gathered, states = 0, _state_numbers(model) if axes.cp > 1 else [0]
+def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: int) -> RankMemory:
+    parts, (left, blocks) = axes.parts, _parameters(model, axes.tp)
+    own = WIDE * (-(-left // parts))
+    gathered, states = 0, _state_numbers(model, axes.tp) if axes.cp > 1 else [0]
     if parts > 1 or axes.replicate > 1:
-        blocks = _in_blocks(counted)
-        gathered = 2 * WIDE * (counted.total - blocks + 2 * blocks // model.num_layers)
+        gathered = 2 * WIDE * (left - blocks + 2 * blocks // model.num_layers)
     return RankMemory(
         weights=own,
         gradients=own,
         optimiser=MOMENTS[c.optimizer] * own,
         average=own if c.ema else 0,
         gathered=gathered,
-        activations=kept_activations(model, c) // axes.cp,
-        work=working_bytes(model, c) // axes.cp,
+        activations=kept_activations(model, c, axes.tp) // axes.cp,
+        work=working_bytes(model, c, axes.tp) // axes.cp,
         states=WIDE * (sum(states) + max(states) * axes.cp),
-        logits=logit_bytes(model, c) // axes.cp,
+        logits=logit_bytes(model, c, axes.tp) // axes.cp,
         accumulates=passes > 1,
     )
 
 
-def kept_activations(model: ModelConfig, c: TrainConfig) -> int:
-    """Bytes that one pass keeps in all blocks for its backward pass; whole sequences, `vocab_size` not looked at."""
+def kept_activations(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
+    """Bytes that one pass keeps in all blocks for its backward pass; whole sequences, `vocab_size` not looked at.
+
+    With `tp`, of one of so many parts of heads and widths; what blocks and norms read is whole in each.
+    """
     tokens = c.batch_size * c.seq_len
-    layers = _by_layer(model, c)
+    layers = _by_layer(model, c, tp)
     residual = tokens * model.d_model * WIDE
     blocks = [
         residual if c.activation_checkpointing else _block_bytes(each, model, c) for each, _, _ in layers
@@ -167,19 +173,19 @@ def kept_activations(model: ModelConfig, c: TrainConfig) -> int:
     return sum(blocks) + shared * c.batch_size + 2 * residual  # what the last norm and the head read
 
 
-def working_bytes(model: ModelConfig, c: TrainConfig) -> int:
+def working_bytes(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
     """Bytes that the backward pass of one block makes beside what was kept; all of the block, if it is recomputed."""
     return max(
         work * c.batch_size // (2 if c.precision == "bf16" else 1)
         + (_block_bytes(each, model, c) if c.activation_checkpointing else 0)
-        for each, _, work in _by_layer(model, c)
+        for each, _, work in _by_layer(model, c, tp)
     )
 
 
-def _by_layer(model: ModelConfig, c: TrainConfig) -> list[tuple[int, int, int]]:
+def _by_layer(model: ModelConfig, c: TrainConfig, tp: int) -> list[tuple[int, int, int]]:
     """See `kept_bytes`."""
     kinds = (replace(model.of_layer(number), vocab_size=1) for number in range(model.num_layers))
-    return [kept_bytes(kind, c.seq_len) for kind in kinds]
+    return [kept_bytes(kind, c.seq_len, tp) for kind in kinds]
 
 
 def _block_bytes(each: int, model: ModelConfig, c: TrainConfig) -> int:
@@ -189,23 +195,25 @@ def _block_bytes(each: int, model: ModelConfig, c: TrainConfig) -> int:
     return (each // 2 + c.seq_len * model.d_model * WIDE) * c.batch_size
 
 
-def logit_bytes(model: ModelConfig, c: TrainConfig) -> int:
+def logit_bytes(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
     """Bytes of a pass's logits in fp32, of their logarithms and gradients."""
     assert model.vocab_size is not None
-    kinds = LOGITS_OF_Z_LOSS if c.z_loss else LOGITS
-    return kinds * c.batch_size * c.seq_len * model.vocab_size * WIDE
+    kinds = LOGITS_OF_PART if tp > 1 else LOGITS_OF_Z_LOSS if c.z_loss else LOGITS
+    return kinds * c.batch_size * c.seq_len * -(-model.vocab_size // tp) * WIDE
 
 
 @lru_cache
-def kept_bytes(model: ModelConfig, length: int) -> tuple[int, int, int]:
+def kept_bytes(model: ModelConfig, length: int, tp: int = 1) -> tuple[int, int, int]:
     """What each block keeps of a sequence for its backward pass, what all share (cos, sin), and what passes in between.
 
     In fp32, weights and their gradients left out.
     """
     with torch.device("meta"):
-        block = LanguageModel(model).blocks[0]
+        block = cast(Block, LanguageModel(model).blocks[0])
+        if tp > 1:
+            cut_block(block, 0, tp)
         x = torch.empty(1, length, model.d_model, requires_grad=True)
-        positions: Positions | None = cast(Block, block).mixer.positions(x)
+        positions: Positions | None = block.mixer.positions(x)
     shared = sum(y.nbytes for y in positions or () if y is not None and y.is_floating_point())
     kept = kept_for_backward(lambda: block(x, None, positions), block.parameters()) - shared
 
@@ -217,16 +225,18 @@ def kept_bytes(model: ModelConfig, length: int) -> tuple[int, int, int]:
     return kept, shared, max(most - kept - sum(p.nbytes for p in block.parameters()), 0)
 
 
-def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, counted: Cost, passes: int) -> Traffic:
-    parts, world = axes.parts, axes.parts * axes.replicate
-    others = WIDE * counted.total * (parts - 1) // parts  # all that this process has no part of
-    own = WIDE * counted.total // parts
+def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: int) -> Traffic:
+    parts, world = axes.parts, axes.parts * axes.replicate * axes.tp
+    left, _ = _parameters(model, axes.tp)
+    others = WIDE * left * (parts - 1) // parts  # all that this process has no part of
+    own = WIDE * left // parts
     directions = 3 if c.activation_checkpointing else 2  # recomputed blocks exchange once more
-    exchanged = WIDE * sum(_state_numbers(model)) * (axes.cp - 1) if axes.cp > 1 else 0
+    exchanged = WIDE * sum(_state_numbers(model, axes.tp)) * (axes.cp - 1) if axes.cp > 1 else 0
     return Traffic(
         weights=2 * passes * others,
         gradients=passes * others,
         replicas=passes * _all_reduced(own, axes.replicate),
+        activations=passes * _all_reduced(_summed_activations(model, c) // axes.cp, axes.tp),
         states=passes * directions * exchanged,
         sums=_all_reduced(SUMS, world),
     )
@@ -237,15 +247,40 @@ def _all_reduced(size: int, ranks: int) -> int:
     return 2 * size * (ranks - 1) // ranks
 
 
-def _state_numbers(model: ModelConfig) -> list[int]:
+def _summed_activations(model: ModelConfig, c: TrainConfig) -> int:
+    """Bytes of a pass that parts of heads, widths and vocabulary sum up, of whole sequences.
+
+    Blocks twice forwards, in the type of products, and twice backwards; the embedding forwards, the head backwards; three
+    numbers a token for the loss. Recomputed blocks sum no further than something is kept for their backward pass.
+    """
+    tokens = c.batch_size * c.seq_len
+    narrow = 2 if c.precision == "bf16" else WIDE
+    again = (2 if model.dropout else 1) if c.activation_checkpointing else 0
+    in_blocks = model.num_layers * ((2 + again) * narrow + 2 * WIDE)
+    return tokens * (model.d_model * (in_blocks + 2 * WIDE) + 3 * WIDE)
+
+
+@lru_cache
+def _part(model: ModelConfig, tp: int) -> LanguageModel:
+    """What the first rank has of a model that is cut by heads; on the meta device."""
+    with torch.device("meta"):
+        made = LanguageModel(model)
+        if tp > 1:
+            cut(made, 0, tp)
+    return made
+
+
+def _parameters(model: ModelConfig, tp: int) -> tuple[int, int]:
+    """Of one of so many parts of heads, and those inside its blocks."""
+    made = _part(model, tp)
+    return tuple(sum(p.numel() for p in module.parameters()) for module in (made, made.blocks))  # type: ignore[return-value]
+
+
+def _state_numbers(model: ModelConfig, tp: int) -> list[int]:
     """Of one sequence, by layer: those that travel between stretches."""
     with torch.device("meta"):
-        states = LanguageModel(model).init_state(1)
+        states = _part(model, tp).init_state(1)
     return [sum(x.numel() for x in state if torch.is_floating_point(x)) for state in states]
-
-
-def _in_blocks(counted: Cost) -> int:
-    return counted.parameters["mixers"] + counted.parameters["feed-forward"]
 
 
 def _products_of_head(model: ModelConfig) -> int:
@@ -259,8 +294,8 @@ _cost = lru_cache(cost)
 def nearest_fit(config: RunConfig, processes: int, nbytes: float) -> tuple[RunConfig, int] | None:
     """The nearest run that fits and makes the same steps.
 
-    Preferred in this order are another mesh of as many processes, smaller passes, recomputed blocks, sequences that are cut;
-    then come twice as many processes, and so on.
+    Preferred in this order are another mesh of as many processes, smaller passes, recomputed blocks, sequences that are cut,
+    heads that are; then come twice as many processes, and so on.
 
     Args:
         config: that does not fit.
@@ -285,8 +320,9 @@ def nearest_fit(config: RunConfig, processes: int, nbytes: float) -> tuple[RunCo
 def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
     """The same steps in other ways, those nearest to the given one first."""
     c, axes = config.train, config.parallel
+    parts = [axes.tp, *(n for n in _powers(min(processes, MOST_PARTS)) if n > axes.tp)]
     stretches = [axes.cp, *(n for n in _powers(processes) if n > axes.cp)]
-    for cp in stretches:
+    for tp, cp in itertools.product(parts, stretches):
         for recompute in dict.fromkeys((c.activation_checkpointing, True)):
             for split in (n for n in _powers(c.batch_size) if c.batch_size % n == 0):
                 train = replace(
@@ -297,9 +333,9 @@ def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
                     ramp_from=c.ramp_from * split if c.ramp_steps else c.ramp_from,
                 )
                 for replicate in dict.fromkeys((axes.replicate, 1)):
-                    left, rest = divmod(processes, replicate * cp)
+                    left, rest = divmod(processes, replicate * tp * cp)
                     if not rest:  # a `shard` that is set changes with the others
-                        mesh = ParallelConfig(replicate, axes.shard and left, cp)
+                        mesh = ParallelConfig(replicate, axes.shard and left, tp, cp)
                         yield replace(config, train=train, parallel=mesh)
 
 

@@ -8,11 +8,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retnet.nn import Positions
+from retnet.nn import Positions, narrow_parameter
 from retnet.settings import Choice, UserError
 
 # A NamedTuple of tensors, batch first. Every mixer names its own; whoever holds one need not know which.
 State = tuple[Any, ...]
+
+
+# `Mixer.head_axes` of the usual projections
+PROJECTION_AXES: Mapping[str, int] = {
+    "q_proj.weight": 0,
+    "k_proj.weight": 0,
+    "v_proj.weight": 0,
+    "out_proj.weight": 1,
+}
 
 
 class MixerConfig(Choice):
@@ -57,6 +66,8 @@ class Mixer(nn.Module):
         training_forms: ways to compute whole sequences that studies compare.
         cuttable: whether a sequence may be cut over processes (context parallelism): a mixer of this kind then has a
             `context` (`retnet.ops.context_parallel.ContextParallel`), which those who cut it set, or None.
+        head_axes: of its weights, the axis along which heads lie one after the other; empty where heads do not stand by
+            themselves. A mixer that has any has `num_heads` in its configuration, and all that it is made of in them.
         exactly_causal: False where rounding knows no order (convolution by FFT), so that later tokens leave traces of ε.
     """
 
@@ -67,10 +78,24 @@ class Mixer(nn.Module):
     along_time: ClassVar[str] = "token by token"
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (TrainingForm(),)
     cuttable: ClassVar[bool] = False
+    head_axes: ClassVar[Mapping[str, int]] = {}
     exactly_causal: ClassVar[bool] = True
+    num_heads: int
 
     def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
         super().__init__()
+
+    def keep_heads(self, begin: int, end: int) -> None:
+        """Leaves it the heads from `begin` to `end` alone: its output is then their summand of the whole's.
+
+        Raises:
+            TypeError: heads of this kind of mixer do not stand by themselves.
+        """
+        if not self.head_axes:
+            raise TypeError(f"{type(self).__name__} has no heads that stand by themselves")
+        for name, axis in self.head_axes.items():
+            narrow_parameter(self, name, axis, begin, end, self.num_heads)
+        self.num_heads = end - begin
 
     def positions(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.mixers.base import MixerConfig, head_width
+from retnet.mixers.base import PROJECTION_AXES, MixerConfig, head_width
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Positions, Rotary, Rotation, exactly, widened
 from retnet.ops import head_norm
@@ -47,6 +48,11 @@ class GatedRetention(SequenceMixer):
 
     Config: ClassVar[type[GatedRetentionConfig]] = GatedRetentionConfig
     along_time: ClassVar[str] = "chunks"
+    head_axes: ClassVar[Mapping[str, int]] = {
+        **PROJECTION_AXES,
+        "gate_proj.weight": 0,
+        "decay_proj.weight": 0,
+    }
 
     def __init__(self, d_model: int, config: GatedRetentionConfig) -> None:
         super().__init__(d_model, config)

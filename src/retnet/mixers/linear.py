@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import Mixer, MixerConfig, head_width
+from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width
 from retnet.nn import Linear, Positions, Rotary, Rotation, widened
 from retnet.ops import CHUNK, retention, retention_step
 from retnet.settings import At, Count
@@ -46,6 +47,7 @@ class LinearAttention(Mixer):
     Config: ClassVar[type[LinearConfig]] = LinearConfig
     paper_row: ClassVar[str | None] = "Linear Transformer"
     along_time: ClassVar[str] = "chunks"
+    head_axes: ClassVar[Mapping[str, int]] = PROJECTION_AXES
 
     def __init__(self, d_model: int, config: LinearConfig) -> None:
         super().__init__(d_model, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import Mixer, MixerConfig
+from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig
 from retnet.nn import Linear, Positions, Rotary, linear_of
 from retnet.ops import (
     CHUNK,
@@ -121,6 +121,12 @@ class MultiScaleRetention(Mixer):
     paper_row: ClassVar[str | None] = "RetNet"
     along_time: ClassVar[str] = "chunks"
     cuttable: ClassVar[bool] = True
+    head_axes: ClassVar[Mapping[str, int]] = {
+        **PROJECTION_AXES,
+        "gate_proj.weight": 0,
+        "head_norm_weight": 0,
+        "head_norm_bias": 0,
+    }
 
     log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
 
@@ -128,6 +134,7 @@ class MultiScaleRetention(Mixer):
         super().__init__(d_model, config)
         self.config = config
         self.num_heads = config.num_heads
+        self._heads = slice(None)  # those of the configuration's heads that are here
         self.key_dim, self.value_dim = config.widths(d_model)
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         self.q_proj = Linear(d_model, keys)
@@ -147,8 +154,14 @@ class MultiScaleRetention(Mixer):
 
     def _set_decay(self, device: torch.device) -> None:
         wide = torch.promote_types(self.q_proj.weight.dtype, torch.float32)
-        log_decay = log_decays(self.config.decay, self.num_heads, wide).to(device)
+        log_decay = log_decays(self.config.decay, self.config.num_heads, wide)[self._heads].to(device)
         self.register_buffer("log_decay", log_decay, persistent=False)
+
+    def keep_heads(self, begin: int, end: int) -> None:
+        """As of any mixer; every head keeps its γ."""
+        super().keep_heads(begin, end)
+        self._heads = slice(begin, end)
+        self._set_decay(self.q_proj.weight.device)
 
     @property
     def theta(self) -> Tensor:

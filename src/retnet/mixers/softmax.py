@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retnet.mixers.base import MixerConfig, TrainingForm, head_width
+from retnet.mixers.base import PROJECTION_AXES, MixerConfig, TrainingForm, head_width
 from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Positions, Rotary, Rotation, needs_formula, once_differentiable
@@ -56,6 +57,7 @@ class SoftmaxAttention(SequenceMixer):
     caches: ClassVar[tuple[str, ...]] = ("keys", "values")
     paper_row: ClassVar[str | None] = "Transformer"
     along_time: ClassVar[str] = "all tokens at once"
+    head_axes: ClassVar[Mapping[str, int]] = PROJECTION_AXES
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (
         TrainingForm("math", {"sdpa": "math"}),
         TrainingForm("flash", {"sdpa": "flash"}, memory="N"),

@@ -29,6 +29,7 @@ from retnet.train.distributed import Ranks, collect, own_part, shard
 from retnet.train.initial_weights import fill
 from retnet.train.optimizer import optimizer_tensors, optimizers, restore_optimizers
 from retnet.train.run_dir import RunDirectory
+from retnet.train.tensor_parallel import global_tensors
 
 TRAINED = (
     "training.safetensors"  # beside an average, which is the model: the weights that training goes on with
@@ -114,10 +115,10 @@ class Checkpoints:
                 f"{bad} is not finite after step {standing.step}, so nothing was saved; {self._run.whole}. "
                 "Try a lower train.learning_rate or more train.warmup_steps"
             )
-        whole, trained, memory = model, None, collect(memory, self._ranks)
+        whole, trained, memory = model, None, self._collect(memory, model)
         if average or not self._ranks.alone:
-            trained = collect(weights(model), self._ranks)
-            averages = collect(average.tensors, self._ranks) if average else {}
+            trained = self._collect(weights(model), model)
+            averages = self._collect(average.tensors, model) if average else {}
             whole = _hollow(self._config)
             whole.load_state_dict({**trained, **averages}, strict=False, assign=True)
         tokens = {"train": self._data.train, "validation": self._data.validation}
@@ -133,6 +134,9 @@ class Checkpoints:
         best = standing.best[1] if standing.best else None
         keep = self._config.train.keep
         self._ranks.lead(lambda: self._run.save(standing.step, best, files, keep=keep))
+
+    def _collect(self, parts: Mapping[str, Tensor], model: LanguageModel) -> dict[str, Tensor]:
+        return collect(global_tensors(parts, model, self._ranks.mesh), self._ranks)
 
     def _read(self) -> _Saved:
         torch.manual_seed(self._config.train.seed)

@@ -145,11 +145,14 @@ class ParallelConfig(Checked):
     Attributes:
         replicate: groups of processes that hold all weights each (HSDP); they take turns with the passes of a step.
         shard: processes that take turns too, and hold a part of all weights each (FSDP). None: what the others leave.
+        tp: tensor parallelism: processes that compute the same tokens, with some heads of each mixer, a part of the width
+            of each FFN and of the vocabulary.
         cp: context parallelism: processes that hold a stretch of every sequence each, and a part of all weights.
     """
 
     replicate: Count = 1
     shard: Count | None = None
+    tp: Count = 1
     cp: Count = 1
 
     @property
@@ -160,7 +163,7 @@ class ParallelConfig(Checked):
 
     @property
     def parts(self) -> int:
-        """Into which weights are cut. Of a resolved one."""
+        """Into which FSDP cuts weights, or what `tp` leaves of them. Of a resolved one."""
         assert self.shard is not None
         return self.shard * self.cp
 
@@ -170,7 +173,7 @@ class ParallelConfig(Checked):
         Raises:
             UserError: their product is another number; says which one would do.
         """
-        sizes = {"replicate": self.replicate, "shard": self.shard or 1, "cp": self.cp}
+        sizes = {"replicate": self.replicate, "shard": self.shard or 1, "tp": self.tp, "cp": self.cp}
         product = math.prod(sizes.values())
         if self.shard is None and processes % product == 0:
             return replace(self, shard=processes // product)

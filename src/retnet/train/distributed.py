@@ -1,9 +1,9 @@
-"""Distributed training on one mesh of processes: FSDP2, HSDP and context parallelism, and how the processes agree.
+"""Distributed training on one mesh of processes: FSDP2, HSDP, tensor and context parallelism; how the processes agree.
 
 Everything here is applied to the model from outside: each process keeps its part of every weight, of
 its gradient and of the optimiser's memory; the weights of a block are put together while it computes. Processes that share
-a sequence (context parallelism) hold a stretch of it each. Without a launcher nothing of it happens: there is one process,
-and no process group.
+a sequence (context parallelism) hold a stretch of it each, those that share a computation (tensor parallelism) some heads.
+Without a launcher nothing of it happens: there is one process, and no process group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,9 @@ from retnet.errors import UserError, told
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
 from retnet.ops.context_parallel import ContextParallel
+from retnet.ops.tensor_parallel import TensorParallel
 from retnet.train.config import ParallelConfig
+from retnet.train.tensor_parallel import connect, cut, global_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,14 +48,16 @@ class Ranks:
     """The processes of a run, numbered by their rank: which one this is, of how many, how they agree and share the work.
 
     What is said to gather, sum, lead or tell must be called by all ranks, in the same order. On the mesh of `arranged` ranks
-    are counted by replica, then by shard, then by stretch of a sequence.
+    are counted by replica, then by shard, then by stretch of a sequence, then by part of heads and widths.
 
     Attributes:
         rank: of this process.
         world: how many there are.
         group: for words between them, on the CPU; None for a single process.
         axes: of the mesh.
-        mesh: over which weights are cut, and over whose first dimension of two they are repeated; None for a single process.
+        mesh: of all ranks, by those of the names "replicate", "tp" and "shard" (its ranks with all stretches) over which
+            there are several; None for a single process.
+        tp: what ranks that have a part of the heads each exchange; None where each computes with all of them.
         context: what tells mixers which stretch of a sequence they see; None where each process reads whole ones.
     """
 
@@ -62,6 +66,7 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     axes: ParallelConfig = ONE
     mesh: DeviceMesh | None = None
+    tp: TensorParallel | None = None
     context: ContextParallel | None = None
 
     @property
@@ -77,23 +82,54 @@ class Ranks:
     @property
     def reader(self) -> int:
         """Which of the processes, or groups of processes, that read batches at the same time this is, or is in."""
-        return self.rank // self.axes.cp
+        return self.rank // (self.axes.cp * self.axes.tp)
+
+    @property
+    def stretch(self) -> int:
+        """Which stretch of the sequences this process reads."""
+        return self.rank // self.axes.tp % self.axes.cp
+
+    @property
+    def counts(self) -> bool:
+        """Whether sums over ranks have to count what this process reads: of those that read the same, the first does."""
+        return self.rank % self.axes.tp == 0
 
     def arranged(self, axes: ParallelConfig, device: torch.device) -> Ranks:
         """The same on a mesh with these axes."""
         if self.alone:
             return self
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-        replicate, parts = axes.replicate, self.world // axes.replicate
-        shape, names = (
-            ((replicate, parts), ("replicate", "shard")) if replicate > 1 else ((parts,), ("shard",))
-        )
-        mesh, context = init_device_mesh(device.type, shape, mesh_dim_names=names), None
+        sizes = {"replicate": axes.replicate, "tp": axes.tp, "shard": axes.parts}
+        names = tuple(name for name, size in sizes.items() if size > 1)
+        if axes.replicate > 1 and axes.parts == 1:  # FSDP repeats nothing that it does not cut
+            names = (*names, "shard")
+        ranks = torch.arange(self.world).view(axes.replicate, axes.parts, axes.tp).transpose(1, 2)
+        mesh = DeviceMesh(device.type, ranks.reshape([sizes[name] for name in names]), mesh_dim_names=names)
+        tp = TensorParallel(mesh["tp"].get_group()) if axes.tp > 1 else None
+        context = None
         if axes.cp > 1:
-            rows = init_device_mesh(device.type, (axes.readers, axes.cp), mesh_dim_names=("read", "cp"))
-            context = ContextParallel(rows["cp"].get_group())
-        return replace(self, axes=axes, mesh=mesh, context=context)
+            rows = (axes.readers, axes.cp, axes.tp)
+            order = init_device_mesh(device.type, rows, mesh_dim_names=("read", "cp", "tp"))
+            context = ContextParallel(order["cp"].get_group())
+        return replace(self, axes=axes, mesh=mesh, tp=tp, context=context)
+
+    @property
+    def sharding(self) -> DeviceMesh | None:
+        """The mesh over whose last dimension FSDP cuts weights, and over whose first of two it repeats them, if it does."""
+        if self.mesh is None:
+            return None
+        names = tuple(name for name in self.mesh.mesh_dim_names or () if name != "tp")
+        return self.mesh[names] if names else None
+
+    def leave_uncompiled(self) -> None:
+        """Keeps what ranks exchange inside blocks out of graphs that torch.compile makes of these."""
+        disable: Callable[..., Any] = torch.compiler.disable
+        if self.context is not None:
+            self.context.entering = disable(self.context.entering)  # type: ignore[method-assign]
+        if self.tp is not None:
+            self.tp.replicated = disable(self.tp.replicated)  # type: ignore[method-assign]
+            self.tp.summed = disable(self.tp.summed)  # type: ignore[method-assign]
 
     def part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, targets and bounds of documents that this rank reads of a batch: all, or its stretch of them end to end.
@@ -235,14 +271,20 @@ def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageM
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     with torch.device("meta"):
         model = LanguageModel(whole.config)
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)
+    if ranks.tp is not None:
+        cut(model, ranks.tp.rank, ranks.tp.size)
+        connect(model, ranks.tp)
+    mesh = ranks.sharding
+    for part in (*model.blocks, model) if mesh is not None else ():
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.to_empty(device=device)
+    if mesh is None and whole.config.tie_embeddings:
+        model.head.weight = model.embedding.weight  # of which `to_empty` makes two, and FSDP one again
     full = weights(whole) if ranks.first else {}
-    for name, own in weights(model).items():
+    for name, own in global_tensors(weights(model), model, ranks.mesh).items():
         spread(full.get(name), own, ranks)
     if ranks.context is not None:
         for block in model.blocks:

@@ -8,18 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from retnet.model import LanguageModel
 from retnet.train.distributed import Ranks, holders, own_part
+from retnet.train.tensor_parallel import global_tensors
 
 
-def share_of_square(parameters: Sequence[nn.Parameter], ranks: Ranks) -> Tensor:
-    """Squared norm of this rank's share of the gradients: summed over all ranks it is that of the whole gradient.
+def share_of_square(model: LanguageModel, ranks: Ranks) -> Tensor:
+    """Squared norm of this rank's share of a model's gradients: summed over all ranks it is that of the whole gradient.
 
     What several ranks hold counts for each of them by its part.
     """
     alike: dict[int, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            alike[holders(parameter.grad, ranks)].append(own_part(parameter.grad, ranks))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for gradient in global_tensors(gradients, model, ranks.mesh).values():
+        alike[holders(gradient, ranks)].append(own_part(gradient, ranks))
     squares = [nn.utils.get_total_norm(parts).double() ** 2 / number for number, parts in alike.items()]
     return sum(squares[1:], squares[0])
 

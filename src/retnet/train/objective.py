@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from retnet.data import IGNORED, Batch, Batches
 from retnet.model import LanguageModel
+from retnet.nn import widened
+from retnet.ops.tensor_parallel import TensorParallel
 from retnet.train.distributed import ALONE, Ranks
 
 
@@ -22,20 +24,32 @@ class Objective(nn.Module):
         z_loss: weight of the z-loss, (log Z)² summed over the targets that count, with Z = Σ exp(logits) (PaLM, §5: 1e-4).
             It draws log Z to 0, so that logits do not drift. It is learned from and not shown: the gradient has it, the
             value is the cross entropy alone.
+        tp: the ranks that have a part of the vocabulary each; None: the model has all of it.
     """
 
-    def __init__(self, model: LanguageModel, z_loss: float = 0.0) -> None:
+    def __init__(self, model: LanguageModel, z_loss: float = 0.0, tp: TensorParallel | None = None) -> None:
         super().__init__()
-        self.model, self.z_loss = model, z_loss
+        self.model, self.z_loss, self.tp = model, z_loss, tp
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Tokens and targets int64 [B,T], documents bounded by `cu_seqlens` in the rows laid end to end; a scalar, fp32."""
-        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens).squeeze(0).float()
-        targets = targets.flatten()
-        nats: Tensor = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        if not self.z_loss or not self.training:
+        """Tokens and targets int64 [B,T], documents bounded by `cu_seqlens` in the rows laid end to end; a scalar.
+
+        In fp32, or fp64 where the weights are.
+        """
+        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens).squeeze(0)
+        logits, targets = logits.to(widened(logits)), targets.flatten()
+        with_z = self.z_loss and self.training
+        if self.tp is None:
+            nats: Tensor = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            log_normaliser = logits.logsumexp(-1) if with_z else None
+        else:
+            vocabulary = self.model.config.vocab_size
+            assert vocabulary is not None
+            log_normaliser, score = self.tp.scores(logits, targets, vocabulary)
+            nats = (log_normaliser - score).masked_fill(targets == IGNORED, 0).sum()
+        if not with_z or log_normaliser is None:
             return nats
-        z: Tensor = self.z_loss * ((targets != IGNORED) * logits.logsumexp(-1).square()).sum()
+        z: Tensor = self.z_loss * ((targets != IGNORED) * log_normaliser.square()).sum()
         return nats + (z - z.detach())
 
 
@@ -91,7 +105,7 @@ def evaluate(
                 break
         if 0 < turns % readers <= ranks.reader:  # the last turn of others: all put shared weights together
             nats(batch)
-    (total,) = ranks.sum([total], device)
+    (total,) = ranks.sum([total if ranks.counts else 0.0], device)
     objective.train(training)
     loss = total / tokens
     return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from retnet.model import LanguageModel
 from retnet.train.config import TrainConfig
 from retnet.train.distributed import ALONE, Ranks, spread
+from retnet.train.tensor_parallel import global_tensors
 
 MUON_MOMENTUM = 0.95
 
@@ -84,7 +85,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
 
 
 def restore_optimizers(
-    model: nn.Module,
+    model: LanguageModel,
     optimizers: Sequence[torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
     ranks: Ranks = ALONE,
@@ -92,10 +93,12 @@ def restore_optimizers(
     """Gives optimisers the memory that `optimizer_tensors` wrote down, which of several ranks the first has."""
     parameters = dict(model.named_parameters())
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    memory: dict[str, Tensor] = {}
     for name in ranks.tell(list(tensors)):
         parameter, _, key = name.rpartition("/")
         own = parameters[parameter]
         # the step is a number beside its parameter; moments are shaped, typed and shared among ranks as it is
-        memory = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own)
-        spread(tensors.get(name), memory, ranks)
-        owners[own].state[own][key] = memory
+        memory[name] = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own)
+        owners[own].state[own][key] = memory[name]
+    for name, part in global_tensors(memory, model, ranks.mesh).items():
+        spread(tensors.get(name), part, ranks)

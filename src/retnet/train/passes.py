@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from retnet.data import Batch, Batches
+from retnet.model import LanguageModel
 from retnet.train.config import TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.gradients import share_of_square
@@ -32,7 +33,8 @@ class Passes:
     """This process's share in the passes of all steps.
 
     Args:
-        objective: from tokens, targets and bounds of documents to the sum of losses in nats.
+        model: that learns.
+        objective: from tokens, targets and bounds of documents to the sum of the model's losses in nats.
         batches: to learn from.
         device: where the objective lies.
         autocast: context of the forward pass.
@@ -42,6 +44,7 @@ class Passes:
 
     def __init__(
         self,
+        model: LanguageModel,
         objective: nn.Module,
         batches: Batches,
         device: torch.device,
@@ -49,11 +52,11 @@ class Passes:
         notices: Notices,
         ranks: Ranks,
     ) -> None:
-        self._objective, self._batches, self._device, self._autocast = objective, batches, device, autocast
-        self._notices, self._ranks = notices, ranks
+        self._model, self._objective, self._batches = model, objective, batches
+        self._device, self._autocast, self._notices, self._ranks = device, autocast, notices, ranks
 
     def gradients(self, step: int, c: TrainConfig) -> StepGradient:
-        """Leaves in the objective's parameters the gradient of a step's losses ÷ its tokens.
+        """Leaves in the model's parameters the gradient of a step's losses ÷ its tokens.
 
         Of the passes of a step, this process makes those whose number is its place among the readers modulo their number.
         The processes agree once, when all gradients are there, in one small reduction.
@@ -68,7 +71,7 @@ class Passes:
         found, counted = [], 0
         for place, batch in zip(places, batches, strict=True):
             if not ranks.alone:  # dropout's masks: of the pass and stretch, whatever the number of processes
-                stretch = f" {ranks.rank % ranks.axes.cp}" if ranks.context else ""
+                stretch = f" {ranks.stretch}" if ranks.context else ""
                 torch.manual_seed(random.Random(f"{c.seed} {place}{stretch}").getrandbits(63))
             part = ranks.part(batch)
             with self._autocast:
@@ -77,8 +80,8 @@ class Passes:
             found.append(nats.detach())
             counted += count(part[1])
         losses = [float(nats) for nats in found]  # only now, for a number waits for the device
-        square = share_of_square(list(self._objective.parameters()), ranks)
-        total, targets, square_of_all = self._notices.sum(sum(losses), counted, square)
+        square, once = share_of_square(self._model, ranks), int(ranks.counts)
+        total, targets, square_of_all = self._notices.sum(once * sum(losses), once * counted, square)
         if not math.isfinite(total):
             batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
         mean = tokens / targets  # over what counts, which no process knew before

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as Live
 from rich.text import Text
 
 from retnet.data import PreparationProgress, Problem
-from retnet.model import LanguageModel
+from retnet.model.cost import cost
 from retnet.train.config import RunConfig, TrainConfig
 
 PROBLEMS_SHOWN = 5
@@ -55,11 +56,11 @@ class TrainingProgress:
             self.say(f"preparing data: {done.words}{part}")
 
     @contextmanager
-    def training(self, config: RunConfig, model: LanguageModel, step: int) -> Iterator[None]:
+    def training(self, config: RunConfig, device: torch.device, step: int) -> Iterator[None]:
         """Frames the training loop, which begins after `step`."""
         c = config.train
-        size = sum(p.numel() for p in model.parameters())
-        where = f"{next(model.parameters()).device.type}, {c.precision}"
+        size = cost(config.model).total
+        where = f"{device.type}, {c.precision}"
         goes = f"{c.steps:,} steps of {c.tokens_per_step:,} tokens"
         begun = f", from step {step:,}" if step else ""
         if step < c.steps:

@@ -43,7 +43,7 @@ HARMLESS = (
         )
     )
     | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
-    | frozenset(f"parallel.{name}" for name in ("replicate", "shard", "cp"))
+    | frozenset(f"parallel.{name}" for name in ("replicate", "shard", "tp", "cp"))
 )
 # All that a run writes of its own, so all that one may take away that came to nothing.
 OWN = {

@@ -22,6 +22,7 @@ from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
+from retnet.train.tensor_parallel import check_heads
 
 GIB = 2**30
 # at the least, in fp32: weight, gradient, and two moments of AdamW or one momentum of Muon
@@ -54,7 +55,8 @@ def check_shares(c: TrainConfig, axes: ParallelConfig) -> None:
     Raises:
         UserError: on all ranks alike.
     """
-    number = f"{axes.readers} processes" if axes.cp == 1 else f"{axes.readers} groups of {axes.cp} processes"
+    each = axes.tp * axes.cp
+    number = f"{axes.readers} processes" if each == 1 else f"{axes.readers} groups of {each} processes"
     if c.accumulate % axes.readers:
         raise UserError(
             f"train.accumulate is {c.accumulate}, and {number} cannot share so many passes of a step "
@@ -76,7 +78,7 @@ def _check_memory(config: RunConfig, parameters: int, device: torch.device, axes
     c, m = config.train, config.model
     tokens = c.batch_size * c.seq_len
     state = BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)
-    weights = state * parameters // axes.parts
+    weights = state * parameters // (axes.parts * axes.tp)
     passed = 2 * tokens // axes.cp * m.d_model * m.num_layers
     read = BYTES_PER_TOKEN * tokens * max(c.accumulate // axes.readers, 1)
     cpu = torch.device("cpu")
@@ -144,12 +146,18 @@ def start_from(config: RunConfig, run: RunDirectory, progress: TrainingProgress,
 
 
 def check_cut(config: RunConfig) -> None:
-    """Says what cannot be cut along time, where `parallel.cp` asks for it.
+    """Says what cannot be cut along time, where `parallel.cp` asks for it, or by heads, where `parallel.tp` does.
 
     Raises:
         UserError: on all ranks alike.
     """
-    cp, c = config.parallel.cp, config.train
+    cp, tp, c = config.parallel.cp, config.parallel.tp, config.train
+    check_heads(config.model, tp)
+    if tp > 1 and c.optimizer == "muon":
+        raise UserError(
+            f"parallel.tp is {tp}, and train.optimizer 'muon' makes updates of whole matrices orthogonal, of which each "
+            "process then has a part; set it to 1, and parallel.shard cuts them, or take train.optimizer 'adamw'"
+        )
     if cp == 1:
         return
     able = [name for name, kind in MIXERS.items() if kind.cuttable]
@@ -169,11 +177,15 @@ def check_cut(config: RunConfig) -> None:
 
 def shares(config: RunConfig, ranks: Ranks) -> str:
     """How several processes share the passes of a step, for people to read."""
-    passes, (readers, cp) = config.train.accumulate, (ranks.axes.readers, ranks.axes.cp)
-    each = f"{passes // readers} of the {passes} passes of a step"
-    if cp == 1:
+    passes, axes = config.train.accumulate, ranks.axes
+    each = f"{passes // axes.readers} of the {passes} passes of a step"
+    if axes.cp * axes.tp == 1:
         return f"{ranks.world} processes, each with {each}"
-    return f"{ranks.world} processes, every {cp} with {each}, and each with a stretch of its sequences"
+    parts = ["a stretch of its sequences"] if axes.cp > 1 else []
+    parts += ["a part of the heads, widths and vocabulary"] if axes.tp > 1 else []
+    return (
+        f"{ranks.world} processes, every {axes.cp * axes.tp} with {each}, and each with {' and '.join(parts)}"
+    )
 
 
 def _other_tokenizer(asked: DataConfig, adopted: DataConfig) -> bool:

@@ -124,12 +124,11 @@ class _Trainer:
         self.model, self.step, self.best = self.learned.model, standing.step, standing.best
         self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
-        self.objective: nn.Module = Objective(self.model, c.z_loss)
+        self.objective: nn.Module = Objective(self.model, c.z_loss, ranks.tp)
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
-            if ranks.context is not None:
-                ranks.context.entering = torch.compiler.disable(ranks.context.entering)  # type: ignore[method-assign]
+            ranks.leave_uncompiled()
             change_blocks(self.model, functools.partial(torch.compile, dynamic=True))
         if c.activation_checkpointing:
             recompute_blocks(self.model)
@@ -148,7 +147,9 @@ class _Trainer:
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
         self.notices = Notices(ranks, device)
-        self.passes = Passes(self.objective, self.batches, device, self.autocast, self.notices, ranks)
+        self.passes = Passes(
+            self.model, self.objective, self.batches, device, self.autocast, self.notices, ranks
+        )
 
     def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
@@ -156,7 +157,7 @@ class _Trainer:
         metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
         with (
             closing(metrics) if metrics else nullcontext(),
-            self.progress.training(self.config, self.model, self.step),
+            self.progress.training(self.config, self.device, self.step),
             self._profiled(profile) as after_step,
         ):
             while not self.notices.signals and self.step < self.config.train.steps:
