@@ -194,7 +194,7 @@ def test_dry_run_says_what_fits_and_does_nothing(texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     said = invoke(texts, "--dry-run", "--gpus", 2, "--memory", 80)
-    assert "fp32 on 2 processes: replicate 1 × shard 2 × cp 1" in said
+    assert "fp32 on 2 processes: replicate 1 × shard 2 × tp 1 × cp 1" in said
     assert "counted with 257, that of bytes" in said
     assert " of 80 GB" in said
     said = invoke(texts, "--dry-run", "--memory", 0.002, "--train.batch_size", 8, "--model.vocab_size", 2000)

@@ -118,6 +118,7 @@ def cut_block(block: Block, rank: int, ranks: int) -> None:
 def connect(model: LanguageModel, tp: TensorParallel) -> None:
     """Makes the parts of all ranks that `cut` made compute the whole model: what enters them, and the sum of what leaves."""
     for block in model.blocks:
+        assert isinstance(block, Block)
         for part in (block.mixer, block.ffn):
             part.register_forward_pre_hook(lambda _, x: (tp.replicated(x[0]), *x[1:]))
             part.register_forward_hook(lambda _, __, y: tp.summed(y))
@@ -130,7 +131,7 @@ class EmbeddingPart(nn.Embedding):
 
     def __init__(self, whole: nn.Embedding, begin: int, end: int) -> None:
         rows = whole.weight.detach()[begin:end].clone()
-        super().__init__(*rows.shape, _weight=rows)
+        super().__init__(rows.shape[0], rows.shape[1], _weight=rows)
         self.begin = begin
 
     def forward(self, input: Tensor) -> Tensor:
@@ -165,8 +166,8 @@ def _global_tensor(part: Tensor, cut: Cut | None, mesh: DeviceMesh) -> Tensor:
     from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
     shape, local, placements = list(part.shape), part.detach(), dict[str, Placement]()
-    if isinstance(part, DTensor):  # FSDP's
-        local = part.detach().to_local()
+    if isinstance(part, DTensor) and isinstance(local, DTensor):  # FSDP's
+        local = local.to_local()
         placements = dict(zip(part.device_mesh.mesh_dim_names or (), part.placements, strict=True))
     if cut is not None:
         placements["tp"], shape[cut.axis] = Shard(cut.axis), cut.size
