@@ -56,7 +56,7 @@ class TensorParallel:
             Two tensors [N], the same on all ranks.
         """
         begin, _ = self.part(vocabulary)
-        found: tuple[Tensor, Tensor] = _Scores.apply(logits, targets - begin, self.group)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _VocabularyScores.apply(logits, targets - begin, self.group)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -98,7 +98,7 @@ class _Summed(torch.autograd.Function):
         return grad, None
 
 
-class _Scores(torch.autograd.Function):
+class _VocabularyScores(torch.autograd.Function):
     """Vocabulary-parallel log-sum-exp and target's logit; kept for the backward pass are the logits alone."""
 
     @staticmethod
