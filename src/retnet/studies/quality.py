@@ -1,15 +1,14 @@
 """The measure ``quality``: models trained alike, with the same tuning effort, and their perplexity over seeds.
 
 Every row of the study is trained once with the first seed at each learning rate of the grid. The rate with the lowest
-in-domain loss is kept, and the other seeds are trained at it; the run that won is itself the first seed's. All runs read
-the same tokens, seed by seed in the same order, for as many steps.
+in-domain loss is kept, and the other seeds are trained at it; the run that won is itself the first seed's
+(`retnet.studies.tuning`). All runs read the same tokens, seed by seed in the same order, for as many steps.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,6 +26,7 @@ from retnet.settings import PATH, At, Checked, Count, UserError, config_path, lo
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 from retnet.studies.quality_summary import VariantResults, summarise
+from retnet.studies.tuning import TuningGrid, slug
 from retnet.train.config import RunConfig
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
@@ -83,7 +83,7 @@ class QualityMeasure(Measure):
         for name in ("rows", "learning_rates"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; a study needs at least one")
-        for what, names in (("rows", [_slug(row.label) for row in self.rows]), ("sets", list(self.sets))):
+        for what, names in (("rows", [slug(row.label) for row in self.rows]), ("sets", list(self.sets))):
             twice = {name for name in names if names.count(name) > 1 or name in ("", IN_DOMAIN)}
             if twice:
                 raise UserError(
@@ -114,47 +114,30 @@ class QualityMeasure(Measure):
 
     def count(self) -> int:
         """The grid for each row, and the other seeds."""
-        return len(self.rows) * (len(self.learning_rates) + self.seeds - 1)
+        return self._grid.count()
 
     def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
-        """Seed 0 of all rows, rate by rate: a study that is cut short has each of them once. Then the other seeds."""
-        named = {
-            self._name(row, rate, 0): (row, rate, 0) for rate in self.learning_rates for row in self.rows
-        }
-        for row in self.rows:
-            best = self._best(row, results, failed)
-            if best is not None:
-                named |= {self._name(row, best, seed): (row, best, seed) for seed in range(1, self.seeds)}
+        """Seed 0 of all rows, rate by rate; then the other seeds at the best."""
+        rows = {row.label: row for row in self.rows}
         return {
-            name: QualityJob("quality", self._config(row, out, rate, seed), self.sets, self.set_documents)
-            for name, (row, rate, seed) in named.items()
+            name: QualityJob(
+                "quality", self._config(rows[t.row], out, t.rate, t.seed), self.sets, self.set_documents
+            )
+            for name, t in self._grid.trainings(results, failed).items()
         }
 
     def summarise(self, results: Results) -> Summary:
         """Perplexity beside the published numbers, the tuning, and whether the orders agree."""
-        found = []
-        for row in self.rows:
-            tuned = {r: results.get(self._name(row, r, 0)) for r in self.learning_rates}
-            rate = self._best(row, results, [self._name(row, r, 0) for r in self.learning_rates])
-            names = [] if rate is None else [self._name(row, rate, seed) for seed in range(self.seeds)]
-            seeds = [results[name] for name in names if name in results]
-            found.append(
-                VariantResults(row.label, row.paper, rate, seeds, {r: x for r, x in tuned.items() if x})
-            )
+        grid = self._grid
+        found = [VariantResults(row.label, row.paper, *grid.found(row.label, results)) for row in self.rows]
         return summarise(found, [IN_DOMAIN, *self.sets], self.published, self.against)
 
-    def _best(self, row: Variant, results: Results, failed: Collection[str]) -> float | None:
-        """The rate of the lowest in-domain loss; None while a run that could still win is missing, or if all failed."""
-        names = {rate: self._name(row, rate, 0) for rate in self.learning_rates}
-        if any(name not in results and name not in failed for name in names.values()):
-            return None
-        losses = {
-            r: results[n]["sets"][IN_DOMAIN]["nats_per_token"] for r, n in names.items() if n in results
-        }
-        return min(losses, key=lambda rate: losses[rate]) if losses else None
-
-    def _name(self, row: Variant, rate: float, seed: int) -> str:
-        return f"{_slug(row.label)}.lr-{rate:g}.seed-{seed}"
+    @property
+    def _grid(self) -> TuningGrid:
+        rows = tuple(row.label for row in self.rows)
+        return TuningGrid(
+            rows, self.learning_rates, self.seeds, lambda r: r["sets"][IN_DOMAIN]["nats_per_token"]
+        )
 
     def _config(self, row: Variant, out: Path, rate: float, seed: int) -> RunConfig:
         settings = merge({"data": {"cache": str(out / "data")}}, self.settings)
@@ -236,11 +219,6 @@ class _Heard(TrainingProgress):
     def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
         super().step(step, loss, rate, left)
         self._tell(0.95 * step / self._steps)
-
-
-def _slug(label: str) -> str:
-    """A label as a file name: ``"− swish gate"`` → ``"swish-gate"``."""
-    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))
 
 
 def _several(specs: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from retnet import paper
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.studies.protocols import Result
+from retnet.studies.tuning import at_end
 from retnet.tables import MISSING, Table
 
 PUBLISHED = {"architectures": paper.ARCHITECTURES, "ablations": paper.ABLATIONS, "none": {}}
@@ -130,12 +131,7 @@ def _findings(
                 + f", and the seeds do not separate {len(judged['not separated'])}."
             )
     for row in complete:
-        grid = sorted(row.tuned)
-        if len(grid) > 1 and row.rate in (grid[0], grid[-1]):
-            end = "lowest" if row.rate == grid[0] else "highest"
-            said.append(
-                f"{row.label} was best at the {end} learning rate of the grid, so a better one may lie beyond."
-            )
+        said += at_end(row.label, row.rate, row.tuned)
     return said
 
 

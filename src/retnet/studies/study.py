@@ -12,9 +12,10 @@ from retnet.studies.complexity import ComplexityMeasure
 from retnet.studies.decoding import DecodingMeasure
 from retnet.studies.protocols import Measure
 from retnet.studies.quality import QualityMeasure
+from retnet.studies.recall import RecallMeasure
 from retnet.studies.training import TrainingMeasure
 
-MEASURES = (QualityMeasure, ComplexityMeasure, DecodingMeasure, TrainingMeasure)
+MEASURES = (QualityMeasure, ComplexityMeasure, DecodingMeasure, TrainingMeasure, RecallMeasure)
 
 
 @dataclass(frozen=True)
