@@ -103,10 +103,10 @@ def test_folders_of_others(tmp_path, run):
         open_run(other)
     Tokenizer.load("bytes").save(other / "tokenizer.json")
     assert open_run(other).model.config.vocab_size == 257
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"holds no RetNet that can be run here, but a model of type 'llama'"):
-        open_run(tmp_path / "llama")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=r"holds no RetNet that can be run here, but a model of type 'gpt2'"):
+        open_run(tmp_path / "gpt2")
 
 
 def test_a_git_lfs_pointer_in_place_of_a_file(run, folder, tmp_path):

@@ -20,6 +20,7 @@ VERBS = {
     "demo": "Train on the default corpus, compare with gzip and xz, and write a sample.",
     "eval": "Perplexity over lengths and documents; the paper's tasks.",
     "generate": "Continue a prompt with a trained run.",
+    "linearize": "Make a RetNet of a Transformer: transfer, align, distil.",
     "runs": "Show runs and where they stand, compare two, draw and watch their curves.",
     "serve": "Serve a model over HTTP: OpenAI's API, sessions, a playground.",
     "study": "Run the paper's comparisons: architectures, ablations, scaling, costs.",

@@ -29,7 +29,7 @@ CLAMPED = ("torchscale", "syncdoth")  # kinds whose parallel form clamps sums of
 @click.option(
     "--from",
     "kind",
-    type=click.Choice(["torchscale", "fla", "syncdoth", "hf", "run"]),
+    type=click.Choice(["torchscale", "fla", "syncdoth", "llama", "hf", "run"]),
     help="[default: recognised]",
 )
 @click.option("--to", type=click.Choice(["hf", "fla", "syncdoth", "run"]), default="hf", show_default=True)

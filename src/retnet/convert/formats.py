@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet import __version__
-from retnet.convert import fla, native, syncdoth, torchscale
+from retnet.convert import fla, llama, native, syncdoth, torchscale
 from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
@@ -29,6 +29,7 @@ READERS = {
     "torchscale": f"a file {', '.join(SUFFIXES)}, or a folder with one and its config.json",
     "fla": "a folder whose config.json has model_type 'retnet' and hidden_size",
     "syncdoth": "a folder whose config.json has model_type 'retnet' and decoder_embed_dim",
+    "llama": f"a folder whose config.json has one of the model_types {', '.join(llama.FAMILY)}: a Transformer",
     "hf": "a folder whose config.json has model_type 'retentive_network'",
     "run": "a run (checkpoints/) or one of its checkpoints (manifest.json, model.toml)",
 }
@@ -79,13 +80,18 @@ def _kinds(path: Path) -> list[str]:
     config = _config(path)
     retnet = config.get("model_type") == "retnet"  # of two libraries, with different keys
     fla, syncdoth = retnet and "hidden_size" in config, retnet and "decoder_embed_dim" in config
-    hf = config.get("model_type") == "retentive_network"
+    hf, transformer = (
+        config.get("model_type") == "retentive_network",
+        config.get("model_type") in llama.FAMILY,
+    )
     pickles = any(file.suffix in SUFFIXES and file.suffix != ".safetensors" for file in path.iterdir())
     fits = {
         # The folders of the others may have the optimiser's pickles beside their weights.
-        "torchscale": not (fla or syncdoth or hf) and ("decoder_embed_dim" in config or pickles),
+        "torchscale": not (fla or syncdoth or hf or transformer)
+        and ("decoder_embed_dim" in config or pickles),
         "fla": fla,
         "syncdoth": syncdoth,
+        "llama": transformer,
         "hf": hf,
         "run": (path / "checkpoints").is_dir() or (path / "model.toml").is_file(),
     }
@@ -125,7 +131,13 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
         return torchscale.read(path, None if config is None else Path(config))
     if path.is_file():
         raise UserError(f"{source} is a file, but kind {kind!r} is {READERS[kind]}")
-    readers = {"fla": fla.read, "syncdoth": syncdoth.read, "hf": native.read_hf, "run": native.read_run}
+    readers = {
+        "fla": fla.read,
+        "syncdoth": syncdoth.read,
+        "llama": llama.read,
+        "hf": native.read_hf,
+        "run": native.read_run,
+    }
     return readers[kind](path)
 
 

@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retnet.mixers.base import PROJECTION_AXES, MixerConfig, TrainingForm, head_width
 from retnet.mixers.cache import append
 from retnet.mixers.packing import SequenceMixer, batch_positions
-from retnet.nn import Linear, Positions, Rotary, Rotation, needs_formula, once_differentiable
+from retnet.nn import Linear, Norm, Positions, Rotary, Rotation, needs_formula, once_differentiable
 from retnet.settings import At, Count, UserError
 
 QUERIES = (
@@ -25,32 +25,49 @@ QUERIES = (
 
 @dataclass(frozen=True)
 class SoftmaxConfig(MixerConfig):
-    """Multi-head attention as in Llama: rotary positions, no biases.
+    """Multi-head attention as in Llama: rotary positions; by default as many heads of keys as of queries, and no biases.
 
-    `sdpa` is how whole sequences are computed: ``"math"`` is the plain formula, which holds a matrix of T × T scores,
-    ``"flash"`` FlashAttention, which does not (on a CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's
-    choice. Derivatives of derivatives, and those of `torch.func`, want ``"math"``; ``"auto"`` takes it for the latter.
+    `kv_heads`, `key_dim`, `bias` and `qk_norm` are what Llama, Mistral and Qwen have beside that. `sdpa` is how whole
+    sequences are computed: ``"math"`` is the plain formula, which holds a matrix of T × T scores, ``"flash"``
+    FlashAttention, which does not (on a CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's choice.
+    Derivatives of derivatives, and those of `torch.func`, want ``"math"``; ``"auto"`` takes it for the latter.
     """
 
     name: Literal["softmax"] = "softmax"
     num_heads: Count = 4
+    kv_heads: Count | None = None  # of keys and values, each for a group of query heads (GQA); num_heads
+    key_dim: Count | None = None  # per head; d_model / num_heads
+    bias: bool = False  # of queries, keys and values, as Qwen2 has them
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before they turn, as Qwen3 has it
+    qk_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
     rotary: Rotation = "halves"
     rotary_base: Annotated[float, At(above=0)] = 10000.0
     sdpa: Literal["auto", "math", "flash"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads % (self.kv_heads or 1):
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of kv_heads {self.kv_heads}, whose keys are shared by equal "
+                "groups; change one"
+            )
 
 
 class SoftmaxState(NamedTuple):
     """The KV cache; it grows with every token. Places from a row's length on are room to grow into."""
 
-    keys: Tensor  # [B,S,H,K] in the type of the computation: nothing accumulates in it
-    values: Tensor  # [B,S,H,K]
+    keys: Tensor  # [B,S,G,K] of G = kv_heads, in the type of the computation: nothing accumulates in it
+    values: Tensor  # [B,S,G,K]
     length: Tensor  # int64 [B], tokens seen so far
 
 
 class SoftmaxAttention(SequenceMixer):
     """softmax(Q Kᵀ / √K + causal mask) V for each head (Vaswani et al. 2017), Q and K rotated (Su et al. 2021).
 
-    Weights: q_proj, k_proj, v_proj, out_proj [D,D].
+    Heads of keys and values may be fewer than those of queries, each shared by a group of them (Ainslie et al. 2023).
+
+    Weights: q_proj [H·K,D], k_proj, v_proj [G·K,D], out_proj [D,H·K]; where the configuration has them, biases q_bias [H·K],
+    k_bias, v_bias [G·K], and q_norm, k_norm [K].
     """
 
     Config: ClassVar[type[SoftmaxConfig]] = SoftmaxConfig
@@ -63,15 +80,25 @@ class SoftmaxAttention(SequenceMixer):
         TrainingForm("flash", {"sdpa": "flash"}, memory="N"),
     )
 
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+
     def __init__(self, d_model: int, config: SoftmaxConfig) -> None:
         super().__init__(d_model, config)
         self.config = config
-        self.d_model, self.num_heads = d_model, config.num_heads
-        self.key_dim = head_width(d_model, config.num_heads)
-        self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, d_model)
-        self.v_proj = Linear(d_model, d_model)
-        self.out_proj = Linear(d_model, d_model)
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads or config.num_heads
+        self.key_dim = config.key_dim or head_width(d_model, config.num_heads)
+        queries, keys = self.num_heads * self.key_dim, self.kv_heads * self.key_dim
+        self.q_proj = Linear(d_model, queries)
+        self.k_proj = Linear(d_model, keys)
+        self.v_proj = Linear(d_model, keys)
+        self.out_proj = Linear(queries, d_model)
+        for name, width in (("q_bias", queries), ("k_bias", keys), ("v_bias", keys)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(width)) if config.bias else None)
+        normed = config.qk_norm
+        self.q_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
+        self.k_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
         self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
 
     def positions(
@@ -86,18 +113,17 @@ class SoftmaxAttention(SequenceMixer):
         """An empty cache, in `dtype`."""
         weight = self.q_proj.weight
         device = weight.device if device is None else device
-        empty = torch.zeros(
-            batch, 0, self.num_heads, self.key_dim, device=device, dtype=dtype or weight.dtype
-        )
+        empty = torch.zeros(batch, 0, self.kv_heads, self.key_dim, device=device, dtype=dtype or weight.dtype)
         return SoftmaxState(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Keys and values of all tokens, and the length."""
-        return 2 * length * self.d_model * (dtype or self.q_proj.weight.dtype).itemsize + 8
+        width = self.kv_heads * self.key_dim
+        return 2 * length * width * (dtype or self.q_proj.weight.dtype).itemsize + 8
 
     def mixing_flops(self, length: int) -> int:
         """Scores and their weighted sum over half the length, which is what a token sees on average."""
-        return 2 * self.d_model * (length + 1)
+        return 2 * self.num_heads * self.key_dim * (length + 1)
 
     def _whole(self, x: Tensor, *, positions: Positions | None = None) -> Tensor:
         q, k, v = self._project(x, positions or self.rotary.positions(x))
@@ -121,14 +147,18 @@ class SoftmaxAttention(SequenceMixer):
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, self.key_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        """Queries [B,T,H,K], keys and values [B,T,G,K] of x [B,T,D]."""
+        projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.q_bias is not None:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            projected = [y + bias for y, bias in zip(projected, biases, strict=True)]
+        q, k, v = (y.unflatten(-1, (-1, self.key_dim)) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return *self.rotary(q, k, positions), v
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Sequences from their beginning, by the chosen backend: q, k, v [B,T,H,K] → [B,T,H,K]."""
+        """Sequences from their beginning, by the chosen backend: q [B,T,H,K], k, v [B,T,G,K] → [B,T,H,K]."""
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         try:
             return _attention(q, k, v, _chosen(self.config.sdpa), is_causal=True).transpose(1, 2)
@@ -156,7 +186,9 @@ def _chosen(sdpa: str) -> str:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, sdpa: str, **settings: Any) -> Tensor:  # noqa: ANN401
-    """q [B,H,T,K] on keys and values [B,H,S,K] → [B,H,T,K]."""
+    """q [B,H,T,K] on keys and values [B,G,S,K], each of which a group of H / G heads of q reads → [B,H,T,K]."""
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = (y.repeat_interleave(group, dim=1) for y in (k, v))
     with _backend(sdpa):
         o = F.scaled_dot_product_attention(q, k, v, **settings)
     if torch.compiler.is_compiling():  # reading grad_fn would break the graph
@@ -175,7 +207,7 @@ def _backend(name: str) -> AbstractContextManager[None]:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, masked: bool, sdpa: str) -> Tensor:
-    """q [B,T,H,K] at `position` [B,T] on keys and values [B,S,H,K], of which each sees those up to its own place."""
+    """q [B,T,H,K] at `position` [B,T] on keys and values [B,S,G,K], of which each sees those up to its own place."""
     place = torch.arange(keys.shape[1], device=q.device)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     outputs = []

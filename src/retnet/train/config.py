@@ -189,6 +189,20 @@ class ParallelConfig(Checked):
 
 
 @dataclass(frozen=True)
+class DistillConfig(Checked):
+    """Learning from another model, the teacher, in place of the text's next tokens; validations measure these as ever.
+
+    Attributes:
+        teacher: a run, a checkpoint, or a folder, of the same tokenizer.
+        match: what of the teacher: logits is the distribution of the next token; mixers what each mixer answers to what the
+            teacher's own reads, for which the models have as many layers of the same width.
+    """
+
+    teacher: Annotated[str, PATH]
+    match: Literal["logits", "mixers"] = "logits"
+
+
+@dataclass(frozen=True)
 class RunConfig(Checked):
     """Everything a run is made from; ``config.toml`` of a run directory holds it complete."""
 
@@ -196,3 +210,10 @@ class RunConfig(Checked):
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distill: DistillConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distill and (self.train.z_loss or self.train.compile):
+            name = "z_loss" if self.train.z_loss else "compile"
+            raise UserError(f"train.{name} is not for runs with [distill]; leave it out")

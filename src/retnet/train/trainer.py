@@ -26,11 +26,12 @@ from retnet.settings import UserError
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
+from retnet.train.distillation import objective
 from retnet.train.distributed import Ranks, processes
 from retnet.train.gradients import scale
 from retnet.train.metrics import Metrics
 from retnet.train.notices import Notices
-from retnet.train.objective import Objective, Quality, evaluate
+from retnet.train.objective import Quality, evaluate
 from retnet.train.optimizer import learning_rate
 from retnet.train.pace import Pace
 from retnet.train.passes import Passes
@@ -124,7 +125,7 @@ class _Trainer:
         self.model, self.step, self.best = self.learned.model, standing.step, standing.best
         self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
-        self.objective: nn.Module = Objective(self.model, c.z_loss, ranks.tp)
+        self.objective: nn.Module = objective(config, self.model, device, ranks)
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights

@@ -1,0 +1,97 @@
+"""`retnet linearize`: a RetNet out of a Transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retnet.cli.options import HomePath, HomeText, options
+from retnet.settings import merge, parse_overrides
+
+if TYPE_CHECKING:
+    from retnet.train.linearize import Linearization, StageQuality
+
+
+@click.command("linearize", context_settings={"ignore_unknown_options": True})
+@click.argument("teacher", type=HomeText())
+@click.argument("dest", type=HomePath(path_type=Path, file_okay=False))
+@click.option(
+    "--data", "corpus", type=HomeText(), multiple=True, help="Text to learn from, as data.corpus has it."
+)
+@options(
+    "retnet.train.linearize:LinearizeConfig",
+    *("mixer", "keep_softmax", "align_steps", "align_rate", "distil_steps", "distil_rate"),
+    *("longer_steps", "longer_rate", "longer_seq_len", "scratch", "scratch_rate"),
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def command(
+    teacher: str,
+    dest: Path,
+    corpus: tuple[str, ...],
+    overrides: tuple[str, ...],
+    **how: Any,  # noqa: ANN401
+) -> None:
+    """Make a RetNet of TEACHER, a Transformer, in DEST.
+
+    TEACHER is a run or checkpoint whose layers are softmax, or a Hugging Face folder of Llama, Mistral, Qwen2 or Qwen3. Its
+    weights are transferred, each mixer is aligned with the teacher's, and the whole is distilled; each stage is a folder or
+    run in DEST that every verb opens. Interrupted, the same command goes on. Settings of all stages are changed with
+    --train.field VALUE and --data.field VALUE.
+    """
+    from retnet.host import keep_freed_memory
+    from retnet.train.linearize import Linearization, LinearizeConfig, linearize
+    from retnet.train.progress import TrainingProgress
+
+    keep_freed_memory()
+    settings: dict[str, Any] = {"data": {"corpus": list(corpus)}} if corpus else {}
+    for key, value in parse_overrides(overrides).items():
+        section, _, name = key.partition(".")
+        settings = merge(settings, {section: {name: value}})
+    config, progress = Linearization(teacher, LinearizeConfig(**how), settings), TrainingProgress()
+    progress.say(_memory(config, dest))
+    done = linearize(config, dest, progress)
+    if not done.finished:
+        click.echo("the same command goes on where this one ended", err=True)
+        raise SystemExit(1)
+    _show(done.stages)
+    click.echo(f"next: retnet generate {done.student} --prompt 'Once upon'")
+
+
+def _memory(config: Linearization, dest: Path) -> str:
+    """What teacher and student take together, in words."""
+    from dataclasses import replace
+
+    from retnet.convert import read
+    from retnet.measure.footprint import footprint
+    from retnet.train.student import student_config
+
+    found = read(config.teacher)
+    student = student_config(found.config, config.how.mixer, config.how.keep_every)
+    most = max(footprint(replace(run, model=student), 1).memory.peak for run in config.stages(dest).values())
+    weights = sum(x.numel() for x in found.tensors.values())
+    return (
+        f"memory: about {(4 * weights + most) / 1e9:,.2f} GB, of which the teacher's weights are "
+        f"{4 * weights / 1e9:,.2f} and training the student {most / 1e9:,.2f}"
+    )
+
+
+def _show(stages: list[StageQuality]) -> None:
+    """Teacher and stages side by side."""
+    from rich.console import Console
+
+    from retnet.tables import Table, print_table
+
+    rows = tuple(
+        (
+            stage.name,
+            f"{stage.parameters / 1e6:,.2f} M",
+            f"{stage.tokens:,}",
+            f"{stage.quality.loss:.4f}",
+            f"{stage.quality.bits_per_byte:.4f}",
+        )
+        for stage in stages
+    )
+    columns = ("stage", "parameters", "tokens learned from", "nats/token", "bits/byte")
+    print_table(Table("Held-out text", columns, rows), Console(highlight=False))

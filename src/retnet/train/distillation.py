@@ -1,0 +1,152 @@
+"""Distillation: objectives that learn from a teacher model in place of the text's next tokens.
+
+The protocol of RADLADS (Goldstein et al. 2025, arXiv 2505.03005): first every mixer learns to answer as the teacher's does,
+each by itself on what the teacher's own reads; then the whole model learns the teacher's distribution of the next token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.convert import read
+from retnet.data import IGNORED
+from retnet.model import LanguageModel
+from retnet.settings import UserError
+from retnet.train.objective import Objective
+
+if TYPE_CHECKING:
+    from retnet.train.config import RunConfig
+    from retnet.train.distributed import Ranks
+
+Seen = tuple[Tensor, Tensor]  # what a mixer read and what it answered, [1,T,D]
+
+
+def objective(config: RunConfig, model: LanguageModel, device: torch.device, ranks: Ranks) -> Objective:
+    """What a run minimises: cross entropy of the text, or the distance from a teacher that its `distill` names.
+
+    Raises:
+        UserError: the teacher cannot be read, or does not fit the model; or there are several processes, which do not share
+            a teacher.
+    """
+    distill = config.distill
+    if distill is None:
+        return Objective(model, config.train.z_loss, ranks.tp)
+    if not ranks.alone:
+        raise UserError(
+            f"[distill] learns from {distill.teacher} in one process, and there are {ranks.world}; start one"
+        )
+    kind = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    teacher = read(distill.teacher).to(kind).model().to(device).requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"distill.teacher {distill.teacher} has {teacher.config.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; they must have the same tokenizer"
+        )
+    return {"mixers": MixerAlignment, "logits": LogitDistillation}[distill.match](model, teacher)
+
+
+class Distillation(Objective):
+    """Base of objectives with a teacher; outside training they are the cross entropy of the text.
+
+    Args:
+        model: the student.
+        teacher: on the same device; no part of this module, so that nobody trains or saves it.
+    """
+
+    def __init__(self, model: LanguageModel, teacher: LanguageModel) -> None:
+        super().__init__(model)
+        self._hidden = (teacher,)  # a module in a tuple is not registered
+
+    @property
+    def teacher(self) -> LanguageModel:
+        """The model that is learned from."""
+        return self._hidden[0]
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Tokens and targets int64 [B,T], documents bounded by `cu_seqlens` in the rows laid end to end; a scalar, fp32."""
+        if not self.training:
+            return super().forward(tokens, targets, cu_seqlens)
+        return self._distance(tokens.reshape(1, -1), targets.flatten() != IGNORED, cu_seqlens)
+
+    def _distance(self, tokens: Tensor, counts: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Summed over the tokens [1,T] that count, bool [T]."""
+        raise TypeError(f"{type(self).__name__} does not define _distance")
+
+
+class MixerAlignment(Distillation):
+    """Squared distance of mixers' outputs from the teacher's, each on what the teacher's mixer reads, in one pass over it.
+
+    Each layer's is divided by the mean square of the teacher's output there, so that all weigh the same and 1 is what zeros
+    would have; their mean is summed over tokens. Layers whose mixer is of the teacher's kind are left out.
+
+    Raises:
+        UserError: the models have different widths or numbers of layers, or no layer is left.
+    """
+
+    def __init__(self, model: LanguageModel, teacher: LanguageModel) -> None:
+        super().__init__(model, teacher)
+        mine, theirs = model.config, teacher.config
+        if (mine.d_model, mine.num_layers) != (theirs.d_model, theirs.num_layers):
+            raise UserError(
+                f"distill.match = 'mixers' needs a teacher of {mine.num_layers} layers of width {mine.d_model}, and this "
+                f"one has {theirs.num_layers} of {theirs.d_model}; take match = 'logits'"
+            )
+        kinds = zip(mine.mixers_by_layer, theirs.mixers_by_layer, strict=True)
+        self.layers = [layer for layer, (own, other) in enumerate(kinds) if own != other]
+        if not self.layers:
+            raise UserError("distill.match = 'mixers' has nothing to learn: all mixers are the teacher's own")
+
+    def _distance(self, tokens: Tensor, counts: Tensor, cu_seqlens: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = watched(self.teacher, self.layers, tokens, cu_seqlens)
+        total = torch.zeros((), device=tokens.device)
+        for layer, (x, answer) in seen.items():
+            block = self.model.blocks[layer]
+            error = (block.mixer(x, cu_seqlens=cu_seqlens) - answer)[0].float().square().mean(-1)
+            scale = answer[0].float().square().mean(-1)[counts].mean()
+            total = total + (error * counts).sum() / (scale * len(seen))
+        return total
+
+
+class LogitDistillation(Distillation):
+    """KL divergence of the model's next token from the teacher's, Σ p log(p / q) in nats."""
+
+    def _distance(self, tokens: Tensor, counts: Tensor, cu_seqlens: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher(tokens, cu_seqlens=cu_seqlens)[0].float().log_softmax(-1)
+        found = self.model(tokens, cu_seqlens=cu_seqlens)[0].float().log_softmax(-1)
+        nats: Tensor = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
+        return (nats * counts).sum()
+
+
+def watched(
+    model: LanguageModel, layers: list[int], tokens: Tensor, cu_seqlens: Tensor | None, part: str = "mixer"
+) -> dict[int, Seen]:
+    """What modules of some blocks read and answer in a pass over tokens [1,T], by layer.
+
+    Args:
+        model: that reads the tokens.
+        layers: of which blocks.
+        tokens: int64 [1,T].
+        cu_seqlens: bounds of documents.
+        part: of the block, such as ``"mixer.out_proj"``.
+    """
+    seen: dict[int, Seen] = {}
+
+    def note(layer: int) -> object:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[layer] = (inputs[0], output)
+
+        return model.blocks[layer].get_submodule(part).register_forward_hook(hook)
+
+    hooks = [note(layer) for layer in layers]
+    try:
+        model.features(tokens, cu_seqlens)
+    finally:
+        for hook in hooks:
+            hook.remove()  # type: ignore[attr-defined]
+    return seen

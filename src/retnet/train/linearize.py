@@ -1,0 +1,289 @@
+"""Linearisation: a RetNet out of a pretrained Transformer, in stages that are a checkpoint and run directories.
+
+``0-transfer`` has the teacher's weights in the student; ``1-align`` teaches each mixer its own part; ``2-distil`` teaches
+the whole the teacher's distribution; ``3-longer``, if asked for, goes on with the text itself, in longer rows. ``scratch``,
+if asked for, is the student's architecture with fresh weights and as many tokens, to compare with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retnet import host
+from retnet.convert import Found, read, write
+from retnet.data import Batches, Prepared, Tokenizer, prepare
+from retnet.errors import told
+from retnet.io import write_text
+from retnet.lock import sole_owner
+from retnet.model import LanguageModel
+from retnet.settings import PATH, At, Checked, Count, UserError, build, dump, load, merge
+from retnet.train.config import RunConfig
+from retnet.train.distillation import watched
+from retnet.train.objective import Objective, Quality, evaluate
+from retnet.train.progress import TrainingProgress
+from retnet.train.run_dir import differences
+from retnet.train.student import StudentMixer, student_config, transfer
+from retnet.train.trainer import train
+
+SETTINGS, TOKENIZER = "linearize.toml", "tokenizer.json"  # in the folder, beside the stages
+TRANSFER = "0-transfer"
+_KEPT = re.compile(r"every:(\d+)")
+Rate = Annotated[float, At(above=0, most=1e3)]
+
+
+@dataclass(frozen=True)
+class LinearizeConfig(Checked):
+    """How a student is made of a teacher.
+
+    Attributes:
+        mixer: of the student, in place of softmax.
+        keep_softmax: every:N leaves every N-th layer as it is.
+        align_steps: in which each mixer learns to answer as the teacher's does.
+        align_rate: learning rate of these.
+        distil_steps: in which the model learns the teacher's distribution of the next token.
+        distil_rate: learning rate of these.
+        longer_steps: more steps, with the text's own next tokens; 0 is none.
+        longer_rate: learning rate of these.
+        longer_seq_len: tokens of their rows; unset is four times those before, in batches of as many tokens.
+        scratch: train a model of the student's kind from fresh weights too, with as many tokens.
+        scratch_rate: learning rate of that.
+    """
+
+    mixer: StudentMixer = "retention"
+    keep_softmax: str | None = None
+    align_steps: Count = 200
+    align_rate: Rate = 1e-3
+    distil_steps: Count = 400
+    distil_rate: Rate = 1e-3
+    longer_steps: Annotated[int, At(least=0)] = 0
+    longer_rate: Rate = 3e-4
+    longer_seq_len: Count | None = None
+    scratch: bool = False
+    scratch_rate: Rate = 2e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_softmax is not None and not _KEPT.fullmatch(self.keep_softmax):
+            raise UserError(f"keep_softmax is {self.keep_softmax!r}; allowed: every:N, such as every:4")
+
+    @property
+    def keep_every(self) -> int | None:
+        """N of ``every:N``."""
+        return int(self.keep_softmax.removeprefix("every:")) if self.keep_softmax else None
+
+
+@dataclass(frozen=True)
+class Linearization(Checked):
+    """All that a folder of stages is made from; `SETTINGS` in it says the same.
+
+    Attributes:
+        teacher: a run, a checkpoint, or a folder of Llama, Mistral, Qwen2 or Qwen3.
+        how: the stages.
+        settings: of all their runs, laid over the defaults of [data] and [train].
+    """
+
+    teacher: Annotated[str, PATH]
+    how: LinearizeConfig
+    settings: dict[str, Any]
+
+    def stages(self, folder: Path) -> dict[str, RunConfig]:
+        """Name → configuration of each stage's run, in order; the model is that of the weights it begins with."""
+        how, base = self.how, self._base()
+        pace = {
+            "1-align": (how.align_steps, how.align_rate),
+            "2-distil": (how.distil_steps, how.distil_rate),
+        }
+        matches = {"1-align": "mixers", "2-distil": "logits"}
+        found, before = {}, TRANSFER
+        for name, (steps, rate) in pace.items():
+            train = {"steps": steps, "learning_rate": rate, "start_from": str(folder / before)}
+            distill = {"teacher": self.teacher, "match": matches[name]}
+            found[name], before = _run(base, train, distill), name
+        if how.longer_steps:
+            seq_len = how.longer_seq_len or 4 * found[before].train.seq_len
+            tokens = found[before].train.batch_size * found[before].train.seq_len
+            train = {"steps": how.longer_steps, "learning_rate": how.longer_rate, "seq_len": seq_len}
+            train |= {"start_from": str(folder / before), "batch_size": max(tokens // seq_len, 1)}
+            found["3-longer"] = _run(base, train, None)
+        return found
+
+    def scratch(self, folder: Path, student: RunConfig) -> RunConfig:
+        """The run with fresh weights: as many tokens, in rows as the first stages have them."""
+        stages = self.stages(folder).values()
+        train = {"learning_rate": self.how.scratch_rate}
+        config = _run(self._base(), train, None)
+        tokens = sum(c.train.tokens_before(c.train.steps) for c in stages)
+        return replace(
+            config,
+            model=student.model,
+            data=replace(config.data, tokenizer=str(folder / TOKENIZER)),
+            train=replace(config.train, steps=-(-tokens // config.train.tokens_per_step)),
+        )
+
+    def data(self, folder: Path) -> RunConfig:
+        """What all stages read, by the tokenizer of the teacher."""
+        config = _run(self._base(), {}, None)
+        return replace(config, data=replace(config.data, tokenizer=str(folder / TOKENIZER)))
+
+    def _base(self) -> dict[str, Any]:
+        own = {"steps", "learning_rate", "start_from", "minutes", "ema"} & set(self.settings.get("train", {}))
+        if own:
+            raise UserError(f"train.{min(own)} is of each stage; see `retnet linearize --help`")
+        for section in ("model", "distill", "parallel"):
+            if self.settings.get(section):
+                raise UserError(f"[{section}] follows from the teacher; only data and train can be set")
+        if "tokenizer" in self.settings.get("data", {}):
+            raise UserError("data.tokenizer is the teacher's; leave it out")
+        return {"data": {}, **self.settings}
+
+
+def _run(base: Mapping[str, Any], train: Mapping[str, Any], distill: Mapping[str, Any] | None) -> RunConfig:
+    chosen: dict[str, Any] = merge(base, {"train": dict(train)})
+    if "warmup_steps" not in chosen["train"] and "steps" in train:
+        chosen["train"]["warmup_steps"] = max(train["steps"] // 20, 1)
+    return build(RunConfig, chosen if distill is None else {**chosen, "distill": dict(distill)})
+
+
+class StageQuality(NamedTuple):
+    """How well a stage predicts held-out text."""
+
+    name: str
+    path: str  # of its model
+    parameters: int
+    tokens: int  # it has learned from, itself and the stages before it; of the teacher 0
+    quality: Quality
+
+
+class Linearized(NamedTuple):
+    """How a call of `linearize` ended."""
+
+    finished: bool  # False: stopped by a signal, saved, ready to be continued
+    student: Path  # the last stage
+    stages: list[StageQuality]  # the teacher first; empty unless finished
+
+
+def linearize(config: Linearization, folder: Path, progress: TrainingProgress | None = None) -> Linearized:
+    """Makes all stages that are not there yet, and measures teacher and stages on the same held-out text.
+
+    Raises:
+        UserError: a teacher that cannot be one, a folder that holds something else or was begun with other settings, or
+            what training refuses.
+    """
+    progress = progress or TrainingProgress.silent()
+    with sole_owner(folder, "linearisation's", "DEST"):
+        _begin(config, folder)
+        teacher = read(config.teacher)
+        student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
+        tokenizer = _tokenizer(config.teacher, teacher, folder)
+        prepared = prepare(
+            config.data(folder).data, on_progress=progress.preparing, on_problem=progress.problem
+        )
+        if not (folder / TRANSFER).is_dir():
+            sizes = head_sizes(teacher, config.data(folder), prepared, student.mixers_by_layer)
+            found = transfer(teacher, student, sizes, config.data(folder).train.seed)
+            write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
+        runs = config.stages(folder)
+        if config.how.scratch:
+            runs["scratch"] = config.scratch(folder, replace(config.data(folder), model=student))
+        for name, run in runs.items():
+            progress.say(f"{name}: {run.train.steps:,} steps")
+            if not train(run, folder / name, begin="resume-or-start", progress=progress).finished:
+                return Linearized(False, folder / name, [])
+        last = [name for name in runs if name != "scratch"][-1]
+        progress.say("measuring teacher and stages on held-out text")
+        return Linearized(True, folder / last, list(_measured(config, folder, prepared, runs)))
+
+
+def _begin(config: Linearization, folder: Path) -> None:
+    """Notes what is done, or compares with what was noted."""
+    file = folder / SETTINGS
+    if file.is_file():
+        if changed := differences(load(Linearization, file), config):
+            raise UserError(
+                f"{folder} was begun with other settings: {'; '.join(changed)}; choose another DEST"
+            )
+        return
+    config.stages(folder)  # says what is wrong before anything is written
+    if others := [path.name for path in folder.iterdir() if path.name != "run.lock"]:
+        raise UserError(
+            f"DEST {folder} holds something else ({', '.join(sorted(others)[:3])}); choose another"
+        )
+    with told(f"write {file}"):
+        write_text(file, dump(config))
+
+
+def _tokenizer(source: str, teacher: Found, folder: Path) -> Tokenizer:
+    """The teacher's tokenizer, written beside the stages in this library's form."""
+    file = folder / TOKENIZER
+    if not file.is_file():
+        with told(f"write {file}"):
+            if TOKENIZER in teacher.tokenizer and teacher.kind == "run":
+                file.write_bytes(teacher.tokenizer[TOKENIZER])
+            elif teacher.tokenizer:
+                Tokenizer.load(source).save(file)
+            else:
+                raise UserError(
+                    f"{source} has no tokenizer (tokenizer.json); put it beside the weights, for both must read alike"
+                )
+    return Tokenizer.load(file)
+
+
+def head_sizes(
+    teacher: Found, config: RunConfig, prepared: Prepared, student: tuple[Any, ...]
+) -> dict[int, Tensor]:
+    """Layer → root mean square of what each head of the teacher hands to the output projection, [H], over one batch.
+
+    Args:
+        teacher: a model of softmax layers.
+        config: whose first batch is read.
+        prepared: the text.
+        student: its mixers by layer; layers that keep the teacher's are left out.
+    """
+    c = config.train
+    batch = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed).batch(0)
+    kinds = zip(student, teacher.config.mixers_by_layer, strict=True)
+    changed = [layer for layer, (own, other) in enumerate(kinds) if own != other]
+    device = host.choose_device(c.device)
+    model = teacher.to(torch.float32).model().to(device)
+    with torch.no_grad():
+        tokens, bounds = batch.tokens.reshape(1, -1).to(device), batch.cu_seqlens.to(device)
+        seen = watched(model, changed, tokens, bounds, "mixer.out_proj")
+    heads = teacher.config.mixer.num_heads  # type: ignore[attr-defined]  # `student_config` saw to it
+    return {
+        layer: x[0].unflatten(-1, (heads, -1)).square().mean((0, 2)).sqrt().cpu()
+        for layer, (x, _) in seen.items()
+    }
+
+
+def _measured(
+    config: Linearization, folder: Path, prepared: Prepared, runs: Mapping[str, RunConfig]
+) -> Iterator[StageQuality]:
+    """Teacher, student after each stage, and the scratch model, on the same batches of held-out text."""
+    base, learned = config.data(folder), 0
+    places = {"teacher": config.teacher, TRANSFER: str(folder / TRANSFER)}
+    for name, path in {**places, **{name: str(folder / name) for name in runs}}.items():
+        tokens = runs[name].train.tokens_before(runs[name].train.steps) if name in runs else 0
+        learned = tokens if name == "scratch" else learned + tokens
+        model = read(path).to(torch.float32).model()
+        parameters = sum(p.numel() for p in model.parameters())
+        yield StageQuality(name, path, parameters, learned, _quality(model, base, prepared))
+
+
+def _quality(model: LanguageModel, config: RunConfig, prepared: Prepared) -> Quality:
+    c, shards = config.train, prepared.validation
+    device = host.choose_device(c.device)
+    return evaluate(
+        Objective(model.to(device)),
+        Batches(shards, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed),
+        bytes_per_token=shards.num_bytes / shards.num_tokens,
+        device=device,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=False),
+        max_tokens=c.eval_tokens,
+    )

@@ -1,0 +1,169 @@
+"""`retnet linearize`: stages that are runs, resumed exactly; what is transferred; what each stage learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from retnet.convert import Found
+from retnet.data import DataConfig
+from retnet.engine import open_run
+from retnet.mixers import SoftmaxConfig
+from retnet.model import LanguageModel, ModelConfig
+from retnet.model.checkpoint import weights
+from retnet.settings import UserError
+from retnet.train.config import DistillConfig, RunConfig, TrainConfig
+from retnet.train.distillation import LogitDistillation, MixerAlignment, objective
+from retnet.train.linearize import Linearization, LinearizeConfig, linearize
+from retnet.train.objective import Objective
+from retnet.train.progress import TrainingProgress
+from retnet.train.student import student_config, transfer
+from retnet.train.trainer import train
+
+SOFTMAX = SoftmaxConfig(num_heads=4, kv_heads=2, bias=True, qk_norm=True)
+TEACHER = ModelConfig(
+    vocab_size=257, d_model=32, num_layers=2, mixer=SOFTMAX, norm="rmsnorm", ffn="swiglu", ffn_dim=48
+)
+
+
+def found(config=TEACHER):
+    torch.manual_seed(1)
+    return Found("run", config, weights(LanguageModel(config)), {})
+
+
+def batch():
+    tokens = torch.randint(257, (2, 12))
+    targets = tokens.roll(-1, 1)
+    targets[0, 5] = -100
+    return tokens, targets, torch.tensor([0, 7, 12, 24], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("mixer", ["retention", "gated_retention"])
+def test_a_student_has_its_teachers_weights(mixer):
+    teacher = found()
+    config = student_config(TEACHER, mixer, keep_every=2)
+    assert [kind.name for kind in config.mixers_by_layer] == [mixer, "softmax"]
+    student = transfer(teacher, config, {0: torch.tensor([1.0, 2.0, 3.0, 4.0])}, seed=0)
+    model = student.model()  # all weights are there, and fit
+    same = [name for name, x in weights(model).items() if torch.equal(x, teacher.tensors.get(name, x[:0]))]
+    assert {"embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.1.mixer.q_bias", "norm.weight"} <= set(
+        same
+    )
+    changed = (
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "out_proj.weight",
+        "q_bias",
+        "k_bias",
+        "v_bias",
+    )
+    changed = {f"blocks.0.mixer.{name}" for name in (*changed, "q_norm.weight", "k_norm.weight")}
+    assert set(teacher.tensors) - set(same) == changed
+    values = student.tensors["blocks.0.mixer.v_proj.weight"].view(4, 8, 32)
+    assert torch.equal(values[0], values[1])  # those that a group shared
+    assert torch.equal(
+        values.view(2, 2, 8, 32)[:, 0].flatten(0, 1), teacher.tensors["blocks.0.mixer.v_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "keep", "says"),
+    [
+        (
+            replace(TEACHER, layers=("softmax", "linear")),
+            None,
+            "softmax of one kind, and they are: linear, softmax",
+        ),
+        (TEACHER, 3, "every:3 layers cannot stay softmax among 2; allowed: every:2 to every:2"),
+        (TEACHER, 1, "every:1 layers"),
+    ],
+)
+def test_what_cannot_be_a_teacher(teacher, keep, says):
+    with pytest.raises(UserError, match=says):
+        student_config(teacher, "retention", keep)
+
+
+def test_alignment_is_zero_for_the_teachers_own_answers_and_one_for_silence():
+    teacher = found().model()
+    config = student_config(TEACHER, "retention", None)
+    silent = LanguageModel(config)
+    for block in silent.blocks:
+        torch.nn.init.zeros_(block.mixer.out_proj.weight)
+    tokens, targets, bounds = batch()
+    loss = MixerAlignment(silent, teacher)(tokens, targets, bounds)
+    assert loss.item() == pytest.approx(23)  # tokens that count
+    again = MixerAlignment(silent, teacher)
+    assert "teacher" not in dict(again.named_modules())
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in silent.parameters())
+    copy = found().model()
+    same = MixerAlignment(silent, teacher)
+    same.model = copy  # answers as the teacher does, in all layers
+    assert same(tokens, targets, bounds).item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match="nothing to learn"):
+        MixerAlignment(copy, teacher)
+    with pytest.raises(UserError, match="needs a teacher of 1 layers of width 32"):
+        MixerAlignment(LanguageModel(replace(config, num_layers=1)), teacher)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    teacher, student = found().model(), LanguageModel(student_config(TEACHER, "retention", None))
+    tokens, targets, bounds = batch()
+    told = LogitDistillation(student, teacher)
+    with torch.no_grad():
+        p = teacher(tokens.view(1, -1), cu_seqlens=bounds)[0].softmax(-1)
+        q = student(tokens.view(1, -1), cu_seqlens=bounds)[0].softmax(-1)
+    nats = (p * (p / q).log()).sum(-1)[targets.flatten() != -100].sum()
+    assert told(tokens, targets, bounds).item() == pytest.approx(nats.item(), rel=1e-4)
+    assert told.eval()(tokens, targets, bounds).item() == Objective(student)(tokens, targets, bounds).item()
+
+
+def test_what_a_run_with_a_teacher_cannot_do(tmp_path):
+    with pytest.raises(UserError, match="z_loss is not for runs with"):
+        RunConfig(train=TrainConfig(z_loss=1e-4), distill=DistillConfig("x"))
+
+    class Two:
+        alone, world = False, 2
+
+    with pytest.raises(UserError, match="in one process, and there are 2"):
+        objective(RunConfig(distill=DistillConfig("x")), None, torch.device("cpu"), Two())
+
+
+class Interrupted(TrainingProgress):
+    """Ends the process's work, as Ctrl-C twice would, in the middle of a stage."""
+
+    def __init__(self):
+        super().__init__(Console(quiet=True))
+
+    def step(self, step, loss, rate, left=None):
+        if (self._steps, step) == (60, 40):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_stages_are_runs_that_go_on_where_they_were_stopped(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{n} and {n + 1} make {2 * n + 1}." for n in range(3000)))
+    corpus = {"corpus": str(text), "validation": str(text), "cache": str(tmp_path / "cache")}
+    sizes = {"seq_len": 32, "batch_size": 8, "device": "cpu", "eval_every": 0, "eval_tokens": 2000}
+    learned = TrainConfig(**sizes, steps=150, learning_rate=1e-2, warmup_steps=10)
+    run = RunConfig(model=replace(TEACHER, vocab_size=None), data=DataConfig(**corpus), train=learned)
+    train(run, tmp_path / "teacher")
+
+    how = LinearizeConfig(align_steps=40, distil_steps=60, longer_steps=10, scratch=True, align_rate=1e-2)
+    settings = {"data": corpus, "train": {**sizes, "checkpoint_every": 15}}
+    config = Linearization(str(tmp_path / "teacher"), how, settings)
+    with pytest.raises(KeyboardInterrupt):
+        linearize(config, tmp_path / "cut", Interrupted())
+    whole, cut = linearize(config, tmp_path / "whole"), linearize(config, tmp_path / "cut")
+    stages = {stage.name: stage for stage in whole.stages}
+    assert list(stages) == ["teacher", "0-transfer", "1-align", "2-distil", "3-longer", "scratch"]
+    assert [s.quality for s in cut.stages] == [s.quality for s in whole.stages]
+    loss = {name: stage.quality.loss for name, stage in stages.items()}
+    assert loss["0-transfer"] > loss["1-align"] > loss["2-distil"] > loss["teacher"]
+    assert loss["2-distil"] < loss["scratch"]
+    assert stages["scratch"].tokens == stages["3-longer"].tokens == 110 * 256
+    assert open_run(whole.student).model.config.mixer.name == "retention"
+    with pytest.raises(UserError, match=r"begun with other settings: how\.align_steps: 40 → 41"):
+        linearize(replace(config, how=replace(how, align_steps=41)), tmp_path / "whole")
