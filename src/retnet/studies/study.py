@@ -10,12 +10,20 @@ from typing import Annotated, Any
 from retnet.settings import At, Checked, Count, load
 from retnet.studies.complexity import ComplexityMeasure
 from retnet.studies.decoding import DecodingMeasure
+from retnet.studies.linearization import LinearizationMeasure
 from retnet.studies.protocols import Measure
 from retnet.studies.quality import QualityMeasure
 from retnet.studies.recall import RecallMeasure
 from retnet.studies.training import TrainingMeasure
 
-MEASURES = (QualityMeasure, ComplexityMeasure, DecodingMeasure, TrainingMeasure, RecallMeasure)
+MEASURES = (
+    QualityMeasure,
+    ComplexityMeasure,
+    DecodingMeasure,
+    TrainingMeasure,
+    RecallMeasure,
+    LinearizationMeasure,
+)
 
 
 @dataclass(frozen=True)

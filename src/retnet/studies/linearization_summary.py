@@ -1,0 +1,112 @@
+"""What the measure ``linearization`` found: stages side by side, and the part of the gap to the teacher that is closed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from retnet.measure.summary import Figure, Line, Panel, Summary
+from retnet.studies.protocols import Result, Results
+from retnet.studies.tuning import slug
+from retnet.tables import MISSING, Table
+
+TEACHER, SCRATCH = "teacher", "scratch"
+STAGES = {"0-transfer": "transferred", "1-align": "aligned", "2-distil": "distilled"}
+WANTED = 0.8  # of the gap between scratch and teacher
+
+
+def student_name(label: str, share: float, seed: int) -> str:
+    """Of a student's job."""
+    return f"{slug(label)}.share-{share:g}.seed-{seed}"
+
+
+def summarise(labels: Sequence[str], shares: Sequence[float], seeds: int, results: Results) -> Summary:
+    """Tables and a figure of all students; those that have no results yet stand there empty."""
+    found = {
+        (label, share): [
+            results[name]["stages"]
+            for seed in range(seeds)
+            if (name := student_name(label, share, seed)) in results
+        ]
+        for label in labels
+        for share in shares
+    }
+    return Summary((_table(found),), (_figure(labels, shares, found),), tuple(_findings(found)))
+
+
+Stages = Mapping[str, Result]
+FoundStages = Mapping[tuple[str, float], Sequence[Stages]]
+
+
+def _table(found: FoundStages) -> Table:
+    columns = (
+        "student",
+        "of the teacher's tokens",
+        "seeds",
+        TEACHER,
+        *STAGES.values(),
+        SCRATCH,
+        "gap closed",
+    )
+    rows = []
+    for (label, share), seeds in found.items():
+        cells = (_mean([_bits(each, name) for each in seeds]) for name in (TEACHER, *STAGES, SCRATCH))
+        gap = _mean([100 * closed(each) for each in seeds], 0)
+        rows.append((label, f"{share:.0%}", str(len(seeds)), *cells, gap if gap == MISSING else f"{gap} %"))
+    notes = (
+        "Bits per byte of held-out text, lower is better: mean over seeds ± their standard deviation. Scratch has the "
+        "student's architecture, fresh weights and as many tokens as all stages together.",
+        "Gap closed: (scratch − distilled) / (scratch − teacher).",
+    )
+    return Table("From teacher to student", columns, tuple(rows), notes)
+
+
+def closed(stages: Stages) -> float:
+    """Part of the gap between scratch and teacher that the last stage closes."""
+    last = _bits(stages, list(STAGES)[-1])
+    return (_bits(stages, SCRATCH) - last) / (_bits(stages, SCRATCH) - _bits(stages, TEACHER))
+
+
+def _figure(labels: Sequence[str], shares: Sequence[float], found: FoundStages) -> Figure:
+    lines = []
+    for label in labels:
+        for stage in (SCRATCH, *list(STAGES)[1:]):
+            known = [(share, [_bits(each, stage) for each in found[label, share]]) for share in shares]
+            known = [(share, values) for share, values in known if values]
+            if known:
+                x = tuple(100 * share for share, _ in known)
+                values = [bits for _, bits in known]
+                ends = tuple(map(min, values)), tuple(map(max, values))
+                name = f"{label}, {STAGES.get(stage, stage)}"
+                lines.append(Line(name, x, tuple(map(statistics.mean, values)), *ends))
+    teachers = [_bits(each, TEACHER) for seeds in found.values() for each in seeds]
+    if teachers:
+        ends_of_x = tuple(100 * share for share in (min(shares), max(shares)))
+        lines.append(Line(TEACHER, ends_of_x, (teachers[0],) * 2, dashed=True))
+    panel = Panel("Held-out text", "% of the teacher's tokens", "bits per byte", tuple(lines), log_x=True)
+    return Figure("linearization", (panel,), ("Mean over seeds, from the least to the greatest.",))
+
+
+def _findings(found: FoundStages) -> list[str]:
+    said = []
+    for (label, share), seeds in found.items():
+        if seeds:
+            part = statistics.mean(map(closed, seeds))
+            reached = f"{'at least' if part >= WANTED else 'less than'} the {WANTED:.0%} that are wanted"
+            said.append(
+                f"{label}, with {share:.0%} of the teacher's tokens, closes {part:.0%} of the gap between scratch and "
+                f"teacher: {reached}."
+            )
+    return said
+
+
+def _bits(stages: Stages, name: str) -> float:
+    value: float = stages[name]["bits_per_byte"]
+    return value
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return MISSING
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
