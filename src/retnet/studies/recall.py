@@ -197,11 +197,11 @@ class RecallJob(Job):
         model = RecallModel(self.model, self.convolution).to(device)
         losses = list(self._learn(model, lambda part: tell(0.9 * part)))
         trained = time.perf_counter()
-        by_pairs = {str(n): self._ask(model, self._pairs, n) for n in self.task.asked_pairs}
-        by_length = {str(n): self._ask(model, self._needles, n) for n in self.task.asked_lengths}
-        known = [self._ask(model, self._pairs, n).nats for n in self.task.pairs]
-        known += [self._ask(model, self._needles, n).nats for n in self.task.lengths]
-        most = 3 * max(self.task.asked_pairs)
+        t = self.task
+        by_pairs = {n: self._ask(model, self._pairs, n) for n in {*t.pairs, *t.asked_pairs}}
+        by_length = {n: self._ask(model, self._needles, n) for n in {*t.lengths, *t.asked_lengths}}
+        known = [by_pairs[n].nats for n in t.pairs] + [by_length[n].nats for n in t.lengths]
+        most = 3 * max(t.asked_pairs)
         return {
             "learning_rate": self.train.learning_rate,
             "seed": self.train.seed,
@@ -209,8 +209,8 @@ class RecallJob(Job):
             "state_bytes": cost(self.model, most).state_bytes,
             "state_tokens": most,
             "nats": sum(known) / len(known),
-            "pairs": {n: answers.accuracy for n, answers in by_pairs.items()},
-            "lengths": {n: answers.accuracy for n, answers in by_length.items()},
+            "pairs": {str(n): by_pairs[n].accuracy for n in t.asked_pairs},
+            "lengths": {str(n): by_length[n].accuracy for n in t.asked_lengths},
             "curve": losses,
             "seconds": time.perf_counter() - begin,
             "training_seconds": trained - begin,
