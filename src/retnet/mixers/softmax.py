@@ -155,7 +155,9 @@ class SoftmaxAttention(SequenceMixer):
         q, k, v = (y.unflatten(-1, (-1, self.key_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return *self.rotary(q, k, positions), v
+        group = self.num_heads // self.kv_heads  # the operator turns as many keys as queries
+        q, k = self.rotary(q, k.repeat_interleave(group, dim=-2) if group > 1 else k, positions)
+        return q, k[..., ::group, :], v
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sequences from their beginning, by the chosen backend: q [B,T,H,K], k, v [B,T,G,K] → [B,T,H,K]."""

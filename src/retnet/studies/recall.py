@@ -1,6 +1,6 @@
 """The measure ``recall``: how many pairs, and over how many tokens, each architecture keeps apart.
 
-Tiny models are trained on two synthetic tasks at once, associative recall and needle in a haystack (`recall_tasks`), and
+Tiny models are trained on two synthetic tasks in turn, associative recall and needle in a haystack (`recall_tasks`), and
 asked beyond what they were trained on: more pairs, longer haystacks. Only the answers are learned and counted.
 """
 
@@ -94,7 +94,7 @@ class RecallMeasure(Measure):
             of this task have it; 0: none, and the mixers must learn that too.
         task: what is learned and asked.
         steps: of AdamW.
-        tokens: of each of the two tasks, that a step reads at most.
+        tokens: that a step reads at most, of one of the two tasks.
         weight_decay: of matrices.
         learning_rates: the grid, the same for all.
         seeds: how many, from 0.
@@ -133,7 +133,7 @@ class RecallMeasure(Measure):
     def plans(self) -> list[RunEstimate]:
         """What the trainings of each row will take."""
         runs, length = len(self.learning_rates) + self.seeds - 1, max(self.task.lengths)
-        train = TrainConfig(steps=self.steps, seq_len=length, batch_size=max(2 * self.tokens // length, 1))
+        train = TrainConfig(steps=self.steps, seq_len=length, batch_size=max(self.tokens // length, 1))
         return [plan(row.label, RunConfig(model=self._model(row), train=train), runs) for row in self.rows]
 
     def count(self) -> int:
@@ -190,7 +190,7 @@ class RecallJob(Job):
     train: TrainConfig
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
-        """Trains on both tasks at once, a number of pairs and a length in turn; then asks."""
+        """Trains on both tasks in turn, with one number of pairs or length after the other; then asks."""
         keep_freed_memory()
         begin, device = time.perf_counter(), choose_device(self.train.device)
         torch.manual_seed(self.train.seed)
@@ -217,16 +217,17 @@ class RecallJob(Job):
         }
 
     def _learn(self, model: RecallModel, tell: Tell) -> Iterator[float]:
-        """Makes all steps; yields the loss of each in nats per answer, the mean of both tasks."""
+        """Makes all steps; yields the loss of each in nats per answer."""
         c, optimizer = self.train, adamw(model, self.train)
         for step in range(c.steps):
             # a seed has steps of its own, and all rows the same
             generator = torch.Generator().manual_seed(c.seed * c.steps + step)
-            tasks = [
-                self._pairs(self.task.pairs[step % len(self.task.pairs)], generator),
-                self._needles(self.task.lengths[step % len(self.task.lengths)], generator),
-            ]
-            loss = torch.stack([model.nats(asked) for asked in tasks]).mean()
+            turn = step // 2
+            if step % 2:
+                asked = self._needles(self.task.lengths[turn % len(self.task.lengths)], generator)
+            else:
+                asked = self._pairs(self.task.pairs[turn % len(self.task.pairs)], generator)
+            loss = model.nats(asked)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
             for group in optimizer.param_groups:
@@ -234,7 +235,7 @@ class RecallJob(Job):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tell((step + 1) / c.steps)
-            yield float(loss)
+            yield float(loss.detach())
 
     def _pairs(self, count: int, generator: torch.Generator) -> Asked:
         return pairs(self.task.vocabulary, max(self.tokens // (3 * count), 1), count, generator)
