@@ -114,7 +114,7 @@ class QualityMeasure(Measure):
 
     def count(self) -> int:
         """The grid for each row, and the other seeds."""
-        return self._grid.count()
+        return self._grid.size()
 
     def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
         """Seed 0 of all rows, rate by rate; then the other seeds at the best."""

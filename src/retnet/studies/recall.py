@@ -138,7 +138,7 @@ class RecallMeasure(Measure):
 
     def count(self) -> int:
         """The grid for each row, and the other seeds."""
-        return self._grid.count()
+        return self._grid.size()
 
     def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
         """Seed 0 of all rows, rate by rate; then the other seeds at the best."""
@@ -228,7 +228,7 @@ class RecallJob(Job):
             else:
                 asked = self._pairs(self.task.pairs[turn % len(self.task.pairs)], generator)
             loss = model.nats(asked)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, c)
@@ -280,7 +280,8 @@ class RecallModel(LanguageModel):
     def answers(self, asked: Asked) -> Tensor:
         """Logits after each question, [B·Q,vocab_size]."""
         x = self.features(asked.tokens.to(self.embedding.weight.device))
-        return self.head(x[:, -asked.answers.shape[1] :].flatten(0, 1))
+        logits: Tensor = self.head(x[:, -asked.answers.shape[1] :].flatten(0, 1))
+        return logits
 
     def nats(self, asked: Asked) -> Tensor:
         """Cross entropy of the answers, a scalar."""

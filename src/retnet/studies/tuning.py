@@ -37,7 +37,7 @@ class TuningGrid(NamedTuple):
     seeds: int
     loss: Callable[[Result], float]
 
-    def count(self) -> int:
+    def size(self) -> int:
         """The grid for each row, and the other seeds."""
         return len(self.rows) * (len(self.rates) + self.seeds - 1)
 

@@ -6,7 +6,7 @@ each by itself on what the teacher's own reads; then the whole model learns the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retnet.convert import read
 from retnet.data import IGNORED
-from retnet.model import LanguageModel
+from retnet.model import Block, LanguageModel
 from retnet.settings import UserError
 from retnet.train.objective import Objective
 
@@ -105,7 +105,7 @@ class MixerAlignment(Distillation):
             seen = watched(self.teacher, self.layers, tokens, cu_seqlens)
         total = torch.zeros((), device=tokens.device)
         for layer, (x, answer) in seen.items():
-            block = self.model.blocks[layer]
+            block = cast("Block", self.model.blocks[layer])
             error = (block.mixer(x, cu_seqlens=cu_seqlens) - answer)[0].float().square().mean(-1)
             scale = answer[0].float().square().mean(-1)[counts].mean()
             total = total + (error * counts).sum() / (scale * len(seen))
