@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from retnet.train.distillation import watched
 from retnet.train.objective import Objective, Quality, evaluate
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import differences
-from retnet.train.student import StudentMixer, student_config, transfer
+from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
 
 SETTINGS, TOKENIZER = "linearize.toml", "tokenizer.json"  # in the folder, beside the stages
@@ -56,7 +56,7 @@ class LinearizeConfig(Checked):
         scratch_rate: learning rate of that.
     """
 
-    mixer: StudentMixer = "retention"
+    mixer: Literal["retention", "gated_retention"] = "retention"
     keep_softmax: str | None = None
     align_steps: Count = 200
     align_rate: Rate = 1e-3
