@@ -96,6 +96,11 @@ class TestHeads:
                 "the mixer 'rwkv4' has no heads that stand by themselves; set it to 1, and parallel.shard cuts its weights "
                 "(mixers that can be cut by heads: retention, gated_retention, softmax, linear)",
             ),
+            (
+                2,
+                {"mixer": SoftmaxConfig(kv_heads=2, qk_norm=True)},
+                "heads of the mixer 'softmax' share what kv_heads and qk_norm says; set it to 1",
+            ),
             (8, {}, "the mixer 'retention' has 4 heads, which is no multiple of it; set it to 1 or 2 or 4"),
             (
                 4,

@@ -74,7 +74,7 @@ class SoftmaxAttention(SequenceMixer):
     caches: ClassVar[tuple[str, ...]] = ("keys", "values")
     paper_row: ClassVar[str | None] = "Transformer"
     along_time: ClassVar[str] = "all tokens at once"
-    head_axes: ClassVar[Mapping[str, int]] = PROJECTION_AXES
+    head_axes: ClassVar[Mapping[str, int]] = {**PROJECTION_AXES, "q_bias": 0, "k_bias": 0, "v_bias": 0}
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (
         TrainingForm("math", {"sdpa": "math"}),
         TrainingForm("flash", {"sdpa": "flash"}, memory="N"),
@@ -87,9 +87,11 @@ class SoftmaxAttention(SequenceMixer):
     def __init__(self, d_model: int, config: SoftmaxConfig) -> None:
         super().__init__(d_model, config)
         self.config = config
-        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads or config.num_heads
+        self.num_heads = config.num_heads
+        self.group = config.num_heads // (config.kv_heads or config.num_heads)  # of queries that share keys
         self.key_dim = config.key_dim or head_width(d_model, config.num_heads)
-        queries, keys = self.num_heads * self.key_dim, self.kv_heads * self.key_dim
+        queries = self.num_heads * self.key_dim
+        keys = queries // self.group
         self.q_proj = Linear(d_model, queries)
         self.k_proj = Linear(d_model, keys)
         self.v_proj = Linear(d_model, keys)
@@ -113,12 +115,14 @@ class SoftmaxAttention(SequenceMixer):
         """An empty cache, in `dtype`."""
         weight = self.q_proj.weight
         device = weight.device if device is None else device
-        empty = torch.zeros(batch, 0, self.kv_heads, self.key_dim, device=device, dtype=dtype or weight.dtype)
+        empty = torch.zeros(
+            batch, 0, self.num_heads // self.group, self.key_dim, device=device, dtype=dtype or weight.dtype
+        )
         return SoftmaxState(empty, empty.clone(), torch.zeros(batch, dtype=torch.int64, device=device))
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         """Keys and values of all tokens, and the length."""
-        width = self.kv_heads * self.key_dim
+        width = self.num_heads // self.group * self.key_dim
         return 2 * length * width * (dtype or self.q_proj.weight.dtype).itemsize + 8
 
     def mixing_flops(self, length: int) -> int:
@@ -155,9 +159,10 @@ class SoftmaxAttention(SequenceMixer):
         q, k, v = (y.unflatten(-1, (-1, self.key_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        group = self.num_heads // self.kv_heads  # the operator turns as many keys as queries
-        q, k = self.rotary(q, k.repeat_interleave(group, dim=-2) if group > 1 else k, positions)
-        return q, k[..., ::group, :], v
+        if self.group > 1:  # the operator turns as many keys as queries
+            k = k.repeat_interleave(self.group, dim=-2)
+        q, k = self.rotary(q, k, positions)
+        return q, k[..., :: self.group, :], v
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sequences from their beginning, by the chosen backend: q [B,T,H,K], k, v [B,T,G,K] → [B,T,H,K]."""

@@ -36,8 +36,8 @@ def check_heads(model: ModelConfig, tp: int) -> None:
     """Says what cannot be cut over so many ranks.
 
     Raises:
-        UserError: a mixer whose heads do not stand by themselves; heads or widths that are no multiple of `tp`; a
-            vocabulary that leaves a rank without any of it.
+        UserError: a mixer whose heads do not stand by themselves, or share something; heads or widths that are no multiple
+            of `tp`; a vocabulary that leaves a rank without any of it.
     """
     if tp == 1:
         return
@@ -47,6 +47,11 @@ def check_heads(model: ModelConfig, tp: int) -> None:
             raise UserError(
                 f"parallel.tp is {tp}, but the mixer {mixer.name!r} has no heads that stand by themselves; set it to 1, and "
                 f"parallel.shard cuts its weights (mixers that can be cut by heads: {', '.join(able)})"
+            )
+        if shared := [name for name in ("kv_heads", "qk_norm") if getattr(mixer, name, None)]:
+            raise UserError(
+                f"parallel.tp is {tp}, but heads of the mixer {mixer.name!r} share what {' and '.join(shared)} says; "
+                "set it to 1, and parallel.shard cuts its weights"
             )
     heads = {mixer.num_heads: mixer.name for mixer in model.mixers_by_layer}  # type: ignore[attr-defined]
     common = math.gcd(*heads)
