@@ -194,15 +194,16 @@ class MultiScaleRetention(Mixer):
                     "score_norm = 'torchscale' needs whole sequences, which cannot be cut over ranks; use another"
                 )
             o = clamped_retention(*self._project(x, positions), self.log_decay, cu_seqlens)
-            return self._finish(o, x, positions)
+            return self._finish(o, self._gate(x), x, positions)
         q, k, v = self._project(x, positions)
-        kv = None if self.context is None else self.context.entering(k, v, self.log_decay)
+        entering = None if self.context is None else self.context.begin(k, v, self.log_decay)
+        gate = self._gate(x)  # while states travel
+        kv = None if entering is None else entering()
         if self.keeps_heads:
-            return self._finish(
-                self._retain(q, k, v, self.log_decay, kv, cu_seqlens=cu_seqlens), x, positions
-            )
+            o = self._retain(q, k, v, self.log_decay, kv, cu_seqlens=cu_seqlens)
+            return self._finish(o, gate, x, positions)
         retain = partial(self._retain, cu_seqlens=cu_seqlens)
-        return self._finish(Remade(retain, (q, k, v, self.log_decay, kv)), x, positions)
+        return self._finish(Remade(retain, (q, k, v, self.log_decay, kv)), gate, x, positions)
 
     def prefill(
         self,
@@ -217,7 +218,7 @@ class MultiScaleRetention(Mixer):
         positions = positions or self.positions(x, cu_seqlens, state)
         o, kv = self._retention(*self._project(x, positions), self.log_decay, state.kv, cu_seqlens)
         seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
-        return self._finish(o, x, positions), RetentionState(kv, state.position + seen)
+        return self._finish(o, self._gate(x), x, positions), RetentionState(kv, state.position + seen)
 
     def step(
         self, x: Tensor, state: RetentionState, *, positions: Positions | None = None
@@ -227,7 +228,7 @@ class MultiScaleRetention(Mixer):
         positions = positions or self.positions(x, None, state)
         q, k, v = self._project(x, positions)
         o = retention_step(q, k, v, self.log_decay, state.kv, backend=self.config.backend)
-        y = self._finish(o, x, positions)
+        y = self._finish(o, self._gate(x), x, positions)
         state.position.add_(1)
         return y, state
 
@@ -309,9 +310,11 @@ class MultiScaleRetention(Mixer):
             v = F.pad(v, (0, 1), value=1.0)
         return q, k, v
 
-    def _finish(self, o: Tensor | Remade, x: Tensor, positions: Positions) -> Tensor:
-        """Normalises the heads o [...,H,V], gates them by x [...,D] and projects back to [...,D]."""
-        gate = None if self.gate_proj is None else self.gate_proj(x)
+    def _gate(self, x: Tensor) -> Tensor | None:
+        return None if self.gate_proj is None else self.gate_proj(x)
+
+    def _finish(self, o: Tensor | Remade, gate: Tensor | None, x: Tensor, positions: Positions) -> Tensor:
+        """Normalises the heads o [...,H,V] of x [...,D], gates them and projects back to [...,D]."""
         position = None
         if self.config.score_norm in ("decay", "paper"):
             position = positions.position.expand(x.shape[:-1])

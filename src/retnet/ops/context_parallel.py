@@ -11,13 +11,14 @@ backwards, whatever the length. Documents packed in the sequence travel no furth
 i's last token and r's first are of two documents; S_i is of the last document of a stretch, and P_r enters its first.
 
 S is computed by itself, before the op (K·V multiplications a token and head, 3 % of a layer of the paper's shape), so that
-the op with its kernels and their backward passes runs as it is, from P_r as its initial state.
+the op with its kernels and their backward passes runs as it is, from P_r as its initial state. What stands between
+`begin_exchange` and its end overlaps with the all-gather, forwards and backwards.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,13 @@ def entering_state(
     Returns:
         fp32 (fp64 for fp64 inputs): [B,H,K,V], or [N,H,K,V] for the documents of the stretch.
     """
+    return begin_exchange(k, v, log_decay, stretch, state)()
+
+
+def begin_exchange(
+    k: Tensor, v: Tensor, log_decay: Tensor, stretch: Stretch, state: Tensor | None = None
+) -> Callable[[], Tensor | None]:
+    """Sends this rank's state on its way: the function that waits for those of others, and gives `entering_state`."""
     rows = k.shape[0] if stretch.starts is None else len(stretch.starts)
     if state is not None:
         if stretch.rank:
@@ -193,17 +201,23 @@ def entering_state(
     if is_differentiated(log_decay):
         raise ValueError("log_decay requires a gradient, which is not computed across ranks; detach it")
     if not stretch.crossed:
-        return state
+        return lambda: state
     begin = stretch.starts[-1] if stretch.starts else 0  # of the document that may go on
     leaving = _LastState.apply(k[:, begin:], v[:, begin:], log_decay)  # type: ignore[no-untyped-call]
     if state is not None and rows:
         kept = _powers(log_decay, stretch.length - begin).to(state.dtype)
         leaving = leaving + kept[:, None, None] * (state if stretch.starts is None else state[-1:])
-    entering: Tensor = _Exchange.apply(leaving, log_decay, stretch)  # type: ignore[no-untyped-call]
-    if stretch.starts is not None:
-        fresh = entering.new_zeros(max(rows - 1, 0), *entering.shape[1:])
-        entering = torch.cat([entering[:rows], fresh])
-    return entering if state is None else state + entering  # which is zero on the first rank
+    gathers = _Gathers(stretch.group)
+    every = _Gathered.apply(leaving, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+
+    def entering_state() -> Tensor:
+        entering: Tensor = _Weighted.apply(every, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+        if stretch.starts is not None:
+            fresh = entering.new_zeros(max(rows - 1, 0), *entering.shape[1:])
+            entering = torch.cat([entering[:rows], fresh])
+        return entering if state is None else state + entering  # which is zero on the first rank
+
+    return entering_state
 
 
 def _powers(log_decay: Tensor, exponent: int | Tensor) -> Tensor:
@@ -250,34 +264,81 @@ def _blocks(k: Tensor, log_decay: Tensor) -> Any:  # noqa: ANN401
         yield slice(start, end), _powers(log_decay, after[:, None]).to(wide)[..., None]
 
 
-class _Exchange(torch.autograd.Function):
-    """From what leaves every rank to what enters this one, [B,H,K,V] each; backwards the same, with ranks after it."""
+class _Gathers:
+    """All-gathers under way: one forwards and one backwards."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._work = group, None
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Room [R·B,…] for x [B,…] of all R ranks, which is filled while others go on."""
+        every = x.new_empty(dist.get_world_size(self._group) * x.shape[0], *x.shape[1:])
+        self._work = dist.all_gather_single(every, x.contiguous(), group=self._group, async_op=True)
+        return every
+
+    def end(self) -> None:
+        """Waits until it is filled."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+
+
+class _Gathered(torch.autograd.Function):
+    """From what leaves this rank, [B,H,K,V], to what leaves any, [R·B,H,K,V], which is there once `_Weighted` has waited.
+
+    Backwards it is given what `_Weighted` began to gather there: the gradients of what enters any rank.
+    """
 
     @staticmethod
-    def forward(ctx: Any, leaving: Tensor, log_decay: Tensor, stretch: Stretch) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        leaving: Tensor,
+        log_decay: Tensor,
+        stretch: Stretch,
+        gathers: _Gathers,
+    ) -> Tensor:
         ctx.save_for_backward(log_decay)
-        ctx.stretch, rank = stretch, stretch.rank
-        distances = [stretch.distance(source, rank) for source in range(len(stretch.origins))]
-        return _weighted_sum(leaving, log_decay, distances, stretch.group)
+        ctx.stretch, ctx.gathers = stretch, gathers
+        return gathers.begin(leaving)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_entering: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, every: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (log_decay,), stretch = ctx.saved_tensors, ctx.stretch
+        ctx.gathers.end()
         distances = [stretch.distance(stretch.rank, target) for target in range(len(stretch.origins))]
-        return _weighted_sum(d_entering, log_decay, distances, stretch.group), None, None
+        return _weighted_sum(every, log_decay, distances), None, None, None
 
 
-def _weighted_sum(
-    x: Tensor, log_decay: Tensor, distances: Sequence[int | None], group: dist.ProcessGroup
-) -> Tensor:
-    """Σ γ^distance x over the ranks that have a distance; x [B,H,K,V] is gathered from all."""
-    every = x.new_empty(len(distances) * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(every, x.contiguous(), group=group)
-    total = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for other, distance in zip(every.split(x.shape[0]), distances, strict=True):
+class _Weighted(torch.autograd.Function):
+    """From what leaves any rank to what enters this one, [B,H,K,V]; backwards it begins to gather the gradients of that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        every: Tensor,
+        log_decay: Tensor,
+        stretch: Stretch,
+        gathers: _Gathers,
+    ) -> Tensor:
+        ctx.gathers = gathers
+        gathers.end()
+        distances = [stretch.distance(source, stretch.rank) for source in range(len(stretch.origins))]
+        return _weighted_sum(every, log_decay, distances)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_entering: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        return ctx.gathers.begin(d_entering), None, None, None
+
+
+def _weighted_sum(every: Tensor, log_decay: Tensor, distances: Sequence[int | None]) -> Tensor:
+    """Σ γ^distance x over the ranks that have a distance, of x [B,H,K,V] of all of them."""
+    of_ranks = every.chunk(len(distances))
+    total = torch.zeros_like(of_ranks[0])
+    for other, distance in zip(of_ranks, distances, strict=True):
         if distance is not None:
-            total += _powers(log_decay, distance).to(x.dtype)[:, None, None] * other
+            total += _powers(log_decay, distance).to(every.dtype)[:, None, None] * other
     return total
 
 
@@ -304,7 +365,7 @@ class ContextParallel:
         assert self.stretch is not None
         return self.stretch.positions(device)
 
-    def entering(self, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor | None:
-        """See `entering_state`."""
+    def begin(self, k: Tensor, v: Tensor, log_decay: Tensor) -> Callable[[], Tensor | None]:
+        """See `begin_exchange`."""
         assert self.stretch is not None
-        return entering_state(k, v, log_decay, self.stretch)
+        return begin_exchange(k, v, log_decay, self.stretch)

@@ -126,7 +126,8 @@ class Ranks:
         """Keeps what ranks exchange inside blocks out of graphs that torch.compile makes of these."""
         disable: Callable[..., Any] = torch.compiler.disable
         if self.context is not None:
-            self.context.entering = disable(self.context.entering)  # type: ignore[method-assign]
+            begin = self.context.begin
+            self.context.begin = disable(lambda *x: disable(begin(*x)))  # type: ignore[method-assign]
         if self.tp is not None:
             self.tp.replicated = disable(self.tp.replicated)  # type: ignore[method-assign]
             self.tp.summed = disable(self.tp.summed)  # type: ignore[method-assign]
