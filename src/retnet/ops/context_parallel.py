@@ -208,10 +208,10 @@ def begin_exchange(
         kept = _powers(log_decay, stretch.length - begin).to(state.dtype)
         leaving = leaving + kept[:, None, None] * (state if stretch.starts is None else state[-1:])
     gathers = _Gathers(stretch.group)
-    every = _Gathered.apply(leaving, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+    every = _Leaving.apply(leaving, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
 
     def entering_state() -> Tensor:
-        entering: Tensor = _Weighted.apply(every, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+        entering: Tensor = _Entering.apply(every, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
         if stretch.starts is not None:
             fresh = entering.new_zeros(max(rows - 1, 0), *entering.shape[1:])
             entering = torch.cat([entering[:rows], fresh])
@@ -283,10 +283,10 @@ class _Gathers:
         self._work = None
 
 
-class _Gathered(torch.autograd.Function):
-    """From what leaves this rank, [B,H,K,V], to what leaves any, [R·B,H,K,V], which is there once `_Weighted` has waited.
+class _Leaving(torch.autograd.Function):
+    """From what leaves this rank, [B,H,K,V], to what leaves any, [R·B,H,K,V], which is there once `_Entering` has waited.
 
-    Backwards it is given what `_Weighted` began to gather there: the gradients of what enters any rank.
+    Backwards it is given what `_Entering` began to gather there: the gradients of what enters any rank.
     """
 
     @staticmethod
@@ -310,7 +310,7 @@ class _Gathered(torch.autograd.Function):
         return _weighted_sum(every, log_decay, distances), None, None, None
 
 
-class _Weighted(torch.autograd.Function):
+class _Entering(torch.autograd.Function):
     """From what leaves any rank to what enters this one, [B,H,K,V]; backwards it begins to gather the gradients of that."""
 
     @staticmethod
