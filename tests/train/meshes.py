@@ -13,6 +13,7 @@ import torch.distributed as dist
 from retnet.data import Batch
 from retnet.mixers import H3Config, MixerConfig, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
+from retnet.ops import context_parallel
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import ParallelConfig, TrainConfig
 from retnet.train.distributed import Ranks, complete, shard
@@ -129,6 +130,29 @@ def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[
     return {"losses": max(abs(a / b - 1) for a, b in zip(*curves, strict=True))}
 
 
+def overlapped(axes: ParallelConfig) -> dict[str, float]:
+    """0 if a gate and its gradient are computed while states travel."""
+    ranks, model, events = arranged(axes), model_of(replace(BASE, num_layers=1)), []
+    mixer = model.blocks[0].mixer
+    mixer.context = ranks.context
+    mixer.gate_proj.register_forward_hook(lambda *_: events.append("gate"))
+    mixer.gate_proj.weight.register_hook(lambda _: events.append("gate"))
+    gathers = context_parallel._Gathers
+    plain = gathers.begin, gathers.end
+
+    def noted(name, function):
+        def noting(*args):
+            events.append(name)
+            return function(*args)
+
+        return noting
+
+    gathers.begin, gathers.end = noted("begin", plain[0]), noted("end", plain[1])
+    gradients(model, [batch(0)], ranks.part)
+    gathers.begin, gathers.end = plain
+    return {"order": float(events != ["begin", "gate", "end"] * 2)}
+
+
 def recomputed(model, ranks: Ranks) -> None:
     recompute_blocks(model)
 
@@ -152,6 +176,8 @@ def cases() -> dict[str, dict[str, float]]:
         if axes.cp * axes.tp == world:
             for name, config in RETENTION.items():
                 found[f"{axes}, {name}"] = compared(axes, config)
+        if axes.cp == world:
+            found[f"{axes}, overlapped"] = overlapped(axes)
         if axes.cp == 1:
             config = HYBRID if axes.tp > 1 else with_mixer(H3Config())
             found[f"{axes}, {'hybrid' if config is HYBRID else 'h3'}"] = compared(axes, config)

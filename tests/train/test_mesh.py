@@ -19,13 +19,9 @@ def check(found: list[dict], least: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    check(launch("tests.train.meshes", 2, tmp_path), 15)
-
-
-@pytest.mark.slow
 def test_four_processes(tmp_path):
-    check(launch("tests.train.meshes", 4, tmp_path), 30)
+    """What two make on every mesh, test_distributed.py sees in whole runs."""
+    check(launch("tests.train.meshes", 4, tmp_path), 31)
 
 
 class TestAxes:
