@@ -246,12 +246,17 @@ class Switched(Outer):
 @dataclass(frozen=True)
 class Several:
     items: tuple[Inner, ...] = ()
+    grid: tuple[tuple[int, ...], ...] = ()
     table: dict[str, Any] = field(default_factory=dict)
 
 
 def test_tables_in_a_list_are_strict_too():
     with pytest.raises(UserError, match=r"unknown setting 'items\[1\].stepz'; did you mean 'steps'"):
         build(Several, {"items": [{"steps": 1}, {"stepz": 2}]})
+    with pytest.raises(UserError, match=r"^items\[1\]\.steps 'x': Expected `int`"):
+        build(Several, {"items": [{"steps": 1}, {"steps": "x"}]})
+    with pytest.raises(UserError, match=r"^grid\[1\]\[0\] '7': Expected `int`.*; did you mean 7\?"):
+        build(Several, {"grid": [[1], ["7", 2]]})
     got = build(Several, {"items": [{"steps": 1}], "table": {"a": {"b": [1, 2]}}})
     assert build(Several, tomllib.loads(dump(got))) == got
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from retnet.bench import llama_cpp, served
-from retnet.cli import cli
+from retnet.cli import bench, cli
 from retnet.settings import UserError
 from tests.helpers.echo_server import echo_server
 
@@ -164,6 +164,16 @@ def test_serve(tmp_path, monkeypatch):
     assert 1 in {row["streams"] for row in record["overhead"]}  # two need not be under way together here
     assert "servers of others are not measured: --no-peers" in shown
     assert "Server and engine beside the bare decoder" in shown
+
+
+def test_the_quick_model_has_every_layer_of_a_pattern_once():
+    small = bench._model("hybrid/3m-7to1", (), 64)
+    assert small.num_layers == 8
+    assert [(mixer.name, mixer.num_heads) for mixer in small.mixers_by_layer][-2:] == [
+        ("retention", 2),
+        ("softmax", 2),
+    ]
+    assert bench._model("variants/hyena", ("--model.num_layers", "1"), 64).num_layers == 1  # it has no heads
 
 
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.progress import Say
 from retnet.settings import Checked, Count, UserError
 from retnet.tables import MISSING, Table
+
+Model = TypeVar("Model", bound=nn.Module)
 
 OURS, EAGER = "retnet", "retnet, without a graph"
 STATIC, DYNAMIC = "llama, static cache", "llama, dynamic cache, without a graph"
@@ -136,7 +138,7 @@ def measure_graphs(
     return found
 
 
-def _placed(make: Callable[[], Any], device: torch.device) -> Any:  # noqa: ANN401
+def _placed(make: Callable[[], Model], device: torch.device) -> Model:
     """A model with bf16 weights, made where it stays."""
     with torch.device(device):
         model = make()

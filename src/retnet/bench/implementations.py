@@ -142,7 +142,7 @@ class OpsBench(Checked):
         return ""
 
 
-def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN401
+def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN401  (any of its fields)
     """What is measured on a device, in some minutes, changed by `options`.
 
     Raises:

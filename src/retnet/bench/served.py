@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from retnet.measure import peers
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.settings import UserError
+
+Found = TypeVar("Found")
 
 CB_BLOCK = 32  # tokens of a block of the cache of `transformers serve`
 PATIENCE = 120.0  # seconds until a server answers
@@ -203,7 +205,7 @@ def _process(words: Sequence[str], log: Path, who: str) -> Iterator[subprocess.P
             process.kill()
 
 
-def _when(true: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, who: str) -> Any:  # noqa: ANN401
+def _when(true: Callable[[], Found | None], process: subprocess.Popen[bytes], log: Path, who: str) -> Found:
     """What a function returns once that is something, as long as the process lives."""
     end = time.monotonic() + PATIENCE
     while not (found := true()):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-QUICK = {"model.num_layers": 2, "model.mixer.num_heads": 2}
+LAYERS, HEADS = 2, 2  # of the quick model, unless its pattern of layers is longer
 WIDTH = 128  # of the quick model: llama.cpp's peers have no size near that of a smaller one
 
 
@@ -215,10 +215,19 @@ def _model(config: str, overrides: tuple[str, ...], quick_width: int | None) -> 
     from retnet.settings import config_path, load, parse_overrides
     from retnet.train.config import RunConfig
 
-    settings = parse_overrides(overrides)
-    if quick_width is not None:
-        settings = {**QUICK, "model.d_model": quick_width, **settings}
-    return load(RunConfig, config_path(config), settings).model
+    path, settings = config_path(config), parse_overrides(overrides)
+    model = load(RunConfig, path, settings).model
+    if quick_width is None:
+        return model
+    patterns = [pattern for pattern in (model.layers, model.ffn_layers, model.ffn_dims) if pattern]
+    small = {"model.d_model": quick_width, "model.num_layers": max(LAYERS, *map(len, patterns), 0)}
+    mixers = {"mixer": model.mixer} | {
+        f"mixers.{name}": mixer for name, mixer in (model.mixers or {}).items()
+    }
+    small |= {
+        f"model.{place}.num_heads": HEADS for place, mixer in mixers.items() if hasattr(mixer, "num_heads")
+    }
+    return load(RunConfig, path, small | settings).model
 
 
 def _run(

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from retnet.errors import UserError
 from retnet.settings.checks import Checked
 
 T = TypeVar("T")
+_STEPS = re.compile(r"\.(\w+)|\[(\d+)\]")  # of a place as msgspec writes it: keys of tables, numbers of items
 _SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
@@ -126,16 +128,15 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
 def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: ANN401
     """msgspec says "… - at `$.train.steps`"; say the place first, the value that stands there, and what is allowed."""
     problem, _, place = message.partition(" - at `$")
-    keys = [key for key in place.rstrip("`").lstrip(".").split(".") if key]
     kind, value = cls, data
-    for key in keys:
-        field, _, item = key.rstrip("]").partition("[")  # such as "layers[1]"
-        kind = typing.get_type_hints(kind).get(field) if dataclasses.is_dataclass(kind) else None
-        value = value.get(field) if isinstance(value, Mapping) else value
-        if item.isdigit() and isinstance(value, Sequence):
+    for key, number in _STEPS.findall(place):
+        if key:
+            kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+            value = value.get(key) if isinstance(value, Mapping) else value
+        elif isinstance(value, Sequence):
             tuples = [k for k in _alternatives(kind) if typing.get_origin(k) is tuple]
-            kind, value = typing.get_args(tuples[0])[0] if tuples else None, value[int(item)]
-    name = ".".join([where, *keys] if where else keys)
+            kind, value = typing.get_args(tuples[0])[0] if tuples else None, value[int(number)]
+    name = (where + place.rstrip("`")).lstrip(".")
     shown = "" if isinstance(value, Mapping) else f" {value!r}"
     words = _words(kind)
     allowed = f"; allowed: {', '.join(map(repr, words))}" if words else ""
