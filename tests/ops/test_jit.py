@@ -1,14 +1,12 @@
 """Compiling kernels while somebody presses Ctrl-C, and while another process compiles others."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from retnet.ops.cpu import jit
+from tests.helpers import little_kernels
 
 
 def test_ctrl_c_waits_for_what_must_not_be_interrupted():
@@ -41,39 +39,12 @@ def test_other_threads_have_no_signals_to_hold_back():
     assert entered
 
 
-PRESSED = """
-import signal
-import torch
-from numba.core.codegen import CPUCodeLibrary
-from retnet.ops import log_decays, retention_step
-
-compiled, pressed = CPUCodeLibrary._object_compiled_hook.__func__, []
-def press(cls, *args):
-    if not pressed:
-        pressed.append(True)
-        signal.raise_signal(signal.SIGINT)
-    compiled(cls, *args)
-CPUCodeLibrary._object_compiled_hook = classmethod(press)
-
-q = k = v = torch.ones(1, 2, 4)
-given = (q, k, v, log_decays("none", 2), torch.zeros(1, 2, 4, 4), None, 1.0, "numba")
-try:
-    retention_step(*given)
-except KeyboardInterrupt:
-    print("interrupted")
-print([retention_step(*given)[0, 0, 0].item() for _ in range(3)])
-"""
-
-
 @pytest.mark.slow
 def test_ctrl_c_while_kernels_compile_is_not_lost(tmp_path):
     """Pressed while LLVM hands over what it compiled, it was lost in LLVM, and sometimes the process with it."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", PRESSED], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "interrupted\n[4.0, 8.0, 12.0]\n"
+    assert little_kernels.run(tmp_path, ["2"], call=f"{little_kernels.__name__}:with_ctrl_c") == [
+        "interrupted\ndone\n"
+    ]
 
 
 def test_a_package_replaced_under_a_process_does_not_spoil_the_kernels_on_disk(tmp_path):
@@ -89,36 +60,11 @@ def test_a_package_replaced_under_a_process_does_not_spoil_the_kernels_on_disk(t
     assert keys[0] != keys[1]
 
 
-PRODUCTS = """
-import sys
-import torch
-from retnet.ops.cpu import decode
-
-for number in sys.argv[1:]:
-    torch.manual_seed(0)
-    x, weight = torch.randn(5, 200), torch.randint(-9, 9, (300, 200))
-    scales = None if number == "float32" else torch.rand(300)
-    weight = weight.to(getattr(torch, number))
-    expected = x @ weight.float().T * (1 if scales is None else scales)
-    error = (decode.skinny_gemm(x, weight, scales) - expected).norm() / expected.norm()
-    assert error < 1e-6, error
-"""
-
-
 @pytest.mark.slow
 def test_kernels_that_two_processes_compiled_do_not_call_each_others_functions(tmp_path):
     """numba counts functions from 1 in every process, so their symbols met where one process loaded both from disk.
 
-    Its symbols also hold a set of words in an order that Python's hashes decide.
+    Its symbols also hold a set of words in an order that Python's hashes decide: here they are the same in all of them.
     """
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}
-
-    for numbers in [("float32",), ("int8",), ("float32", "int8"), ("int8", "float32")]:
-        done = subprocess.run(
-            [sys.executable, "-c", PRODUCTS, *numbers],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+    for words in ["2"], ["3"], ["2.0"], ["2", "2.0", "3"], ["3", "2.0", "2"]:
+        assert little_kernels.run(tmp_path, words) == ["done\n"]

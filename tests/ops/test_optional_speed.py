@@ -12,6 +12,7 @@ import torch
 
 from retnet.ops import log_decays, retention, retention_step
 from retnet.ops.cpu import chunkwise_numba, jit, openmp
+from tests.helpers import little_kernels
 from tests.helpers.parity import relative
 
 pytest.importorskip("numba")
@@ -45,9 +46,6 @@ with torch.no_grad():
 print("done")
 """
 WORK = START + SEQUENCES + DECODING
-# Some seconds of compiling instead of a quarter of a minute: a kernel with functions of its own, one that is linked to a
-# shared function, and that function.
-LITTLE = START + DECODING
 
 
 def run(code=WORK, *, path=None, **environment):
@@ -76,7 +74,7 @@ class Nowhere:
     def from_function(cls, *arguments):
         return None  # as every locator does that finds its directory read-only
 caching.CacheImpl._locator_classes = [Nowhere]
-{LITTLE}"""
+{START + DECODING}"""
     said = run(code, path=sources, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
     assert said.count("not kept on disk") == 1
     assert "set NUMBA_CACHE_DIR to a directory that can be written" in said
@@ -85,36 +83,28 @@ caching.CacheImpl._locator_classes = [Nowhere]
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written_or_is_spoiled(tmp_path):
-    full = f"""
-import numba.core.caching as caching
-def refuse(*arguments, **options):
-    raise OSError(28, "No space left on device")
-caching.IndexDataCacheFile.save = refuse
-{LITTLE}"""
-    said = run(full, NUMBA_CACHE_DIR=str(tmp_path / "full"))
+    (said,) = little_kernels.run(
+        tmp_path / "full", ["2", "3"], call=f"{little_kernels.__name__}:with_a_full_disk"
+    )
     assert said.count("not kept on disk") == 1
     assert "No space left on device" in said
-    cache = str(tmp_path / "spoiled")
-    run(LITTLE, NUMBA_CACHE_DIR=cache)
-    files = [file for kind in ("*.nbi", "*.nbc") for file in Path(cache).rglob(kind)]
-    assert len(files) >= 4
+    cache = tmp_path / "spoiled"
+    assert little_kernels.run(cache, ["2"]) == ["done\n"]
+    files = [file for kind in ("*.nbi", "*.nbc") for file in cache.rglob(kind)]
+    assert len(files) == 6
     for file in files:
         file.write_bytes(b"spoiled")
-    assert "backend 'auto' is 'numba'" in run(LITTLE, NUMBA_CACHE_DIR=cache)
+    (said,) = little_kernels.run(cache, ["2"])
+    assert "could not be compiled" not in said
 
 
 @pytest.mark.slow
 def test_processes_that_compile_at_once_into_one_cache(tmp_path):
     """Each finds an empty cache, a half-written one, or a whole one: all compute right, and later ones find it whole."""
-    variables = os.environ | {"PYTHONPATH": str(SOURCES), "NUMBA_CACHE_DIR": str(tmp_path)}
-    together = [
-        subprocess.Popen([sys.executable, "-c", LITTLE], env=variables, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in together:
-        said, _ = process.communicate(timeout=300)
-        assert (process.returncode, said.splitlines()[-1]) == (0, "done"), said
-    assert "not kept on disk" not in run(LITTLE, NUMBA_CACHE_DIR=str(tmp_path))
+    words = ["2", "3", "2.0", "3.0"]
+    for said in little_kernels.run(tmp_path, *[words] * 3):
+        assert "could not be compiled" not in said
+    assert little_kernels.run(tmp_path, words) == ["done\n"]
 
 
 @pytest.mark.parametrize(
