@@ -1,7 +1,11 @@
-"""Every example in README.md and docs/ runs: Python blocks as they stand, `retnet` commands in one directory, in order."""
+"""Every example in README.md and docs/ runs: Python blocks as they stand, `retnet` commands in one directory, in order.
+
+Of benchmarks the words alone are checked: `tests/cli/test_bench.py` runs each of them, as small as a test can.
+"""
 
 import configparser
 import glob
+import itertools
 import json
 import re
 import shlex
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from retnet.cli.serve import command
+from retnet.cli import bench, serve
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,11 +43,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
-def commands() -> list[str]:
-    """The `retnet` lines of all bash blocks, in the order of the pages."""
+def commands() -> list[list[str]]:
+    """The `retnet` lines of all bash blocks, in the order of the pages, each once."""
     pages = [page for page in PAGES if page != FOLLOWED]
     lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("retnet ")]
+    found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("retnet ")]
+    return list(map(list, dict.fromkeys(map(tuple, found))))
 
 
 def run(words: list[str], cwd: Path) -> str:
@@ -85,17 +90,19 @@ def test_pages_have_examples():
 @pytest.mark.slow
 def test_commands(retnet, workplace):
     for line in commands():
-        words = shlex.split(line, comments=True)[1:]
-        words = [
-            path for word in words for path in (glob.glob(word, root_dir=workplace) or [word])
-        ]  # as a shell
-        if words[0] == "serve":
-            continue  # it does not end: see test_serving
-        if words[0] == "train":
-            words += SMALL
-        elif words[0] == "bench":
-            words = [*words[:2], "--quick", "--out", "records"]
-        retnet(words, workplace)
+        if line[0] in ("serve", "bench"):
+            continue  # the one does not end: see test_serving; the others: test_benchmarks_are_called_as_they_take_it
+        as_a_shell = [glob.glob(word, root_dir=workplace) or [word] for word in line]
+        words = list(itertools.chain.from_iterable(as_a_shell))
+        retnet(words + (SMALL if words[0] == "train" else []), workplace)
+
+
+def test_benchmarks_are_called_as_they_take_it():
+    benchmarks = [words[1:] for words in commands() if words[0] == "bench"]
+    assert {name for name, *_ in benchmarks} <= set(bench.command.commands)
+    for name, *words in benchmarks:
+        bench.command.commands[name].make_context(name, words)
+    assert len(benchmarks) >= 5
 
 
 @pytest.mark.slow
@@ -155,7 +162,7 @@ def test_the_service_of_the_pages_can_be_started():
     (container,) = re.findall(r"^CMD (.*)$", blocks(SERVING, "dockerfile")[0], re.M)
     for words in (shlex.split(unit["Service"]["ExecStart"])[1:], json.loads(container)[1:]):
         assert words[0] == "serve"
-        command.make_context("serve", words[1:])
+        serve.command.make_context("serve", words[1:])
 
 
 def test_links_lead_somewhere():
