@@ -8,14 +8,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from tests.helpers.forks import Forks
+from tests.helpers.forks import shared
 
 # A shell starts what runs in the background deaf to Ctrl-C, and what that starts; here it is pressed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure():
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist: the order below is the one that ends early
     gc.disable()  # modules are no garbage: importing some thousands, the collector would look through all, again and again
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow ones are deselected: both sets have one order
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, one of them would keep one worker busy when the other has nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish():
@@ -33,6 +41,4 @@ def _seeded():
 @pytest.fixture(scope="session")
 def forks():
     """Processes that begin with everything imported: `forks.run(words of retnet, cwd)`."""
-    found = Forks()
-    yield found
-    found.close()
+    return shared()

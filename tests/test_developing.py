@@ -1,6 +1,5 @@
 """Every section of docs/developing.md followed to the letter, each in a copy of the repository of its own."""
 
-import os
 import re
 import shlex
 import shutil
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forks import OTHERS, shared
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/developing.md"
 COPIED = ("src", "configs", "tests", "pyproject.toml", "README.md")
-RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
@@ -50,17 +50,18 @@ def patch(block: str, home: Path) -> list[Path]:
     return [file]
 
 
-def run(words: list[str], home: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(home / "src")}
-    done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def start(line: str) -> list[str]:
-    """The words of a command, by this interpreter."""
+def run(line: str, home: Path) -> None:
+    """A command of `retnet`, or of `python -m pytest`, with the sources of the copy."""
     program, *words = shlex.split(line, comments=True)
-    return [*{"retnet": RETNET, "python": [sys.executable]}[program], *words]
+    if program == "python":
+        assert words[:2] == ["-m", "pytest"]
+        words, call = words[2:], "pytest:console_main"
+    else:
+        assert program == "retnet"
+        call = "retnet.cli:main"
+    sources = [str(home / "src"), str(home)]
+    done = shared(OTHERS).run(words, home, call=call, sources=sources, seconds=600)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
 def test_every_kind_of_addition_has_a_section():
@@ -82,9 +83,11 @@ def test_a_section_followed_to_the_letter(title, tmp_path):
     for language, block in sections()[title]:
         if language == "bash":
             for line in block.splitlines():
-                run(start(line), home)
+                run(line, home)
         else:
             changed += (patch if language == "diff" else write)(block, home)
     sources = [str(file) for file in changed if file.suffix == ".py"]
-    run([sys.executable, "-m", "ruff", "check", "--no-cache", *sources], home)
-    run([sys.executable, "-m", "ruff", "format", "--check", "--no-cache", *sources], home)
+    for words in (["check"], ["format", "--check"]):
+        lint = [sys.executable, "-m", "ruff", *words, "--no-cache", *sources]
+        done = subprocess.run(lint, cwd=home, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -143,24 +142,22 @@ def test_config_list(tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_run_from_an_empty_directory(tmp_path):
+def test_smoke_run_from_an_empty_directory(forks, tmp_path):
     """Train, be refused, resume, generate: the names other work relies on."""
-    begin = time.monotonic()
-    done = retnet("train", "smoke", "--run-dir", "r", "--train.steps", "10", cwd=tmp_path)
+    done = forks.run(["train", "smoke", "--run-dir", "r", "--train.steps", "10"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 120
     assert "bits/byte held out" in done.stdout
     assert {"config.toml", "env.json", "metrics.jsonl", "checkpoints"} <= set(os.listdir(tmp_path / "r"))
     lines = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
     assert losses[-1] < losses[0]
 
-    again = retnet("train", "smoke", "--run-dir", "r", "--train.steps", "10", cwd=tmp_path)
+    again = forks.run(["train", "smoke", "--run-dir", "r", "--train.steps", "10"], tmp_path)
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
 
     texts = [
-        retnet("generate", "r", "--prompt", "def ", "--max-tokens", "20", "--seed", seed, cwd=tmp_path).stdout
+        forks.run(["generate", "r", "--prompt", "def ", "--max-tokens", 20, "--seed", seed], tmp_path).stdout
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -168,9 +165,9 @@ def test_smoke_run_from_an_empty_directory(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_from_an_empty_directory(tmp_path):
+def test_demo_from_an_empty_directory(forks, tmp_path):
     for _ in range(2):  # a finished demo shows its results again
-        done = retnet("demo", "smoke", "--run-dir", "d", "--train.steps", "5", cwd=tmp_path)
+        done = forks.run(["demo", "smoke", "--run-dir", "d", "--train.steps", 5], tmp_path)
         assert done.returncode == 0, done.stderr
         for part in (
             "gzip -9",

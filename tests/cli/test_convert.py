@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,8 +23,6 @@ from tests.helpers.checkpoints import (
     save_torchscale,
     torchscale_weights,
 )
-
-RETNET = [sys.executable, "-c", "from retnet.cli import main; main()"]
 
 
 def call(*args):
@@ -152,12 +148,11 @@ def test_notes_are_shown(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
+def test_a_mistake_ends_in_one_line_and_status_2(forks, tmp_path):
     shutil.copytree(GOLDEN / "fla", tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "use_short_conv": True}))
-    words = ["convert", "model", "out"]
-    done = subprocess.run([*RETNET, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = forks.run(["convert", "model", "out"], tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(
         "retnet: error: model cannot be run here, because its configuration has use_short_conv"

@@ -140,7 +140,7 @@ def test_a_cache_that_holds_next_to_nothing_loses_no_session(model, tokenizer, t
 
 
 @pytest.mark.slow
-def test_it_goes_on_from_a_file_in_another_process(model, tokenizer, tmp_path):
+def test_it_goes_on_from_a_file_in_another_process(model, tokenizer, forks, tmp_path):
     from retnet.model.checkpoint import model_files, write_checkpoint
 
     write_checkpoint(tmp_path / "model", {**model_files(model), "tokenizer.json": tokenizer.save})
@@ -158,7 +158,7 @@ session.append("and then")
 got = session.generate(max_tokens=30, sampling=Sampling(temperature=0.8), logprobs=2)
 print(json.dumps([session.name, got.cached_tokens, got.tokens, [found.logprob for found in got.logprobs]]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.run([code], tmp_path, code=True)
     session.append("and then")
     here = session.generate(**TURN)
     assert json.loads(done.stdout) == [

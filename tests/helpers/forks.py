@@ -4,6 +4,7 @@ A command is a process of its own still: it may be killed, change its directory 
 but files. Started as a module, this reads a line of JSON for each command and answers with one.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -16,16 +17,26 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # a command may take
+# Importing all takes as long as some commands do: of what is heavy, a verb's own is imported when it is first asked for.
 HEAVY = (
-    "retnet.cli.train", "retnet.train.trainer", "retnet.train.progress", "retnet.engine", "retnet.evals.harness",
-    "retnet.evals.perplexity", "retnet.model.hf", "retnet.studies.report", "retnet.bench.report", "scipy.stats", "rich.live",
-    "retnet.serve.app", "retnet.serve.server", "transformers.models.llama.modeling_llama",
+    "numba", "torch._dynamo", "retnet.cli.train", "retnet.train.trainer", "retnet.train.progress", "rich.live",
+    "retnet.engine",
 )  # fmt: skip
+OF_VERBS = {
+    "bench": ("retnet.model.hf", "retnet.bench.report", "scipy.stats"),
+    "convert": ("retnet.model.hf",),
+    "eval": ("scipy.stats", "retnet.evals.perplexity", "retnet.evals.harness"),
+    "serve": ("retnet.serve.app", "retnet.serve.server"),
+    "study": ("retnet.studies.report", "scipy.stats"),
+}
+OTHERS = ("numba", "torch._dynamo", "rich.live", "matplotlib.figure")
 _KEPT: list[object] = []  # streams of the server: forgotten, they would close the files of its child
 
 
@@ -35,10 +46,13 @@ class Forks:
     Args:
         before: the words that its command line begins with.
         module: the server: it calls `serve`.
+        heavy: modules that it imports; `OTHERS` are none of this package, for commands of its copies.
     """
 
-    def __init__(self, before: Sequence[str] = (), module: str = __name__) -> None:
-        words = [*before, sys.executable, "-m", module]
+    def __init__(
+        self, before: Sequence[str] = (), module: str = __name__, heavy: Sequence[str] = HEAVY
+    ) -> None:
+        words = [*before, sys.executable, "-m", module, *heavy]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._server = subprocess.Popen(words, cwd=ROOT, text=True, **pipes)
 
@@ -56,10 +70,20 @@ class Forks:
             how: ``call`` ("module:function" in place of that of ``retnet``), ``code`` (True: `words` is one text of
                 Python, in which warnings are errors), ``seconds`` (it may take); and faults: ``close`` (numbers of files),
                 ``stdout`` (a path), ``deaf`` (nobody reads what it prints), ``gone`` (its directory is removed), ``limit``
-                (bytes of a file, at most).
+                (bytes of a file, at most), ``sources`` (folders to import from, before all others), ``environment``
+                (variables).
         """
-        found = self.ask({"run": [str(word) for word in words], "cwd": str(cwd), **how})
-        return subprocess.CompletedProcess(words, found["status"], found["out"], found["err"])
+        (done,) = self.together([words], cwd, **how)
+        return done
+
+    def together(self, commands, cwd: Path, **how) -> list[subprocess.CompletedProcess]:
+        """What became of commands that run at the same time, such as the processes of a group; see `run`."""
+        words = [[str(word) for word in command] for command in commands]
+        answers = self.ask({"run": words, "cwd": str(cwd), **how})["ended"]
+        return [
+            subprocess.CompletedProcess(command, found["status"], found["out"], found["err"])
+            for command, found in zip(words, answers, strict=True)
+        ]
 
     def ask(self, order: dict) -> dict:
         """The server's answer."""
@@ -70,12 +94,22 @@ class Forks:
         return answer
 
 
+@cache
+def shared(heavy: Sequence[str] = HEAVY) -> Forks:
+    """Those that all tests of this process share."""
+    found = Forks(heavy=heavy)
+    atexit.register(found.close)
+    return found
+
+
 def serve(orders: dict[str, Callable[[dict], dict]]) -> None:
     """The server: orders by the word that each has, `run` among them."""
     out, sys.stdout = sys.stdout, sys.stderr
-    for module in HEAVY:
-        importlib.import_module(module)
-    gc.freeze()  # what is imported is never garbage: children need not look
+    _import(sys.argv[1:])
+    if "retnet.train.trainer" in sys.argv:  # a second of every child
+        from retnet.ops.cpu import chunkwise_numba
+
+        chunkwise_numba._kernels(sys.modules["torch"].float32)
     for line in sys.stdin:
         order = json.loads(line)
         try:
@@ -88,7 +122,42 @@ def serve(orders: dict[str, Callable[[dict], dict]]) -> None:
     os._exit(0)  # at the end of an interpreter some libraries complain on standard error
 
 
+def _import(modules: Iterable[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # what is imported is never garbage: children need not look
+
+
 def _run(order: dict) -> dict:
+    if not order.keys() & {"sources", "code", "call"}:
+        _import(OF_VERBS.get(order["run"][0][0], ()))
+    begun = [_begin({**order, "run": words}) for words in order["run"]]
+
+    def end(*_: object) -> None:
+        for child, _ in begun:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(order.get("seconds", SECONDS))
+    texts = [["", ""] for _ in begun]
+    readers = [
+        threading.Thread(target=_read, args=(pipe, texts[number], place))
+        for number, (_, pipes) in enumerate(begun)
+        for place, pipe in enumerate(pipes)
+    ]
+    for reader in readers:
+        reader.start()
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in begun]
+    signal.alarm(0)
+    for reader in readers:
+        reader.join()
+    ended = zip(statuses, texts, strict=True)
+    return {"ended": [{"status": status, "out": out, "err": err} for status, (out, err) in ended]}
+
+
+def _begin(order: dict) -> tuple[int, list[int]]:
+    """A child, and what to read of what it says."""
     pipes = [os.pipe(), os.pipe()]  # no files: their size may be limited
     child = os.fork()
     if child == 0:
@@ -97,18 +166,9 @@ def _run(order: dict) -> dict:
             os._exit(_become(order, *(write for _, write in pipes)))
         finally:
             os._exit(119)
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
-    signal.alarm(order.get("seconds", SECONDS))
-    texts = ["", ""]
-    readers = [threading.Thread(target=_read, args=(pipes[i][0], texts, i)) for i in (0, 1)]
-    for (_, write), reader in zip(pipes, readers, strict=True):
+    for _, write in pipes:
         os.close(write)
-        reader.start()
-    _, status = os.waitpid(child, 0)
-    signal.alarm(0)
-    for reader in readers:
-        reader.join()
-    return {"status": os.waitstatus_to_exitcode(status), "out": texts[0], "err": texts[1]}
+    return child, [read for read, _ in pipes]
 
 
 def _read(number: int, texts: list[str], place: int) -> None:
@@ -119,6 +179,12 @@ def _read(number: int, texts: list[str], place: int) -> None:
 def _become(order: dict, out: int, err: int) -> int:
     """Turns this child into the command, as a shell would have started it; returns its exit status."""
     os.chdir(order["cwd"])
+    os.environ.update(order.get("environment", {}))
+    if sources := order.get("sources"):
+        sys.path[:0] = sources
+        os.environ["PYTHONPATH"] = os.pathsep.join(sources)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]  # theirs are imported anew
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     if order.get("deaf"):
@@ -167,7 +233,7 @@ def _work(order: dict) -> None:
         return
     module, function = order.get("call", "retnet.cli:main").split(":")
     sys.argv = ["retnet", *words]
-    getattr(importlib.import_module(module), function)()
+    sys.exit(getattr(importlib.import_module(module), function)())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from retnet.ops import retention
 from retnet.ops.context_parallel import context_parallel_retention, cut
 from tests.helpers.parity import random_inputs, relative
-from tests.helpers.ranks import main
 
 GAMMAS = torch.tensor([1.0, 0.97, 0.5], dtype=torch.float64).log()
 PACKINGS = {  # lengths of documents
@@ -100,7 +99,3 @@ def cases() -> dict[str, dict[str, float]]:
         gammas = torch.tensor([1.0, 0.999], dtype=torch.float64).log()
         found["65536 tokens"] = compared(*long, gammas, chunk_size=64)
     return found
-
-
-if __name__ == "__main__":
-    main(cases, sys.argv)

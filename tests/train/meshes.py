@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 import warnings
 from dataclasses import replace
 
@@ -22,7 +21,6 @@ from retnet.train.objective import Objective, count
 from retnet.train.optimizer import optimizers
 from retnet.train.tensor_parallel import global_tensors
 from tests.helpers.parity import relative
-from tests.helpers.ranks import main
 
 VOCABULARY = 31  # which nothing divides
 DEVICE = torch.device("cpu")
@@ -186,7 +184,3 @@ def cases() -> dict[str, dict[str, float]]:
         if axes == ParallelConfig(1, 2, 2, 1):
             found[f"{axes}, trained"] = trained(axes, replace(BASE, layers=("retention", "softmax")))
     return found
-
-
-if __name__ == "__main__":
-    main(cases, sys.argv)

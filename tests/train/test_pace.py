@@ -210,7 +210,7 @@ def test_other_steps_than_were_asked_for_go_on(whole, config_file, tmp_path):
 def test_killed_in_earnest(kill, config_file, forks, tmp_path, monkeypatch):
     """Planned by the clock of this machine; killed right before the plan is written, or right after it."""
     run = tmp_path / "run"
-    words = [config_file, run, "--train.minutes", "0.05", "--train.steps", "2000"]
+    words = [config_file, run, "--train.minutes", "0.02", "--train.steps", "2000"]
 
     def drive(*more):
         return forks.run([*words, *more], tmp_path, call="tests.train.driver:main")
@@ -220,5 +220,5 @@ def test_killed_in_earnest(kill, config_file, forks, tmp_path, monkeypatch):
     plan = plan_of(run)
     monkeypatch.setattr(Pace, "ready", lambda self, c: self._steps >= plan["after"])
     monkeypatch.setattr(Pace, "plan", lambda self, step, c: fitted(c, plan["steps"], step))
-    train(config(config_file, minutes=0.05, steps=2000), tmp_path / "reference")
+    train(config(config_file, minutes=0.02, steps=2000), tmp_path / "reference")
     assert_identical(run, tmp_path / "reference")

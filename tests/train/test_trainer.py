@@ -120,7 +120,6 @@ class TestRunDirectory:
 
 KILLS = {
     "first step": "retnet.train.objective:Objective.forward:1",
-    "inside a step": "retnet.train.objective:Objective.forward:14",
     "before the optimiser": "retnet.train.trainer:learning_rate:12",
     "validation": "retnet.train.trainer:evaluate:2",
     "first file of a checkpoint": "retnet.model.checkpoint:flush:1",
