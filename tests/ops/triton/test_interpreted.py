@@ -1,4 +1,4 @@
-"""Runs the tests of the kernels in Triton's interpreter, in processes of their own (see `interpreted/conftest.py`)."""
+"""Runs the tests of the kernels in Triton's interpreter, in a process of their own (see `interpreted/conftest.py`)."""
 
 import os
 import subprocess
@@ -15,9 +15,8 @@ FILES = sorted((HERE / "interpreted").glob("test_*.py"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets already")
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file.relative_to(ROOT))]
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
