@@ -10,6 +10,9 @@ import pytest
 
 from tests.helpers.forks import shared
 
+# Tests kill processes, never the machine, so nothing that was written can be lost, and waiting for a busy disk took most of
+# the time of training a tiny model. Which files are flushed, and when, tests of `flush` say.
+os.fsync = os.fstat
 # A shell starts what runs in the background deaf to Ctrl-C, and what that starts; here it is pressed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -105,6 +105,7 @@ def shared(heavy: Sequence[str] = HEAVY) -> Forks:
 def serve(orders: dict[str, Callable[[dict], dict]]) -> None:
     """The server: orders by the word that each has, `run` among them."""
     out, sys.stdout = sys.stdout, sys.stderr
+    os.fsync = os.fstat  # see tests/conftest.py
     _import(sys.argv[1:])
     if "retnet.train.trainer" in sys.argv:  # a second of every child
         from retnet.ops.cpu import chunkwise_numba
