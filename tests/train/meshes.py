@@ -15,11 +15,11 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.ops import context_parallel
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import ParallelConfig, TrainConfig
-from retnet.train.distributed import Ranks, complete, shard
+from retnet.train.distributed import Ranks, complete, own_part, shard
 from retnet.train.gradients import scale, share_of_square
 from retnet.train.objective import Objective, count
 from retnet.train.optimizer import optimizers
-from retnet.train.tensor_parallel import global_tensors
+from retnet.train.tensor_parallel import cuts, global_tensors
 from tests.helpers.parity import relative
 
 VOCABULARY = 31  # which nothing divides
@@ -110,7 +110,10 @@ def compared(
 
 
 def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[str, float]:
-    """The largest relative error of the losses of so many steps with AdamW and clipping."""
+    """The largest relative error of the losses of so many steps with AdamW and clipping.
+
+    And how far weights that ranks of tensor parallelism have alike have moved apart.
+    """
     ranks, c = arranged(axes), TrainConfig(learning_rate=3e-3, clip=1.0)
     one, whole = Ranks(), model_of(config)
     models = (shard(model_of(config), DEVICE, ranks), ranks), (whole, one)
@@ -125,7 +128,14 @@ def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[
             model.zero_grad()
         curves.append(losses)
     assert curves[0][-1] < curves[0][0]
-    return {"losses": max(abs(a / b - 1) for a, b in zip(*curves, strict=True))}
+    model, apart = models[0][0], 0.0
+    for name, p in model.named_parameters():
+        if name not in cuts(model):
+            own = own_part(p.detach(), ranks)
+            others = [torch.empty_like(own) for _ in range(axes.tp)]
+            dist.all_gather(others, own, group=ranks.tp.group)
+            apart = max(apart, *(float((x - own).abs().max()) for x in others))
+    return {"losses": max(abs(a / b - 1) for a, b in zip(*curves, strict=True)), "apart": apart}
 
 
 def overlapped(axes: ParallelConfig) -> dict[str, float]:
