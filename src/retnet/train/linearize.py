@@ -44,7 +44,7 @@ class LinearizeConfig(Checked):
 
     Attributes:
         mixer: of the student, in place of softmax.
-        keep_softmax: every:N leaves every N-th layer as it is.
+        keep_softmax: leaves every N-th layer as it is, written every:N; unset leaves none.
         align_steps: in which each mixer learns to answer as the teacher's does.
         align_rate: learning rate of these.
         distil_steps: in which the model learns the teacher's distribution of the next token.
