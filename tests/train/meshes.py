@@ -186,7 +186,7 @@ def cases() -> dict[str, dict[str, float]]:
                 found[f"{axes}, {name}"] = compared(axes, config)
         if axes.cp == world:
             found[f"{axes}, overlapped"] = overlapped(axes)
-        if axes.cp == 1:
+        if axes in (ParallelConfig(1, 1, 4, 1), ParallelConfig(1, 2, 2, 1), ParallelConfig(2, 2, 1, 1)):
             config = HYBRID if axes.tp > 1 else with_mixer(H3Config())
             found[f"{axes}, {'hybrid' if config is HYBRID else 'h3'}"] = compared(axes, config)
         if axes == ParallelConfig(1, 1, 2, 2):
