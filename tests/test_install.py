@@ -1,5 +1,6 @@
 """What `pip install .` brings, without any extra, is enough to train and generate: all other packages are hidden here."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-# Runs the command line where the packages named by the first argument cannot be found.
+# Runs command lines, one after the other, where the packages named by the first argument cannot be found.
 HIDING = """
-import sys
+import json, sys
 hidden, finders = set(sys.argv.pop(1).split(",")), list(sys.meta_path)
 class Finder:
     def find_spec(name, path=None, target=None):
@@ -23,7 +24,14 @@ class Finder:
         return next((spec for spec in found if spec), None)
 sys.meta_path[:] = [Finder]
 from retnet.cli import main
-main()
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    print("status", status, file=sys.stderr)
 """
 
 
@@ -60,38 +68,39 @@ def hidden() -> list[str]:
     return found
 
 
-def retnet(hidden: list[str], home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", HIDING, ",".join(hidden), *words],
+def retnet(hidden: list[str], home: Path, *commands: list[str]) -> list[tuple[str, int]]:
+    """What each of them said on standard error, and its status."""
+    done = subprocess.run(
+        [sys.executable, "-c", HIDING, ",".join(hidden), json.dumps(commands)],
         cwd=home,
         capture_output=True,
         text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stderr
+    said = re.split(r"^status (\d+)\n", done.stderr, flags=re.M)
+    return list(zip(said[::2], map(int, said[1::2]), strict=False))
 
 
 @pytest.mark.slow
 def test_trains_and_generates_without_extras(hidden, tmp_path):
     sizes = ["--train.steps", "2", "--train.batch_size", "2", "--train.eval_tokens", "500"]
-    trained = retnet(hidden, tmp_path, "train", "smoke", "--run-dir", "r", *sizes)
-    assert trained.returncode == 0, trained.stderr
-    written = retnet(hidden, tmp_path, "generate", "r", "--prompt", "def ", "--max-tokens", "5")
-    assert written.returncode == 0, written.stderr
+    train = ["train", "smoke", "--run-dir", "r", *sizes]
+    ended = retnet(hidden, tmp_path, train, ["generate", "r", "--prompt", "def ", "--max-tokens", "5"])
+    assert [status for _, status in ended] == [0, 0], ended
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "extra"),
-    [
-        (["bench", "ops", "--quick", "--out", "records"], "bench"),
-        (["study", "complexity", "--out", "study"], "study"),
-        (["eval", "perplexity", "r"], "eval"),
-        (["serve", "r"], "serve"),
-    ],
-)
-def test_what_is_missing_is_said_with_the_extra_that_brings_it(hidden, tmp_path, words, extra):
-    done = retnet(hidden, tmp_path, *words)
-    assert done.returncode == 2, done.stderr
-    assert f"pip install 'retnet[{extra}]'" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_is_missing_is_said_with_the_extra_that_brings_it(hidden, tmp_path):
+    missing = {
+        "bench": ["bench", "ops", "--quick", "--out", "records"],
+        "study": ["study", "complexity", "--out", "study"],
+        "eval": ["eval", "perplexity", "r"],
+        "serve": ["serve", "r"],
+    }
+    ended = retnet(hidden, tmp_path, *missing.values())
+    for extra, (said, status) in zip(missing, ended, strict=True):
+        assert status == 2, said
+        assert f"pip install 'retnet[{extra}]'" in said
+        assert "Traceback" not in said
     assert not list(tmp_path.iterdir())  # it was said before anything was done

@@ -192,7 +192,7 @@ settings.model.mixer = { name = "hyena", time_scale = 8 }
 
 
 @pytest.mark.slow
-def test_a_study_from_the_command_line(tmp_path):
+def test_a_study_from_the_command_line(forks, tmp_path):
     """Real jobs: trained, measured, one killed on the way, reported."""
     (tmp_path / "texts").mkdir()
     for i in range(20):
@@ -206,7 +206,7 @@ def test_a_study_from_the_command_line(tmp_path):
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=120)
     assert first.returncode in (0, 1), err
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = forks.run(["study", "two.toml", "--out", "found"], tmp_path, seconds=300)
     assert "wrote found/report.html" in done.stdout, done.stderr
     results = StudyFolder(tmp_path / "found").results()
     assert set(results) == {"retnet.lr-0.001.seed-0", "hyena.lr-0.001.seed-0"}
@@ -219,7 +219,5 @@ def test_a_study_from_the_command_line(tmp_path):
     assert "Two small nets" in page
     assert "Hyena" in page
     assert json.loads((tmp_path / "found" / "summary.json").read_text())["tables"]
-    again = subprocess.run(
-        [*RETNET, "study", "report", "found"], cwd=tmp_path, capture_output=True, text=True
-    )
+    again = forks.run(["study", "report", "found"], tmp_path)
     assert again.returncode == 0, again.stderr
