@@ -63,6 +63,7 @@ def test_train(tmp_path):
     assert "Targets (meaningless after a quick run)" in shown
 
 
+@pytest.mark.slow
 def test_decode(tmp_path, monkeypatch):
     monkeypatch.setattr(llama_cpp, "missing", lambda: "llama.cpp is not measured: it is not here")
     record, shown = quick("decode", tmp_path, "--long", 200)

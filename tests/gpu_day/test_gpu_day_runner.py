@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from retnet.settings import UserError
+from tests.helpers.fast import few_fast
 from tests.helpers.gpu_day import gone, part
 from tools.gpu_day import plan, runner, step
 from tools.gpu_day.notebook import Notebook
@@ -67,10 +68,14 @@ class TestRunner:
     @pytest.mark.parametrize(
         ("dies", "why"),
         [
-            ("os.kill(os.getpid(), 9)", "status -9"),
-            ("time.sleep(60)", "it took more than 3 s; 1 were expected"),
+            pytest.param("os.kill(os.getpid(), 9)", "status -9", id="killed"),
+            pytest.param(
+                "time.sleep(60)",
+                "it took more than 3 s; 1 were expected",
+                id="hung",
+                marks=pytest.mark.slow,
+            ),
         ],
-        ids=["killed", "hung"],
     )
     def test_a_part_that_dies_loses_no_other_and_is_tried_again_by_the_next_call(self, day, dies, why):
         one = day(f"    if name == 'b': {dies}")
@@ -127,6 +132,7 @@ class TestRunner:
         assert not one.run()
         assert any("was not reached (status 5)" in line for line in self.said)
 
+    @pytest.mark.slow
     def test_a_part_for_which_too_little_time_is_left_is_left_to_another_call(self, day, monkeypatch):
         """Not taken for one that failed."""
         monkeypatch.setattr(plan, "START", 0.0)
@@ -143,7 +149,7 @@ class TestRunner:
         assert one.failed == set()
         assert "ops: b was not reached; another call does it" in self.said
 
-    @pytest.mark.parametrize("how", ["time", "stopped"])
+    @pytest.mark.parametrize("how", few_fast(["time", "stopped"], "stopped"))
     def test_it_ends_in_time_and_when_it_is_told_to(self, day, monkeypatch, how):
         monkeypatch.setattr(plan, "START", 0.0)
         monkeypatch.setattr(plan, "AT_LEAST", 60.0)
