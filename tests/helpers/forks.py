@@ -29,8 +29,10 @@ HEAVY = (
     "numba", "torch._dynamo", "retnet.cli.train", "retnet.train.trainer", "retnet.train.progress", "rich.live",
     "retnet.engine",
 )  # fmt: skip
+LLAMA = ("retnet.model.hf", "transformers.models.llama.modeling_llama")
 OF_VERBS = {
-    "bench": ("retnet.model.hf", "retnet.bench.report", "scipy.stats"),
+    "bench": (*LLAMA, "retnet.bench.report", "scipy.stats"),
+    "code": (*LLAMA, "scipy.stats", "retnet.evals.perplexity", "retnet.evals.harness"),  # of a page: anything
     "convert": ("retnet.model.hf",),
     "eval": ("scipy.stats", "retnet.evals.perplexity", "retnet.evals.harness"),
     "serve": ("retnet.serve.app", "retnet.serve.server"),
@@ -130,8 +132,8 @@ def _import(modules: Iterable[str]) -> None:
 
 
 def _run(order: dict) -> dict:
-    if not order.keys() & {"sources", "code", "call"}:
-        _import(OF_VERBS.get(order["run"][0][0], ()))
+    if not order.keys() & {"sources", "call"}:
+        _import(OF_VERBS.get("code" if "code" in order else order["run"][0][0], ()))
     begun = [_begin({**order, "run": words}) for words in order["run"]]
 
     def end(*_: object) -> None:
