@@ -18,6 +18,7 @@ from retnet.measure.footprint import footprint
 from retnet.measure.memory import Watch
 from retnet.mixers import MIXERS
 from retnet.settings import load
+from retnet.train.checkpoints import Checkpoints
 from retnet.train.config import ParallelConfig, RunConfig
 from retnet.train.passes import Passes
 from retnet.train.trainer import train
@@ -106,6 +107,7 @@ def main() -> None:
     base, folder = load(RunConfig, sys.argv[1]), Path(sys.argv[2])
     if SHARED:
         dist.init_process_group()
+        Checkpoints.save = lambda *_: None  # beside the run's own memory it takes that of copies
     rank, world = (dist.get_rank(), dist.get_world_size()) if SHARED else (0, 1)
     received, found = Counter(), {}
     count_received(received)

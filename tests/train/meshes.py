@@ -2,16 +2,23 @@
 
 import functools
 import itertools
+import json
 import math
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from retnet.data import Batch
 from retnet.mixers import H3Config, MixerConfig, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
+from retnet.model.checkpoint import load_into, verify
+from retnet.model.sharded import PartWriter, local_part
 from retnet.ops import context_parallel
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import ParallelConfig, TrainConfig
@@ -172,6 +179,55 @@ def compiled(model, ranks: Ranks) -> None:
     change_blocks(model, functools.partial(torch.compile, dynamic=True, backend="aot_eager"))
 
 
+def resharded(folder: Path) -> dict[str, float]:
+    """Tensors that two ranks write are read by one and by four, cut in other ways."""
+    g = torch.Generator().manual_seed(1)
+    whole = {
+        name: torch.randn(shape, generator=g) for name, shape in (("w", (5, 7)), ("b", (3,)), ("step", ()))
+    }
+    pair, pairs = dist.new_group([0, 1]), DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("pair", "in"))
+    four, path = init_device_mesh("cpu", (4,)), folder / "resharded"
+
+    def cut(x: torch.Tensor, mesh, *placements) -> torch.Tensor:
+        placements = placements if x.dim() else [Replicate()] * mesh.ndim
+        return distribute_tensor(x, mesh, placements, src_data_rank=None)
+
+    if dist.get_rank() < 2:
+        writer = PartWriter(pair)
+        held = {name: local_part(cut(x, pairs["in"], Shard(0))) for name, x in whole.items()}
+        held["step"] = local_part(whole["step"])
+        writer.write(
+            path,
+            {"model": held, "optimizer": {f"{name}/m": part for name, part in held.items()}},
+            begin=lambda: path.mkdir(),
+            check=lambda tensors: None,
+            finish=lambda files: (path / "manifest.json").write_text(json.dumps({"files": files})),
+        ).result()
+        writer.close()
+    dist.barrier()
+    verify(path)
+    found = {}
+    for kind, end in (("model", ""), ("optimizer", "/m")):
+        wanted = {name + end: x for name, x in whole.items()}
+        ways = {
+            "whole": {name: torch.zeros_like(x) for name, x in wanted.items()},
+            "in four": {name: cut(torch.zeros_like(x), four, Shard(0)) for name, x in wanted.items()},
+            "replicated": {
+                name: cut(torch.zeros_like(x), pairs, Replicate(), Shard(0)) for name, x in wanted.items()
+            },
+            "other axes": {
+                name: cut(torch.zeros_like(x), pairs, Shard(0), Shard(x.dim() - 1))
+                for name, x in wanted.items()
+            },
+        }
+        for way, tensors in ways.items():
+            load_into(tensors, path, kind)
+            for name, x in tensors.items():
+                full = x.full_tensor() if isinstance(x, DTensor) else x
+                found[f"{way}, {name}"] = float((full - wanted[name]).abs().max())
+    return {"loss": 0.0, **found}
+
+
 def cases() -> dict[str, dict[str, float]]:
     """All axes on every mesh; what depends on how a layer is cut only where that is all that happens."""
     torch.set_default_dtype(torch.float64)
@@ -193,4 +249,6 @@ def cases() -> dict[str, dict[str, float]]:
             found[f"{axes}, compiled"] = compared(axes, replace(BASE, num_layers=1), compiled)
         if axes == ParallelConfig(1, 2, 2, 1):
             found[f"{axes}, trained"] = trained(axes, replace(BASE, layers=("retention", "softmax")))
+    if world == 4:
+        found["resharded"] = resharded(Path(sys.argv[4]))
     return found

@@ -3,14 +3,19 @@
 Every case leaves a run in FOLDER/NAME, or FOLDER/NAME.RANK.error with the mistake that this rank was told.
 """
 
+import errno
+import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from retnet.data import Batches
 from retnet.mixers import MIXERS
 from retnet.settings import UserError, load
 from retnet.train.config import ParallelConfig, RunConfig
@@ -19,6 +24,7 @@ from retnet.train.pace import Pace, fitted
 from retnet.train.trainer import train
 from tests.train.driver import wrap
 
+FULL = os.strerror(errno.ENOSPC)
 STOP = 3  # step after which runs are stopped, to be continued by another number of processes
 
 
@@ -102,9 +108,57 @@ def plan_by_rank() -> None:
     Pace.plan = lambda self, step, c: fitted(c, 5 + rank, step)
 
 
-def mistaken(folder: Path, name: str, config: RunConfig) -> None:
+def note_batches(note, put=setattr) -> None:
+    """Makes training tell of every batch its place in the order of the data, and its documents."""
+    plain = Batches.batch
+
+    def batch(self, place):
+        found = plain(self, place)
+        note([place, list(found.documents)])
+        return found
+
+    put(Batches, "batch", batch)
+
+
+@contextmanager
+def batches_noted(folder: Path, name: str) -> Iterator[None]:
+    """Leaves in a file of this rank what `note_batches` tells."""
+    plain, found = Batches.batch, []
+    note_batches(found.append)
+    yield
+    Batches.batch = plain
+    (folder / f"{name}.{dist.get_rank()}.batches").write_text(json.dumps(found))
+
+
+def failing(target: str, error: Exception) -> None:
+    """Makes the n-th call of a function of this process raise an error; see `wrap`."""
+
+    def fail() -> None:
+        raise error
+
+    wrap(target, fail)
+
+
+def faulty(run: RunConfig, folder: Path) -> None:
+    """Runs that cannot go on, because of what happens to one process."""
+    rank, short = dist.get_rank(), changed(run, {}, eval_every=0, checkpoint_every=2)
+    train(changed(short, {}, steps=4), folder / "damaged")
+    if rank == 0:
+        shard = folder / "damaged/checkpoints/step-00000004/shard-00002-model-00003-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    dist.barrier()
+    mistaken(folder, "damaged", short, begin="resume")
+    if rank == 0:
+        failing("retnet.train.metrics:Metrics.write:2", UserError("no line can be written"))
+    mistaken(folder, "no metrics", short)
+    if rank == 1:
+        failing("retnet.model.sharded:HuggingFaceStorageWriter.write_data:2", OSError(errno.ENOSPC, FULL))
+    mistaken(folder, "full", short)
+
+
+def mistaken(folder: Path, name: str, config: RunConfig, **options) -> None:
     try:
-        train(config, folder / name)
+        train(config, folder / name, **options)
     except UserError as error:
         (folder / f"{name}.{dist.get_rank()}.error").write_text(str(error))
 
@@ -117,8 +171,10 @@ def main() -> None:
         train(case, folder / name)
     for name, (_, case) in meshes(run).items():
         train(case, folder / name)
-    train(run, folder / "from one", begin="resume")
+    with batches_noted(folder, "from one"):
+        train(run, folder / "from one", begin="resume")
     train(replace(run, parallel=ParallelConfig(tp=2)), folder / "from one by heads", begin="resume")
+    faulty(run, folder)
     mistaken(folder, "uneven", changed(run, {}, accumulate=3))
     mistaken(folder, "unfit", replace(run, parallel=ParallelConfig(cp=4)))
     mistaken(folder, "nowhere", replace(run, data=replace(run.data, corpus="nowhere")))
@@ -126,7 +182,8 @@ def main() -> None:
     if last:
         stop_at(STOP)
     for name in ("stopped", "stopped and continued"):
-        train(run, folder / name)
+        with batches_noted(folder, name):
+            train(run, folder / name)
         if last:
             stop_at(STOP)
     train(run, folder / "stopped and continued", begin="resume")

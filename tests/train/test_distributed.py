@@ -16,17 +16,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from retnet.convert import read
 from retnet.data import Batches, prepare
 from retnet.engine import open_run
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel
-from retnet.model.checkpoint import load_model
+from retnet.model.checkpoint import KINDS, is_sharded, load_model, model_files, verify, write_checkpoint
+from retnet.model.sharded import SavedTensors
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, one_voice
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
-from tests.train.ranks import STOP, base, cases, meshes
+from tests.train.ranks import STOP, base, cases, meshes, note_batches
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -116,11 +118,13 @@ def test_settings_of_learning(shared, alone):
     """Momentum and average lie in parts; both, and what was validated with the average, are those of one process."""
     name = "muon, ramp, average"
     assert_same(shared / name, alone / name, tolerance=1e-4)  # Muon's products are bf16
-    for file in ("model.safetensors", "training.safetensors", "optimizer.safetensors"):
-        got, want = (load_file(home / name / "checkpoints/step-00000003" / file) for home in (shared, alone))
-        assert got.keys() == want.keys()
-        for tensor, x in want.items():
-            assert torch.allclose(got[tensor], x, rtol=1e-3, atol=1e-4), (file, tensor)
+    for kind in KINDS:
+        got, want = (
+            SavedTensors(home / name / "checkpoints/step-00000003", kind) for home in (shared, alone)
+        )
+        assert got.shapes == want.shapes
+        for tensor, x in want.whole().items():
+            assert torch.allclose(got.whole()[tensor], x, rtol=1e-3, atol=1e-4), (kind, tensor)
 
 
 def test_other_meshes(shared, alone, config_file):
@@ -132,17 +136,33 @@ def test_other_meshes(shared, alone, config_file):
         assert mesh == vars(config.parallel.of(2))
 
 
-def test_the_same_files(shared, alone):
-    """Names, types and shapes in checkpoints do not tell how many processes there were."""
+def test_each_writes_its_part_and_they_are_read_as_one(shared, alone, tmp_path):
+    """Names, types and shapes in checkpoints do not tell how many processes there were; nor does what reads them."""
     for step in ("step-00000003", "step-00000006"):
         got, want = (home / "plain/checkpoints" / step for home in (shared, alone))
-        assert sorted(path.name for path in got.iterdir()) == sorted(path.name for path in want.iterdir())
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            ours, theirs = load_file(got / file), load_file(want / file)
+        verify(got)
+        assert (is_sharded(got), is_sharded(want)) == (True, False)
+        assert not (got / "model.safetensors").exists()
+        sizes = [sum(file.stat().st_size for file in got.glob(f"shard-0000{n}-*")) for n in (1, 2)]
+        assert 0.8 < sizes[0] / sizes[1] < 1.25
+        for kind in ("model", "optimizer"):
+            ours, theirs = SavedTensors(got, kind).whole(), load_file(want / f"{kind}.safetensors")
             assert ours.keys() == theirs.keys()
             for name, x in theirs.items():
                 assert (ours[name].shape, ours[name].dtype) == (x.shape, x.dtype)
                 assert torch.allclose(ours[name], x, rtol=1e-4, atol=1e-6), name
+    found = read(shared / "plain")  # as `convert` and --init do
+    assert found.hashes.keys() >= {"shard-00001-model-00001-of-00003.safetensors"}
+    write_checkpoint(tmp_path / "one", model_files(found.model()))
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "model.toml",
+    ]
+    lines = [json.loads(line) for line in (shared / "plain/metrics.jsonl").read_text().splitlines()]
+    saved = [line for line in lines if "checkpoint_step" in line]
+    assert [line["checkpoint_step"] for line in saved] == [3, 6]
+    assert all(0 < line["checkpoint_stall_s"] <= line["checkpoint_write_s"] for line in saved)
     processes = [json.loads((home / "plain/env.json").read_text())["processes"] for home in (shared, alone)]
     assert processes == [2, 1]
     tokens = torch.arange(20)[None]
@@ -163,13 +183,28 @@ def test_the_first_of_them_plans_for_all(shared):
     assert load(RunConfig, shared / "planned/config.toml").train.steps == 5
 
 
-def test_continued_by_another_number_of_processes(shared, alone, config_file, tmp_path):
+def test_continued_by_another_number_of_processes(shared, alone, config_file, tmp_path, monkeypatch):
+    """With the same losses, and no document twice or left out."""
     assert_same(shared / "stopped and continued", alone / "plain")  # 2 → 2
     assert_same(shared / "from one", alone / "plain")  # 1 → 2
     assert_same(shared / "from one by heads", alone / "plain")
     shutil.copytree(shared / "stopped", tmp_path / "run")
-    assert train(base(config_file), tmp_path / "run", begin="resume").finished
+    run, after = base(config_file), []
+    with monkeypatch.context() as patch:
+        note_batches(after.append, patch.setattr)
+        assert train(run, tmp_path / "run", begin="resume").finished
     assert_same(tmp_path / "run", alone / "plain")  # 2 → 1
+    batches = Batches(prepare(run.data).train, seq_len=32, batch_size=2, seed=run.train.seed)
+    want = [[place, list(batches.batch(place).documents)] for place in range(run.train.passes_before(6))]
+    of_two = [json.loads((shared / f"stopped.{rank}.batches").read_text()) for rank in (0, 1)]
+    assert sorted([*of_two[0], *of_two[1], *after]) == want  # 2 → 1
+    of_two = [json.loads((shared / f"from one.{rank}.batches").read_text()) for rank in (0, 1)]
+    assert sorted(of_two[0] + of_two[1]) == want[run.train.passes_before(STOP) :]  # 1 → 2
+    launches = [json.loads(line) for line in (tmp_path / "run/launches.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["processes"], line["mesh"]["shard"]) for line in launches] == [
+        (0, 2, 2),
+        (STOP, 1, 1),
+    ]
 
 
 def test_mistakes_are_told_to_all(shared, config_file):
@@ -183,6 +218,12 @@ def test_mistakes_are_told_to_all(shared, config_file):
     assert "cp 4 makes 4 processes, and there are 2; set --parallel.cp 2" in told("unfit")
     assert "no corpus 'nowhere'" in told("nowhere")
     assert not (shared / "uneven").exists()
+    assert told("no metrics") == "no line can be written"  # of the first alone
+    full = "cannot write the checkpoint of step 4: process 1: No space left on device; step-00000002 is whole"
+    assert told("full").startswith(full)
+    assert not list((shared / "full/checkpoints").glob(".*"))
+    assert "shard-00002-model-00003-of-00003.safetensors was changed after it was written" in told("damaged")
+    assert "step-00000002 is whole: --resume --checkpoint step-00000002 goes on from there" in told("damaged")
     # the second pass of the last rank is pass 1 + 2 of the run, in its second step
     batch = Batches(prepare(base(config_file).data).train, seq_len=32, batch_size=2, seed=0).batch(3)
     documents = sorted({d for d in batch.documents if d >= 0})
@@ -200,7 +241,7 @@ def test_the_documented_command(config_file, tmp_path):
     assert done.stdout.count("bits/byte held out") == 1
     assert len(re.findall(r"training [\d.]+ M parameters", done.stderr)) == 1
     assert "2 processes, each with 1 of the 2 passes of a step" in done.stderr
-    done = launch(*words, cwd=tmp_path)
+    done = launch("--max-restarts=2", *words, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("retnet: error: runs/200m already holds a run; --resume continues it") == 1
 

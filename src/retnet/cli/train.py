@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -73,6 +74,10 @@ def command(
     `retnet config show CONFIG` prints all of them. N processes share the work and the weights with
     torchrun --nproc-per-node=N -m retnet train CONFIG.
     """
+    from retnet.train import elastic
+
+    if elastic.noted(elastic.MISTAKE):  # and was said: torchrun starts again whatever failed
+        sys.exit(2)
     from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig
     from retnet.train.distributed import one_voice

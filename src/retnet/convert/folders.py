@@ -18,7 +18,7 @@ from retnet.convert.torch_files import load_tensors
 from retnet.convert.weights import TOKENS, Found, Wanted, fit
 from retnet.io import sha256
 from retnet.model import ModelConfig
-from retnet.model.checkpoint import MANIFEST, Files, verify
+from retnet.model.checkpoint import MANIFEST, Files, is_sharded, verify
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, build
 
@@ -130,6 +130,13 @@ class Folder:
         Raises:
             UserError: no weights, two sets of them, or shards that are missing, damaged or at odds with the index.
         """
+        if self._verified and is_sharded(self.path):  # of a run on several processes
+            from retnet.model.sharded import SavedTensors
+
+            self.hashes |= {
+                name: entry["sha256"] for name, entry in self._verified.items() if name.startswith("shard-")
+            }
+            return SavedTensors(self.path, "model").whole()
         for whole, index in LAYOUTS if pickles else LAYOUTS[:1]:
             single, sharded = (self.path / whole).exists(), (self.path / index).exists()
             if single and sharded:

@@ -25,14 +25,11 @@ from retnet.nn import Positions
 from retnet.settings import UserError
 from retnet.tables import Table
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
+from retnet.train.optimizer import FP32, bytes_per_parameter
 from retnet.train.start import check_cut, check_shares
 from retnet.train.tensor_parallel import check_heads, cut, cut_block
 
-WIDE = 4  # bytes of fp32: weights, gradients, moments, states, logits
-MOMENTS = {
-    "adamw": 2,
-    "muon": 1,
-}  # numbers a parameter that the optimiser remembers; of matrices, which are nearly all
+WIDE = FP32  # bytes of weights, states, logits
 LOGITS = 3  # numbers a token and entry of the vocabulary at the worst: log-probabilities, their gradient, that of logits
 LOGITS_OF_Z_LOSS = 5  # the logits too, and their part of the gradient
 LOGITS_OF_PART = 2  # of the vocabulary: the logits and their gradient
@@ -139,15 +136,15 @@ def with_vocabulary(config: RunConfig) -> ModelConfig:
 
 def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: int) -> RankMemory:
     parts, (left, blocks) = axes.parts, _parameters(model, axes.tp)
-    own = WIDE * (-(-left // parts))
+    own, each = -(-left // parts), bytes_per_parameter(c)
     gathered, states = 0, _state_numbers(model, axes.tp) if axes.cp > 1 else [0]
     if parts > 1 or axes.replicate > 1:
         gathered = 2 * WIDE * (left - blocks + 2 * blocks // model.num_layers)
     return RankMemory(
-        weights=own,
-        gradients=own,
-        optimiser=MOMENTS[c.optimizer] * own,
-        average=own if c.ema else 0,
+        weights=each.weight * own,
+        gradients=each.gradient * own,
+        optimiser=each.moments * own,
+        average=each.average * own,
         gathered=gathered,
         activations=kept_activations(model, c, axes.tp) // axes.cp,
         work=working_bytes(model, c, axes.tp) // axes.cp,

@@ -3,6 +3,9 @@
 A directory is written under a temporary name, file by file, each flushed to the disk; the manifest with the SHA-256 of
 every file comes last; one rename makes it visible. Loading verifies the manifest, so a file that was cut short or
 changed is refused. Weights are safetensors, configurations TOML; nothing is ever unpickled.
+
+One process writes whole tensors, a file of each of `KINDS`. Several write their parts, each into files of its own
+(`retnet.model.sharded`). Both are read alike.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,31 +30,74 @@ from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, dump, load
 
 MANIFEST = "manifest.json"
+KINDS = (
+    "model",
+    "training",
+    "optimizer",
+)  # of tensors; training: of a run that saves an average as its model
 Files = Mapping[str, Callable[[Path], None]]  # name → function that writes the file at the path it is given
 
 
-def write_checkpoint(path: Path, files: Files, *, whole: str = "") -> None:
+class Entry(TypedDict):
+    """What a manifest says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+class TensorPart(NamedTuple):
+    """What a process holds of a tensor: a box of it."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    offset: tuple[int, ...]  # in it, of the first number held
+
+
+def entry(file: Path) -> Entry:
+    """What a manifest is to say of a file."""
+    return {"sha256": sha256(file), "bytes": file.stat().st_size}
+
+
+def staging(path: Path) -> Path:
+    """Where a checkpoint directory is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin_checkpoint(path: Path) -> None:
+    """Makes the empty folder that a checkpoint directory is written into, instead of what interrupted writes left."""
+    for left in (staging(path), _before(path)):
+        shutil.rmtree(left, ignore_errors=True)
+    staging(path).mkdir(parents=True)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before.partial")
+
+
+def write_checkpoint(
+    path: Path, files: Files, *, whole: str = "", written: Mapping[str, Entry] | None = None
+) -> None:
     """Writes a directory with these files and a manifest, or, stopped at any moment, nothing that could be taken for it.
 
     Args:
         path: the directory; what is there is replaced as a whole.
         files: what it holds.
         whole: what is still there when it cannot be written, for the message.
+        written: files that it holds too, and that are on the disk already, where `begin_checkpoint` made their folder.
 
     Raises:
         UserError: it cannot be written; what was there is as it was.
     """
-    partial, before = (path.with_name(f".{path.name}.{what}") for what in ("partial", "before.partial"))
+    partial, before = staging(path), _before(path)
     try:
         with told(f"write {path}", whole):
-            for left in (partial, before):
-                shutil.rmtree(left, ignore_errors=True)  # by an interrupted write
-            partial.mkdir(parents=True)
-            sums = {}
+            if written is None:
+                begin_checkpoint(path)
+            sums = dict(written or {})
             for name, write in files.items():
                 write(partial / name)
                 flush(partial / name)
-                sums[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
+                sums[name] = entry(partial / name)
             (partial / MANIFEST).write_text(json.dumps({"files": sums}, indent=2) + "\n", encoding="utf-8")
             flush(partial / MANIFEST)
             flush(partial)
@@ -65,17 +113,22 @@ def write_checkpoint(path: Path, files: Files, *, whole: str = "") -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, number: int = 0, of: int = 1) -> None:
     """Checks every file of a checkpoint directory against its manifest.
+
+    Args:
+        path: the directory.
+        number: of this process among those that share the work; each checks other files.
+        of: how many these are.
 
     Raises:
         UserError: no such directory, no manifest, or a file that is missing, cut short or changed; all are listed.
     """
     with told(f"read the checkpoint {path}", "take another one"):
-        _verify(path)
+        _verify(path, number, of)
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, number: int, of: int) -> None:
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         wanted = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -85,7 +138,7 @@ def _verify(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged; take another checkpoint") from None
     wrong = []
-    for name, (size, digest) in wanted.items():
+    for name, (size, digest) in list(wanted.items())[number::of]:
         file = path / name
         if Path(name).name != name or not file.is_file():
             wrong.append(f"{name} is missing")
@@ -116,32 +169,62 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity: of one fused pass, and only where it fails, one by one."""
     numbers = [x for x in tensors.values() if x.is_floating_point() and x.numel()]
-    if all(bool(x.isfinite()) for x in torch._foreach_norm(numbers, math.inf)):
+    if not numbers or all(bool(x.isfinite()) for x in torch._foreach_norm(numbers, math.inf)):
         return None
     return next(name for name, x in tensors.items() if not x.isfinite().all())
 
 
-def load_weights(model: LanguageModel, path: Path, file: str = "model.safetensors") -> None:
-    """Copies the weights in a file of a verified checkpoint into a model.
+def is_sharded(path: Path) -> bool:
+    """Whether several processes wrote a checkpoint."""
+    return any(path.glob("shard-*.safetensors"))
+
+
+def saved_shapes(path: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all tensors of one of `KINDS` in a verified checkpoint.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    if is_sharded(path):
+        from retnet.model.sharded import SavedTensors
+
+        return SavedTensors(path, kind).shapes
+    file = path / f"{kind}.safetensors"
+    require_fetched(file)
+    with told(f"read {file}"), safe_open(file, "pt") as saved:
+        return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118  no mapping
+
+
+def load_into(tensors: Mapping[str, Tensor | TensorPart], path: Path, kind: str = "model") -> None:
+    """Copies the tensors of one of `KINDS` in a verified checkpoint into these; of parts, what they hold.
 
     Raises:
         UserError: tensors that are missing, unknown or misshapen, and all are listed; or numbers that are not finite.
     """
-    found, own = load_tensors(path / file), weights(model)
-    wrong = [f"{name} is missing" for name in own.keys() - found.keys()]
-    wrong += [f"{name} is not part of the model" for name in found.keys() - own.keys()]
+    shapes = saved_shapes(path, kind)
+    wrong = [f"{name} is missing" for name in tensors.keys() - shapes.keys()]
+    wrong += [f"{name} is not part of the model" for name in shapes.keys() - tensors.keys()]
     wrong += [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & found.keys()
-        if own[name].shape != found[name].shape
+        f"{name} has shape {shapes[name]} instead of {tuple(tensors[name].shape)}"
+        for name in tensors.keys() & shapes.keys()
+        if tuple(tensors[name].shape) != shapes[name]
     ]
     if wrong:
         raise UserError(f"{path} does not fit its configuration: {'; '.join(sorted(wrong))}")
+    with torch.no_grad():
+        if is_sharded(path) or any(isinstance(x, TensorPart) for x in tensors.values()):
+            from retnet.model.sharded import SavedTensors, local_part
+
+            parts = {name: x if isinstance(x, TensorPart) else local_part(x) for name, x in tensors.items()}
+            SavedTensors(path, kind).read(parts)
+            found = {name: part.tensor for name, part in parts.items()}
+        else:
+            found = load_tensors(path / f"{kind}.safetensors")
+            for name, tensor in tensors.items():
+                assert isinstance(tensor, Tensor)
+                tensor.copy_(found[name])
     if (bad := first_not_finite(found)) is not None:
         raise UserError(f"{path} is damaged: {bad} has numbers that are not finite; take another checkpoint")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
 
 
 def load_model(
@@ -165,7 +248,7 @@ def load_model(
     model = model.to_empty(device=device)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight  # `to_empty` makes them two
-    load_weights(model, path)
+    load_into(weights(model), path)
     return model.to(dtype=dtype).eval() if dtype else model.eval()
 
 

@@ -1,7 +1,7 @@
 """Estimate of what training takes, before it starts: parameters, tokens, operations, memory, hours.
 
-Memory counts what must be there at once: weights, gradients and AdamW's two moments in fp32 (16 bytes a parameter, shared
-out among the processes of a run), what one pass keeps for its backward pass, and the logits with their gradient. What
+Memory counts what must be there at once: weights, gradients and the optimiser's moments in fp32 (shared out among the
+processes of a run), what one pass keeps for its backward pass, and the logits with their gradient. What
 blocks keep is counted from the model itself, run on the meta device; kernels' scratch memory and fragmentation are not.
 """
 
@@ -17,8 +17,8 @@ from retnet.measure.memory import GIB, total_memory
 from retnet.model.cost import cost
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
+from retnet.train.optimizer import bytes_per_parameter
 
-BYTES_PER_PARAMETER = 16  # fp32: weight, gradient, two moments
 UTILISATION = (
     0.35  # of the rate of matrix products, where nobody says another; small models on a CPU reach about that
 )
@@ -56,7 +56,7 @@ def plan(name: str, config: RunConfig, runs: int) -> RunEstimate:
         counted.total,
         tokens,
         3.0 * counted.flops_per_token * tokens,
-        BYTES_PER_PARAMETER * counted.total,
+        bytes_per_parameter(c).total * counted.total,
         kept_activations(model, c) + max(logit_bytes(model, c), working_bytes(model, c)),
     )
 

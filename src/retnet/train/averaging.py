@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from retnet.model import LanguageModel
-from retnet.train.distributed import ALONE, Ranks, own_part, spread
-from retnet.train.tensor_parallel import global_tensors
+from retnet.train.distributed import ALONE, Ranks, own_part
 
 
 class AveragedWeights:
@@ -27,14 +26,9 @@ class AveragedWeights:
     """
 
     def __init__(self, model: LanguageModel, decay: float, ranks: Ranks = ALONE) -> None:
-        self._model, self._decay, self._ranks = model, decay, ranks
+        self._decay, self._ranks = decay, ranks
         self._weights = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._weights.items()}
-
-    def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes an average that was saved, which of several ranks the first has."""
-        for name, average in global_tensors(self.tensors, self._model, self._ranks.mesh).items():
-            spread(saved.get(name), average, self._ranks)
 
     def update(self, step: int) -> None:
         """Takes in the weights after a step, counted from 1."""

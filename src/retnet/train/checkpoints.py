@@ -1,11 +1,21 @@
-"""Checkpoints of training (weights, optimiser, loader, randomness), whole tensors whatever the number of processes."""
+"""Checkpoints of training: weights, optimiser, loader, randomness. They do not know on how many processes they are read.
+
+One process writes whole tensors, and waits until they are on the disk. Several go on while each writes what it holds
+(`retnet.model.sharded`): a step waits only for the copy of that, and for the checkpoint before if it is still under way.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +25,27 @@ from retnet.errors import UserError, told
 from retnet.io import write_text
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import (
-    Files,
+    KINDS,
+    TensorPart,
     first_not_finite,
+    load_into,
     load_tensors,
-    load_weights,
-    model_files,
     save_tensors,
+    saved_shapes,
+    verify,
     weights,
 )
+from retnet.settings import dump
 from retnet.train.averaging import AveragedWeights
 from retnet.train.config import RunConfig
-from retnet.train.distributed import Ranks, collect, own_part, shard
+from retnet.train.distributed import Ranks, own_part, shard
 from retnet.train.initial_weights import fill
-from retnet.train.optimizer import optimizer_tensors, optimizers, restore_optimizers
+from retnet.train.optimizer import empty_memory, optimizer_tensors, optimizers
 from retnet.train.run_dir import RunDirectory
 from retnet.train.tensor_parallel import global_tensors
 
-TRAINED = (
-    "training.safetensors"  # beside an average, which is the model: the weights that training goes on with
-)
+if TYPE_CHECKING:
+    from retnet.model.sharded import PartWriter
 
 
 class Standing(NamedTuple):
@@ -62,17 +74,27 @@ class Learned(NamedTuple):
     average: AveragedWeights | None
 
 
-class _Saved(NamedTuple):
-    """What the first rank begins with: of the newest checkpoint, or fresh from the seed."""
+class Written(NamedTuple):
+    """A checkpoint that several processes wrote while they went on."""
 
-    model: LanguageModel  # on the CPU
-    memory: dict[str, Tensor]  # of the optimisers
-    average: dict[str, Tensor]  # of the weights; empty without one
-    standing: Standing
+    step: int
+    stall: float  # seconds that training waited for it
+    seconds: float  # until it was complete
+
+
+@dataclass
+class _Writing:
+    """A checkpoint under way."""
+
+    step: int
+    began: float
+    future: Future[Any]
+    stall: float = 0.0
+    ended: float = 0.0  # once its future is done
 
 
 class Checkpoints:
-    """The checkpoints of one run: the first rank reads and writes them for all."""
+    """The checkpoints of one run: the first rank reads and writes them for all, but for tensors."""
 
     def __init__(
         self, config: RunConfig, run: RunDirectory, prepared: Prepared, device: torch.device, ranks: Ranks
@@ -80,82 +102,193 @@ class Checkpoints:
         self._config, self._run, self._device, self._ranks = config, run, device, ranks
         self._tokenizer = prepared.tokenizer
         self._data = RunData.of(prepared)
+        self._writer: PartWriter | None = None
+        self._writing: _Writing | None = None
 
     def begin(self) -> tuple[Learned, Standing]:
         """The model and its optimisers on the device, and where they stand: as the newest checkpoint says, or fresh.
 
-        The first rank's CPU holds the whole model until all ranks have their parts.
+        Fresh weights come from the first rank's CPU, which holds the whole model until all ranks have their parts; of a
+        checkpoint each rank reads its parts.
 
         Raises:
             UserError: the checkpoint is damaged, or the run was begun with another corpus or tokenizer.
         """
         ranks, c = self._ranks, self._config.train
-        saved = ranks.lead(self._read)
-        standing = Standing.of(ranks.tell((saved.standing if saved else Standing())._asdict()))
-        model = saved.model if saved else _hollow(self._config)
-        model = model.to(self._device) if ranks.alone else shard(model, self._device, ranks)
+        if not ranks.alone:
+            from retnet.model.sharded import PartWriter
+
+            self._writer = PartWriter(ranks.new_group())
+        path = self._verified()
+        ranks.lead(lambda: self._require_same_data(path))
+        model = self._model(fresh=path is None)
         learners = optimizers(model, c)
-        restore_optimizers(model, learners, saved.memory if saved else {}, ranks)
         average = AveragedWeights(model, c.ema, ranks) if c.ema else None
-        if average and standing.step:
-            average.restore(saved.average if saved else {})
+        standing = Standing()
+        if path is not None:
+            learned = Learned(model, learners, average)
+            plain = ranks.together(lambda: self._restore(path, learned))
+            standing = Standing.of(ranks.tell(plain))
+            best = standing.best[1] if standing.best else None
+            ranks.lead(lambda: self._run.point(standing.step, best))
         return Learned(model, learners, average), standing
 
     def save(self, learned: Learned, standing: Standing) -> None:
-        """Writes a checkpoint. From several ranks, the first one's CPU gathers 12 bytes a parameter.
+        """Writes a checkpoint; of several processes, begins to, after the one before is complete.
 
         Raises:
-            UserError: a weight or the optimisers' memory is not a finite number, which no checkpoint may hold.
+            UserError: the one before, or of one process this one, could not be written; or it would hold a number that is
+                not finite.
         """
+        begin = time.perf_counter()
+        self.wait()
         model, average = learned.model, learned.average
-        memory = optimizer_tensors(model, learned.optimizers)
-        bad = spoiled({**weights(model), **memory}, self._ranks)
-        if bad is not None:
+        own = weights(model)
+        held = {"model": {**own, **average.tensors}, "training": own} if average else {"model": own}
+        held["optimizer"] = optimizer_tensors(model, learned.optimizers)
+        files, step = self._files(standing), standing.step
+        best, keep = standing.best[1] if standing.best else None, self._config.train.keep
+        if self._writer is None:
+            for tensors in held.values():
+                self._require_finite(step, tensors)
+            for kind, tensors in held.items():
+                files[f"{kind}.safetensors"] = functools.partial(save_tensors, tensors)
+            self._run.save(step, best, files, keep=keep)
+            return
+        future = self._writer.write(
+            self._run.partial(step),
+            {kind: self._parts(tensors, model) for kind, tensors in held.items()},
+            begin=lambda: self._run.begin_save(step),
+            check=functools.partial(self._require_finite, step),
+            finish=lambda written: self._run.save(step, best, files, keep=keep, written=written),
+        )
+        writing = self._writing = _Writing(step, begin, future)
+        future.add_done_callback(lambda _: setattr(writing, "ended", time.perf_counter()))
+        writing.stall = time.perf_counter() - begin
+
+    def written(self) -> Written | None:
+        """The checkpoint that was completed since the last call, if one was. It does not wait.
+
+        Raises:
+            UserError: it could not be written; other ranks may not know of it yet.
+        """
+        writing = self._writing
+        if writing is None or not writing.future.done():
+            return None
+        self._require_written(writing)
+        self._writing = None
+        return Written(writing.step, writing.stall, writing.ended - writing.began)
+
+    def wait(self) -> None:
+        """Waits until no checkpoint is under way; all ranks must call it.
+
+        Raises:
+            UserError: on all ranks, it could not be written.
+        """
+        if self._writing is not None:
+            self._require_written(self._writing)
+
+    def close(self) -> None:
+        """Ends what is under way, well or badly: who calls it has been told, or has something worse to say."""
+        if self._writing is not None:
+            wait([self._writing.future])
+            with suppress(BaseException):
+                self._require_written(self._writing)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _require_written(self, writing: _Writing) -> None:
+        from retnet.model.sharded import failure
+
+        error = failure(
+            writing.future, f"write the checkpoint of step {writing.step}", lambda: self._run.whole
+        )
+        if error is None:
+            return
+        if self._ranks.first:  # or the space would be missing for the next one
+            shutil.rmtree(self._run.partial(writing.step), ignore_errors=True)
+        raise error
+
+    def _require_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        if (bad := first_not_finite(tensors)) is not None:
+            kind, _, name = bad.partition("/")
             raise UserError(
-                f"{bad} is not finite after step {standing.step}, so nothing was saved; {self._run.whole}. "
-                "Try a lower train.learning_rate or more train.warmup_steps"
+                f"{name if kind in KINDS else bad} is not finite after step {step}, so nothing was saved; "
+                f"{self._run.whole}. Try a lower train.learning_rate or more train.warmup_steps"
             )
-        whole, trained, memory = model, None, self._collect(memory, model)
-        if average or not self._ranks.alone:
-            trained = self._collect(weights(model), model)
-            averages = self._collect(average.tensors, model) if average else {}
-            whole = _hollow(self._config)
-            whole.load_state_dict({**trained, **averages}, strict=False, assign=True)
+
+    def _files(self, standing: Standing) -> dict[str, Callable[[Path], None]]:
+        """What a checkpoint holds beside tensors that are learned, as it is now."""
         tokens = {"train": self._data.train, "validation": self._data.validation}
-        state = {**standing._asdict(), "data": tokens}
-        files: Files = {
-            **model_files(whole),
-            **({TRAINED: lambda path: save_tensors(trained or {}, path)} if average else {}),
+        state = json.dumps({**standing._asdict(), "data": tokens}, indent=2) + "\n"
+        random, config = _random_state(self._device), self._config.model
+        return {
+            "model.toml": lambda path: write_text(path, dump(config)),
             "tokenizer.json": self._tokenizer.save,
-            "optimizer.safetensors": lambda path: save_tensors(memory, path),
-            "random.safetensors": lambda path: save_tensors(_random_state(self._device), path),
-            "trainer.json": lambda path: write_text(path, json.dumps(state, indent=2) + "\n"),
+            "random.safetensors": lambda path: save_tensors(random, path),
+            "trainer.json": lambda path: write_text(path, state),
         }
-        best = standing.best[1] if standing.best else None
-        keep = self._config.train.keep
-        self._ranks.lead(lambda: self._run.save(standing.step, best, files, keep=keep))
 
-    def _collect(self, parts: Mapping[str, Tensor], model: LanguageModel) -> dict[str, Tensor]:
-        return collect(global_tensors(parts, model, self._ranks.mesh), self._ranks)
+    def _verified(self) -> Path | None:
+        """The newest checkpoint, if there is one. Each rank verifies some of its files.
 
-    def _read(self) -> _Saved:
-        torch.manual_seed(self._config.train.seed)
-        model = LanguageModel(self._config.model)
-        path = self._run.latest()
-        self._require_same_data(path)
-        if path is None:
-            fill(model, self._config, self._run)
-            return _Saved(model, {}, {}, Standing())
-        state = _trainer_state(path)
-        load_weights(model, path)
-        average = {}
-        if self._config.train.ema:
-            average = {name: x.clone() for name, x in weights(model).items()}
-            load_weights(model, path, TRAINED)
+        Raises:
+            UserError: on all ranks, it is damaged; says which older one is whole.
+        """
+        ranks, run = self._ranks, self._run
+        newest = ranks.lead(run.latest)
+        name = ranks.tell(str(newest) if newest else "")
+        if not name:
+            return None
+        problem = ""
+        try:
+            verify(Path(name), ranks.rank, ranks.world)
+        except UserError as error:
+            problem = str(error)
+        if found := next(filter(None, ranks.gather(problem)), ""):
+            ranks.lead(lambda: run.refuse_latest(found))
+        return Path(name)
+
+    def _model(self, fresh: bool) -> LanguageModel:
+        """On the device, or this rank's part of it there; if not fresh, with any numbers as weights."""
+        ranks, config = self._ranks, self._config
+
+        def make() -> LanguageModel:
+            torch.manual_seed(config.train.seed)
+            model = LanguageModel(config.model)
+            if fresh:
+                fill(model, config, self._run)
+            return model
+
+        if ranks.alone:
+            return make().to(self._device)
+        whole = ranks.lead(make) if fresh else None
+        return shard(whole or _hollow(config), self._device, ranks, fresh=fresh)
+
+    def _restore(self, path: Path, learned: Learned) -> dict[str, Any]:
+        """Reads what was learned, this rank's part of it, and the random state; returns where training stands, as JSON."""
+        model, average = learned.model, learned.average
+        own = weights(model)
+        self._load(own, path, "training" if average else "model", model)
+        if average:
+            averages = {
+                name: average.tensors[name] if name in average.tensors else x.detach().clone()
+                for name, x in own.items()
+            }
+            self._load(averages, path, "model", model)
+        memory = empty_memory(model, learned.optimizers, saved_shapes(path, "optimizer"))
+        self._load(memory, path, "optimizer", model)
         _restore_random_state(load_tensors(path / "random.safetensors"), self._device)
-        standing = Standing.of(state)
-        self._run.point(standing.step, standing.best[1] if standing.best else None)
-        return _Saved(model, load_tensors(path / "optimizer.safetensors"), average, standing)
+        return _trainer_state(path)
+
+    def _load(self, tensors: Mapping[str, Tensor], path: Path, kind: str, model: LanguageModel) -> None:
+        load_into(tensors if self._ranks.alone else self._parts(tensors, model), path, kind)
+
+    def _parts(self, tensors: Mapping[str, Tensor], model: LanguageModel) -> dict[str, TensorPart]:
+        from retnet.model.sharded import local_part
+
+        whole = global_tensors(tensors, model, self._ranks.mesh)
+        return {name: local_part(x) for name, x in whole.items()}
 
     def _require_same_data(self, path: Path | None) -> None:
         """Refuses to go on with other tokens than the run began with; of older versions only checkpoints know them."""

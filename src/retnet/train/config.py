@@ -57,6 +57,7 @@ class TrainConfig(Checked):
         checkpoint_every: steps between checkpoints; the last step is always saved.
         keep: latest checkpoints on disk, beside the best.
         tensorboard: write TensorBoard files too.
+        patience: seconds without any progress after which several processes end, and say which one they wait for.
     """
 
     steps: Count = 1000
@@ -94,6 +95,7 @@ class TrainConfig(Checked):
     checkpoint_every: Count = 200
     keep: Count = 2
     tensorboard: bool = False
+    patience: Annotated[float, At(above=0)] = 1800.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

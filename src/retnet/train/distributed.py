@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,6 +31,7 @@ from retnet.model import LanguageModel
 from retnet.model.checkpoint import weights
 from retnet.ops.context_parallel import ContextParallel
 from retnet.ops.tensor_parallel import TensorParallel
+from retnet.train import elastic
 from retnet.train.config import ParallelConfig
 from retnet.train.tensor_parallel import connect, cut, global_tensors
 
@@ -131,6 +132,11 @@ class Ranks:
         if self.tp is not None:
             self.tp.replicated = disable(self.tp.replicated)  # type: ignore[method-assign]
             self.tp.summed = disable(self.tp.summed)  # type: ignore[method-assign]
+
+    def new_group(self) -> dist.ProcessGroup:
+        """Another group for words on the CPU, for a thread that speaks while others do; all ranks must ask for it."""
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return group
 
     def part(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, targets and bounds of documents that this rank reads of a batch: all, or its stretch of them end to end.
@@ -234,7 +240,9 @@ def processes() -> Iterator[Ranks]:
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group()
+        store = elastic.own_store()
+        place = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if store else (-1, -1)
+        dist.init_process_group(store=store, rank=place[0], world_size=place[1])
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
@@ -254,17 +262,19 @@ def one_voice() -> Iterator[bool]:
     try:
         yield os.environ.get("RANK", "0") == "0"
     except UserError:
+        elastic.note(elastic.MISTAKE)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         time.sleep(30)  # torchrun ends all as soon as one has ended, and the first must have its say
         sys.exit(2)
 
 
-def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageModel:
+def shard(whole: LanguageModel, device: torch.device, ranks: Ranks, *, fresh: bool = True) -> LanguageModel:
     """A model of which every rank holds its part: block by block, and the rest together.
 
     The weights come from the first rank's `whole`, which lies on its CPU; of the others' only the configuration is read, so
-    theirs may lie on the meta device. Gradients are summed over ranks, in the type of the weights.
+    theirs may lie on the meta device. Gradients are summed over ranks, in the type of the weights. If not `fresh`, weights
+    are any numbers, to be overwritten, and `whole` may lie on the meta device everywhere.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -285,7 +295,8 @@ def shard(whole: LanguageModel, device: torch.device, ranks: Ranks) -> LanguageM
     if mesh is None and whole.config.tie_embeddings:
         model.head.weight = model.embedding.weight  # of which `to_empty` makes two, and FSDP one again
     full = weights(whole) if ranks.first else {}
-    for name, own in global_tensors(weights(model), model, ranks.mesh).items():
+    parts = global_tensors(weights(model), model, ranks.mesh) if fresh else {}
+    for name, own in parts.items():
         spread(full.get(name), own, ranks)
     if ranks.context is not None:
         for block in model.blocks:
@@ -306,16 +317,6 @@ def spread(whole: Tensor | None, part: Tensor, ranks: Ranks) -> None:
         if isinstance(part, DTensor):  # each cuts out its own
             full = distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=None)
     part.copy_(full)
-
-
-def collect(parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Whole tensors on the first rank's CPU, put together from the parts of all; nothing on the others."""
-    found = {}
-    for name, part in parts.items():
-        full = complete(part, ranks)
-        if ranks.first:
-            found[name] = full.cpu()
-    return found
 
 
 def own_part(x: Tensor, ranks: Ranks) -> Tensor:

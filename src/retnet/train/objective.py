@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ def evaluate(
     autocast: torch.autocast,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Quality:
     """Loss over the batches in the order of the text, or over the first `max_tokens` of it.
 
@@ -86,6 +88,7 @@ def evaluate(
         autocast: context of the forward pass.
         max_tokens: None for all.
         ranks: the processes that share the objective's weights; they take turns with the batches, or share them.
+        on_batch: called after each.
     """
     training = objective.training
     objective.eval()
@@ -100,6 +103,7 @@ def evaluate(
             if turns % readers == ranks.reader:
                 total += nats(batch)
             turns += 1
+            on_batch()
             tokens += count(batch.targets)
             if max_tokens is not None and tokens >= max_tokens:
                 break

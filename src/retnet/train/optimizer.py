@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retnet.model import LanguageModel
 from retnet.train.config import TrainConfig
-from retnet.train.distributed import ALONE, Ranks, spread
-from retnet.train.tensor_parallel import global_tensors
 
 MUON_MOMENTUM = 0.95
+FP32 = 4  # bytes of a number
+
+
+class BytesPerParameter(NamedTuple):
+    """What training keeps of a parameter in fp32, whatever the precision of products."""
+
+    weight: int
+    gradient: int
+    moments: int  # of Muon, that of matrices, which are nearly all
+    average: int  # if one is kept
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def bytes_per_parameter(config: TrainConfig) -> BytesPerParameter:
+    """Bytes that a parameter takes beside what passes need: two moments of AdamW, or one momentum of Muon."""
+    moments = {"adamw": 2, "muon": 1}[config.optimizer]
+    return BytesPerParameter(FP32, FP32, moments * FP32, FP32 if config.ema else 0)
 
 
 def optimizers(model: LanguageModel, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
@@ -84,21 +104,17 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
     }
 
 
-def restore_optimizers(
-    model: LanguageModel,
-    optimizers: Sequence[torch.optim.Optimizer],
-    tensors: Mapping[str, Tensor],
-    ranks: Ranks = ALONE,
-) -> None:
-    """Gives optimisers the memory that `optimizer_tensors` wrote down, which of several ranks the first has."""
+def empty_memory(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Gives optimisers memory for what `optimizer_tensors` named: zeros, for saved numbers to be copied into."""
     parameters = dict(model.named_parameters())
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    memory: dict[str, Tensor] = {}
-    for name in ranks.tell(list(tensors)):
+    memory = {}
+    for name in names:
         parameter, _, key = name.rpartition("/")
         own = parameters[parameter]
         # the step is a number beside its parameter; moments are shaped, typed and shared among ranks as it is
-        memory[name] = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own)
+        memory[name] = torch.zeros((), device=own.device) if key == "step" else torch.zeros_like(own.detach())
         owners[own].state[own][key] = memory[name]
-    for name, part in global_tensors(memory, model, ranks.mesh).items():
-        spread(tensors.get(name), part, ranks)
+    return memory

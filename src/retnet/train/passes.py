@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Passes:
         autocast: context of the forward pass.
         notices: by which the processes agree.
         ranks: of these processes.
+        at: is told the step, and where in it this process is; see `HangDetector.at`.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Passes:
         autocast: torch.autocast,
         notices: Notices,
         ranks: Ranks,
+        at: Callable[[int, str], None] = lambda step, place: None,
     ) -> None:
+        self._at = at
         self._model, self._objective, self._batches = model, objective, batches
         self._device, self._autocast, self._notices, self._ranks = device, autocast, notices, ranks
 
@@ -63,6 +67,7 @@ class Passes:
         """
         ranks, begin = self._ranks, time.perf_counter()
         self._objective.train()
+        self._at(step + 1, "reads its batches")
         first, passes = c.passes_before(step), c.passes(step)
         places = range(first + ranks.reader, first + passes, ranks.axes.readers)
         batches = [self._batches.batch(place) for place in places]
@@ -74,6 +79,7 @@ class Passes:
                 stretch = f" {ranks.stretch}" if ranks.context else ""
                 torch.manual_seed(random.Random(f"{c.seed} {place}{stretch}").getrandbits(63))
             part = ranks.part(batch)
+            self._at(step + 1, "computes")
             with self._autocast:
                 nats = self._objective(*(x.to(self._device, non_blocking=True) for x in part))
             (nats / tokens).backward()
@@ -81,6 +87,7 @@ class Passes:
             counted += count(part[1])
         losses = [float(nats) for nats in found]  # only now, for a number waits for the device
         square, once = share_of_square(self._model, ranks), int(ranks.counts)
+        self._at(step + 1, "agrees with the others")
         total, targets, square_of_all = self._notices.sum(once * sum(losses), once * counted, square)
         if not math.isfinite(total):
             batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]

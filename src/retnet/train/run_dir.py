@@ -1,5 +1,7 @@
 """A run directory: `config.toml` (resolved), `env.json`, `data.json`, `metrics.jsonl`, `checkpoints/`, and `plan.json`.
 
+`launches.jsonl` has a line for each call of `train`: from which step it went on, when, and on which mesh of processes.
+
 A checkpoint directory holds the model, the tokenizer, the optimiser, the random state and where training stands. The
 files `best` and `last` in `checkpoints/` name one each.
 """
@@ -11,20 +13,20 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from retnet import lock
 from retnet.data import DataConfig, RunData
 from retnet.errors import told
 from retnet.io import write_json, write_text
-from retnet.model.checkpoint import Files, verify, write_checkpoint
+from retnet.model.checkpoint import Entry, Files, begin_checkpoint, staging, verify, write_checkpoint
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
-from retnet.train.config import RunConfig, TrainConfig
+from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
 
 # Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; where text
 # lies, since what identifies a corpus is its tokens, which `data.json` knows; and how processes share the work.
@@ -40,6 +42,7 @@ HARMLESS = (
             "tensorboard",
             "start_from",
             "skip_limit",
+            "patience",
         )
     )
     | frozenset(f"data.{name}" for name in ("corpus", "validation", "tokenizer", "cache"))
@@ -48,9 +51,10 @@ HARMLESS = (
 # All that a run writes of its own, so all that one may take away that came to nothing.
 OWN = {
     *("config.toml", "env.json", "data.json", "plan.json", "origin.json", "tokenizer.json"),
-    *("metrics.jsonl", "changes.jsonl", "checkpoints", "tensorboard", "profile"),
+    *("metrics.jsonl", "changes.jsonl", "launches.jsonl", "checkpoints", "tensorboard", "profile"),
 }
 PLAN = "plan.json"
+LAUNCHES = "launches.jsonl"
 _STEP = re.compile(r"step-\d{8,}")  # a copy that somebody keeps beside them is none of ours
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
 
@@ -113,22 +117,43 @@ class RunDirectory:
         """The resolved configuration of the run."""
         return load(RunConfig, self.path / "config.toml")
 
-    def save(self, step: int, best_step: int | None, files: Files, *, keep: int) -> None:
+    def begin_save(self, step: int) -> None:
+        """Makes the folder `partial` that several processes write their files of a checkpoint into.
+
+        Raises:
+            UserError: it cannot be made; or the directory is not this process's any more.
+        """
+        self._require_own(step)
+        with self.writing():
+            begin_checkpoint(self.checkpoints / _name(step))
+
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of a step is written before it is complete."""
+        return staging(self.checkpoints / _name(step))
+
+    def save(
+        self,
+        step: int,
+        best_step: int | None,
+        files: Files,
+        *,
+        keep: int,
+        written: Mapping[str, Entry] | None = None,
+    ) -> None:
         """Writes the checkpoint of a step, and removes all but the last `keep` and the best.
+
+        Args:
+            step: that was made last.
+            best_step: whose validation was the best so far, if any.
+            files: what the checkpoint holds.
+            keep: how many of the last ones stay.
+            written: what it holds beside them, that was written after `begin_save`.
 
         Raises:
             UserError: it cannot be written, and says which one is whole; or the directory is not this process's any more.
         """
-        if not self.exists:
-            raise UserError(
-                f"the run directory {self.path} is gone, moved or removed; step {step} is not saved"
-            )
-        if lock.lost(self.path):
-            raise UserError(
-                f"the run directory {self.path} is another one now, or in use by another process too: it was moved, or its "
-                f"{lock.LOCK} removed, while training went on; step {step} is not saved"
-            )
-        write_checkpoint(self.checkpoints / _name(step), files, whole=self.whole)
+        self._require_own(step)
+        write_checkpoint(self.checkpoints / _name(step), files, whole=self.whole, written=written)
         self.point(step, best_step)
         with self.writing():
             for old in self._steps()[:-keep]:
@@ -138,6 +163,17 @@ class RunDirectory:
                     )  # gone at once, however long removing takes
                     old.rename(hidden)
                     shutil.rmtree(hidden)
+
+    def _require_own(self, step: int) -> None:
+        if not self.exists:
+            raise UserError(
+                f"the run directory {self.path} is gone, moved or removed; step {step} is not saved"
+            )
+        if lock.lost(self.path):
+            raise UserError(
+                f"the run directory {self.path} is another one now, or in use by another process too: it was moved, or its "
+                f"{lock.LOCK} removed, while training went on; step {step} is not saved"
+            )
 
     def point(self, last_step: int, best_step: int | None) -> None:
         """Makes `last` and `best` name the checkpoints of these steps."""
@@ -170,6 +206,18 @@ class RunDirectory:
                 plan = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
                 write_json(self.path / PLAN, {**plan, "steps": config.train.steps})
             write_text(self.path / "config.toml", dump(config))
+
+    def note_launch(self, step: int, processes: int, axes: ParallelConfig, restarts: int) -> None:
+        """Adds to `launches.jsonl` how a call of `train` goes on, which may be on other processes than the one before."""
+        line = {
+            "step": step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "processes": processes,
+            "mesh": vars(axes),
+            "restarts": restarts,
+        }
+        with self.writing(), (self.path / LAUNCHES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def note_data(self, config: DataConfig, data: RunData) -> None:
         """Makes `config.toml` and `data.json` say where the run's text lies now, and what it is."""
@@ -245,29 +293,26 @@ class RunDirectory:
                     later.rename(aside / (f"{later.name}.{number}" if number else later.name))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, verified; None if there is none yet. What an interrupted write left is removed.
-
-        Raises:
-            UserError: the newest one is damaged; says which older one is whole.
-        """
+        """The newest complete checkpoint, to be verified; None if there is none. Removes what interrupted writes left."""
         with self.writing():
             for partial in self.checkpoints.glob(".*.partial"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         steps = self._steps()
-        if not steps:
-            return None
-        try:
-            verify(steps[-1])
-        except UserError as error:
-            whole = next((step.name for step in reversed(steps[:-1]) if _whole(step)), None)
-            instead = (
-                f"{whole} is whole: --resume --checkpoint {whole} goes on from there"
-                if whole
-                else "no older one is whole; start a new run"
-            )
-            problem = str(error).removesuffix("; take another checkpoint")
-            raise UserError(f"{problem}; {instead}") from None
-        return steps[-1]
+        return steps[-1] if steps else None
+
+    def refuse_latest(self, problem: str) -> NoReturn:
+        """Says what is wrong with the newest checkpoint, and which older one is whole.
+
+        Raises:
+            UserError: always.
+        """
+        whole = next((step.name for step in reversed(self._steps()[:-1]) if _whole(step)), None)
+        instead = (
+            f"{whole} is whole: --resume --checkpoint {whole} goes on from there"
+            if whole
+            else "no older one is whole; start a new run"
+        )
+        raise UserError(f"{problem.removesuffix('; take another checkpoint')}; {instead}") from None
 
     def _steps(self) -> list[Path]:
         found = (path for path in self.checkpoints.glob("step-*") if _STEP.fullmatch(path.name))

@@ -20,14 +20,12 @@ from retnet.settings import UserError, build, dump
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
 from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
+from retnet.train.optimizer import bytes_per_parameter
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
 from retnet.train.tensor_parallel import check_heads
 
 GIB = 2**30
-# at the least, in fp32: weight, gradient, and two moments of AdamW or one momentum of Muon
-BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
-BYTES_OF_AVERAGE = 4  # a parameter, where one is kept
 BYTES_PER_TOKEN = 24  # of a batch: int64 as it is read, as input, and as target
 Begin = Literal["new", "resume", "resume-or-start"]  # what a call of `train` is to find in the run directory
 
@@ -77,8 +75,7 @@ def _check_memory(config: RunConfig, parameters: int, device: torch.device, axes
     """
     c, m = config.train, config.model
     tokens = c.batch_size * c.seq_len
-    state = BYTES_PER_PARAMETER[c.optimizer] + (BYTES_OF_AVERAGE if c.ema else 0)
-    weights = state * parameters // (axes.parts * axes.tp)
+    weights = bytes_per_parameter(c).total * parameters // (axes.parts * axes.tp)
     passed = 2 * tokens // axes.cp * m.d_model * m.num_layers
     read = BYTES_PER_TOKEN * tokens * max(c.accumulate // axes.readers, 1)
     cpu = torch.device("cpu")

@@ -10,7 +10,10 @@ from retnet.train.config import RunConfig
 
 # In lines of metrics, what the machine decides; all else is the same whenever a run is made again.
 MEASURED = frozenset(
-    {"tokens_per_s", "tokens_per_s_per_device", "utilisation", "memory_bytes", "data_wait_s", "seconds"}
+    {
+        *("tokens_per_s", "tokens_per_s_per_device", "utilisation", "memory_bytes", "data_wait_s", "seconds"),
+        *("checkpoint_step", "checkpoint_stall_s", "checkpoint_write_s"),
+    }
 )
 
 

@@ -8,6 +8,7 @@ therefore ends with the weights of one that never was.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import signal
 import time
@@ -23,12 +24,14 @@ from torch import nn
 from retnet.data import Batch, Batches, Prepared
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
+from retnet.train import elastic
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.checkpoints import Checkpoints, Standing, spoiled
 from retnet.train.config import RunConfig
 from retnet.train.distillation import objective
 from retnet.train.distributed import Ranks, processes
 from retnet.train.gradients import scale
+from retnet.train.hangs import HangDetector
 from retnet.train.metrics import Metrics
 from retnet.train.notices import Notices
 from retnet.train.objective import Quality, evaluate
@@ -85,7 +88,13 @@ def train(
     run, began = RunDirectory(Path(run_dir)), time.monotonic()
     with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else TrainingProgress.silent()
+        begun = f"begun-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]}"
+        if elastic.noted(begun):  # torchrun has started these processes again
+            begin, checkpoint = "resume-or-start", None
         device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
+        elastic.note(begun)
+        if advice := elastic.advice():
+            progress.say(advice)
         trainer: _Trainer | None = None
         stack.enter_context(owned(run, ranks, lambda: trainer is not None and trainer.step > 0))
         if checkpoint is not None:
@@ -97,6 +106,7 @@ def train(
         prepared = prepare_data(config, progress, ranks, verify)
         config, changed = resolve(config, run, prepared, device, ranks)
         trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
+        ranks.lead(lambda: run.note_launch(trainer.step, ranks.world, ranks.axes, elastic.restarts()))
         if changed := ranks.tell(changed):
             ranks.lead(lambda: run.change(config, trainer.step, changed))
             progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
@@ -142,50 +152,67 @@ class _Trainer:
         sizes = {"seq_len": c.seq_len, "batch_size": c.batch_size, "seed": c.seed}
         self.batches = Batches(prepared.train, **sizes)
         self.held_out = Batches(prepared.validation, **sizes)
+        self.metrics: Metrics | None = None  # the first rank has them
         self.quality: Quality | None = None
         self.problem = ""  # of the last step that was skipped
         held_out = prepared.validation.num_tokens
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
         self.notices = Notices(ranks, device)
+        self.hangs = HangDetector(ranks, c.patience)
         self.passes = Passes(
-            self.model, self.objective, self.batches, device, self.autocast, self.notices, ranks
+            self.model,
+            self.objective,
+            self.batches,
+            device,
+            self.autocast,
+            self.notices,
+            ranks,
+            self.hangs.at,
         )
 
     def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
         self.notices.stopped, saved = stopped, self.step
-        metrics = self.ranks.lead(lambda: Metrics(self.run, self.step, self.config.train.tensorboard))
+        metrics = self.metrics = self.ranks.lead(
+            lambda: Metrics(self.run, self.step, self.config.train.tensorboard)
+        )
         with (
             closing(metrics) if metrics else nullcontext(),
+            self.hangs.on(),
+            closing(self.checkpoints),
             self.progress.training(self.config, self.device, self.step),
             self._profiled(profile) as after_step,
         ):
             while not self.notices.signals and self.step < self.config.train.steps:
                 loss, norm = self._learn()
                 after_step()
+                self._note_written()
                 c = self.config.train
                 last, improved = self.step == c.steps, False
                 if last or self.filter.ended or self.step % c.log_every == 0:
                     lr, measured = learning_rate(self.step - 1, c), self.meter.line()
                     counted = {"skipped_steps": self.filter.skipped}
-                    self._note(metrics, loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
+                    self._note(loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
                     left = self.pace.left(self.step, c)
                     self.progress.step(self.step, loss, measured["tokens_per_s"], left)
                 if last or (c.eval_every and self.step % c.eval_every == 0):
-                    improved = self._validate(metrics)
+                    improved = self._validate()
                 if last or improved or self.filter.ended or self.step % c.checkpoint_every == 0:
                     self._save()
                     saved = self.step
                 if self.filter.ended:
+                    self._wait()
                     self._end_skipping(last)
                 if self.open and not last and self.ranks.tell(self.pace.ready(c)):
                     if saved != self.step:
                         self._save()
                         saved = self.step
+                    self._wait()
                     self._plan()
             if saved != self.step:
                 self._save()
+            self._wait()
         steps = self.config.train.steps
         if received := self.notices.signals:
             self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
@@ -279,7 +306,7 @@ class _Trainer:
             f"(now {self.config.train.clip}), another train.spike or train.precision = 'fp32', or look at those documents"
         )
 
-    def _validate(self, metrics: Metrics | None) -> bool:
+    def _validate(self) -> bool:
         """Measures the validation split; True if it never was better. Where weights are averaged, the average counts."""
         begin, average = time.perf_counter(), self.learned.average
         with average.in_place() if average else nullcontext():
@@ -289,7 +316,7 @@ class _Trainer:
         if average:
             found["validation_bits_per_byte_not_averaged"] = self._evaluate().bits_per_byte
         self.pace.validation(time.perf_counter() - begin)
-        self._note(metrics, **found)
+        self._note(**found)
         self.progress.validated(self.step, bits)
         # of an older version, the best itself may be no number
         improved = math.isfinite(bits) and (self.best is None or not bits >= self.best[0])
@@ -307,17 +334,33 @@ class _Trainer:
             autocast=self.autocast,
             max_tokens=self.config.train.eval_tokens,
             ranks=self.ranks,
+            on_batch=lambda: self.hangs.at(self.step, "validates"),
         )
 
-    def _note(self, metrics: Metrics | None, **values: float) -> None:
+    def _note(self, **values: float) -> None:
         """Writes a line of metrics, on the first rank, which has the file; if it fails, the others hear in the next step."""
-        if metrics:
+        if self.metrics:
             with self.notices.later():
-                metrics.write(self.step, **values)
+                self.metrics.write(self.step, **values)
+
+    def _note_written(self) -> None:
+        """Notes a checkpoint that is complete now; if it failed, all hear in the next step."""
+        with self.notices.later():
+            if found := self.checkpoints.written():
+                stall, seconds = found.stall, found.seconds
+                self._note(checkpoint_step=found.step, checkpoint_stall_s=stall, checkpoint_write_s=seconds)
+
+    def _wait(self) -> None:
+        """Until what was saved is complete."""
+        self.hangs.at(self.step, "saves")
+        self.notices.tell()
+        with self.hangs.paused():
+            self.checkpoints.wait()
+        self._note_written()
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        self.notices.tell()
+        self._wait()
         # whoever goes on after a run ended of them has been told
         in_a_row = 0 if self.filter.ended else self.filter.in_a_row
         standing = Standing(self.step, self.best, self.filter.skipped, in_a_row, self.filter.norms)

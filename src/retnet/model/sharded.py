@@ -1,0 +1,291 @@
+"""Sharded checkpoints: PyTorch's distributed checkpoint (DCP), all of it behind this module.
+
+Every process writes what it holds of the tensors into safetensors of its own, whose headers say where in the whole tensors
+that lies; every process reads what it needs, however the tensors were cut (resharding). There is no metadata beside them:
+DCP's own format has a pickle (`.metadata`), its Hugging Face storage, which is used here, has not.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from retnet.errors import UserError, reason_of, told
+from retnet.model.checkpoint import KINDS, Entry, TensorPart, entry, is_sharded
+
+Held = Mapping[str, Mapping[str, TensorPart]]  # kind → name → part
+
+
+def local_part(x: Tensor) -> TensorPart:
+    """What this process holds of a tensor: of a DTensor its piece, of any other all."""
+    if not isinstance(x, DTensor):
+        return TensorPart(x.detach(), tuple(x.shape), (0,) * x.dim())
+    _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return TensorPart(x.to_local().detach(), tuple(x.shape), tuple(offset))
+
+
+class SavedTensors:
+    """The tensors of one kind in a checkpoint of several processes, or of one.
+
+    Args:
+        path: the checkpoint, verified.
+        kind: of `KINDS`.
+
+    Attributes:
+        shapes: by name, of the whole tensors.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._path, self._prefix = path, ""
+        files = [path / f"{kind}.safetensors"]
+        if is_sharded(path):
+            files = sorted(path.glob(f"shard-*-model-{KINDS.index(kind) + 1:05d}-of-*.safetensors"))
+            self._prefix = f"{kind}/"
+        with told(f"read the checkpoint {path}", "take another one"):
+            self._reader = _PartFilesReader(path, files)
+        saved = cast(dict[str, TensorStorageMetadata], self._reader.read_metadata().state_dict_metadata)
+        self._saved = {name.removeprefix(self._prefix): found for name, found in saved.items()}
+        self.shapes = {name: tuple(found.size) for name, found in self._saved.items()}
+
+    def read(self, into: Mapping[str, TensorPart]) -> None:
+        """Copies saved numbers into parts of tensors. All names and shapes must be those of `shapes`.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        parts = {self._prefix + name: part for name, part in into.items()}
+        tensors: dict[str, Any] = {name: part.tensor for name, part in parts.items()}
+        with warnings.catch_warnings():  # each process reads for itself, and is told so
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            try:
+                load(tensors, storage_reader=self._reader, planner=_PartLoadPlanner(parts), no_dist=True)
+            except CheckpointException as error:
+                raise _mistake(error, f"read the checkpoint {self._path}", "take another one") from error
+
+    def whole(self) -> dict[str, Tensor]:
+        """All tensors, put together in this process's memory."""
+        found = {
+            name: torch.empty(saved.size, dtype=saved.properties.dtype) for name, saved in self._saved.items()
+        }
+        self.read({name: local_part(x) for name, x in found.items()})
+        return found
+
+
+class PartWriter:
+    """Writes checkpoints of several processes while they go on: copied at once, written by a thread of each.
+
+    Args:
+        group: of all of them, on the CPU, that nothing else uses: DCP speaks over it from its threads.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        gpu = torch.cuda.is_available()
+        # keeps its copies' memory for the next checkpoint
+        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+
+    def write(
+        self,
+        path: Path,
+        held: Held,
+        *,
+        begin: Callable[[], None],
+        check: Callable[[Mapping[str, Tensor]], None],
+        finish: Callable[[Mapping[str, Entry]], None],
+    ) -> Future[Any]:
+        """Copies what this process holds, and begins to write it; all must call it, none before the last is written.
+
+        Args:
+            path: the folder that files are written into.
+            held: by kind and name. What several hold alike, one of them writes.
+            begin: makes the folder; called in the first process.
+            check: raises an error if the tensors that this process is about to write, by ``KIND/NAME``, are not to be saved.
+            finish: completes the checkpoint, of which it is given the files with sizes and hashes; called in the first
+                process when all have written.
+
+        Returns:
+            Done when all is complete; its error is for `failure`.
+        """
+        parts = {f"{kind}/{name}": part for kind, named in held.items() for name, part in named.items()}
+        files = {f"{kind}/{name}": KINDS.index(kind) + 1 for kind, named in held.items() for name in named}
+        found = async_save(
+            {name: part.tensor for name, part in parts.items()},
+            storage_writer=_PartFilesWriter(path, files, begin, check, finish),
+            planner=_PartSavePlanner(parts),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        return cast("Future[Any]", found)
+
+    def close(self) -> None:
+        """Gives back the memory of copies; nothing may be under way."""
+        self._stager.close()
+
+
+def failure(future: Future[Any], doing: str, whole: Callable[[], str]) -> BaseException | None:
+    """What went wrong with a checkpoint that is written or failed: the same on all processes.
+
+    Args:
+        future: as `PartWriter.write` returned it; waited for.
+        doing: what was done, for the message.
+        whole: says what is still whole, for the message.
+
+    Returns:
+        A `UserError` where a process met a user's mistake or an error of files; another error as it is; None if all is well.
+    """
+    error = future.exception()
+    return _mistake(error, doing, whole()) if isinstance(error, CheckpointException) else error
+
+
+def _mistake(error: CheckpointException, doing: str, whole: str) -> BaseException:
+    """One process's error, told as `told` tells those of this process."""
+    rank, (first, _) = min(error.failures.items())
+    if isinstance(first, UserError) or not isinstance(first, Exception):
+        return first
+    where = f"process {rank}: " if dist.is_initialized() else ""
+    return UserError(f"cannot {doing}: {where}{reason_of(first, without=doing)}; {whole}")
+
+
+class _PartSavePlanner(DefaultSavePlanner):
+    """Plans to write parts, of which DCP need not know how they came about."""
+
+    def __init__(self, parts: Mapping[str, TensorPart]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._parts = parts
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_item(name, part) for name, part in self._parts.items() if part.tensor.numel()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return cast(Tensor, self.state_dict[index.fqn])  # the copy
+
+
+def _item(name: str, part: TensorPart) -> WriteItem:
+    properties = TensorProperties.create_from_tensor(part.tensor)
+    data = TensorWriteData(chunk=_chunk(part), properties=properties, size=torch.Size(part.shape))
+    return WriteItem(MetadataIndex(name, part.offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunk(part: TensorPart) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=part.tensor.shape)
+
+
+class _PartFilesWriter(HuggingFaceStorageWriter):
+    """Writes and hashes one file of each kind; the first process ends with what it is given to do."""
+
+    def __init__(
+        self,
+        path: Path,
+        files: dict[str, int],
+        begin: Callable[[], None],
+        check: Callable[[Mapping[str, Tensor]], None],
+        finish: Callable[[Mapping[str, Entry]], None],
+    ) -> None:
+        super().__init__(str(path), fqn_to_index_mapping=files, save_distributed=True)
+        self._begin, self._check, self._finish = begin, check, finish
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self._begin()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        self._check({item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items})
+        written = super().write_data(plan, planner).value()
+        names = {result.storage_data.relative_path for result in written}
+        sums = {name: entry(Path(str(self.path)) / name) for name in sorted(names)}
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([replace(written[0], storage_data=sums)] if written else [])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._finish({name: sums for of in results for one in of for name, sums in one.storage_data.items()})
+
+
+class _PartLoadPlanner(DefaultLoadPlanner):
+    """Plans to read parts."""
+
+    def __init__(self, parts: Mapping[str, TensorPart]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._parts = parts
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)
+        reads = [
+            read
+            for name, part in self._parts.items()
+            for read in create_read_items_for_chunk_list(name, saved[name], [_chunk(part)])
+        ]
+        missing = sum(part.tensor.numel() for part in self._parts.values()) - sum(
+            math.prod(read.lengths) for read in reads
+        )
+        if missing:
+            raise EOFError(f"{missing} numbers are in none of its files")
+        return LoadPlan(reads)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return cast(Tensor, self.state_dict[index.fqn])
+
+
+class _SomeFiles(FileSystem):
+    """Some files of a folder, as if there were no others."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+
+    def ls(self, path: object) -> list[str]:
+        return [str(file) for file in self._files]
+
+
+class _PartFilesReader(HuggingFaceStorageReader):
+    """Reads some files of a folder, whose headers it reads once."""
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        super().__init__(str(path))
+        self.fs = _SomeFiles(files)
+        self._metadata = super().read_metadata()
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata

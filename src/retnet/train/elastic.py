@@ -1,0 +1,75 @@
+"""Restarts by torchrun (`--max-restarts`): which attempt this is, and what the ones before left for it.
+
+torchrun starts all processes again when one has failed, and knows neither why nor how far they were. What must not be done
+twice is noted in its folder of this launch, which goes with it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+MISTAKE = "mistake"  # of the user, which was said, and which starting again does not mend
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes of this launch again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def note(what: str) -> None:
+    """Notes something for later attempts on this machine."""
+    if place := _place():
+        with suppress(OSError):
+            (place / what).touch()
+
+
+def noted(what: str) -> bool:
+    """Whether an attempt before this one has noted something on this machine."""
+    place = _place()
+    return bool(restarts() and place and (place / what).exists())
+
+
+def _place() -> Path | None:
+    """torchrun's folder of this launch: of LAUNCH/attempt_0/RANK/error.json, which it names, the first."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(file).parents[2] if file.count(os.sep) > 3 else None
+
+
+def own_store() -> Store | None:
+    """Where the processes of this attempt meet, apart from those before; None where torch's own way is right.
+
+    torchrun keeps one store for all attempts, and keys that an attempt left there let the next one wait for ever. Each has
+    its own with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which must be set for torchrun; on one machine a prefix does the same.
+    On several, attempts are not counted alike everywhere.
+    """
+    return connection("meet") if _shared() and os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+
+
+def connection(prefix: str) -> Store:
+    """A connection of its own to the store where the processes met, with keys of this attempt and use."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Store = PrefixStore(f"{prefix} {restarts()}", TCPStore(*place, is_master=False))
+    return store
+
+
+def advice() -> str:
+    """What to set for restarts on several machines, if it is not; empty where all is well."""
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if not several or not _shared() or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return ""
+    return (
+        "restarts on several machines may hang: on all of them, start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+        "its environment"
+    )
+
+
+def _shared() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
