@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from retnet.convert import read
 from retnet.data import Batches, prepare
-from retnet.engine import open_run
+from retnet.engine import find_checkpoint, open_run
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import KINDS, is_sharded, load_model, model_files, verify, write_checkpoint
@@ -151,6 +151,11 @@ def test_each_writes_its_part_and_they_are_read_as_one(shared, alone, tmp_path):
             for name, x in theirs.items():
                 assert (ours[name].shape, ours[name].dtype) == (x.shape, x.dtype)
                 assert torch.allclose(ours[name], x, rtol=1e-4, atol=1e-6), name
+    for kind in KINDS:  # cut by heads too
+        homes = (shared / "average by heads", alone / "average")
+        ours, theirs = (SavedTensors(find_checkpoint(home, "last")[0], kind).whole() for home in homes)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], x, rtol=1e-3, atol=1e-4) for name, x in theirs.items()), kind
     found = read(shared / "plain")  # as `convert` and --init do
     assert found.hashes.keys() >= {"shard-00001-model-00001-of-00003.safetensors"}
     write_checkpoint(tmp_path / "one", model_files(found.model()))
