@@ -145,7 +145,9 @@ def faulty(run: RunConfig, folder: Path) -> None:
     train(changed(short, {}, steps=4), folder / "damaged")
     if rank == 0:
         shard = folder / "damaged/checkpoints/step-00000004/shard-00002-model-00003-of-00003.safetensors"
-        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
     dist.barrier()
     mistaken(folder, "damaged", short, begin="resume")
     if rank == 0:
