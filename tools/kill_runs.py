@@ -2,10 +2,10 @@
 
     python -m tools.kill_runs FOLDER [--kills 20] [--processes 2] [--seed 0]
 
-One torchrun with as many restarts trains a small model into FOLDER/killed; FOLDER/whole is trained by as many processes, and
-left alone. After each attempt has begun, a random one of its processes gets SIGKILL after a random time: while it starts, in
-mid-step, while checkpoints are copied, written, hashed and completed. At the end losses, checkpoints and what was lost are
-compared, and written to FOLDER/kills.json.
+One torchrun with as many restarts trains a small model into FOLDER/killed; FOLDER/whole is trained by as many
+processes, and left alone. In each attempt a random process gets SIGKILL at a random time, once in six while it
+starts, else up to some seconds after it has begun to train: in mid-step, while checkpoints are copied, written,
+hashed and completed. At the end losses, checkpoints and what was lost are compared, and written to FOLDER/kills.json.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def kill(process: subprocess.Popen[bytes], run: Path, kills: int, seed: int) -> 
             time.sleep(0.02)
             continue
         before |= set(found)
-        wait = rng.uniform(4, 12) if rng.random() < 0.85 else rng.uniform(0, 4)
+        starting, wait = rng.random() < 1 / 6, rng.uniform(0, 6)
+        while not (starting or begun(run, len(done)) or process.poll() is not None):
+            time.sleep(0.02)
         ended = time.monotonic() + wait
         while time.monotonic() < ended and process.poll() is None:
             time.sleep(0.02)
@@ -97,12 +99,27 @@ def kill(process: subprocess.Popen[bytes], run: Path, kills: int, seed: int) -> 
         there, number = complete(run), rng.randrange(len(found))
         writing = [path.name for path in (run / "checkpoints").glob(".step-*")]
         os.kill(found[number], signal.SIGKILL)
-        done.append({"after_s": round(wait, 2), "process": number, "complete": there, "writing": writing})
+        done.append(
+            {
+                "after_s": round(wait, 2),
+                "while": "starting" if starting else "training",
+                "process": number,
+                "complete": there,
+                "writing": writing,
+            }
+        )
         print(
             f"kill {len(done)}: process {number} after {wait:.1f} s, {there[-1:]} complete, {writing} begun",
             flush=True,
         )
     return done
+
+
+def begun(run: Path, restarts: int) -> bool:
+    """Whether the attempt after so many restarts has begun to train."""
+    file = run / "launches.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return any(json.loads(line)["restarts"] >= restarts for line in lines)
 
 
 def losses(run: Path) -> dict[int, float]:
