@@ -21,6 +21,11 @@ def listing(title: str) -> list[str]:
     return re.search(r"```\n(.*?)```", section, re.S)[1].splitlines()
 
 
+def test_every_page_of_docs_is_linked():
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.rstrip().splitlines()[-1]))
+
+
 def test_every_file_of_ops_engine_and_mixers_has_its_line():
     told, folder = [], ""
     for line in listing("One line per file"):
