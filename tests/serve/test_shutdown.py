@@ -47,7 +47,7 @@ def cut_short(server, url, body):
     [
         ("/v1/completions", {"prompt": "abc", **LONG}),
         ("/v1/chat/completions", {**TALK, **LONG}),
-        ("/v1/responses", {"input": "abc", "max_output_tokens": 60_000}),
+        ("/v1/responses", {"input": "abc", "max_output_tokens": 60_000, "temperature": 0}),
     ],
 )
 def test_streams_of_openai_end_with_its_error(serving, url, body):
@@ -60,7 +60,7 @@ def test_streams_of_openai_end_with_its_error(serving, url, body):
 
 def test_streams_of_anthropic_end_with_its_error(serving):
     with serving() as server:
-        said = cut_short(server, "/v1/messages", {**TALK, "max_tokens": 60_000})
+        said = cut_short(server, "/v1/messages", {**TALK, "max_tokens": 60_000, "temperature": 0})
         assert said[-3] == "event: error"
         error = json.loads(said[-2].removeprefix("data: "))
         assert (error["type"], error["error"]["type"]) == ("error", "overloaded_error")

@@ -21,7 +21,8 @@ from retnet.data import Batches, prepare
 from retnet.engine import find_checkpoint, open_run
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel
-from retnet.model.checkpoint import KINDS, is_sharded, load_model, model_files, verify, write_checkpoint
+from retnet.model.checkpoint import load_model, model_files, verify, write_checkpoint
+from retnet.model.checkpoint_layout import KINDS, is_sharded
 from retnet.model.sharded import SavedTensors
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig

@@ -20,7 +20,7 @@ from retnet.convert.folders import Folder, folder_files
 from retnet.convert.weights import TOKENS, Found, Wanted, expected, options, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
-from retnet.model.checkpoint import Files
+from retnet.model.checkpoint_layout import Files
 from retnet.ops import frequencies, log_decays
 from retnet.settings import UserError
 

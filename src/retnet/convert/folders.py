@@ -18,7 +18,8 @@ from retnet.convert.torch_files import load_tensors
 from retnet.convert.weights import TOKENS, Found, Wanted, fit
 from retnet.io import sha256
 from retnet.model import ModelConfig
-from retnet.model.checkpoint import MANIFEST, Files, is_sharded, verify
+from retnet.model.checkpoint import verify
+from retnet.model.checkpoint_layout import MANIFEST, Files, is_sharded
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, build
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from retnet.convert.folders import Folder
 from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, same
 from retnet.model import ModelConfig
-from retnet.model.checkpoint import Files, model_files, write_checkpoint
+from retnet.model.checkpoint import model_files, write_checkpoint
+from retnet.model.checkpoint_layout import Files
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, load
 

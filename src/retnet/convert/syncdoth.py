@@ -21,7 +21,7 @@ from retnet.convert.torchscale import ANGLE, DECAY
 from retnet.convert.weights import TOKENS, Found, Wanted, expected, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
-from retnet.model.checkpoint import Files
+from retnet.model.checkpoint_layout import Files
 from retnet.ops import Decay, frequencies, log_decays
 from retnet.settings import UserError
 

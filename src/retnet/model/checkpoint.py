@@ -4,8 +4,8 @@ A directory is written under a temporary name, file by file, each flushed to the
 every file comes last; one rename makes it visible. Loading verifies the manifest, so a file that was cut short or
 changed is refused. Weights are safetensors, configurations TOML; nothing is ever unpickled.
 
-One process writes whole tensors, a file of each of `KINDS`. Several write their parts, each into files of its own
-(`retnet.model.sharded`). Both are read alike.
+One process writes whole tensors, a file of each kind (`checkpoint_layout.KINDS`). Several write their parts, each into files
+of its own (`retnet.model.sharded`). Both are read alike.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -24,38 +23,11 @@ from torch import Tensor
 
 from retnet.errors import told
 from retnet.io import flush, lfs_pointer, require_fetched, sha256, write_text
+from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, TensorPart, entry, is_sharded
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, dump, load
-
-MANIFEST = "manifest.json"
-KINDS = (
-    "model",
-    "training",
-    "optimizer",
-)  # of tensors; training: of a run that saves an average as its model
-Files = Mapping[str, Callable[[Path], None]]  # name → function that writes the file at the path it is given
-
-
-class Entry(TypedDict):
-    """What a manifest says of a file."""
-
-    sha256: str
-    bytes: int
-
-
-class TensorPart(NamedTuple):
-    """What a process holds of a tensor: a box of it."""
-
-    tensor: Tensor
-    shape: tuple[int, ...]  # of the whole tensor
-    offset: tuple[int, ...]  # in it, of the first number held
-
-
-def entry(file: Path) -> Entry:
-    """What a manifest is to say of a file."""
-    return {"sha256": sha256(file), "bytes": file.stat().st_size}
 
 
 def staging(path: Path) -> Path:
@@ -172,11 +144,6 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     if not numbers or all(bool(x.isfinite()) for x in torch._foreach_norm(numbers, math.inf)):
         return None
     return next(name for name, x in tensors.items() if not x.isfinite().all())
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether several processes wrote a checkpoint."""
-    return any(path.glob("shard-*.safetensors"))
 
 
 def saved_shapes(path: Path, kind: str) -> dict[str, tuple[int, ...]]:

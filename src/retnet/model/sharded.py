@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from retnet.errors import UserError, reason_of, told
-from retnet.model.checkpoint import KINDS, Entry, TensorPart, entry, is_sharded
+from retnet.model.checkpoint_layout import KINDS, Entry, TensorPart, entry, is_sharded
 
 Held = Mapping[str, Mapping[str, TensorPart]]  # kind → name → part
 

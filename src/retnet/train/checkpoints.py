@@ -25,8 +25,6 @@ from retnet.errors import UserError, told
 from retnet.io import write_text
 from retnet.model import LanguageModel
 from retnet.model.checkpoint import (
-    KINDS,
-    TensorPart,
     first_not_finite,
     load_into,
     load_tensors,
@@ -35,6 +33,7 @@ from retnet.model.checkpoint import (
     verify,
     weights,
 )
+from retnet.model.checkpoint_layout import KINDS, TensorPart
 from retnet.settings import dump
 from retnet.train.averaging import AveragedWeights
 from retnet.train.config import RunConfig

@@ -23,7 +23,8 @@ from retnet import lock
 from retnet.data import DataConfig, RunData
 from retnet.errors import told
 from retnet.io import write_json, write_text
-from retnet.model.checkpoint import Entry, Files, begin_checkpoint, staging, verify, write_checkpoint
+from retnet.model.checkpoint import begin_checkpoint, staging, verify, write_checkpoint
+from retnet.model.checkpoint_layout import Entry, Files
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retnet.errors import UserError, told
 from retnet.io import flush, require_fetched, sha256, write_text
-from retnet.model.checkpoint import MANIFEST, verify, weights, write_checkpoint
+from retnet.model.checkpoint import verify, weights, write_checkpoint
+from retnet.model.checkpoint_layout import MANIFEST
 from retnet.model.hf.config import RetNetConfig
 from retnet.model.hf.tokenizer import SavedTokenizer, hf_tokenizer
 from retnet.model.language_model import LanguageModel
