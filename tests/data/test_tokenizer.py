@@ -134,6 +134,12 @@ def test_a_folder_says_what_its_document_start_is(tmp_path):
     assert Tokenizer.load(tmp_path).fingerprint != tokenizer.fingerprint
 
 
+def test_texts_of_other_libraries_models_end_where_these_write_an_end(tmp_path, plain):
+    word_level(tmp_path, ["<s>", "</s>", "<|im_end|>", "<a>"])
+    assert Tokenizer.load(tmp_path).end_ids == (5, 6, 7)  # that a text begins, and two ends
+    assert plain.end_ids == (plain.bos_id,)
+
+
 def test_truncation_padding_and_special_words_of_others_do_no_harm(tmp_path):
     word_level(tmp_path, ["<a>", "<s>"])
     tokenizer = Tokenizer.load(tmp_path)

@@ -101,3 +101,9 @@ def test_greedy_text_is_flat_in_a_session_too(tokenizer):
     finally:
         module.next_key = real
     assert not calls
+
+
+def test_a_text_ends_with_any_of_the_tokenizers_ends(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "end_ids", (tokenizer.bos_id, 65))
+    stream = Stream(0, Request("a", stop_tokens=(66,)), 0, tokenizer)
+    assert stream.ends == {tokenizer.bos_id: "end", 65: "end", 66: "stop"}

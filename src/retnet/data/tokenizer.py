@@ -31,6 +31,8 @@ BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
+# names of special tokens that end a text or a turn, without the signs around them
+_KNOWN_ENDS = ("/s", "eos", "endoftext", "end_of_text", "eot_id", "im_end", "end_of_turn")
 
 
 class Tokenizer:
@@ -39,6 +41,7 @@ class Tokenizer:
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
         bos_id: the id that starts every document.
+        end_ids: those that end a text: BOS, which begins the next one, and what models of others write at an end (EOS).
         fingerprint: SHA-256 (hex) of the canonical JSON, the document start included.
     """
 
@@ -61,6 +64,10 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint: str = hashlib.sha256(self._json.encode()).hexdigest()
         plan = json.loads(self._json)
+        ends = [
+            t["id"] for t in plan["added_tokens"] if t["special"] and t["content"].strip("<|>") in _KNOWN_ENDS
+        ]
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.bos_id, *ends]))
         self._is_bytes = _is_bytes(plan)
         # Unigram models, and words of WordLevel, have special tokens among the others; their names in a text are divided
         special = {token["content"]: token["id"] for token in plan["added_tokens"] if token["special"]}
@@ -200,6 +207,11 @@ class Tokenizer:
             if stop > cut:
                 return list(both.ids[number:]) if start >= cut else self._raw(text)
         return []
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as the tokenizer writes it → its id, special ones among them."""
+        return self._inner.get_vocab(with_added_tokens=True)
 
     @cached_property
     def marks_beginnings(self) -> bool:

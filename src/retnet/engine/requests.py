@@ -26,9 +26,10 @@ class Request:
         max_tokens: the most tokens to generate for each sample.
         sampling: how tokens are chosen.
         stop: strings that end a text, and are no part of it.
-        stop_tokens: ids that end a text, as the document's beginning (BOS) of the next one always does; no part of it.
-        min_tokens: before so many tokens are generated nothing but `max_tokens` ends a text: BOS and `stop_tokens` are not
-            chosen, stop strings not looked for.
+        stop_tokens: ids that end a text, as the tokenizer's `end_ids` always do, among them the beginning (BOS) of the next
+            one; no part of it.
+        min_tokens: before so many tokens are generated nothing but `max_tokens` ends a text: those ids are not chosen, stop
+            strings not looked for.
         seed: where all chance comes from.
         samples: how many continuations. The prompt is read once for all.
         logprobs: None, or how many of the likeliest tokens to name beside each chosen one, with their log-probabilities in

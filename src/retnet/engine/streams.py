@@ -61,7 +61,8 @@ class Stream:
         self.cached_tokens = self.bytes = 0
         self.slot = -1
         self.chance = np.random.default_rng([asked.seed, sample])
-        self.ends: dict[int, Finish] = {tokenizer.bos_id: "end", **dict.fromkeys(asked.stop_tokens, "stop")}
+        self.ends: dict[int, Finish] = {**dict.fromkeys(tokenizer.end_ids, "end")}
+        self.ends |= dict.fromkeys(asked.stop_tokens, "stop")
         self._text, self._scanner = tokenizer.stream(after[-_TAIL:]), StopScanner(asked.stop)
         self._unsent = ""
         if asked.echo:
