@@ -66,6 +66,7 @@ def test_logits_are_those_of_transformers(kind, folder):
     assert torch.allclose(logits, expected, atol=1e-5)
     assert torch.allclose(torch.cat([prefix, torch.stack(last, 1)], 1), expected, atol=1e-5)
     assert found.tokens["eos_token_id"] == {"qwen3": 3}.get(kind, theirs.config.eos_token_id)
+    assert [n for n in found.notes if "eos_token_id is [3, 4]" in n] == list(found.notes) * (kind == "qwen3")
     cache = model.init_state(1)[0].keys.shape[2:]
     assert tuple(cache) == (2, {"mistral": 8, "qwen3": 10}.get(kind, 6))
 
@@ -76,8 +77,9 @@ def test_logits_are_those_of_transformers(kind, folder):
         ({"attention_bias": True}, "attention_bias = True"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type = 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096"),
+        ({"model_type": "mistral"}, "sliding_window = 4096"),  # as transformers has it where nothing is said
         ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias = True.*hidden_act = 'gelu'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of kv_heads 3"),
     ],
 )

@@ -70,7 +70,8 @@ def command(
 ) -> None:
     """Convert SOURCE, a checkpoint of another library or a run, into DEST.
 
-    SOURCE is of torchscale, of flash-linear-attention (fla), of syncdoth/RetNet (syncdoth), a Hugging Face folder (hf)
+    SOURCE is of torchscale, of flash-linear-attention (fla), of syncdoth/RetNet (syncdoth), a Transformer of the kinds of
+    Llama, Mistral and Qwen (llama), a Hugging Face folder (hf)
     or a run. DEST becomes a Hugging Face folder, one that flash-linear-attention or syncdoth/RetNet opens, or a
     checkpoint that `retnet generate` opens. It appears complete or not at all, with the SHA-256 of its files and of
     those it was made from. Nothing in SOURCE is ever run: pickles are read as data or refused.

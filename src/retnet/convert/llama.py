@@ -14,7 +14,7 @@ from retnet.convert.folders import Folder
 from retnet.convert.weights import TOKENS, Found, Wanted, expected, options, renamed, same
 from retnet.mixers import SoftmaxConfig
 from retnet.model import ModelConfig
-from retnet.settings import UserError
+from retnet.settings import Checked, Count, UserError
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # their `model_type`
 # Ours → theirs, layers with {} for their number.
@@ -46,17 +46,17 @@ _CANNOT = {
 
 
 @dataclass(frozen=True)
-class LlamaArguments:
-    """Their configurations, as far as they change the function, with Llama's defaults."""
+class LlamaArguments(Checked):
+    """Their configurations, as far as they change the function, with Llama's defaults, and Mistral's of its own."""
 
     model_type: str
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: Count = 32000
+    hidden_size: Count = 4096
+    intermediate_size: Count = 11008
+    num_hidden_layers: Count = 32
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float | None = None
@@ -65,7 +65,9 @@ class LlamaArguments:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = (
+        4096  # of Mistral, where nothing is said; the others have `use_sliding_window`
+    )
     use_sliding_window: bool | None = None
     quantization_config: dict[str, Any] | None = None
 
@@ -98,7 +100,9 @@ def read(path: Path) -> Found:
         same(tensors, "lm_head.weight", "model.embed_tokens.weight", str(path))
     wanted = {renamed(name, NAMES): Wanted(name, shape) for name, shape in expected(config).items()}
     found = folder.found("llama", config, tensors, wanted, notes)
-    return replace(found, tokens={key: _first(x) for key, x in found.tokens.items()})
+    several = [f"{key} is {x}, of which the first is kept" for key, x in found.tokens.items() if _several(x)]
+    tokens = {key: _first(x) for key, x in found.tokens.items()}
+    return replace(found, tokens=tokens, notes=(*found.notes, *several))
 
 
 def model_config(args: LlamaArguments, where: Path) -> ModelConfig:
@@ -146,6 +150,10 @@ def model_config(args: LlamaArguments, where: Path) -> ModelConfig:
 def _unless(value: int | None, usual: int) -> int | None:
     """None for what is the default anyway."""
     return None if value == usual else value
+
+
+def _several(ids: Any) -> bool:  # noqa: ANN401
+    return isinstance(ids, (list, tuple)) and len(ids) > 1
 
 
 def _first(ids: Any) -> int | None:  # noqa: ANN401
