@@ -6,8 +6,9 @@ from retnet.settings import UserError, build, dump, load
 from retnet.studies.linearization import LinearizationMeasure
 from retnet.studies.study import Study, load_study
 from retnet.studies.study_files import find_study
+from retnet.tables import MISSING
 
-SHIPPED = load_study(find_study("linearization", "laptop"))
+SHIPPED = load_study(find_study("linearization", "laptop"), {"measure.settings.train.accumulate": 2})
 
 
 def stages(teacher, aligned, distilled, scratch):
@@ -35,7 +36,9 @@ def test_students_wait_for_the_teacher_and_share_its_data(tmp_path):
         share = float(name.split("share-")[1].split(".seed")[0])
         assert made.how.align_steps + made.how.distil_steps == round(teacher.train.steps * share)
         assert made.settings["data"]["corpus"] == teacher.data.corpus
-        assert {run.train.batch_size for run in made.stages(tmp_path).values()} == {teacher.train.batch_size}
+        runs = [*made.stages(tmp_path).values(), made.scratch(tmp_path, teacher)]
+        assert {run.train.tokens_per_step for run in runs} == {teacher.train.tokens_per_step}
+        assert {run.train.warmup_steps * 20 <= max(run.train.steps, 20) for run in runs} == {True}
     (tmp_path / "study.toml").write_text(dump(SHIPPED), encoding="utf-8")
     assert load(Study, tmp_path / "study.toml") == SHIPPED
     (tmp_path / "job.toml").write_text(dump(job), encoding="utf-8")
@@ -59,6 +62,9 @@ def test_the_gap_that_is_closed():
     )
     names = [line.name for line in summary.figures[0].panels[0].lines]
     assert names == ["RetNet, scratch", "RetNet, aligned", "RetNet, distilled", "teacher"]
+    summary = SHIPPED.measure.summarise({"retnet.share-0.2.seed-0": stages(2.0, 2.0, 1.9, 1.8)})
+    assert {row[:2]: row[-1] for row in summary.tables[0].rows}["RetNet", "20%"] == MISSING
+    assert summary.findings[0].endswith("scratch is as good as the teacher, so there is no gap.")
 
 
 @pytest.mark.parametrize(

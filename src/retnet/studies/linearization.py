@@ -13,19 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-
 from retnet.data import prepare
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
 from retnet.settings import PATH, At, Checked, Count, UserError, build, config_path, load, merge
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.linearization_summary import TEACHER, student_name, summarise
-from retnet.studies.protocols import Job, Measure, Result, Results, Tell
+from retnet.studies.protocols import Job, Measure, Result, Results, StepsTold, Tell
 from retnet.studies.tuning import slug
 from retnet.train.config import RunConfig
 from retnet.train.linearize import Linearization, LinearizeConfig, Linearized, linearize
-from retnet.train.progress import TrainingProgress
 from retnet.train.student import student_config
 from retnet.train.trainer import train
 
@@ -135,6 +132,8 @@ class LinearizationMeasure(Measure):
         sizes = (
             "seq_len",
             "batch_size",
+            "accumulate",
+            "precision",
             "device",
             "threads",
             "eval_tokens",
@@ -158,7 +157,7 @@ class TeacherJob(Job):
         """Trains, or goes on training, in ``folder/run``."""
         keep_freed_memory()
         begin = time.perf_counter()
-        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=_StepsHeard(tell))
+        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=StepsTold(tell))
         if not outcome.finished or int(os.environ.get("RANK", "0")):
             return None
         c = self.run_config.train
@@ -176,7 +175,7 @@ class StudentJob(Job):
         """Makes all stages, or goes on with them, in ``folder/stages``."""
         keep_freed_memory()
         begin = time.perf_counter()
-        done: Linearized = linearize(self.linearization, folder / "stages", _StepsHeard(tell))
+        done: Linearized = linearize(self.linearization, folder / "stages", StepsTold(tell))
         if not done.finished:
             return None
         return {
@@ -191,18 +190,6 @@ class StudentJob(Job):
             },
             "seconds": time.perf_counter() - begin,
         }
-
-
-class _StepsHeard(TrainingProgress):
-    """Says how far a run is, and shows nothing."""
-
-    def __init__(self, tell: Tell) -> None:
-        super().__init__(Console(quiet=True))
-        self._tell = tell
-
-    def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
-        super().step(step, loss, rate, left)
-        self._tell(0.95 * step / self._steps)
 
 
 def _set(section: object, names: tuple[str, ...]) -> dict[str, Any]:

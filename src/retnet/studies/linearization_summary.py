@@ -51,20 +51,20 @@ def _table(found: FoundStages) -> Table:
     rows = []
     for (label, share), seeds in found.items():
         cells = (_mean([_bits(each, name) for each in seeds]) for name in (TEACHER, *STAGES, SCRATCH))
-        gap = _mean([100 * closed(each) for each in seeds], 0)
+        gap = _mean([100 * part for part in map(closed, seeds) if part is not None], 0)
         rows.append((label, f"{share:.0%}", str(len(seeds)), *cells, gap if gap == MISSING else f"{gap} %"))
     notes = (
         "Bits per byte of held-out text, lower is better: mean over seeds ± their standard deviation. Scratch has the "
         "student's architecture, fresh weights and as many tokens as all stages together.",
-        "Gap closed: (scratch − distilled) / (scratch − teacher).",
+        "Gap closed: (scratch − distilled) / (scratch − teacher); none is there where scratch is as good as the teacher.",
     )
     return Table("From teacher to student", columns, tuple(rows), notes)
 
 
-def closed(stages: Stages) -> float:
-    """Part of the gap between scratch and teacher that the last stage closes."""
-    last = _bits(stages, list(STAGES)[-1])
-    return (_bits(stages, SCRATCH) - last) / (_bits(stages, SCRATCH) - _bits(stages, TEACHER))
+def closed(stages: Stages) -> float | None:
+    """Part of the gap between scratch and teacher that the last stage closes; None where the teacher is not better."""
+    last, gap = _bits(stages, list(STAGES)[-1]), _bits(stages, SCRATCH) - _bits(stages, TEACHER)
+    return (_bits(stages, SCRATCH) - last) / gap if gap > 0 else None
 
 
 def _figure(labels: Sequence[str], shares: Sequence[float], found: FoundStages) -> Figure:
@@ -90,8 +90,13 @@ def _figure(labels: Sequence[str], shares: Sequence[float], found: FoundStages) 
 def _findings(found: FoundStages) -> list[str]:
     said = []
     for (label, share), seeds in found.items():
-        if seeds:
-            part = statistics.mean(map(closed, seeds))
+        parts = [part for part in map(closed, seeds) if part is not None]
+        if len(parts) < len(seeds):
+            said.append(
+                f"{label}, with {share:.0%} of the teacher's tokens: scratch is as good as the teacher, so there is no gap."
+            )
+        elif parts:
+            part = statistics.mean(parts)
             reached = f"{'at least' if part >= WANTED else 'less than'} the {WANTED:.0%} that are wanted"
             said.append(
                 f"{label}, with {share:.0%} of the teacher's tokens, closes {part:.0%} of the gap between scratch and "

@@ -11,9 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from retnet.measure.summary import Summary
 from retnet.settings import Choice
 from retnet.studies.estimate import RunEstimate
+from retnet.train.progress import TrainingProgress
 
 Result = dict[str, Any]  # what a job leaves behind, plain JSON
 Results = Mapping[str, Result]  # name of a finished job → its result
@@ -70,3 +73,16 @@ class Measure(Choice):
     def summarise(self, results: Results) -> Summary:
         """Tables and figures of what is there; jobs that failed or have not run are missing from `results`."""
         raise NotImplementedError
+
+
+class StepsTold(TrainingProgress):
+    """Tells how far a training is, and shows nothing."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(Console(quiet=True))
+        self._tell = tell
+
+    def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
+        """As of any training."""
+        super().step(step, loss, rate, left)
+        self._tell(0.95 * step / self._steps)

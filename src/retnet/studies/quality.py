@@ -16,19 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-
 from retnet.data import prepare
 from retnet.evals import Corpus, measure, open_model
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
 from retnet.settings import PATH, At, Checked, Count, UserError, config_path, load, merge
 from retnet.studies.estimate import RunEstimate, plan
-from retnet.studies.protocols import Job, Measure, Result, Results, Tell
+from retnet.studies.protocols import Job, Measure, Result, Results, StepsTold, Tell
 from retnet.studies.quality_summary import VariantResults, summarise
 from retnet.studies.tuning import TuningGrid, slug
 from retnet.train.config import RunConfig
-from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 
 IN_DOMAIN = "in-domain"
@@ -162,7 +159,7 @@ class QualityJob(Job):
         """Trains, or goes on training, in ``folder/run``; then measures in windows of the training length."""
         keep_freed_memory()
         begin = time.perf_counter()
-        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=_Heard(tell))
+        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=StepsTold(tell))
         if not outcome.finished or int(os.environ.get("RANK", "0")):  # of several processes one measures
             return None
         trained = time.perf_counter()
@@ -207,18 +204,6 @@ class QualityJob(Job):
                     **{key: getattr(found, key) for key in ("documents", "tokens", "bytes", "sha256")},
                 },
             )
-
-
-class _Heard(TrainingProgress):
-    """Says how far training is, and shows nothing."""
-
-    def __init__(self, tell: Tell) -> None:
-        super().__init__(Console(quiet=True))
-        self._tell = tell
-
-    def step(self, step: int, loss: float, rate: float, left: float | None = None) -> None:
-        super().step(step, loss, rate, left)
-        self._tell(0.95 * step / self._steps)
 
 
 def _several(specs: str | tuple[str, ...]) -> tuple[str, ...]:
