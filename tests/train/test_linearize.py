@@ -1,20 +1,23 @@
 """`retnet linearize`: stages that are runs, resumed exactly; what is transferred; what each stage learns."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from retnet.convert import Found
-from retnet.data import DataConfig
+from retnet.convert import Found, write
+from retnet.data import Batch, DataConfig, Tokenizer
 from retnet.engine import open_run
 from retnet.mixers import SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
+from retnet.train import linearize as linearize_module
 from retnet.train.config import DistillConfig, RunConfig, TrainConfig
 from retnet.train.distillation import LogitDistillation, MixerAlignment, objective
+from retnet.train.distributed import ALONE
 from retnet.train.linearize import Linearization, LinearizeConfig, linearize
 from retnet.train.objective import Objective
 from retnet.train.progress import TrainingProgress
@@ -67,6 +70,22 @@ def test_a_student_has_its_teachers_weights(mixer):
     assert torch.equal(
         values.view(2, 2, 8, 32)[:, 0].flatten(0, 1), teacher.tensors["blocks.0.mixer.v_proj.weight"]
     )
+
+
+def test_sizes_of_heads_are_those_over_all_documents_of_a_batch():
+    teacher, (tokens, targets, bounds) = found(), batch()
+    layers = student_config(TEACHER, "retention", keep_every=2).mixers_by_layer
+    sizes = linearize_module.head_sizes(
+        teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), layers
+    )
+    block, squares = teacher.model().blocks[0], 0
+    embedded = block.mixer_norm(teacher.model().embedding(tokens.flatten()))
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        x = embedded[None, begin:end]
+        o = block.mixer._causal(*block.mixer._project(x, block.mixer.positions(x)))
+        squares = squares + o.square().sum((0, 1, 3)).detach()
+    assert list(sizes) == [0]
+    assert torch.allclose(sizes[0], (squares / (24 * 8)).sqrt(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,39 @@ def test_what_a_run_with_a_teacher_cannot_do(tmp_path):
         alone, world = False, 2
 
     with pytest.raises(UserError, match="in one process, and there are 2"):
-        objective(RunConfig(distill=DistillConfig("x")), None, torch.device("cpu"), Two())
+        objective(RunConfig(distill=DistillConfig("x")), None, None, torch.device("cpu"), Two())
+
+
+def test_a_teacher_of_other_tokens_is_refused(tmp_path):
+    teacher, own = found(), Tokenizer.load("bytes")
+    config = RunConfig(distill=DistillConfig(str(tmp_path / "teacher")))
+    write(teacher, tmp_path / "teacher", "run", source="x", tokenizer=own)
+    student, device = LanguageModel(student_config(TEACHER, "retention", None)), torch.device("cpu")
+    assert isinstance(objective(config, student, own, device, ALONE), LogitDistillation)
+    with pytest.raises(UserError, match="as many tokens as the model, but other ones"):
+        objective(config, student, Tokenizer.train(["abc"], 257), device, ALONE)
+
+
+def test_before_the_first_stage_settings_may_change_and_after_it_neither_they_nor_the_teacher(tmp_path):
+    teacher = replace(found(), hashes={"model.safetensors": "1"})
+    wrong, right = (
+        Linearization("x", LinearizeConfig(), {"data": {"corpus": name}}) for name in ("typo", "mine")
+    )
+    folder = tmp_path / "dest"
+    folder.mkdir()
+    for config in (wrong, right):
+        linearize_module._begin(config, folder)
+    write(teacher, folder / "0-transfer", "run", source="x")
+    linearize_module._begin(right, folder)
+    linearize_module._check_teacher("x", teacher, folder)
+    with pytest.raises(UserError, match="begun with other settings"):
+        linearize_module._begin(wrong, folder)
+    with pytest.raises(UserError, match=r"x has changed since .*dest was begun with it"):
+        linearize_module._check_teacher("x", replace(teacher, hashes={"model.safetensors": "2"}), folder)
+    large = replace(teacher, tokenizer={"tokenizer.json": b""}, kind="llama")
+    Tokenizer.train([str(list(range(200)))] * 9, 300).save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="the tokenizer has 300 tokens but the model 257"):
+        linearize_module._tokenizer(str(tmp_path), large, tmp_path)
 
 
 class Interrupted(TrainingProgress):

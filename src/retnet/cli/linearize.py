@@ -50,7 +50,8 @@ def command(
         section, _, name = key.partition(".")
         settings = merge(settings, {section: {name: value}})
     config, progress = Linearization(teacher, LinearizeConfig(**how), settings), TrainingProgress()
-    progress.say(_memory(config, dest))
+    for line in _beforehand(config, dest):
+        progress.say(line)
     done = linearize(config, dest, progress)
     if not done.finished:
         click.echo("the same command goes on where this one ended", err=True)
@@ -59,8 +60,8 @@ def command(
     click.echo(f"next: retnet generate {done.student} --prompt 'Once upon'")
 
 
-def _memory(config: Linearization, dest: Path) -> str:
-    """What teacher and student take together, in words."""
+def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
+    """What there is to know of the teacher, and the memory that it and the student take together."""
     from dataclasses import replace
 
     from retnet.convert import read
@@ -70,11 +71,14 @@ def _memory(config: Linearization, dest: Path) -> str:
     found = read(config.teacher)
     student = student_config(found.config, config.how.mixer, config.how.keep_every)
     most = max(footprint(replace(run, model=student), 1).memory.peak for run in config.stages(dest).values())
+    distil, vocabulary = config.stages(dest)["2-distil"].train, student.vocab_size or 0
+    most += 4 * distil.batch_size * distil.seq_len * vocabulary  # what the teacher answers
     weights = sum(x.numel() for x in found.tensors.values())
-    return (
+    memory = (
         f"memory: about {(4 * weights + most) / 1e9:,.2f} GB, of which the teacher's weights are "
         f"{4 * weights / 1e9:,.2f} and training the student {most / 1e9:,.2f}"
     )
+    return (*found.notes, memory)
 
 
 def _show(stages: list[StageQuality]) -> None:

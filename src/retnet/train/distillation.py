@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.convert import read
-from retnet.data import IGNORED
+from retnet.convert import Found, folder_of, read
+from retnet.convert.native import TOKENIZER
+from retnet.data import IGNORED, Tokenizer
 from retnet.model import Block, LanguageModel
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError
 from retnet.train.objective import Objective
 
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
     from retnet.train.config import RunConfig
     from retnet.train.distributed import Ranks
 
+PIECE = 512  # tokens whose divergences are computed at once
 Seen = tuple[Tensor, Tensor]  # what a mixer read and what it answered, [1,T,D]
 
 
-def objective(config: RunConfig, model: LanguageModel, device: torch.device, ranks: Ranks) -> Objective:
+def objective(
+    config: RunConfig, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, ranks: Ranks
+) -> Objective:
     """What a run minimises: cross entropy of the text, or the distance from a teacher that its `distill` names.
 
     Raises:
@@ -40,13 +45,32 @@ def objective(config: RunConfig, model: LanguageModel, device: torch.device, ran
             f"[distill] learns from {distill.teacher} in one process, and there are {ranks.world}; start one"
         )
     kind = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    teacher = read(distill.teacher).to(kind).model().to(device).requires_grad_(False)
-    if teacher.config.vocab_size != model.config.vocab_size:
+    found = read(distill.teacher)
+    if found.config.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"distill.teacher {distill.teacher} has {teacher.config.vocab_size} tokens and the model "
+            f"distill.teacher {distill.teacher} has {found.config.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; they must have the same tokenizer"
         )
+    theirs = tokenizer_of(distill.teacher, found) if TOKENIZER in found.tokenizer else None
+    if theirs is not None and theirs.vocabulary != tokenizer.vocabulary:
+        raise UserError(
+            f"distill.teacher {distill.teacher} has as many tokens as the model, but other ones; set data.tokenizer to the "
+            "teacher's tokenizer.json"
+        )
+    teacher = found.to(kind).model().to(device).requires_grad_(False)
     return {"mixers": MixerAlignment, "logits": LogitDistillation}[distill.match](model, teacher)
+
+
+def tokenizer_of(source: str, teacher: Found) -> Tokenizer | None:
+    """The tokenizer of a teacher that was read from `source`; None where it has none.
+
+    Raises:
+        UserError: it has one in another form, or one that names no document start.
+    """
+    if not teacher.tokenizer:
+        return None
+    folder = folder_of(source)
+    return Tokenizer.load(find_checkpoint(folder)[0] / TOKENIZER if teacher.kind == "run" else folder)
 
 
 class Distillation(Objective):
@@ -119,21 +143,23 @@ class LogitDistillation(Distillation):
         with torch.no_grad():
             wanted = self.teacher(tokens, cu_seqlens=cu_seqlens)[0].float().log_softmax(-1)
         found = self.model(tokens, cu_seqlens=cu_seqlens)[0].float().log_softmax(-1)
-        nats: Tensor = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
+        pieces = zip(
+            found.split(PIECE), wanted.split(PIECE), strict=True
+        )  # what passes in between is as large as both
+        nats = torch.cat([F.kl_div(q, p, log_target=True, reduction="none").sum(-1) for q, p in pieces])
         return (nats * counts).sum()
 
 
 def watched(
-    model: LanguageModel, layers: list[int], tokens: Tensor, cu_seqlens: Tensor | None, part: str = "mixer"
+    model: LanguageModel, layers: list[int], tokens: Tensor, cu_seqlens: Tensor | None
 ) -> dict[int, Seen]:
-    """What modules of some blocks read and answer in a pass over tokens [1,T], by layer.
+    """What the mixers of some blocks read and answer in a pass over tokens [1,T], by layer.
 
     Args:
         model: that reads the tokens.
         layers: of which blocks.
         tokens: int64 [1,T].
         cu_seqlens: bounds of documents.
-        part: of the block, such as ``"mixer.out_proj"``.
     """
     seen: dict[int, Seen] = {}
 
@@ -141,7 +167,7 @@ def watched(
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             seen[layer] = (inputs[0], output)
 
-        return model.blocks[layer].get_submodule(part).register_forward_hook(hook)
+        return cast("Block", model.blocks[layer]).mixer.register_forward_hook(hook)
 
     hooks = [note(layer) for layer in layers]
     try:

@@ -7,25 +7,27 @@ if asked for, is the student's architecture with fresh weights and as many token
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retnet import host
 from retnet.convert import Found, read, write
-from retnet.data import Batches, Prepared, Tokenizer, prepare
+from retnet.convert.formats import PROVENANCE
+from retnet.data import Batch, Batches, Prepared, Tokenizer, prepare
 from retnet.errors import told
 from retnet.io import write_text
 from retnet.lock import sole_owner
-from retnet.model import LanguageModel
+from retnet.model import Block, LanguageModel
 from retnet.settings import PATH, At, Checked, Count, UserError, build, dump, load, merge
 from retnet.train.config import RunConfig
-from retnet.train.distillation import watched
+from retnet.train.distillation import tokenizer_of, watched
 from retnet.train.objective import Objective, Quality, evaluate
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import differences
@@ -95,7 +97,7 @@ class Linearization(Checked):
 
     def stages(self, folder: Path) -> dict[str, RunConfig]:
         """Name → configuration of each stage's run, in order; the model is that of the weights it begins with."""
-        how, base = self.how, self._base()
+        how, base = self.how, self._base(folder)
         pace = {
             "1-align": (how.align_steps, how.align_rate),
             "2-distil": (how.distil_steps, how.distil_rate),
@@ -117,31 +119,28 @@ class Linearization(Checked):
     def scratch(self, folder: Path, student: RunConfig) -> RunConfig:
         """The run with fresh weights: as many tokens, in rows as the first stages have them."""
         stages = self.stages(folder).values()
-        train = {"learning_rate": self.how.scratch_rate}
-        config = _run(self._base(), train, None)
         tokens = sum(c.train.tokens_before(c.train.steps) for c in stages)
-        return replace(
-            config,
-            model=student.model,
-            data=replace(config.data, tokenizer=str(folder / TOKENIZER)),
-            train=replace(config.train, steps=-(-tokens // config.train.tokens_per_step)),
-        )
+        steps = -(-tokens // self.data(folder).train.tokens_per_step)
+        train = {"learning_rate": self.how.scratch_rate, "steps": steps}
+        return replace(_run(self._base(folder), train, None), model=student.model)
 
     def data(self, folder: Path) -> RunConfig:
         """What all stages read, by the tokenizer of the teacher."""
-        config = _run(self._base(), {}, None)
-        return replace(config, data=replace(config.data, tokenizer=str(folder / TOKENIZER)))
+        return _run(self._base(folder), {}, None)
 
-    def _base(self) -> dict[str, Any]:
+    def _base(self, folder: Path) -> dict[str, Any]:
         own = {"steps", "learning_rate", "start_from", "minutes", "ema"} & set(self.settings.get("train", {}))
         if own:
-            raise UserError(f"train.{min(own)} is of each stage; see `retnet linearize --help`")
+            raise UserError(
+                f"train.{min(own)} cannot be set for all stages; each has its own steps, rate and beginning, see "
+                "`retnet linearize --help`"
+            )
         for section in ("model", "distill", "parallel"):
             if self.settings.get(section):
                 raise UserError(f"[{section}] follows from the teacher; only data and train can be set")
         if "tokenizer" in self.settings.get("data", {}):
             raise UserError("data.tokenizer is the teacher's; leave it out")
-        return {"data": {}, **self.settings}
+        return merge(self.settings, {"data": {"tokenizer": str(folder / TOKENIZER)}})
 
 
 def _run(base: Mapping[str, Any], train: Mapping[str, Any], distill: Mapping[str, Any] | None) -> RunConfig:
@@ -180,14 +179,18 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
     with sole_owner(folder, "linearisation's", "DEST"):
         _begin(config, folder)
         teacher = read(config.teacher)
+        _check_teacher(config.teacher, teacher, folder)
         student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
         tokenizer = _tokenizer(config.teacher, teacher, folder)
         prepared = prepare(
             config.data(folder).data, on_progress=progress.preparing, on_problem=progress.problem
         )
         if not (folder / TRANSFER).is_dir():
-            sizes = head_sizes(teacher, config.data(folder), prepared, student.mixers_by_layer)
-            found = transfer(teacher, student, sizes, config.data(folder).train.seed)
+            c = config.data(folder).train
+            batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
+            device = host.choose_device(c.device)
+            sizes = head_sizes(teacher, batches.batch(0), device, student.mixers_by_layer)
+            found = transfer(teacher, student, sizes, c.seed)
             write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
         runs = config.stages(folder)
         if config.how.scratch:
@@ -202,16 +205,17 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
 
 
 def _begin(config: Linearization, folder: Path) -> None:
-    """Notes what is done, or compares with what was noted."""
+    """Notes what is done, or compares with what was noted; as long as no stage is there, settings may still change."""
     file = folder / SETTINGS
-    if file.is_file():
+    if (folder / TRANSFER).is_dir() and file.is_file():
         if changed := differences(load(Linearization, file), config):
             raise UserError(
                 f"{folder} was begun with other settings: {'; '.join(changed)}; choose another DEST"
             )
         return
     config.stages(folder)  # says what is wrong before anything is written
-    if others := [path.name for path in folder.iterdir() if path.name != "run.lock"]:
+    others = [] if file.is_file() else [path.name for path in folder.iterdir() if path.name != "run.lock"]
+    if others:
         raise UserError(
             f"DEST {folder} holds something else ({', '.join(sorted(others)[:3])}); choose another"
         )
@@ -219,47 +223,59 @@ def _begin(config: Linearization, folder: Path) -> None:
         write_text(file, dump(config))
 
 
+def _check_teacher(source: str, teacher: Found, folder: Path) -> None:
+    """Makes sure that a teacher is the one whose weights were transferred."""
+    file = folder / TRANSFER / PROVENANCE
+    if file.is_file() and json.loads(file.read_bytes())["sha256"] != dict(teacher.hashes):
+        raise UserError(
+            f"{source} has changed since {folder} was begun with it; restore it, or choose another DEST"
+        )
+
+
 def _tokenizer(source: str, teacher: Found, folder: Path) -> Tokenizer:
     """The teacher's tokenizer, written beside the stages in this library's form."""
     file = folder / TOKENIZER
-    if not file.is_file():
+    if not (folder / TRANSFER).is_dir():
+        tokenizer = tokenizer_of(source, teacher)
+        if tokenizer is None:
+            raise UserError(
+                f"{source} has no tokenizer (tokenizer.json); put it beside the weights, for both must read alike"
+            )
+        if tokenizer.vocab_size > (size := teacher.config.vocab_size or 0):
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model {size}; they do not belong "
+                "together"
+            )
         with told(f"write {file}"):
-            if TOKENIZER in teacher.tokenizer and teacher.kind == "run":
-                file.write_bytes(teacher.tokenizer[TOKENIZER])
-            elif teacher.tokenizer:
-                Tokenizer.load(source).save(file)
-            else:
-                raise UserError(
-                    f"{source} has no tokenizer (tokenizer.json); put it beside the weights, for both must read alike"
-                )
+            tokenizer.save(file)
     return Tokenizer.load(file)
 
 
 def head_sizes(
-    teacher: Found, config: RunConfig, prepared: Prepared, student: tuple[Any, ...]
+    teacher: Found, batch: Batch, device: torch.device, student: tuple[Any, ...]
 ) -> dict[int, Tensor]:
     """Layer → root mean square of what each head of the teacher hands to the output projection, [H], over one batch.
 
     Args:
         teacher: a model of softmax layers.
-        config: whose first batch is read.
-        prepared: the text.
+        batch: of text.
+        device: that computes.
         student: its mixers by layer; layers that keep the teacher's are left out.
     """
-    c = config.train
-    batch = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed).batch(0)
     kinds = zip(student, teacher.config.mixers_by_layer, strict=True)
     changed = [layer for layer, (own, other) in enumerate(kinds) if own != other]
-    device = host.choose_device(c.device)
     model = teacher.to(torch.float32).model().to(device)
-    with torch.no_grad():
-        tokens, bounds = batch.tokens.reshape(1, -1).to(device), batch.cu_seqlens.to(device)
-        seen = watched(model, changed, tokens, bounds, "mixer.out_proj")
     heads = teacher.config.mixer.num_heads  # type: ignore[attr-defined]  # `student_config` saw to it
-    return {
-        layer: x[0].unflatten(-1, (heads, -1)).square().mean((0, 2)).sqrt().cpu()
-        for layer, (x, _) in seen.items()
-    }
+    sizes = {}
+    with torch.no_grad():
+        bounds = batch.cu_seqlens.to(device)
+        seen = watched(model, changed, batch.tokens.reshape(1, -1).to(device), bounds)
+        for layer, (x, _) in seen.items():
+            mixer = cast("Block", model.blocks[layer]).mixer
+            mixer.out_proj = nn.Identity()  # documents are put together again without what filled them up
+            o = mixer(x, cu_seqlens=bounds)[0]
+            sizes[layer] = o.unflatten(-1, (heads, -1)).square().mean((0, 2)).sqrt().cpu()
+    return sizes
 
 
 def _measured(

@@ -135,7 +135,7 @@ class _Trainer:
         self.model, self.step, self.best = self.learned.model, standing.step, standing.best
         self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
-        self.objective: nn.Module = objective(config, self.model, device, ranks)
+        self.objective: nn.Module = objective(config, self.model, prepared.tokenizer, device, ranks)
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
