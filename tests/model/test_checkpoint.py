@@ -111,3 +111,15 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
         load_model(tmp_path / "c")
     for part in ("norm.weight is missing", "extra is not part", r"norm.bias has shape (3,) instead of (16,)"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "model.safetensors"])
+def test_what_the_manifest_does_not_list_is_not_read(name, tmp_path):
+    """Nobody has verified it: a process that was thought dead has written it, say."""
+    path = damaged(tmp_path, lambda c: (c / "model.safetensors").rename(tmp_path / "whole"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["model.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "whole").rename(path / name)
+    with pytest.raises(UserError, match=r"has no model\.safetensors in its manifest"):
+        load_model(path)

@@ -19,7 +19,7 @@ from retnet.convert.weights import TOKENS, Found, Wanted, fit
 from retnet.io import sha256
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import verify
-from retnet.model.checkpoint_layout import MANIFEST, Files, is_sharded
+from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, is_sharded, listed
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, build
 
@@ -51,10 +51,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hashes: dict[str, str] = {}
-        self._verified: dict[str, Any] = {}
+        self._verified: dict[str, Entry] = {}
         if (path / MANIFEST).is_file():
             verify(path)
-            self._verified = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            self._verified = listed(path)
 
     def file(self, name: str) -> Path:
         """The path of a file of this folder.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retnet.errors import told
 from retnet.io import flush, lfs_pointer, require_fetched, sha256, write_text
-from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, TensorPart, entry, is_sharded
+from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, TensorPart, entry, is_sharded, tensor_files
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
 from retnet.model.wrapped import unwrapped
@@ -156,7 +156,7 @@ def saved_shapes(path: Path, kind: str) -> dict[str, tuple[int, ...]]:
         from retnet.model.sharded import SavedTensors
 
         return SavedTensors(path, kind).shapes
-    file = path / f"{kind}.safetensors"
+    (file,) = tensor_files(path, kind)
     require_fetched(file)
     with told(f"read {file}"), safe_open(file, "pt") as saved:
         return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118  no mapping
@@ -186,7 +186,7 @@ def load_into(tensors: Mapping[str, Tensor | TensorPart], path: Path, kind: str 
             SavedTensors(path, kind).read(parts)
             found = {name: part.tensor for name, part in parts.items()}
         else:
-            found = load_tensors(path / f"{kind}.safetensors")
+            found = load_tensors(*tensor_files(path, kind))
             for name, tensor in tensors.items():
                 assert isinstance(tensor, Tensor)
                 tensor.copy_(found[name])

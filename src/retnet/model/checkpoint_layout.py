@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
+from retnet.errors import UserError, told
 from retnet.io import sha256
 
 MANIFEST = "manifest.json"
@@ -37,6 +40,32 @@ def entry(file: Path) -> Entry:
     return {"sha256": sha256(file), "bytes": file.stat().st_size}
 
 
+def listed(path: Path) -> dict[str, Entry]:
+    """The files of a verified checkpoint: those that its manifest names. What else lies there nobody has verified.
+
+    Raises:
+        UserError: there is no manifest any more.
+    """
+    with told(f"read {path / MANIFEST}", "take another checkpoint"):
+        files: dict[str, Entry] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return files
+
+
 def is_sharded(path: Path) -> bool:
-    """Whether several processes wrote a checkpoint."""
-    return any(path.glob("shard-*.safetensors"))
+    """Whether several processes wrote a verified checkpoint."""
+    return any(name.startswith("shard-") for name in listed(path))
+
+
+def tensor_files(path: Path, kind: str) -> list[Path]:
+    """The files of one of `KINDS` in a verified checkpoint: one with whole tensors, or those of each process.
+
+    Raises:
+        UserError: it has no such file.
+    """
+    names, whole = listed(path), f"{kind}.safetensors"
+    if is_sharded(path):
+        parts = f"shard-*-model-{KINDS.index(kind) + 1:05d}-of-*.safetensors"
+        return [path / name for name in sorted(fnmatch.filter(names, parts))]
+    if whole not in names:
+        raise UserError(f"{path} has no {whole} in its manifest; take another checkpoint")
+    return [path / whole]

@@ -45,8 +45,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from retnet.errors import UserError, reason_of, told
-from retnet.model.checkpoint_layout import KINDS, Entry, TensorPart, entry, is_sharded
+from retnet.errors import UserError, file_errors, reason_of, told
+from retnet.model.checkpoint_layout import KINDS, Entry, TensorPart, entry, is_sharded, tensor_files
 
 Held = Mapping[str, Mapping[str, TensorPart]]  # kind → name → part
 
@@ -74,11 +74,8 @@ class SavedTensors:
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self._path, self._prefix = path, ""
-        files = [path / f"{kind}.safetensors"]
-        if is_sharded(path):
-            files = sorted(path.glob(f"shard-*-model-{KINDS.index(kind) + 1:05d}-of-*.safetensors"))
-            self._prefix = f"{kind}/"
+        self._path, self._prefix = path, f"{kind}/" if is_sharded(path) else ""
+        files = tensor_files(path, kind)
         with told(f"read the checkpoint {path}", "take another one"):
             self._reader = _PartFilesReader(path, files)
         saved = cast(dict[str, TensorStorageMetadata], self._reader.read_metadata().state_dict_metadata)
@@ -97,8 +94,9 @@ class SavedTensors:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             try:
                 load(tensors, storage_reader=self._reader, planner=_PartLoadPlanner(parts), no_dist=True)
-            except CheckpointException as error:
-                raise _mistake(error, f"read the checkpoint {self._path}", "take another one") from error
+            except CheckpointException as error:  # of this process, which reads for itself
+                _, first = _first(error)
+                raise _mistake(first, f"read the checkpoint {self._path}", "take another one") from error
 
     def whole(self) -> dict[str, Tensor]:
         """All tensors, put together in this process's memory."""
@@ -172,16 +170,25 @@ def failure(future: Future[Any], doing: str, whole: Callable[[], str]) -> BaseEx
         A `UserError` where a process met a user's mistake or an error of files; another error as it is; None if all is well.
     """
     error = future.exception()
-    return _mistake(error, doing, whole()) if isinstance(error, CheckpointException) else error
+    if not isinstance(error, CheckpointException):
+        return error
+    rank, first = _first(error)
+    found = _mistake(first, doing, whole(), f"process {rank}: ")
+    found.__cause__ = error  # which has the traceback of that process
+    return found
 
 
-def _mistake(error: CheckpointException, doing: str, whole: str) -> BaseException:
-    """One process's error, told as `told` tells those of this process."""
+def _first(error: CheckpointException) -> tuple[int, BaseException]:
+    """The first of the processes that failed, and its error."""
     rank, (first, _) = min(error.failures.items())
-    if isinstance(first, UserError) or not isinstance(first, Exception):
-        return first
-    where = f"process {rank}: " if dist.is_initialized() else ""
-    return UserError(f"cannot {doing}: {where}{reason_of(first, without=doing)}; {whole}")
+    return rank, first
+
+
+def _mistake(error: BaseException, doing: str, whole: str, where: str = "") -> BaseException:
+    """An error of files told as `told` tells it; another one as it is."""
+    if not isinstance(error, file_errors()):
+        return error
+    return UserError(f"cannot {doing}: {where}{reason_of(error, without=doing)}; {whole}")
 
 
 class _PartSavePlanner(DefaultSavePlanner):
