@@ -76,7 +76,7 @@ def command(
     """
     from retnet.train import elastic
 
-    if elastic.noted(elastic.MISTAKE):  # and was said: torchrun starts again whatever failed
+    if elastic.said():  # torchrun starts again whatever failed
         sys.exit(2)
     from retnet.host import keep_freed_memory
     from retnet.train.config import RunConfig

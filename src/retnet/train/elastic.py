@@ -15,30 +15,40 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 MISTAKE = "mistake"  # of the user, which was said, and which starting again does not mend
+_noted: set[str] = set()  # by this process
 
 
 def restarts() -> int:
-    """How often torchrun has started the processes of this launch again."""
+    """How often torchrun has started the processes of this machine again because one of them failed.
+
+    On several machines it may be another number on each: torchrun counts no restarts that a failure elsewhere brings about.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def note(what: str) -> None:
     """Notes something for later attempts on this machine."""
     if place := _place():
+        _noted.add(what)
         with suppress(OSError):
             (place / what).touch()
 
 
 def noted(what: str) -> bool:
-    """Whether an attempt before this one has noted something on this machine."""
+    """Whether another process of this launch has noted something on this machine; an earlier one, if all ask first."""
     place = _place()
-    return bool(restarts() and place and (place / what).exists())
+    return place is not None and what not in _noted and (place / what).exists()
+
+
+def said() -> bool:
+    """Whether an attempt before this one has ended with a mistake of the user, so that there is nothing more to say."""
+    return restarts() > 0 and noted(MISTAKE)
 
 
 def _place() -> Path | None:
     """torchrun's folder of this launch: of LAUNCH/attempt_0/RANK/error.json, which it names, the first."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return Path(file).parents[2] if file.count(os.sep) > 3 else None
+    folders = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    return folders[2] if len(folders) > 2 and folders[1].name.startswith("attempt_") else None
 
 
 def own_store() -> Store | None:
@@ -48,15 +58,17 @@ def own_store() -> Store | None:
     its own with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which must be set for torchrun; on one machine a prefix does the same.
     On several, attempts are not counted alike everywhere.
     """
-    return connection("meet") if _shared() and os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+    if not _shared() or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    return connection(f"meet {restarts()}")
 
 
 def connection(prefix: str) -> Store:
-    """A connection of its own to the store where the processes met, with keys of this attempt and use."""
+    """A connection of its own to the store where the processes met; `prefix` is of its keys, the same on all of them."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store: Store = PrefixStore(f"{prefix} {restarts()}", TCPStore(*place, is_master=False))
+    store: Store = PrefixStore(prefix, TCPStore(*place, is_master=False))
     return store
 
 

@@ -89,16 +89,17 @@ def train(
     with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else TrainingProgress.silent()
         begun = f"begun-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]}"
-        if elastic.noted(begun):  # torchrun has started these processes again
+        if any(ranks.gather(elastic.noted(begun))):  # torchrun has started these processes again
             begin, checkpoint = "resume-or-start", None
         device = ranks.together(lambda: check(config, run, begin, checkpoint, ranks))
-        elastic.note(begun)
         if advice := elastic.advice():
             progress.say(advice)
         trainer: _Trainer | None = None
         stack.enter_context(owned(run, ranks, lambda: trainer is not None and trainer.step > 0))
         if checkpoint is not None:
             ranks.lead(lambda: run.choose(checkpoint))
+        # whatever is there from now on is this run, and its newest checkpoint the one to take
+        elastic.note(begun)
         ranks = ranks.arranged(config.parallel.of(ranks.world), device)
         config = start_from(config, run, progress, ranks)
         if not ranks.alone:
