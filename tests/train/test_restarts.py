@@ -1,12 +1,14 @@
 """torchrun starts a run again whose processes are killed or hang, and it ends as one to which nothing happened."""
 
 import json
+import threading
 
 import pytest
 
 from retnet.data import Batches, prepare
 from retnet.model.checkpoint import verify
-from retnet.train.hangs import Place, blamed
+from retnet.train.distributed import Ranks
+from retnet.train.hangs import HangDetector, Place, blamed
 from retnet.train.trainer import train
 from tests.train.ranks import base
 from tests.train.restarts import HUNG
@@ -68,3 +70,39 @@ def test_who_is_waited_for(now, late, says):
     found = blamed(dict.fromkeys(range(3), AT), {rank: Place(*at) for rank, at in now.items()}, 3)
     assert found[0] == late
     assert says in found[1]
+
+
+class Told:
+    """A store, and another process that tells of its looks there for so long."""
+
+    def __init__(self, looks):
+        self.text, self.looks = {}, iter(range(looks))
+
+    def set(self, name, text):
+        self.text[name] = text
+        if (beat := next(self.looks, None)) is not None:
+            self.text["at 1"] = json.dumps((7, 4, beat))
+
+    def get(self, name):
+        return self.text[name]
+
+    def check(self, names):
+        return names[0] in self.text
+
+
+@pytest.mark.parametrize(
+    ("looks", "ends"), [(3, ["process 1 is in step 7 and does not answer"]), (10**9, [])]
+)
+def test_whoever_is_gone_is_missed_where_others_may_take_any_time(looks, ends, monkeypatch):
+    """As while all wait for a checkpoint, which a machine that was lost does not write."""
+    detector, found = HangDetector(Ranks(0, 2), patience=0.1), []
+    detector.at(7, "saves")
+    monkeypatch.setattr(detector, "_end", lambda _, why: (found.append(why), detector._ended.set()))
+    with detector.paused():
+        thread = threading.Thread(target=detector._look, args=(Told(looks),))
+        thread.start()
+        thread.join(0.6)
+        detector._ended.set()
+        thread.join()
+    assert [part for part in ends if part in found[0]] == ends
+    assert len(found) == len(ends)

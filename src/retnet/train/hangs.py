@@ -62,7 +62,7 @@ class HangDetector:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what may take any time."""
+        """Around what may take any time: then a process is only missed if it does not answer, for its patience again."""
         self._paused = True
         try:
             yield
@@ -77,7 +77,7 @@ class HangDetector:
             return
         self._since = time.monotonic()
         # the main thread may wait in the connection of its process group
-        store = elastic.connection("hangs")
+        store = elastic.connection(f"hangs {self._ranks.tell(time.time_ns())}")
         store.set_timeout(timedelta(seconds=max(self._patience, LONGEST)))
         thread = threading.Thread(target=self._watch, args=(store,), name="hangs", daemon=True)
         thread.start()
@@ -92,21 +92,29 @@ class HangDetector:
             self._look(store)
         except RuntimeError as error:  # of the store
             if not self._ended.is_set():
-                self._end(0, f"the store where the processes met does not answer ({reason_of(error)})")
+                self._end(
+                    0, f"torchrun's store, where the processes met, does not answer ({reason_of(error)})"
+                )
 
     def _look(self, store: Store) -> None:
         period = min(self._patience / TICKS, LONGEST)
+        before: dict[int, Place] | None = None
+        until = 0.0
         while not self._ended.wait(period):
             self._tell(store)
-            if not self._paused and time.monotonic() - self._since > self._patience:
-                before = self._hear(store)
-                if self._ended.wait(2 * period):
-                    return
-                self._tell(store)
-                if time.monotonic() - self._since > self._patience:
-                    now = self._hear(store)
-                    late, why = blamed(before, now, self._ranks.world)
-                    self._end(min(set(now) - set(late), default=0), why)
+            now = time.monotonic()
+            if now - self._since <= self._patience:
+                before = None
+            elif before is None:
+                # what may take any time is only ended for a process that does not answer
+                before, until = self._hear(store), now + (self._patience if self._paused else 2 * period)
+            elif now >= until:
+                found = self._hear(store)
+                if not self._paused or silent(before, found, self._ranks.world):
+                    late, why = blamed(before, found, self._ranks.world)
+                    speaker = min(set(found) - set(late), default=0)
+                    self._end(speaker, f"no progress for {self._patience:g} s (train.patience): {why}")
+                before = None
 
     def _tell(self, store: Store) -> None:
         self._beat += 1
@@ -121,8 +129,8 @@ class HangDetector:
         """Ends this process; one speaks for all."""
         if self._ranks.rank == speaker:
             print(
-                f"retnet: error: no progress for {self._patience:g} s (train.patience): {why}. --resume goes on from the "
-                "last checkpoint; torchrun --max-restarts N does so by itself",
+                f"retnet: error: {why}. --resume goes on from the last checkpoint; torchrun --max-restarts N does so by "
+                "itself",
                 file=sys.stderr,
                 flush=True,
             )
@@ -136,15 +144,14 @@ def blamed(before: Mapping[int, Place], now: Mapping[int, Place], world: int) ->
 
     Args:
         before: where each process was when somebody grew impatient; who never said so is missing.
-        now: two looks later.
+        now: some looks later.
         world: how many there are.
     """
-    silent = [rank for rank in range(world) if rank not in now or now[rank] == before.get(rank)]
-    if silent:
-        last = now.get(silent[0], Place(0, 0, 0)).step
+    if missing := silent(before, now, world):
+        last = now.get(missing[0], Place(0, 0, 0)).step
         return (
-            silent,
-            f"{_named(silent)} in step {last} and does not answer; it was stopped, or its machine is gone",
+            missing,
+            f"{_named(missing)} in step {last} and does not answer; it was stopped, or its machine is gone",
         )
     first = min((place.step, place.place) for place in now.values())
     late = [rank for rank, place in now.items() if (place.step, place.place) == first]
@@ -152,6 +159,11 @@ def blamed(before: Mapping[int, Place], now: Mapping[int, Place], world: int) ->
     if len(late) == world:
         return late, f"all processes are {where}, and which one the others wait for cannot be told"
     return late, f"{_named(late)} {where}, and the others wait for it"
+
+
+def silent(before: Mapping[int, Place], now: Mapping[int, Place], world: int) -> list[int]:
+    """Processes whose watching thread has not looked since; arguments as of `blamed`."""
+    return [rank for rank in range(world) if rank not in now or now[rank] == before.get(rank)]
 
 
 def _named(ranks: list[int]) -> str:
