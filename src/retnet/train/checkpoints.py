@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -77,7 +76,7 @@ class Written(NamedTuple):
     """A checkpoint that several processes wrote while they went on."""
 
     step: int
-    stall: float  # seconds that training waited for it
+    stall: float  # seconds that training waited for it: for the copy, and where it was wanted complete, for the rest
     seconds: float  # until it was complete
 
 
@@ -176,7 +175,9 @@ class Checkpoints:
             return None
         self._require_written(writing)
         self._writing = None
-        return Written(writing.step, writing.stall, writing.ended - writing.began)
+        ended = writing.ended or time.perf_counter()  # done, and not noted yet
+        seconds = ended - writing.began
+        return Written(writing.step, min(writing.stall, seconds), seconds)
 
     def wait(self) -> None:
         """Waits until no checkpoint is under way; all ranks must call it.
@@ -199,13 +200,15 @@ class Checkpoints:
     def _require_written(self, writing: _Writing) -> None:
         from retnet.model.sharded import failure
 
+        begin = time.perf_counter()
         error = failure(
             writing.future, f"write the checkpoint of step {writing.step}", lambda: self._run.whole
         )
+        writing.stall += time.perf_counter() - begin
         if error is None:
             return
-        if self._ranks.first:  # or the space would be missing for the next one
-            shutil.rmtree(self._run.partial(writing.step), ignore_errors=True)
+        if self._ranks.first:
+            self._run.drop_partial(writing.step)
         raise error
 
     def _require_finite(self, step: int, tensors: Mapping[str, Tensor]) -> None:

@@ -132,6 +132,11 @@ class RunDirectory:
         """Where the checkpoint of a step is written before it is complete."""
         return staging(self.checkpoints / _name(step))
 
+    def drop_partial(self, step: int) -> None:
+        """Removes what was written of a checkpoint that came to nothing: the next one may need its space."""
+        if not lock.lost(self.path):  # or another process writes there now
+            shutil.rmtree(self.partial(step), ignore_errors=True)
+
     def save(
         self,
         step: int,
@@ -159,11 +164,10 @@ class RunDirectory:
         with self.writing():
             for old in self._steps()[:-keep]:
                 if best_step is None or old.name != _name(best_step):
-                    hidden = old.with_name(
-                        f".{old.name}.partial"
-                    )  # gone at once, however long removing takes
+                    # gone at once, however long removing takes; NFS keeps what others read, and `latest` removes it then
+                    hidden = staging(old)
                     old.rename(hidden)
-                    shutil.rmtree(hidden)
+                    shutil.rmtree(hidden, ignore_errors=True)
 
     def _require_own(self, step: int) -> None:
         if not self.exists:
@@ -297,7 +301,7 @@ class RunDirectory:
         """The newest complete checkpoint, to be verified; None if there is none. Removes what interrupted writes left."""
         with self.writing():
             for partial in self.checkpoints.glob(".*.partial"):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
         steps = self._steps()
         return steps[-1] if steps else None
 
