@@ -45,8 +45,14 @@ def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> N
     """What guidellm saw of so many requests."""
     report = prompts.with_suffix(".report.json")
     words = [command, "run", "--disable-console", "--profile", f"kind=concurrent,streams={streams}"]
-    body = '{"body":{"cache":false,"temperature":0}}'
-    words += ["--backend", f"kind=openai_http,target={url},request_format=/v1/completions,extras={body}"]
+    body = {"cache": False, "temperature": 0}
+    backend = {
+        "kind": "openai_http",
+        "target": url,
+        "request_format": "/v1/completions",
+        "extras": {"body": body},
+    }
+    words += ["--backend", json.dumps(backend)]
     words += ["--constraint", f"kind=max_requests,count={count}"]
     words += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
