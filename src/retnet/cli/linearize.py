@@ -31,7 +31,7 @@ def command(
     dest: Path,
     corpus: tuple[str, ...],
     overrides: tuple[str, ...],
-    **how: Any,  # noqa: ANN401
+    **how: Any,  # noqa: ANN401  (fields of LinearizeConfig)
 ) -> None:
     """Make a RetNet of TEACHER, a Transformer, in DEST.
 

@@ -61,7 +61,7 @@ def recognise(source: str | Path) -> str:
     """
     path = folder_of(source)
     if not path.exists():
-        raise UserError(f"there is no {source}{dangling(source)}; SOURCE is a file or folder on this machine")
+        raise UserError(f"there is no {source}{dangling(source)}; give a file or folder on this machine")
     kinds = _kinds(path)
     if len(kinds) == 1:
         return kinds[0]
@@ -124,7 +124,7 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
     elif kind not in READERS:
         raise UserError(f"unknown kind {kind!r}; {nearest(kind, READERS)}")
     elif not path.exists():
-        raise UserError(f"there is no {source}{dangling(source)}; SOURCE is a file or folder on this machine")
+        raise UserError(f"there is no {source}{dangling(source)}; give a file or folder on this machine")
     if config is not None and kind != "torchscale":
         raise UserError(f"--config gives torchscale's arguments, but {source} is of kind {kind!r}")
     if kind == "torchscale":

@@ -152,11 +152,11 @@ def _unless(value: int | None, usual: int) -> int | None:
     return None if value == usual else value
 
 
-def _several(ids: Any) -> bool:  # noqa: ANN401
+def _several(ids: Any) -> bool:  # noqa: ANN401  (whatever a JSON file has)
     return isinstance(ids, (list, tuple)) and len(ids) > 1
 
 
-def _first(ids: Any) -> int | None:  # noqa: ANN401
+def _first(ids: Any) -> int | None:  # noqa: ANN401  (whatever a JSON file has)
     """Of several tokens that end a text, the first."""
     if isinstance(ids, (list, tuple)):
         return ids[0] if ids else None
