@@ -38,6 +38,15 @@ def test_an_installed_package_is_read_but_not_imported():
     assert ("lm_eval" in sys.modules) == imported
 
 
+def test_looking_for_a_package_asks_no_finder_that_takes_us_for_pip(monkeypatch):
+    class Hook:
+        def find_spec(self, name, path=None, target=None):
+            raise AssertionError(f"asked for {name}")
+
+    monkeypatch.setattr(sys, "meta_path", [Hook(), *sys.meta_path])
+    assert sources.package_folder("pip").name == "pip"
+
+
 @pytest.mark.parametrize("name", ["no_such_package", "click.core", "this", ""])
 def test_what_is_no_package_with_a_folder(name):
     with pytest.raises(UserError, match=f"no installed Python package '{name}' that is a folder"):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import importlib.machinery
 import importlib.util
 import os
 import sysconfig
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import takewhile
@@ -180,12 +180,14 @@ def _package(spec: str) -> Path:
 
 
 def package_folder(name: str) -> Path | None:
-    """The folder of an installed Python package, which is not imported; None where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # setuptools looks after what looks for pip, and may warn of distutils
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
+    """The folder of an installed Python package, which is not imported; None where there is none.
+
+    Folders of the path are looked through first: asking all finders changes more than it should, since that of setuptools
+    takes whoever looks for pip to be pip, and from then on nothing that compiles C++ can be imported in this process.
+    """
+    if not name.isidentifier():
+        return None
+    found = importlib.machinery.PathFinder.find_spec(name) or importlib.util.find_spec(name)
     return Path(places[0]) if found and (places := list(found.submodule_search_locations or ())) else None
 
 
