@@ -177,12 +177,18 @@ def test_vocabulary_is_that_of_the_tokenizer_that_is_there(texts, tmp_path):
 def test_precision_and_memory_are_those_of_the_run(texts, monkeypatch):
     """A plan for this machine asks it; one for another takes its GPUs to have bf16."""
     monkeypatch.setattr("retnet.host.memory_of", lambda device: 3_000_000_000)
+    monkeypatch.setattr("retnet.host.matrix_rate", lambda device, precision: 80e9)
     for precision in ("fp32", "bf16"):
         monkeypatch.setattr("retnet.host.choose_precision", lambda asked, device, said=precision: said)
         said = invoke(texts, "--dry-run", "--train.precision", "auto", "--train.device", "cpu")
         assert f" parameters in {precision} on" in said
         assert " of 3 GB" in said
+        assert "40% of 0.08 Tflop/s on each of 1" in said
+    assert "40% of 0.02 Tflop/s on each of 4" in invoke(
+        texts, "--dry-run", "--gpus", 4
+    )  # the cores are of all
     elsewhere = ("--dry-run", "--memory", 2, "--train.precision", "auto")
+    assert "40% of 989 Tflop/s on each of 1" in invoke(texts, *elsewhere)
     assert " in bf16 on" in invoke(texts, *elsewhere)
     assert " in fp32 on" in invoke(texts, *elsewhere, "--train.device", "cpu")
     with pytest.raises(UserError, match=r"'cuda:99' cannot be used here.*another machine takes its --memory"):

@@ -44,7 +44,9 @@ Precision = Literal["fp32", "bf16"]
     help="For --dry-run: GB (10⁹ bytes) of each process; default: what this machine's device has.",
 )
 @click.option(
-    "--peak", type=FiniteRange(0, min_open=True), help="For --dry-run: Tflop/s of one GPU; default: 989."
+    "--peak",
+    type=FiniteRange(0, min_open=True),
+    help="For --dry-run: Tflop/s of a process's device; default: that of products here, with --memory 989.",
 )
 @click.option(
     "--utilisation",
@@ -99,7 +101,7 @@ def command(
         if named := [name for name, given in of_run.items() if given]:
             raise UserError(f"{', '.join(named)} is of a run, and --dry-run begins none; leave it out")
         planned, _ = of_weights(load(RunConfig, path, changes))
-        _plan(planned, gpus, memory, peak or 989.0, utilisation or 0.4)
+        _plan(planned, gpus, memory, peak, utilisation or 0.4)
         return
     keep_freed_memory()
     with one_voice() as speaks:
@@ -120,7 +122,9 @@ def command(
         )
 
 
-def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float, utilisation: float) -> None:
+def _plan(
+    config: RunConfig, gpus: int | None, memory: float | None, peak: float | None, utilisation: float
+) -> None:
     """What a run takes of each process, as tables, and the nearest run that fits if it does not."""
     from dataclasses import asdict, replace
 
@@ -129,10 +133,14 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     from retnet.measure.footprint import changes, footprint, nearest_fit, with_vocabulary
     from retnet.tables import print_table
 
-    precision, there = _here(config) if memory is None else (_elsewhere(config), memory * 1e9)
-    config = replace(config, train=replace(config.train, precision=precision))
     p = config.parallel
     processes = gpus or p.replicate * (p.shard or 1) * p.tp * p.cp
+    if memory is None:
+        precision, there, rate = _here(config, processes)
+    else:
+        precision, there, rate = _elsewhere(config), memory * 1e9, 989.0  # an H100's
+    peak = peak or rate
+    config = replace(config, train=replace(config.train, precision=precision))
     given, config = config, replace(config, model=with_vocabulary(config))  # read once
     found, console = footprint(config, processes), Console(highlight=False)
     axes = " × ".join(f"{name} {size}" for name, size in asdict(found.axes).items())
@@ -145,7 +153,7 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     for table in found.tables():
         print_table(table, console)
     hours = found.hours(processes * peak * 1e12 * utilisation)
-    click.echo(f"{hours:,.3g} hours at {utilisation:.0%} of {peak:g} Tflop/s on each of {processes}")
+    click.echo(f"{hours:,.3g} hours at {utilisation:.0%} of {peak:,.3g} Tflop/s on each of {processes}")
     if found.memory.peak <= there:
         click.echo(f"fits: {found.memory.peak / 1e9:,.3g} of {there / 1e9:,.3g} GB")
         return
@@ -159,8 +167,8 @@ def _plan(config: RunConfig, gpus: int | None, memory: float | None, peak: float
     click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.3g} GB with {words}")
 
 
-def _here(config: RunConfig) -> tuple[Precision, float]:
-    """Precision of a run on this machine, as `train` decides it, and bytes of its device."""
+def _here(config: RunConfig, processes: int) -> tuple[Precision, float, float]:
+    """Precision of a run on this machine, as `train` decides it, bytes of its device, Tflop/s of each process's products."""
     from retnet import host
 
     try:
@@ -168,7 +176,9 @@ def _here(config: RunConfig) -> tuple[Precision, float]:
     except UserError as error:
         raise UserError(f"{error}; a plan for another machine takes its --memory") from None
     precision = cast("Precision", host.choose_precision(config.train.precision, device))
-    return precision, float(host.memory_of(device))
+    rate = host.matrix_rate(device, precision)
+    sharing = processes if device.type == "cpu" else 1  # the cores are of all; a GPU is of one
+    return precision, float(host.memory_of(device)), rate / sharing / 1e12
 
 
 def _elsewhere(config: RunConfig) -> Precision:
