@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 
 from retnet.convert import READERS, WRITERS, Found, convert, formats, native, read, recognise, write
@@ -119,6 +120,22 @@ def test_a_tokenizer_that_is_given(tmp_path):
     found = read(tmp_path / "hf")
     assert found.tokens == {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
     assert Tokenizer.load(tmp_path / "hf").fingerprint == Tokenizer.load("bytes").fingerprint
+
+
+def test_texts_end_in_transformers_where_they_end_here(tmp_path):
+    """At all ends that the tokenizer names, not only where the next text begins."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, **{str(i): i for i in range(1, 254)}}, "[UNK]")
+    )
+    words.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+    words.save(str(tmp_path / "words.json"))
+    weights = torchscale_weights(TORCHSCALE | {"vocab_size": 257})
+    source = save_torchscale(tmp_path / "a", weights, TORCHSCALE | {"vocab_size": 257})
+    ours = Tokenizer.load(tmp_path / "words.json")
+    convert(source, tmp_path / "run", to="run", tokenizer=ours)
+    convert(tmp_path / "run", tmp_path / "hf")
+    ends = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
+    assert ends == list(ours.end_ids) == [254, 255, 256]
 
 
 def test_tokenizers_of_other_folders_go_along(tmp_path):

@@ -15,7 +15,7 @@ from retnet.convert import fla, llama, native, syncdoth, torchscale
 from retnet.convert.clamp import with_clamp
 from retnet.convert.folders import destination
 from retnet.convert.torch_files import SUFFIXES
-from retnet.convert.weights import TOKENS, Found
+from retnet.convert.weights import Found
 from retnet.errors import dangling, told
 from retnet.host import choose_dtype
 from retnet.model.checkpoint import write_checkpoint
@@ -178,8 +178,8 @@ def write(
     }
     extra = {PROVENANCE: partial(_put, json.dumps(where_from, indent=2).encode() + b"\n")}
     if tokenizer is not None:
-        given = {key: found.tokens.get(key) for key in TOKENS}
-        found = replace(found, tokens={key: tokenizer.bos_id if x is None else x for key, x in given.items()})
+        known = {key: x for key, x in found.tokens.items() if x is not None}
+        found = replace(found, tokens={**native.special_ids(tokenizer), **known})
     whole = "what was there before is as it was" if path.exists() else "nothing is left there"
     with told(f"write {dest}", whole):
         path.parent.mkdir(parents=True, exist_ok=True)

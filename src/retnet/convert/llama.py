@@ -6,7 +6,7 @@ values shared by groups of heads, SwiGLU; Qwen2 has biases on queries, keys and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,7 @@ def read(path: Path) -> Found:
     if config.tie_embeddings:
         same(tensors, "lm_head.weight", "model.embed_tokens.weight", str(path))
     wanted = {renamed(name, NAMES): Wanted(name, shape) for name, shape in expected(config).items()}
-    found = folder.found("llama", config, tensors, wanted, notes)
-    several = [f"{key} is {x}, of which the first is kept" for key, x in found.tokens.items() if _several(x)]
-    tokens = {key: _first(x) for key, x in found.tokens.items()}
-    return replace(found, tokens=tokens, notes=(*found.notes, *several))
+    return folder.found("llama", config, tensors, wanted, notes)
 
 
 def model_config(args: LlamaArguments, where: Path) -> ModelConfig:
@@ -150,14 +147,3 @@ def model_config(args: LlamaArguments, where: Path) -> ModelConfig:
 def _unless(value: int | None, usual: int) -> int | None:
     """None for what is the default anyway."""
     return None if value == usual else value
-
-
-def _several(ids: Any) -> bool:  # noqa: ANN401  (whatever a JSON file has)
-    return isinstance(ids, (list, tuple)) and len(ids) > 1
-
-
-def _first(ids: Any) -> int | None:  # noqa: ANN401  (whatever a JSON file has)
-    """Of several tokens that end a text, the first."""
-    if isinstance(ids, (list, tuple)):
-        return ids[0] if ids else None
-    return ids  # type: ignore[no-any-return]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet.convert.folders import Folder
-from retnet.convert.weights import TOKENS, Found, Wanted, expected, fit, same
+from retnet.convert.weights import Found, Wanted, expected, fit, same
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.model.checkpoint_layout import Files
 from retnet.model.runs import find_checkpoint
+from retnet.model.text_ends import end_ids
 from retnet.settings import UserError, load
 
 if TYPE_CHECKING:
@@ -29,12 +30,20 @@ class RunTokenizer:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        (start,) = json.loads(data)["post_processor"]["special_tokens"].values()
+        plan = json.loads(data)
+        (start,) = plan["post_processor"]["special_tokens"].values()
         self.bos_id: int = start["ids"][0]
+        self.end_ids = end_ids(plan, self.bos_id)
 
     def save(self, path: str | Path) -> None:
         """Writes the file."""
         Path(path).write_bytes(self.data)
+
+
+def special_ids(tokenizer: SavedTokenizer) -> dict[str, int | list[int]]:
+    """The ids that begin, end and fill texts, as the configurations of Hugging Face's models name them."""
+    bos, ends = tokenizer.bos_id, list(tokenizer.end_ids)
+    return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else bos, "pad_token_id": bos}
 
 
 def read_run(path: Path) -> Found:
@@ -49,15 +58,14 @@ def read_run(path: Path) -> Found:
     config = load(ModelConfig, where / "model.toml")
     wanted = {name: Wanted(name, shape) for name, shape in expected(config).items()}
     tokenizer = {TOKENIZER: folder.read(TOKENIZER)} if (where / TOKENIZER).is_file() else {}
-    tokens = {}
+    tokens: dict[str, int | list[int]] = {}
     if tokenizer:
         try:
-            bos = RunTokenizer(tokenizer[TOKENIZER]).bos_id
+            tokens = special_ids(RunTokenizer(tokenizer[TOKENIZER]))
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(
                 f"{where / TOKENIZER} was not written by this library; give another with --tokenizer"
             ) from None
-        tokens = dict.fromkeys(TOKENS, bos)
     tensors = fit(folder.tensors(), wanted, str(where))
     return Found("run", config, tensors, folder.hashes, tokenizer=tokenizer, tokens=tokens)
 

@@ -39,7 +39,7 @@ class Found:
     tensors: Mapping[str, Tensor]
     hashes: Mapping[str, str]
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
-    tokens: Mapping[str, int | None] = field(default_factory=dict)
+    tokens: Mapping[str, int | list[int] | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

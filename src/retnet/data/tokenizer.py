@@ -26,13 +26,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from retnet.data.config import BPE_SIZES
 from retnet.errors import UserError
 from retnet.io import read_text, require_fetched, write_bytes
+from retnet.model.text_ends import end_ids
 
 BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
-# names of special tokens that end a text or a turn, without the signs around them
-_KNOWN_ENDS = ("/s", "eos", "endoftext", "end_of_text", "eot_id", "im_end", "end_of_turn")
 
 
 class Tokenizer:
@@ -64,10 +63,7 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint: str = hashlib.sha256(self._json.encode()).hexdigest()
         plan = json.loads(self._json)
-        ends = [
-            t["id"] for t in plan["added_tokens"] if t["special"] and t["content"].strip("<|>") in _KNOWN_ENDS
-        ]
-        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.bos_id, *ends]))
+        self.end_ids: tuple[int, ...] = end_ids(plan, self.bos_id)
         self._is_bytes = _is_bytes(plan)
         # Unigram models, and words of WordLevel, have special tokens among the others; their names in a text are divided
         special = {token["content"]: token["id"] for token in plan["added_tokens"] if token["special"]}

@@ -14,6 +14,7 @@ class SavedTokenizer(Protocol):
     """What `retnet.data.Tokenizer` is to this room."""
 
     bos_id: int
+    end_ids: tuple[int, ...]
 
     def save(self, path: str | Path) -> None:
         """Writes a ``tokenizer.json``."""
