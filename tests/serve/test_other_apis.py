@@ -93,9 +93,11 @@ def test_the_openai_client_goes_on(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     first = client.responses.create(model="tiny", input="hello", temperature=0, max_output_tokens=8)
-    more = {"model": "tiny", "input": "and?", "previous_response_id": first.id, "max_output_tokens": 8}
-    pieces = [each.delta for each in client.responses.create(**more, stream=True) if hasattr(each, "delta")]
-    assert pieces
+    more = {"model": "tiny", "input": "and?", "previous_response_id": first.id, "temperature": 0}
+    more |= {"max_output_tokens": 8, "stream": True}
+    pieces = [each.delta for each in client.responses.create(**more) if hasattr(each, "delta")]
+    turns = [*USER, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "and?"}]
+    assert "".join(pieces) == chat(server.http, turns)
     assert first.output_text == chat(server.http, USER)
     client.close()
 
