@@ -10,11 +10,12 @@ import safetensors.torch
 import torch
 
 from retnet.engine import ComposedDecoder, Engine, Request, Sampling, Session
-from retnet.engine.store import BLOCK, digest_of, state_size
+from retnet.engine.session_archive import SessionArchive
+from retnet.engine.store import BLOCK, state_size
 from retnet.settings import UserError
 from tests.helpers.fast import few_fast
 from tests.helpers.kinds import KINDS
-from tests.helpers.sessions import GREEDY, MB, TURN, bits, engine, fresh, make, words
+from tests.helpers.sessions import GREEDY, MB, TURN, altered, bits, engine, fresh, make, words
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,6 +221,36 @@ def test_a_saved_session_is_rewound_as_fast_after_a_restart(model, tokenizer, tm
     assert here.cached_tokens == there.cached_tokens == reused
 
 
+def test_of_a_file_only_the_state_that_is_wanted_is_read(model, tokenizer, tmp_path, monkeypatch, caplog):
+    """A damaged one is no loss but of time."""
+    session, path, read = Session(engine(model, tokenizer)), tmp_path / "session", []
+    session.append(words(700))
+    session.generate(max_tokens=1)
+    session.save(path)
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + json.loads(content[8:header])["256.1.kv"]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+    real = SessionArchive.state
+    monkeypatch.setattr(
+        SessionArchive, "state", lambda self, at, like: read.append(at) or real(self, at, like)
+    )
+    other = Session.load(engine(model, tokenizer), path)
+    assert read == []
+    for back, tried, reused in ((400, [384], 384), (300, [256, 128], 128)):
+        for one in (session, other):
+            one.edit(back, "x")
+        here, there = session.generate(**TURN), other.generate(**TURN)
+        assert bits(here) == bits(there)
+        assert (there.cached_tokens, read) == (reused, tried)
+        read.clear()
+    assert "its state at 256: the session is damaged" in caplog.text
+    content[header + json.loads(content[8:header])["tokens"]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the session is damaged"):
+        Session.load(engine(model, tokenizer), path)
+
+
 @pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax"))
 def test_every_mixer_has_sessions_that_survive_export(name, tokenizer):
     model = make(name)
@@ -255,16 +286,6 @@ def content(model, tokenizer):
     session.append(words(300))
     session.generate(**TURN)
     return session.export()
-
-
-def altered(content, change):
-    """The session with its tensors and header changed, and the hash made to fit."""
-    from retnet.engine.sessions import _read
-
-    header, tensors = _read(content)
-    change(header, tensors)
-    header["sha256"] = digest_of(tensors)
-    return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
 
 
 def test_a_truncated_or_damaged_session_is_refused(model, tokenizer, content):
@@ -304,7 +325,7 @@ def test_a_session_of_another_model_or_tokenizer_is_refused(tokenizer, content):
         (lambda h, t: t["tokens"].fill_(-1), "token id -1"),
         (lambda h, t: h.update(marks="all"), "its name and marks"),
         (lambda h, t: h.update(name=3), "its name and marks"),
-        (lambda h, t: h.update(format=99), "format 99; this version reads 1"),
+        (lambda h, t: h.update(format=99), "format 99; this version reads 2"),
         (lambda h, t: h.update(tokenizer="x"), "another tokenizer"),
     ],
 )

@@ -1,10 +1,13 @@
 """Engines with a cache of states, and what their texts have to be."""
 
+import json
 import random
 
+import safetensors.torch
 import torch
 
 from retnet.engine import Engine, Request, Sampling
+from retnet.engine.store import digest_of, load_tensors
 from retnet.model import LanguageModel
 from tests.helpers.kinds import configured
 
@@ -34,3 +37,15 @@ def bits(completion):
 def fresh(model, tokenizer, tokens, **options):
     """What a new session says that reads the same tokens from their start, with nothing kept."""
     return bits(engine(model, tokenizer, cache_bytes=0).complete(Request(tokens, **options))[0])
+
+
+def altered(content, change):
+    """An exported session after `change(header, tensors)`, with hashes that fit."""
+    tensors, metadata = load_tensors(content)
+    header = json.loads(metadata["retnet_session"])
+    change(header, tensors)
+    parts = {}
+    for name, part in tensors.items():
+        parts.setdefault(name.partition(".")[0], {})[name] = part
+    header["sha256"] = {place: digest_of(each) for place, each in parts.items()}
+    return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})

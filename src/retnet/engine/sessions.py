@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import uuid
-from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-
 from retnet.engine.requests import Completion, Request, require_whole
-from retnet.engine.store import (
-    BLOCK,
-    StateStore,
-    digest_of,
-    from_tensors,
-    kept_positions,
-    keys_of,
-    load_tensors,
-    to_tensors,
-)
+from retnet.engine.session_archive import SessionArchive, packed
+from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
 from retnet.errors import UserError, told
 from retnet.io import write_bytes
 
 if TYPE_CHECKING:
     from retnet.engine.engine import Engine
 
-FORMAT = 1  # of exported sessions
 _TAIL = 16  # tokens of a text that tell a tokenizer that what is appended is no beginning
+_log = logging.getLogger("retnet.engine")
 
 
 class Session:
@@ -158,23 +147,14 @@ class Session:
     # -- as bytes -----------------------------------------------------------------------------------------------
 
     def export(self, *, every: bool = False) -> bytes:
-        """The session as bytes: a safetensors file with ids and states, and a header in JSON.
+        """The session as bytes: a safetensors file with ids and states, and a header in JSON; see `SessionArchive`.
 
         Args:
             every: all states that are kept along the text, for rewinding as fast as here; else the last one.
         """
-        tensors = {"tokens": torch.tensor(self.tokens)}
-        for position, state in self._kept(every).items():
-            tensors |= {f"{position}.{name}": part for name, part in to_tensors(state).items()}
-        header = {
-            "format": FORMAT,
-            "model": self._engine.fingerprint,
-            "tokenizer": self._engine.tokenizer.fingerprint,
-            "name": self.name,
-            "marks": self.marks,
-            "sha256": digest_of(tensors),
-        }
-        return safetensors.torch.save(tensors, {"retnet_session": json.dumps(header)})
+        return packed(
+            self.tokens, self.marks, self._kept(every), {**_made_with(self._engine), "name": self.name}
+        )
 
     @classmethod
     def from_bytes(cls, engine: Engine, content: bytes, *, name: str | None = None) -> Session:
@@ -183,23 +163,9 @@ class Session:
         Raises:
             UserError: bytes that are damaged or no session, or one of another model, tokenizer or format.
         """
-        header, tensors = _read(content)
-        if header.get("format") != FORMAT:
-            raise UserError(
-                f"the session has format {header.get('format')!r}; this version reads {FORMAT}: open it with the version "
-                "that wrote it, and take its text from there"
-            )
-        for what, own in (("model", engine.fingerprint), ("tokenizer", engine.tokenizer.fingerprint)):
-            if header.get(what) != own:
-                raise UserError(f"the session is of another {what}; open it with the one it was made with")
-        if header.get("sha256") != digest_of(tensors):
-            raise UserError("the session is damaged: its content is not what was written")
-        session = cls(engine, tensors.pop("tokens").tolist(), name=name or header["name"])
-        session.marks = [mark for mark in header["marks"] if 0 < mark <= len(session.tokens)]
-        states = {
-            position: _state(position, parts, session._store.template)
-            for position, parts in sorted(_by_position(tensors, len(session.tokens)).items())
-        }
+        archive = SessionArchive.from_bytes(content)
+        session = cls._of(engine, archive, name)
+        states = {place: archive.state(place, session._store.template) for place in archive.positions}
         for position, state in states.items():  # the last one is what is wanted next
             session._store.put(session._keys()[position // BLOCK - 1], state)
         session.hold()
@@ -216,10 +182,37 @@ class Session:
 
     @classmethod
     def load(cls, engine: Engine, path: str | Path, *, name: str | None = None) -> Session:
-        """Reads a session from a file; see `from_bytes`."""
-        with told(f"read the session {path}"):
-            content = Path(path).read_bytes()
-        return cls.from_bytes(engine, content, name=name)
+        """Reads a session from a file. Of its states none is read before it is wanted, so the file stays open.
+
+        One that cannot be used then is read again from its tokens, with a warning.
+
+        Raises:
+            UserError: as `from_bytes`, or the file cannot be read.
+        """
+        archive = SessionArchive.open(Path(path))
+        session = cls._of(engine, archive, name)
+        session.hold()
+        keys, template = session._keys(), session._store.template
+
+        def fetch(position: int) -> Any:  # noqa: ANN401
+            try:
+                return archive.state(position, template)
+            except UserError as error:
+                _log.warning(
+                    "tokens of the session %s are read again: its state at %d: %s", path, position, error
+                )
+                return None
+
+        session._store.lend({keys[place // BLOCK - 1]: partial(fetch, place) for place in archive.positions})
+        return session
+
+    @classmethod
+    def _of(cls, engine: Engine, archive: SessionArchive, name: str | None) -> Session:
+        """An archive's text, without its states."""
+        archive.require(_made_with(engine))
+        session = cls(engine, archive.tokens, name=name or archive.name)
+        session.marks = archive.marks
+        return session
 
     @property
     def _store(self) -> StateStore:
@@ -239,40 +232,6 @@ class Session:
         return {place: state for place, state in sorted((found | {last: state}).items()) if state is not None}
 
 
-def _read(content: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and tensors of an exported session."""
-    try:
-        tensors, metadata = load_tensors(content)
-        header = json.loads(metadata["retnet_session"])
-    except (ValueError, KeyError):
-        raise UserError("this is no session, or part of one: it cannot be read") from None
-    tokens = tensors.get("tokens")
-    if not isinstance(header, dict) or tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 1:
-        raise UserError("this is no session: it has no tokens")
-    marks, name = header.get("marks"), header.get("name")
-    whole = isinstance(marks, list) and all(isinstance(mark, int) for mark in marks)
-    if not whole or not isinstance(name, str):
-        raise UserError("this is no session: its header does not say its name and marks")
-    return header, tensors
-
-
-def _by_position(tensors: dict[str, torch.Tensor], length: int) -> defaultdict[int, dict[str, torch.Tensor]]:
-    """The tensors of each state by its position, from names such as "256.0.kv"."""
-    states: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, part in tensors.items():
-        place, _, name = key.partition(".")
-        position = int(place) if place.isdecimal() and len(place) < 20 else 0
-        if not 0 < position <= length or position % BLOCK:
-            raise UserError(
-                f"the session has a state {key[:40]!r}, which is at no place of its {length} tokens"
-            )
-        states[position][name] = part
-    return states
-
-
-def _state(position: int, parts: dict[str, torch.Tensor], template: Any) -> Any:  # noqa: ANN401
-    state = from_tensors(parts, template)
-    seen = [part for name, part in parts.items() if name.endswith((".position", ".length"))]
-    if any(int(part.max()) != position for part in seen):
-        raise UserError(f"the session's state is not that after its first {position} tokens")
-    return state
+def _made_with(engine: Engine) -> dict[str, str]:
+    """Fingerprints of what a session is read and written by."""
+    return {"model": engine.fingerprint, "tokenizer": engine.tokenizer.fingerprint}

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class StateStore:
         self._states: OrderedDict[str, Any] = OrderedDict()  # the most recently used last
         self._held: dict[str, set[str]] = {}  # owner → keys
         self._owners: defaultdict[str, int] = defaultdict(int)  # key → how many
+        self._lent: dict[str, Callable[[], Any | None]] = {}  # held states that lie elsewhere
         self._saved: set[str] = set()  # keys that have a file, as far as is known
         self.bytes, self._said = 0, False
 
@@ -116,7 +117,9 @@ class StateStore:
         if key in self._states:
             self._states.move_to_end(key)
             return self._states[key]
-        state = self._load(key)
+        state = self._borrow(key)
+        if state is None:
+            state = self._load(key)
         if state is not None:
             self.put(key, state)
         return state
@@ -124,21 +127,22 @@ class StateStore:
     def longest(self, keys: Sequence[str]) -> tuple[int, Any | None]:
         """Of a text's keys the last one that is kept: its number of tokens and state, or 0 and None."""
         inside = next((i for i in range(len(keys), 0, -1) if keys[i - 1] in self._states), 0)
-        for i in reversed(self._written(keys, inside)):
+        for i in reversed(self._elsewhere(keys, inside)):
             if (state := self.get(keys[i - 1])) is not None:
                 return i * BLOCK, state
         return (inside * BLOCK, self.get(keys[inside - 1])) if inside else (0, None)
 
-    def _written(self, keys: Sequence[str], after: int) -> list[int]:
-        """How many blocks the keys stand for that come after so many and have a file, rising."""
-        if self._files is None or after == len(keys):
-            return []
-        try:
-            found = self._files.among([_file(key) for key in keys[after:]])
-        except OSError as error:
-            self._say(error)
-            return []
-        return [i + 1 for i in range(after, len(keys)) if _file(keys[i]) in found]
+    def _elsewhere(self, keys: Sequence[str], after: int) -> list[int]:
+        """How many blocks the keys stand for that come after so many and are lent or have a file, rising."""
+        left = keys[after:]
+        found = self._lent.keys() & left
+        if self._files is not None and left:
+            try:
+                files = self._files.among([_file(key) for key in left])
+                found |= {key for key in left if _file(key) in files}
+            except OSError as error:
+                self._say(error)
+        return [after + i + 1 for i, key in enumerate(left) if key in found]
 
     def put(self, key: str, state: Any) -> None:  # noqa: ANN401
         """Keeps a state of one row, which nobody may change any more."""
@@ -165,6 +169,15 @@ class StateStore:
                 del self._owners[key]
                 self._forget(key)
 
+    def lend(self, states: Mapping[str, Callable[[], Any | None]]) -> None:
+        """Says how to get states that somebody holds and that lie elsewhere, such as in a session's file.
+
+        Args:
+            states: by key a function that gives the state, or None where it cannot be had. It is forgotten when nobody holds
+                the key any more; keys that nobody holds now are passed over.
+        """
+        self._lent |= {key: get for key, get in states.items() if key in self._owners}
+
     def flush(self, owner: str | None = None) -> None:
         """Writes the states that an owner holds to the directory, or those of all, as before the process ends.
 
@@ -172,8 +185,9 @@ class StateStore:
             OSError: one of them could not be written; those after it have not been tried.
         """
         for key in list(self._owners) if owner is None else self._held.get(owner, ()):
-            if key in self._states:
-                self._save(key, self._states[key])
+            state = self._states[key] if key in self._states else self._borrow(key)
+            if state is not None:
+                self._save(key, state)
 
     def sweep(self, seconds: float) -> int:
         """Removes files that nobody here holds and that are older than so many seconds, such as those of a killed process.
@@ -215,6 +229,12 @@ class StateStore:
             _log.warning("states are not kept in %s: %s", self._files.url, reason_of(error))
         self._said = True
 
+    def _borrow(self, key: str) -> Any | None:  # noqa: ANN401
+        state = self._lent[key]() if key in self._lent else None
+        if state is None:
+            self._lent.pop(key, None)
+        return state
+
     def _load(self, key: str) -> Any | None:  # noqa: ANN401
         if self._files is None:
             return None
@@ -233,6 +253,7 @@ class StateStore:
         return None
 
     def _forget(self, key: str) -> None:
+        self._lent.pop(key, None)
         self._saved.discard(key)
         if self._files is not None:
             with suppress(OSError):  # not ours to remove
