@@ -3,8 +3,9 @@
     python -m venv guide && guide/bin/pip install guidellm==0.8.1
     python -m tools.check_load guide/bin/guidellm             # 4 streams, 128 tokens of context, 256 to write
 
-guidellm takes more than a gigabyte and pins of its own, so it lives in an environment of its own. Its streams go on by
-themselves, those of `bench serve` begin together; with prompts and texts of one length that is the same load.
+guidellm takes more than a gigabyte and pins of its own, so it lives in an environment of its own. Each stream of either
+asks its next prompt when its last answer has ended. The server has one half of the cores, whoever asks the other: else what
+a load tool takes itself is seen as the server's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,13 +34,14 @@ Numbers = Mapping[str, float]
 NAMES = ("tokens/s", "first token, ms", "between tokens, ms")
 
 
-def ours(samples: list[LoadSample]) -> Numbers:
+def ours(sample: LoadSample) -> Numbers:
     """What our generator saw."""
-    return {
-        NAMES[0]: sum(s.tokens for s in samples) / sum(s.seconds for s in samples),
-        NAMES[1]: statistics.mean(first for s in samples for first in s.first) * 1e3,
-        NAMES[2]: statistics.mean(gap for s in samples for gap in s.between) * 1e3,
-    }
+    seen = (
+        sample.tokens / sample.seconds,
+        statistics.mean(sample.first) * 1e3,
+        statistics.mean(sample.between) * 1e3,
+    )
+    return dict(zip(NAMES, seen, strict=True))
 
 
 def theirs(command: str, url: str, prompts: Path, streams: int, count: int) -> Numbers:
@@ -77,19 +80,23 @@ def main() -> None:
     streams, tokens = options.streams, options.tokens
     config = replace(load(RunConfig, config_path(options.config), {}).model, vocab_size=257)
     random, rounds = np.random.default_rng(0), list[tuple[Numbers, Numbers]]()
-    with TemporaryDirectory() as folder, generator() as ask:
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    with TemporaryDirectory() as folder, ExitStack() as stack:
         server = served.ours(served.OURS, config, "fp32", Path(folder))
-        with server.start(streams, options.context + tokens) as place:
-            for number in range(options.rounds + 1):  # the first warms up
-                ids = random.integers(97, 123, (2, options.waves, streams, options.context)).tolist()
-                bodies = [[server.body(prompt, tokens) for prompt in wave] for wave in ids[0]]
-                url = f"{place.url}/v1/completions"
-                seen = ours([ask.together(url, wave, tokens, served.OURS) for wave in bodies])
-                prompts = Path(folder) / f"{number}.jsonl"
-                texts = [bytes(prompt[1:]).decode() for wave in ids[1] for prompt in wave]  # BOS comes before
-                rows = [json.dumps({"prompt": text, "output_tokens_count": tokens}) for text in texts]
-                prompts.write_text("\n".join(rows), encoding="utf-8")
-                rounds.append((seen, theirs(options.guidellm, place.url, prompts, streams, len(rows))))
+        os.sched_setaffinity(0, cores[:half])  # of what is started from here on
+        place = stack.enter_context(server.start(streams, options.context + tokens))
+        os.sched_setaffinity(0, cores[half:] or cores)
+        ask = stack.enter_context(generator())
+        for number in range(options.rounds + 1):  # the first warms up
+            ids = random.integers(97, 123, (2, streams, options.waves, options.context)).tolist()
+            bodies = [[server.body(prompt, tokens) for prompt in prompts] for prompts in ids[0]]
+            seen = ours(ask.streams(f"{place.url}/v1/completions", bodies, tokens, served.OURS))
+            prompts = Path(folder) / f"{number}.jsonl"
+            texts = [bytes(prompt[1:]).decode() for stream in ids[1] for prompt in stream]  # BOS comes before
+            rows = [json.dumps({"prompt": text, "output_tokens_count": tokens}) for text in texts]
+            prompts.write_text("\n".join(rows), encoding="utf-8")
+            rounds.append((seen, theirs(options.guidellm, place.url, prompts, streams, len(rows))))
     table = []
     for name in NAMES:
         a, b = (statistics.median(pair[side][name] for pair in rounds[1:]) for side in (0, 1))

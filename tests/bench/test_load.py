@@ -26,6 +26,8 @@ def test_the_process_times_streams_and_refuses_what_means_nothing(echo):
         assert sample.tokens == 15
         assert (len(sample.first), len(sample.between)) == (3, 12)
         assert 0 < max(sample.first) <= sample.seconds
+        sample = load.streams(echo, [[{"max_tokens": 5}] * 2] * 3, 5, "echo")
+        assert (sample.tokens, len(sample.first), sample.together) == (30, 6, None)
         turns = load.conversation(echo, {"max_tokens": 2}, ["a", "b", "c"], 2, "echo")
         assert [len(turn.arrivals) for turn in turns] == [2, 2, 2]
         with pytest.raises(UserError, match="echo wrote 1 tokens in 1 pieces, but was to write 5"):

@@ -48,14 +48,14 @@ class StreamTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadSample:
-    """What requests that began together saw of a server.
+    """What requests saw of a server.
 
     Attributes:
         seconds: from the first request to the last token.
         tokens: written, of all.
-        first: seconds to the first token, one a stream.
-        between: seconds between tokens, of all streams.
-        together: seconds of a step while all streams are written, a token each; None where there is no such time.
+        first: seconds to the first token, one a request.
+        between: seconds between tokens, of all requests.
+        together: seconds of a step while all are written, a token each; None where there is no such time.
     """
 
     seconds: float
@@ -111,7 +111,13 @@ class LoadGenerator:
         Raises:
             UserError: one failed, or wrote another number of tokens.
         """
-        return LoadSample.of(self._ask({"url": url, "bodies": bodies}, tokens, who))
+        return self.streams(url, [[body] for body in bodies], tokens, who)
+
+    def streams(
+        self, url: str, bodies: Sequence[Sequence[Mapping[str, Any]]], tokens: int, who: str
+    ) -> LoadSample:
+        """Streams that begin together, each asking its bodies one after the other; the rest as of `together`."""
+        return LoadSample.of(self._ask({"url": url, "streams": bodies}, tokens, who))
 
     def conversation(
         self, url: str, body: Mapping[str, Any], turns: Sequence[str], tokens: int, who: str

@@ -1,8 +1,8 @@
 """The load generator of `retnet bench serve`: streams of OpenAI's API, each event timed as it arrives; run as a file.
 
 It imports nothing of this package, so that it is a client like any other, in a process of its own. Every line of stdin is
-a job as JSON, answered by a line on stdout: requests that begin together, or the turns of one conversation, one after the
-other. It ends when stdin does.
+a job as JSON, answered by a line on stdout: streams that begin together, each one request after the other, or the turns of
+one conversation. It ends when stdin does.
 
 A client on the machine that it measures takes from the servers what it needs itself. So it does nothing with what arrives
 but note the time; HTTP (by httptools, uvicorn's own parser) and JSON are read when a stream has ended.
@@ -119,11 +119,16 @@ def told(lines: list[tuple[float, bytes]]) -> Told:
 
 
 async def work(job: Told) -> list[Told]:
-    """The answers of a job: of its `bodies`, sent together, or of its `turns`, each with all that was said before."""
+    """The answers of a job, one stream's after the other's: to the bodies of each of its `streams`, or to its `turns`."""
     if "turns" in job:
         return await converse(job)
-    bodies, zero = [json.dumps(body).encode() for body in job["bodies"]], time.perf_counter()
-    return await asyncio.gather(*(ask(job["url"], body, job["seconds"], zero) for body in bodies))
+    streams = [[json.dumps(body).encode() for body in bodies] for bodies in job["streams"]]
+    zero = time.perf_counter()
+
+    async def answers(bodies: list[bytes]) -> list[Told]:
+        return [await ask(job["url"], body, job["seconds"], zero) for body in bodies]
+
+    return [answer for each in await asyncio.gather(*map(answers, streams)) for answer in each]
 
 
 async def converse(job: Told) -> list[Told]:

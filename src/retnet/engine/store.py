@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -45,12 +46,13 @@ def keys_of(model: str, tokens: Sequence[int], known: Sequence[str] = ()) -> lis
         known: the first of the keys, which are not computed again.
     """
     keys = [*known]
-    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-        keys.append(next_key(keys[-1] if keys else model, tokens[start : start + BLOCK]))
+    left = np.asarray(tokens[len(keys) * BLOCK :], dtype=np.int64)
+    for start in range(0, len(left) - BLOCK + 1, BLOCK):
+        keys.append(next_key(keys[-1] if keys else model, left[start : start + BLOCK]))
     return keys
 
 
-def next_key(key: str, block: Sequence[int]) -> str:
+def next_key(key: str, block: Sequence[int] | NDArray[np.int64]) -> str:
     """The key of the state `BLOCK` tokens after that of a key; before the first it is the model's fingerprint."""
     return hashlib.sha256(key.encode() + np.asarray(block, dtype=np.int64).tobytes()).hexdigest()
 
