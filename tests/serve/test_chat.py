@@ -37,6 +37,12 @@ def greedy(tiny, tokenizer, text, stop=()):
     return engine.complete(Request(text, max_tokens=10, sampling=Sampling(temperature=0), stop=stop))[0].text
 
 
+def count(http, *messages):
+    """Tokens of a prompt."""
+    reply = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    return reply["usage"]["prompt_tokens"]
+
+
 def test_the_plain_template(http, tiny, tokenizer):
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 10}
     reply = http.post("/v1/chat/completions", json=body).json()
@@ -48,6 +54,8 @@ def test_the_plain_template(http, tiny, tokenizer):
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     assert all("role" not in event["choices"][0]["delta"] for event in events[1:])
     assert events[0]["object"] == "chat.completion.chunk"
+    lengths = {count(http, {"role": "assistant", "content": text}) for text in ("yes", " yes")}
+    assert lengths == {1 + len("Assistant: yes\n\nAssistant:")}
 
 
 def test_logprobs(http):

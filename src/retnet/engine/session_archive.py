@@ -90,7 +90,7 @@ class SessionArchive:
             UserError: also, it cannot be read.
         """
         with told(f"read the session {path}"):
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             names, metadata = file.keys(), file.metadata() or {}
 
         def tensor(name: str) -> Tensor:

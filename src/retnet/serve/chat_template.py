@@ -102,7 +102,9 @@ class ChatTemplate:
     def _plain(self, turns: Sequence[ChatTurn]) -> Rendered:
         tokens, marks = [self._tokenizer.bos_id], []
         for turn in turns:
-            tokens += self._tokenizer.encode(f"{PLAIN[turn.role]}: {turn.text}\n\n")
+            # an answer begins with its own space: given back with it, it is the text that was generated
+            space = "" if turn.text[:1].isspace() else " "
+            tokens += self._tokenizer.encode(f"{PLAIN[turn.role]}:{space}{turn.text}\n\n")
             marks.append(len(tokens))
         tokens += self._tokenizer.encode("Assistant:")
         return Rendered(tokens, marks, ("\n\nUser:",), ())
