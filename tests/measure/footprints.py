@@ -44,7 +44,6 @@ def cases(base: RunConfig) -> dict[str, RunConfig]:
         small = {"model": {"d_model": 64}, "batch_size": 1, "seq_len": 64}  # a cut is in the middle of a row
         return {
             "weights": weights,
-            "replicas": case(parallel=ParallelConfig(replicate=2), accumulate=4, **small),
             "heads": case(
                 {"d_model": 512, "num_layers": 4},
                 parallel=ParallelConfig(tp=2),
@@ -53,6 +52,7 @@ def cases(base: RunConfig) -> dict[str, RunConfig]:
                 accumulate=2,
                 activation_checkpointing=True,
             ),
+            "replicas": case(parallel=ParallelConfig(replicate=2), accumulate=4, **small),
             "stretches": case(
                 parallel=ParallelConfig(cp=2), accumulate=3, activation_checkpointing=True, **small
             ),
