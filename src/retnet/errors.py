@@ -8,6 +8,7 @@ the command line holds one around every verb, for whatever nobody expected.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import re
 import sys
@@ -37,6 +38,22 @@ _ASKED = re.compile(r"(Unable to allocate|[Tt]ried to allocate) [\d.,]+ (bytes|[
 
 class UserError(ValueError):
     """A mistake the user can mend. Command lines print its message alone, never a traceback."""
+
+
+def require_packages(who_needs: str, extra: str, *modules: str) -> None:
+    """Refuses to begin without packages that only some work needs.
+
+    Args:
+        who_needs: them, such as ``"reports need"``.
+        extra: of this package, which brings them.
+        modules: names that they are imported by.
+
+    Raises:
+        UserError: the first that is missing, and how to install it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{who_needs} {module}, which is missing; pip install 'retnet[{extra}]'")
 
 
 @contextmanager

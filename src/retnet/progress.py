@@ -25,8 +25,9 @@ class Say(Protocol):
 
 
 @contextmanager
-def shown(console: Console) -> Iterator[Say]:
-    """Shows on this console what is said inside the block."""
+def shown(console: Console | None = None) -> Iterator[Say]:
+    """Shows on this console, standard error where left out, what is said inside the block."""
+    console = console or Console(stderr=True, highlight=False)
     if console.is_terminal:
         text = TextColumn("{task.description}", markup=False)
         columns = SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TimeRemainingColumn(), text

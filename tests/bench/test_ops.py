@@ -18,6 +18,7 @@ from retnet.bench.implementations import (
 )
 from retnet.bench.op_steps import Step, StepRow
 from retnet.bench.ops import OpRow
+from retnet.cli.options import numbers
 from retnet.measure import peers
 from retnet.measure.clock import Sample, Spread, stopwatch
 from retnet.measure.limits import recent
@@ -244,11 +245,11 @@ def test_mistakes(options, message):
 
 
 def test_options_as_text():
-    assert implementations.parse_lengths("2048,512,2048") == (512, 2048)
+    assert numbers("2048,512,2048", "--lengths", least=1) == [512, 2048]
     assert implementations.parse_shapes("8x256x512,16X64x128") == (LARGE, HeadShape(16, 64, 128))
     for text in ("", "512,", "2k"):
-        with pytest.raises(UserError, match=f"--lengths is '{text}'; write numbers"):
-            implementations.parse_lengths(text)
+        with pytest.raises(UserError, match=f"--lengths is '{text}'; it must be whole numbers"):
+            numbers(text, "--lengths", least=1)
     for text in ("", "8x256", "8x256x512x1", "a,b"):
         with pytest.raises(UserError, match=f"--shapes is '{text}'; write heads"):
             implementations.parse_shapes(text)

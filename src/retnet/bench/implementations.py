@@ -164,18 +164,6 @@ def for_device(device: torch.device, **options: Any) -> OpsBench:  # noqa: ANN40
     return OpsBench(**{**gpu, **options})
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"512,2048"`` → (512, 2048).
-
-    Raises:
-        UserError: something that is no number.
-    """
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise UserError(f"--lengths is {text!r}; write numbers, commas between, such as 512,2048") from None
-
-
 def parse_shapes(text: str) -> tuple[HeadShape, ...]:
     """``"8x256x512,16x64x128"`` → heads, K and V of each.
 

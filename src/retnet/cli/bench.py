@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from retnet.cli.options import HomePath, options
+from retnet.cli.options import HomePath, numbers, options
 
 if TYPE_CHECKING:
     from retnet.measure.records import Record
@@ -185,14 +185,14 @@ def ops(
     device: str,
     out: Path,
     quick: bool,
-    **numbers: float | None,
+    **others: float | None,
 ) -> None:
     """The op and its decoding step beside peers, the machine's matrix products and its memory.
 
     Forward, and forward + backward, over lengths and head shapes: this library's backends, chunkwise and parallel retention
     under autograd, SDPA of equal width, and on a GPU flash-linear-attention where it is installed.
     """
-    from retnet.bench.implementations import HeadShape, for_device, parse_lengths, parse_shapes
+    from retnet.bench.implementations import HeadShape, for_device, parse_shapes
     from retnet.bench.ops import measure_ops
     from retnet.host import choose_device
 
@@ -201,9 +201,9 @@ def ops(
         chosen |= {"shapes": (HeadShape(2, 16, 32),), "lengths": (128, 256), "tokens": 256, "rounds": 2}
         chosen |= {"product_size": 256, "buffer_megabytes": 1}
     given = {
-        "lengths": None if lengths is None else parse_lengths(lengths),
+        "lengths": None if lengths is None else tuple(numbers(lengths, "--lengths", least=1)),
         "shapes": None if shapes is None else parse_shapes(shapes),
-        **numbers,
+        **others,
     }
     chosen |= {name: value for name, value in given.items() if value is not None}
     bench = for_device(choose_device(device), **chosen)
@@ -243,7 +243,7 @@ def _run(
     from retnet.progress import shown
 
     records.prepare(out)
-    with shown(Console(stderr=True, highlight=False)) as say:
+    with shown() as say:
         measured = measure(say)
     configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
     record = report.complete(f"{name}-quick" if quick else name, configuration, measured)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from retnet.data import DataConfig, PreparationProgress, Prepared, Problem
 
 _SHOWN = 20  # problems printed one by one
-_LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 
 
 @click.group()
@@ -175,33 +172,10 @@ class Problems:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[PreparationProgress], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    """Shows how far preparing has come."""
+    from retnet.progress import shown
 
-    columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.fields[seen]}"), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, seen="")
-
-        def show(progress: PreparationProgress) -> None:
-            total = progress.bytes_total or None
-            bar.update(task, completed=progress.bytes_read, total=total, seen=progress.words)
-
-        yield show
-
-
-def _lines() -> Callable[[PreparationProgress], None]:
-    last = time.monotonic()
-
-    def show(progress: PreparationProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY:
-            last = time.monotonic()
-            part = f"{progress.bytes_read / progress.bytes_total:.0%}, " if progress.bytes_total else ""
-            click.echo(f"{part}{progress.words}", err=True)
-
-    return show
+    with shown() as say:
+        yield lambda seen: say(
+            f"preparing: {seen.words}", seen.bytes_read / seen.bytes_total if seen.bytes_total else 0.0
+        )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retnet.cli.data import Problems
-from retnet.cli.options import HomePath, HomeText, opening
+from retnet.cli.options import HomePath, HomeText, numbers, opening
+from retnet.errors import require_packages
 from retnet.io import require_writable, write_json
 from retnet.settings import UserError
 
@@ -71,8 +72,8 @@ def perplexity(
 
     A document starts with BOS, as in training, and every token of its text is scored once in every mode.
     """
-    sizes = _numbers(lengths, "--lengths", least=1)
-    _require("scipy")
+    sizes = numbers(lengths, "--lengths", least=1)
+    require_packages("retnet eval needs", "eval", "scipy")
     from rich.console import Console
 
     from retnet.evals import report
@@ -121,14 +122,12 @@ def _measure(
     tell: bool,
 ) -> tuple[dict[str, Any], Measured]:
     """What there is to say about a model, and its numbers; one model is in memory at a time."""
-    from rich.console import Console
-
     from retnet.evals.models import open_model
     from retnet.evals.perplexity import measure
     from retnet.progress import shown
 
     candidate = open_model(name, **opening)
-    with shown(Console(stderr=True, highlight=False)) as say:
+    with shown() as say:
 
         def tell_progress(seen: ReadingProgress) -> None:
             say(f"{name}: {seen.documents:,} documents, {seen.tokens:,} tokens", seen.done or 0.0)
@@ -170,10 +169,10 @@ def tasks(
     out: Path | None,
 ) -> None:
     """Accuracy of MODEL on the paper's tasks, by lm-evaluation-harness, beside the paper's numbers."""
-    shots = _numbers(num_fewshot, "--num-fewshot", least=0)
-    size = "auto" if batch_size == "auto" else _numbers(batch_size, "--batch-size", least=1)[0]
+    shots = numbers(num_fewshot, "--num-fewshot", least=0)
+    size = "auto" if batch_size == "auto" else numbers(batch_size, "--batch-size", least=1)[0]
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    _require("lm_eval", "accelerate", "transformers")
+    require_packages("retnet eval needs", "eval", "lm_eval", "accelerate", "transformers")
     _set_environment(offline=local is not None)
     from rich.console import Console
 
@@ -209,24 +208,3 @@ def _set_environment(offline: bool) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def _numbers(text: str, option: str, least: int) -> list[int]:
-    """``"512, 1024"`` → [512, 1024], each once, in order of size."""
-    try:
-        numbers = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise UserError(
-            f"{option} is {text!r}; it must be whole numbers with commas between, such as 512,2048"
-        ) from None
-    if numbers[0] < least:
-        raise UserError(f"{option} has {numbers[0]}; it must be at least {least}")
-    return numbers
-
-
-def _require(*modules: str) -> None:
-    from importlib.util import find_spec
-
-    for module in modules:
-        if find_spec(module) is None:
-            raise UserError(f"retnet eval needs {module}, which is missing; pip install 'retnet[eval]'")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 import retnet
+from retnet.errors import UserError
 from retnet.io import expanded
 from retnet.settings import PATH, At, Count
 
@@ -106,6 +107,23 @@ def opening(function: Function) -> Function:
     return function
 
 
+def numbers(text: str, option: str, least: int) -> list[int]:
+    """Whole numbers of an option: ``"512, 1024"`` → [512, 1024], each once, in order of size.
+
+    Raises:
+        UserError: something that is no such number, or one that is too small.
+    """
+    try:
+        found = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise UserError(
+            f"{option} is {text!r}; it must be whole numbers with commas between, such as 512,2048"
+        ) from None
+    if found[0] < least:
+        raise UserError(f"{option} has {found[0]}; it must be at least {least}")
+    return found
+
+
 @functools.cache
 def read_fields(place: str) -> dict[str, Field]:
     """The fields of a dataclass, read from the source of its module."""
@@ -133,9 +151,8 @@ def read_fields(place: str) -> dict[str, Field]:
 def _kind(node: ast.expr, known: dict[str, Any]) -> Any:  # noqa: ANN401
     """An annotation; None for one that no option could hold."""
     try:
-        return eval(
-            compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": _BUILTINS}, known
-        )  # our own source
+        # our own source
+        return eval(compile(ast.Expression(node), "annotation", "eval"), {"__builtins__": _BUILTINS}, known)
     except (NameError, TypeError, AttributeError):
         return None
 

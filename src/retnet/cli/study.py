@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retnet.cli.options import FiniteRange, HomePath, options
-from retnet.errors import UserError, told
+from retnet.errors import UserError, require_packages, told
 from retnet.settings import COMMAND_LINE, parse_overrides
 
 if TYPE_CHECKING:
@@ -126,10 +126,12 @@ def _run(
     if dry_run:
         _plan(study, gpus, peak, utilisation)
         return
-    from retnet.studies.report import read, require_packages, show, write_report
+    from retnet.studies.report import read, show, write_report
     from retnet.studies.runner import run_study
 
-    require_packages()
+    require_packages(
+        "reports need", "study", "jinja2", "matplotlib", "scipy"
+    )  # before hours are spent on jobs
     out = out or Path("studies") / f"{path.parent.name}-{path.stem}"
     progress = Console(stderr=True, highlight=False)
     whole = "jobs that finished are whole, and the same command goes on with the others"

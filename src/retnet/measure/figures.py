@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from retnet.errors import UserError, told
+from retnet.errors import require_packages, told
 from retnet.measure.summary import Bars, Figure, Line, Panel
 
 if TYPE_CHECKING:
@@ -168,11 +168,8 @@ def short(value: float, label: str) -> str:
 @contextmanager
 def _drawing() -> Iterator[Any]:
     """matplotlib's class `Figure`, under our settings instead of the user's."""
-    try:
-        matplotlib, module = import_module("matplotlib"), import_module("matplotlib.figure")
-    except ImportError:
-        need = "figures need matplotlib, which is missing; pip install 'retnet[study]'"
-        raise UserError(need) from None
+    require_packages("figures need", "study", "matplotlib")
+    matplotlib, module = import_module("matplotlib"), import_module("matplotlib.figure")
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands in its place
         matplotlib.rcdefaults()

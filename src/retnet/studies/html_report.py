@@ -10,9 +10,10 @@ from datetime import datetime
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
 
+from retnet.errors import require_packages
 from retnet.measure import figures
 from retnet.measure.summary import Summary
-from retnet.settings import UserError, dump
+from retnet.settings import dump
 from retnet.studies.study import Study
 from retnet.tables import EMPTY, MISSING, Table
 
@@ -97,10 +98,8 @@ def render(page: Page) -> str:
     Raises:
         UserError: matplotlib or Jinja is missing.
     """
-    try:
-        jinja, markup = import_module("jinja2"), import_module("markupsafe").Markup
-    except ImportError:
-        raise UserError("reports need Jinja2, which is missing; pip install 'retnet[study]'") from None
+    require_packages("reports need", "study", "jinja2")
+    jinja, markup = import_module("jinja2"), import_module("markupsafe").Markup
     source = resources.files("retnet.studies").joinpath("report.html.jinja").read_text(encoding="utf-8")
     text: str = (
         jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, keep_trailing_newline=True)

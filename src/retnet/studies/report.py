@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from retnet.errors import told
 from retnet.io import write_text
 from retnet.measure import records
 from retnet.measure.summary import Summary
-from retnet.settings import UserError, dump
+from retnet.settings import dump
 from retnet.studies.folder import StudyFolder
 from retnet.studies.html_report import html_page, jobs_in_words
 from retnet.studies.protocols import Result
@@ -65,17 +64,6 @@ class StudyState:
         return (
             f"Of {jobs_in_words(self.total)}, {self.finished} finished, {', '.join(parts)}." if parts else ""
         )
-
-
-def require_packages() -> None:
-    """Checks, before hours are spent on jobs, that their report can be written.
-
-    Raises:
-        UserError: a package of the extra `study` is missing.
-    """
-    for module, package in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib"), ("scipy", "scipy")):
-        if find_spec(module) is None:
-            raise UserError(f"reports need {package}, which is missing; pip install 'retnet[study]'")
 
 
 def read(out: Path) -> StudyState:

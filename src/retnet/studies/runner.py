@@ -6,7 +6,6 @@ with its reason and tried again by the next call.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -16,17 +15,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from retnet import host
 from retnet.io import write_text
 from retnet.lock import sole_owner
+from retnet.progress import Say, shown
 from retnet.settings import UserError, dump
 from retnet.studies import estimate
 from retnet.studies.folder import StudyFolder
@@ -37,7 +35,6 @@ from retnet.train.run_dir import differences
 
 # What may differ when a study is continued: how it is worked off, and how many seeds there are.
 HARMLESS = {"hours", "workers", "processes", "measure.seeds"}
-SECONDS_BETWEEN_LINES = 30.0
 GRACE = 60.0  # seconds a job has to save its work when the study is stopped
 
 
@@ -77,7 +74,9 @@ def run_study(study: Study, out: Path, console: Console) -> Ended:
     with sole_owner(out, "study's", "--out"):
         folder.create(study, {**host.describe(), "started": _now(), "seconds": 0.0, **folder.environment()})
         study.measure.prepare(out, lambda text: console.print(text, markup=False, soft_wrap=True))
-        return _Runner(study, folder, console).run()
+        with shown(console) as say:
+            progress = _Progress(study.measure.count(), len(folder.results()), console, say)
+            return _Runner(study, folder, progress).run()
 
 
 def command(place: Path, processes: int) -> list[str]:
@@ -91,18 +90,17 @@ def command(place: Path, processes: int) -> list[str]:
 class _Runner:
     """One call's work."""
 
-    def __init__(self, study: Study, folder: StudyFolder, console: Console) -> None:
-        self.study, self.folder = study, folder
+    def __init__(self, study: Study, folder: StudyFolder, progress: _Progress) -> None:
+        self.study, self.folder, self.progress = study, folder, progress
         self.failed: dict[str, str] = {}
         self.running: dict[str, subprocess.Popen[str]] = {}
-        self.progress = _Progress(study.measure.count(), len(folder.results()), console)
         self.stopping = False
         self.lock = threading.Lock()
 
     def run(self) -> Ended:
         begin, before = time.monotonic(), float(self.folder.environment().get("seconds", 0.0))
         futures: dict[Future[None], str] = {}
-        with self._signals(), self.progress, ThreadPoolExecutor(self.study.workers) as pool:
+        with self._signals(), ThreadPoolExecutor(self.study.workers) as pool:
             try:
                 while True:
                     for name, job in self._next(set(futures.values())):
@@ -216,28 +214,13 @@ class _Runner:
 
 
 class _Progress:
-    """Progress over all jobs: a bar on a terminal, a line now and then elsewhere."""
+    """Progress over all jobs."""
 
-    def __init__(self, total: int, finished: int, console: Console) -> None:
-        self.total, self.done, self.console = total, finished, console
+    def __init__(self, total: int, finished: int, console: Console, shown: Say) -> None:
+        self.total, self.done, self.console, self.shown = total, finished, console, shown
         self.parts: dict[str, float] = {}  # of jobs in work
-        self.begin, self.begun_at, self.line = time.monotonic(), float(finished), time.monotonic()
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> _Progress:
-        self.say(f"{self.total} jobs, {self.done} of them done before")
-        self.bar.__enter__()
-        self.task = self.bar.add_task("jobs", total=self.total, completed=self.done, state="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.__exit__(None, None, None)
+        self.begin, self.begun_at = time.monotonic(), float(finished)
+        self.say(f"{total} jobs, {finished} of them done before")
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -256,23 +239,13 @@ class _Progress:
         self.say(f"{name}: FAILED: {reason}")
 
     def show(self) -> None:
-        """The bar, or a line if the last one is long ago."""
-        now = time.monotonic()
-        at = self.done + sum(list(self.parts.values()))
-        rate = (at - self.begun_at) / (now - self.begin)
-        left = (self.total - at) / rate if rate > 0 else math.inf
-        state = f"{self.done}/{self.total} done, {_duration(left)} left"
-        self.bar.update(self.task, completed=at, total=self.total, state=state)
-        if not self.console.is_terminal and now - self.line > SECONDS_BETWEEN_LINES:
-            self.line = now
-            self.say(f"{state}; now {', '.join(f'{n} {p:.0%}' for n, p in sorted(self.parts.items()))}")
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        """How far all and those in work are, and the time that is left."""
+        parts = sorted(self.parts.copy().items())
+        at = self.done + sum(part for _, part in parts)
+        rate = (at - self.begun_at) / (time.monotonic() - self.begin)
+        left = timedelta(seconds=round((self.total - at) / rate)) if rate > 0 else "?"
+        now = ", ".join(f"{name} {part:.0%}" for name, part in parts)
+        self.shown(f"{self.done}/{self.total} done, {left} left; now {now}", at / max(self.total, 1))
 
 
 def _now() -> str:
