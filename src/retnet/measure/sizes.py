@@ -1,17 +1,34 @@
-"""Models of equal size: the feed-forward width that gives a peer as many parameters as a model has."""
+"""Models that are compared: RetNet alone, and the feed-forward width that gives a peer as many parameters as it has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from retnet.mixers import SoftmaxConfig
+from retnet.mixers import RetentionConfig, SoftmaxConfig
 from retnet.model import ModelConfig
 from retnet.model.cost import cost
 from retnet.settings import UserError
 
 TOLERANCE = 0.02  # of the number of parameters
 UNIT = 8  # a width is usually a multiple of it
+
+
+def require_retention(model: ModelConfig, name: str = "model") -> RetentionConfig:
+    """The mixer of a model that is retention in all layers.
+
+    Args:
+        model: to be compared with others.
+        name: that its user knows it by.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(model.mixer, RetentionConfig) or not model.is_uniform:
+        raise UserError(
+            f"{name}: mixer.name is {model.mixer.name!r}, layers {model.layers}; all layers must be 'retention'"
+        )
+    return model.mixer
 
 
 def equal_width(parameters: int, count: Callable[[int], int], what: str, unit: int = UNIT) -> int:

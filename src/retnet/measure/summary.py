@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,12 @@ class Line:
         """The line through medians, from the least to the greatest."""
         y, low, high = (tuple(getattr(s, key) for s in seen) for key in ("median", "low", "high"))
         return cls(name, tuple(map(float, x)), y, low, high, dashed)
+
+    @classmethod
+    def means(cls, name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Line:
+        """The line through the means of several values at each x, from the least to the greatest."""
+        ends = tuple(map(min, values)), tuple(map(max, values))
+        return cls(name, tuple(map(float, x)), tuple(map(statistics.mean, values)), *ends)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ based on and the command line, `dump` writes it back so that loading the result 
 
 from retnet.errors import UserError
 from retnet.settings.build import Choice, build, dump, nearest
-from retnet.settings.checks import PATH, At, Checked, Count
+from retnet.settings.checks import PATH, At, Checked, Count, Items
 from retnet.settings.files import (
     COMMAND_LINE,
     config_path,
@@ -24,6 +24,7 @@ __all__ = [
     "Checked",
     "Choice",
     "Count",
+    "Items",
     "UserError",
     "build",
     "config_path",

@@ -7,7 +7,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any
@@ -57,12 +57,28 @@ class At:
 Count = Annotated[int, At(least=1)]  # of things there must be one of at least
 
 
+@dataclass(frozen=True)
+class Items:
+    """How many items a list has at least, and where they begin to rise, if they must: ``Items(3, rising_from=1)``."""
+
+    least: int = 1
+    rising_from: int | None = None
+
+    def fault(self, items: Sequence[Any]) -> str:
+        """What is wrong with a list, as the end of a sentence that its name begins; empty where nothing is."""
+        begin, few = self.rising_from, len(items) < self.least
+        wanted = f"give at least {'one' if self.least == 1 else self.least}"
+        if begin is not None and (few or [*items] != sorted(set(items)) or items[0] < begin):
+            return f"is {list(items)}; {wanted}, from {begin} on, that rise"
+        return f"is {list(items) or 'empty'}; {wanted}" if few else ""
+
+
 class Checked:
     """Base of the dataclasses that hold settings: their numbers are numbers, and in range, however they are made.
 
-    Floats are finite, and at most `LARGEST` in size unless their field says otherwise with `At`; fields marked `PATH`
-    have their ``~`` expanded; lists become tuples, so that settings can be hashed. A subclass that compares fields calls
-    ``super().__post_init__()`` first.
+    Floats are finite, and at most `LARGEST` in size unless their field says otherwise with `At`; lists have as many items
+    as `Items` says; fields marked `PATH` have their ``~`` expanded; lists become tuples, so that settings can be hashed. A
+    subclass that compares fields calls ``super().__post_init__()`` first.
     """
 
     def __post_init__(self) -> None:
@@ -84,12 +100,13 @@ def _kinds(cls: Any) -> dict[str, Any]:  # noqa: ANN401
 def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]:  # noqa: ANN401
     """What is wrong with the numbers of a value, as the end of a sentence that its name begins."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if (
-        origin is typing.Annotated and PATH in inner[1:] and value == ""
-    ):  # would be taken for the current directory
+    # would be taken for the current directory
+    if origin is typing.Annotated and PATH in inner[1:] and value == "":
         yield "is empty; it must name something"
     elif origin is typing.Annotated:
         yield from _faults(inner[0], value, tuple(mark for mark in inner[1:] if isinstance(mark, At)))
+        if isinstance(value, (tuple, list)):
+            yield from filter(None, (mark.fault(value) for mark in inner[1:] if isinstance(mark, Items)))
     elif origin in (types.UnionType, typing.Union):
         others = [each for each in inner if each is not types.NoneType]
         for each in others:
@@ -127,6 +144,8 @@ def _expanded(kind: Any, value: Any) -> Any:  # noqa: ANN401
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated and PATH in inner[1:]:
         return expanded(value) if isinstance(value, str) else value
+    if origin is typing.Annotated:
+        return _expanded(inner[0], value)
     if origin in (types.UnionType, typing.Union):
         return functools.reduce(lambda held, each: _expanded(each, held), inner, value)
     if origin is tuple and isinstance(value, (tuple, list)) and inner[-1] is Ellipsis:

@@ -8,7 +8,7 @@ CPU. Which mixers are trained in parallel along time is not asserted: one sequen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, free_memory, kept_for_backward
 from retnet.measure.summary import Summary
 from retnet.mixers import MIXERS, Mixer, MixerConfig, TrainingForm
-from retnet.settings import At, Checked, Count, UserError, nearest
+from retnet.settings import At, Checked, Count, Items, UserError, nearest
 from retnet.studies.complexity_summary import summarise
-from retnet.studies.protocols import Job, Measure, Result, Results, Tell
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell, part_of
 
-FIVE = 5  # lengths at least: an exponent from fewer says little
+Lengths = Annotated[tuple[int, ...], Items(5, rising_from=2)]  # an exponent from fewer says little
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,9 @@ class Using(Checked):
     d_model: Count = 256
     num_heads: Count = 4
     batch: Count = 4
-    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    lengths: Lengths = (4096, 8192, 16384, 32768, 65536)
     rounds: Count = 7
     seconds: Annotated[float, At(above=0)] = 0.15
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_rising(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,12 @@ class Learning(Checked):
 
     d_model: Count = 64
     num_heads: Count = 1
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    lengths: Lengths = (512, 1024, 2048, 4096, 8192)
     rows: Annotated[int, At(least=2)] = 16
     rounds: Count = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_rising(self.lengths)
         if uneven := [n for n in self.lengths if max(self.lengths) % n]:
             raise UserError(
                 f"length {uneven[0]} does not divide the longest, {max(self.lengths)}; change one"
@@ -102,8 +97,7 @@ class ComplexityJob(Job):
             parts.append(partial(_learning, self.mixer, form, self.learning, device))
         found = []
         for number, part in enumerate(parts):
-            share = partial(_share, tell, number, len(parts))
-            found.append(_once(folder / f"part-{number}.json", part, share))
+            found.append(_once(folder / f"part-{number}.json", part, part_of(tell, number, len(parts))))
         using, *learning = found
         return {"mixer": self.mixer, "device": device.type, "using": using, "learning": learning}
 
@@ -253,18 +247,9 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _require_rising(lengths: Sequence[int]) -> None:
-    if list(lengths) != sorted(set(lengths)) or len(lengths) < FIVE or lengths[0] < 2:
-        raise UserError(f"lengths are {lengths}; give at least {FIVE} that rise, from 2 on")
-
-
 def _once(file: Path, measure: Callable[[Tell], Result], tell: Tell) -> Result:
     """What a file holds, or what is measured now and left there."""
     if not file.exists():
         write_text(file, json.dumps(measure(tell)))
     found: Result = json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def _share(tell: Tell, number: int, parts: int, done: float) -> None:
-    tell((number + done) / parts)

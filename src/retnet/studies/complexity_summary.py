@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from retnet.measure.clock import Spread, spread
@@ -77,20 +77,6 @@ def _theory(mixer: str) -> tuple[str, str]:
 
 
 def _architectures(mixers: Sequence[str], found: dict[str, Result], exponents: dict[str, Exponents]) -> Table:
-    columns = (
-        "mixer",
-        "paper's row",
-        "parallel: paper",
-        "along time",
-        "one sequence alone",
-        "cost per token: paper",
-        "exponent",
-        "state: exponent",
-        "training memory: paper",
-        "theory",
-        "kept: exponent",
-        "quality: paper",
-    )
     rows = []
     for mixer in mixers:
         row, along = MIXERS[mixer].paper_row, MIXERS[mixer].along_time
@@ -102,106 +88,95 @@ def _architectures(mixers: Sequence[str], found: dict[str, Result], exponents: d
             lone = _forms((f["form"], alone(f)) for f in found[mixer]["learning"])
             using, state, theory, kept = str(e.using), str(e.state), _forms(e.kept_theory), _forms(e.kept)
         rows.append(
-            (
-                mixer,
-                row or MISSING,
-                parallel,
-                along,
-                lone,
-                inference,
-                using,
-                state,
-                memory,
-                theory,
-                kept,
-                quality,
-            )
+            {
+                "mixer": mixer,
+                "paper's row": row or MISSING,
+                "parallel: paper": parallel,
+                "along time": along,
+                "one sequence alone": lone,
+                "cost per token: paper": inference,
+                "exponent": using,
+                "state: exponent": state,
+                "training memory: paper": memory,
+                "theory": theory,
+                "kept: exponent": kept,
+                "quality: paper": quality,
+            }
         )
-    return Table("Architectures: claimed and measured", columns, tuple(rows), NOTES)
+    cells = tuple(tuple(row.values()) for row in rows)
+    return Table("Architectures: claimed and measured", tuple(rows[0]), cells, NOTES)
 
 
 def _numbers(found: dict[str, Result], exponents: dict[str, Exponents]) -> list[Table]:
     using = {mixer: result["using"] for mixer, result in found.items()}
     first, learning = next(iter(using.values())), next(iter(found.values()))["learning"][0]
     one_token = f"{first['batch']} sequences of width {first['d_model']} at once; medians over rounds"
+    contexts, lengths = "tokens of context", "length of the sequences"
     return [
-        Table(
-            "Decoding: microseconds of a token, by tokens of context",
-            ("mixer", "1", *(f"{n:,}" for n in first["lengths"]), "exponent"),
-            tuple(
-                (mixer, *(f"{x * 1e6:.3g}" for x in _medians([u["first"], *u["seconds"]])), str(exponents[mixer].using))
-                for mixer, u in using.items()
-            ),
-            (f"{one_token}. The first column, after one token, shows the constant part; no exponent contains it.",),
+        _by_length(
+            f"Decoding: microseconds of a token, by {contexts}",
+            (1, *first["lengths"]),
+            ((m, _microseconds([u["first"], *u["seconds"]]), exponents[m].using) for m, u in using.items()),
+            f"{one_token}. The first column, after one token, shows the constant part; no exponent contains it.",
         ),
-        Table(
-            "Decoding: state of one sequence, by tokens of context",
-            ("mixer", *(f"{n:,}" for n in first["lengths"]), "exponent"),
-            tuple(
-                (mixer, *(in_bytes(x) for x in u["state_bytes"]), str(exponents[mixer].state))
-                for mixer, u in using.items()
-            ),
-            ("A KV cache that is measured holds random numbers; all other states come from reading so many tokens.",),
+        _by_length(
+            f"Decoding: state of one sequence, by {contexts}",
+            first["lengths"],
+            ((m, map(in_bytes, u["state_bytes"]), exponents[m].state) for m, u in using.items()),
+            "A KV cache that is measured holds random numbers; all other states come from reading so many tokens.",
         ),
-        Table(
-            "Training: microseconds of a token, by length of the sequences",
-            ("mixer", *(f"{n:,}" for n in learning["lengths"]), "exponent"),
-            tuple(
-                (name, *(f"{x * 1e6:.3g}" for x in _medians(f["seconds"])), _work(f))
-                for name, f in _trained(found)
-            ),
-            (
-                f"Forward and backward pass of {learning['tokens']:,} tokens of width {learning['d_model']} at every "
-                "length. 0 is linear work, 1 is quadratic; projections, which are linear, pull quadratic work below 1.",
-            ),
+        _by_length(
+            f"Training: microseconds of a token, by {lengths}",
+            learning["lengths"],
+            ((name, _microseconds(f["seconds"]), _work(f)) for name, f in _trained(found)),
+            f"Forward and backward pass of {learning['tokens']:,} tokens of width {learning['d_model']} at every "
+            "length. 0 is linear work, 1 is quadratic; projections, which are linear, pull quadratic work below 1.",
         ),
-        Table(
+        _by_length(
             "Training: what one sequence keeps for its backward pass, by its length",
-            ("mixer", *(f"{n:,}" for n in learning["lengths"]), "exponent"),
-            tuple(
-                (name, *(in_bytes(x) for x in f["kept_bytes"]), str(slope(f["lengths"], f["kept_bytes"])))
+            learning["lengths"],
+            (
+                (name, map(in_bytes, f["kept_bytes"]), slope(f["lengths"], f["kept_bytes"]))
                 for name, f in _trained(found)
             ),
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _work(learning: Result) -> str:
-    return str(slope(learning["lengths"], _medians(learning["seconds"])))
+def _by_length(
+    title: str, lengths: Iterable[int], rows: Iterable[tuple[str, Iterable[str], Slope]], *notes: str
+) -> Table:
+    """Of each mixer a cell a length, and the exponent."""
+    lines = tuple((name, *cells, str(exponent)) for name, cells, exponent in rows)
+    return Table(title, ("mixer", *(f"{n:,}" for n in lengths), "exponent"), lines, notes)
+
+
+def _microseconds(seconds: Sequence[Sequence[float]]) -> list[str]:
+    return [f"{x * 1e6:.3g}" for x in _medians(seconds)]
+
+
+def _work(learning: Result) -> Slope:
+    return slope(learning["lengths"], _medians(learning["seconds"]))
 
 
 def _figures(found: dict[str, Result]) -> list[Figure]:
-    length = "tokens of context"
+    def panel(
+        title: str, x: str, y: str, parts: Iterable[tuple[str, Result]], key: str, unit: float
+    ) -> Panel:
+        lines = tuple(_line(name, part["lengths"], part[key], unit) for name, part in parts)
+        return Panel(title, x, y, lines, log_x=True, log_y=True)
 
-    def panel(title: str, y_label: str, lines: list[Line], x_label: str) -> Panel:
-        return Panel(title, x_label, y_label, tuple(lines), log_x=True, log_y=True)
-
-    using = [(mixer, result["using"]) for mixer, result in found.items()]
-    decoding = [_line(m, u["lengths"], u["seconds"], 1e6) for m, u in using]
-    states = [
-        Line(m, tuple(map(float, u["lengths"])), tuple(x / 2**20 for x in u["state_bytes"])) for m, u in using
-    ]
-    training = [_line(name, f["lengths"], f["seconds"], 1e6) for name, f in _trained(found)]
-    kept = [
-        Line(name, tuple(map(float, f["lengths"])), tuple(x / 2**20 for x in f["kept_bytes"]))
-        for name, f in _trained(found)
-    ]
-    return [
-        Figure(
-            "decoding-over-length",
-            (
-                panel("Time of a token", "microseconds", decoding, length),
-                panel("State of one sequence", "MiB", states, length),
-            ),
-        ),
-        Figure(
-            "training-over-length",
-            (
-                panel("Training time of a token", "microseconds", training, "tokens of a sequence"),
-                panel("Kept for the backward pass", "MiB", kept, "tokens of a sequence"),
-            ),
-        ),
-    ]
+    using, trained = [(mixer, result["using"]) for mixer, result in found.items()], _trained(found)
+    context, length = "tokens of context", "tokens of a sequence"
+    decoding = (
+        panel("Time of a token", context, "microseconds", using, "seconds", 1e6),
+        panel("State of one sequence", context, "MiB", using, "state_bytes", 2**-20),
+    )
+    training = (
+        panel("Training time of a token", length, "microseconds", trained, "seconds", 1e6),
+        panel("Kept for the backward pass", length, "MiB", trained, "kept_bytes", 2**-20),
+    )
+    return [Figure("decoding-over-length", decoding), Figure("training-over-length", training)]
 
 
 def _findings(found: dict[str, Result], exponents: dict[str, Exponents]) -> list[str]:
@@ -240,9 +215,11 @@ def _trained(found: dict[str, Result]) -> list[tuple[str, Result]]:
     ]
 
 
-def _line(name: str, lengths: Sequence[int], seconds: Sequence[Sequence[float]], unit: float) -> Line:
-    seen = [spread(x * unit for x in rounds) for rounds in seconds]
-    return Line.of(name, lengths, seen)
+def _line(name: str, lengths: Sequence[int], seen: Sequence[Any], unit: float) -> Line:
+    """Of numbers, or of those of several rounds."""
+    if isinstance(seen[0], (int, float)):
+        return Line(name, tuple(map(float, lengths)), tuple(x * unit for x in seen))
+    return Line.of(name, lengths, [spread(x * unit for x in rounds) for rounds in seen])
 
 
 def _medians(seconds: Sequence[Sequence[float]]) -> list[float]:

@@ -20,16 +20,16 @@ from retnet.host import choose_device, keep_freed_memory
 from retnet.measure.clock import Contender, interleave
 from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, Watch, free_memory, in_bytes
-from retnet.measure.sizes import transformer
+from retnet.measure.sizes import require_retention, transformer
 from retnet.measure.summary import Summary
-from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import Cost, cost
-from retnet.settings import At, Checked, Count, UserError
+from retnet.settings import At, Checked, Count, Items, UserError
 from retnet.studies.decoding_summary import OURS, PEER, summarise
 from retnet.studies.protocols import Job, Measure, Result, Results, Tell
 
 SPEED = "speed"
+Rising = Annotated[tuple[int, ...], Items(rising_from=1)]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class DecodingGrid(Checked):
 
     model: ModelConfig
     head_width: Count = 64
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
-    batches: tuple[int, ...] = (1, 2, 4, 8)
+    lengths: Rising = (1024, 2048, 4096, 8192, 16384, 32768)
+    batches: Rising = (1, 2, 4, 8)
     batch: Count = 2
     budget_gib: Annotated[float, At(above=0)] = 2.0
     rounds: Count = 5
@@ -62,15 +62,7 @@ class DecodingGrid(Checked):
         super().__post_init__()
         if self.model.vocab_size is None:
             raise UserError("model.vocab_size is not set; a step reads a row of it, so give it")
-        if not isinstance(self.model.mixer, RetentionConfig) or not self.model.is_uniform:
-            raise UserError(
-                f"model.mixer.name is {self.model.mixer.name!r}, model.layers {self.model.layers}; "
-                "this measure is about 'retention' in all layers"
-            )
-        for name in ("lengths", "batches"):
-            values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise UserError(f"{name} are {values}; give at least one, from 1 on, that rise")
+        require_retention(self.model)
         if self.batch not in self.batches:
             raise UserError(f"batch is {self.batch}; it must be one of the batches {self.batches}")
 
@@ -127,9 +119,8 @@ class DecodingMeasure(Measure):
                     f"weights and state of the {name} take {least} at {g.lengths[0]:,} tokens and batch {g.batch}, but "
                     f"budget_gib is {g.budget_gib:g}; raise it or take a smaller model"
                 )
-        other = max(
-            g.bytes(name, 1, 0, device) for name in g.models()
-        )  # weights of the model that is not decoding
+        # weights of the model that is not decoding
+        other = max(g.bytes(name, 1, 0, device) for name in g.models())
         most, have = int(other + g.budget_gib * GIB), free_memory(device)
         if most > have:
             raise UserError(

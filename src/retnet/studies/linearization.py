@@ -6,7 +6,6 @@ same architecture is trained from fresh weights with as many; all are measured o
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,14 @@ from typing import Annotated, Any, Literal
 from retnet.data import prepare
 from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
-from retnet.settings import PATH, At, Checked, Count, UserError, build, config_path, load, merge
+from retnet.settings import PATH, At, Checked, Count, Items, UserError, build, config_path, load, merge
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.linearization_summary import TEACHER, student_name, summarise
-from retnet.studies.protocols import Job, Measure, Result, Results, StepsTold, Tell
-from retnet.studies.tuning import slug
+from retnet.studies.protocols import Job, Measure, Result, Results, StepsTold, Tell, trained
+from retnet.studies.tuning import require_own_names, slug
 from retnet.train.config import RunConfig
 from retnet.train.linearize import Linearization, LinearizeConfig, Linearized, linearize
 from retnet.train.student import student_config
-from retnet.train.trainer import train
 
 SEEDS = 1000  # students' begin here: a teacher's own seed would have them read what it read first
 
@@ -52,22 +50,17 @@ class LinearizationMeasure(Measure):
     """
 
     name: Literal["linearization"]
-    rows: tuple[StudentRow, ...]
+    rows: Annotated[tuple[StudentRow, ...], Items()]
     config: Annotated[str, PATH]
     settings: dict[str, Any] = field(default_factory=dict)
     how: dict[str, Any] = field(default_factory=dict)
-    shares: tuple[Annotated[float, At(above=0, most=1)], ...] = (0.05, 0.1, 0.2)
+    shares: Annotated[tuple[Annotated[float, At(above=0, most=1)], ...], Items()] = (0.05, 0.1, 0.2)
     align_share: Annotated[float, At(above=0, below=1)] = 0.4
     seeds: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [slug(row.label) for row in self.rows]
-        if twice := {name for name in names if names.count(name) > 1 or name in ("", TEACHER)}:
-            raise UserError(f"rows must have names of their own, but there is {', '.join(sorted(twice))!r}")
-        for name in ("rows", "shares"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty; a study needs at least one")
+        require_own_names("rows", [slug(row.label) for row in self.rows], TEACHER)
 
     def check(self) -> None:
         """Builds the configurations of teacher and students."""
@@ -155,10 +148,8 @@ class TeacherJob(Job):
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
         """Trains, or goes on training, in ``folder/run``."""
-        keep_freed_memory()
         begin = time.perf_counter()
-        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=StepsTold(tell))
-        if not outcome.finished or int(os.environ.get("RANK", "0")):
+        if not trained(self.run_config, folder / "run", tell):
             return None
         c = self.run_config.train
         return {"tokens": c.tokens_before(c.steps), "seconds": time.perf_counter() - begin}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from retnet.measure.summary import Figure, Line, Panel, Summary
 from retnet.studies.protocols import Result, Results
-from retnet.studies.tuning import slug
+from retnet.studies.tuning import over_seeds, slug
 from retnet.tables import MISSING, Table
 
 TEACHER, SCRATCH = "teacher", "scratch"
@@ -50,8 +50,8 @@ def _table(found: FoundStages) -> Table:
     )
     rows = []
     for (label, share), seeds in found.items():
-        cells = (_mean([_bits(each, name) for each in seeds]) for name in (TEACHER, *STAGES, SCRATCH))
-        gap = _mean([100 * part for part in map(closed, seeds) if part is not None], 0)
+        cells = (over_seeds([_bits(each, name) for each in seeds], 3) for name in (TEACHER, *STAGES, SCRATCH))
+        gap = over_seeds([100 * part for part in map(closed, seeds) if part is not None], 0)
         rows.append((label, f"{share:.0%}", str(len(seeds)), *cells, gap if gap == MISSING else f"{gap} %"))
     notes = (
         "Bits per byte of held-out text, lower is better: mean over seeds ± their standard deviation. Scratch has the "
@@ -72,13 +72,9 @@ def _figure(labels: Sequence[str], shares: Sequence[float], found: FoundStages) 
     for label in labels:
         for stage in (SCRATCH, *list(STAGES)[1:]):
             known = [(share, [_bits(each, stage) for each in found[label, share]]) for share in shares]
-            known = [(share, values) for share, values in known if values]
+            known = [(100 * share, values) for share, values in known if values]
             if known:
-                x = tuple(100 * share for share, _ in known)
-                values = [bits for _, bits in known]
-                ends = tuple(map(min, values)), tuple(map(max, values))
-                name = f"{label}, {STAGES.get(stage, stage)}"
-                lines.append(Line(name, x, tuple(map(statistics.mean, values)), *ends))
+                lines.append(Line.means(f"{label}, {STAGES.get(stage, stage)}", *zip(*known, strict=True)))
     teachers = [_bits(each, TEACHER) for seeds in found.values() for each in seeds]
     if teachers:
         ends_of_x = tuple(100 * share for share in (min(shares), max(shares)))
@@ -108,10 +104,3 @@ def _findings(found: FoundStages) -> list[str]:
 def _bits(stages: Stages, name: str) -> float:
     value: float = stages[name]["bits_per_byte"]
     return value
-
-
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    if not values:
-        return MISSING
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"

@@ -7,16 +7,20 @@ shown: that is `retnet.studies.runner`. A new measure is one module with one sub
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
 from retnet.settings import Choice
 from retnet.studies.estimate import RunEstimate
+from retnet.train.config import RunConfig
 from retnet.train.progress import TrainingProgress
+from retnet.train.trainer import train
 
 Result = dict[str, Any]  # what a job leaves behind, plain JSON
 Results = Mapping[str, Result]  # name of a finished job → its result
@@ -86,3 +90,15 @@ class StepsTold(TrainingProgress):
         """As of any training."""
         super().step(step, loss, rate, left)
         self._tell(0.95 * step / self._steps)
+
+
+def trained(config: RunConfig, run: Path, tell: Tell) -> bool:
+    """Trains a run, or goes on training it; whether it is finished, and this one of several processes is to measure it."""
+    keep_freed_memory()
+    outcome = train(config, run, begin="resume-or-start", progress=StepsTold(tell))
+    return outcome.finished and not int(os.environ.get("RANK", "0"))
+
+
+def part_of(tell: Tell, number: int, parts: int) -> Tell:
+    """How a job tells how far one of its parts is, of so many that take as long as each other."""
+    return lambda done: tell((number + done) / parts)

@@ -8,27 +8,23 @@ in-domain loss is kept, and the other seeds are trained at it; the run that won 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from retnet.data import prepare
 from retnet.evals import Corpus, measure, open_model
-from retnet.host import keep_freed_memory
 from retnet.measure.summary import Summary
-from retnet.settings import PATH, At, Checked, Count, UserError, config_path, load, merge
+from retnet.settings import PATH, Checked, Count, Items, UserError, config_path, load, merge
 from retnet.studies.estimate import RunEstimate, plan
-from retnet.studies.protocols import Job, Measure, Result, Results, StepsTold, Tell
-from retnet.studies.quality_summary import VariantResults, summarise
-from retnet.studies.tuning import TuningGrid, slug
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell, trained
+from retnet.studies.quality_summary import IN_DOMAIN, summarise
+from retnet.studies.tuning import Rates, Training, TunedRows, require_own_names, slug
 from retnet.train.config import RunConfig
-from retnet.train.trainer import train
 
-IN_DOMAIN = "in-domain"
 Text = Annotated[str, PATH]
 Sets = dict[str, Text | tuple[Text, ...]]
 
@@ -51,7 +47,7 @@ class Variant(Checked):
 
 
 @dataclass(frozen=True)
-class QualityMeasure(Measure):
+class QualityMeasure(TunedRows, Measure):
     """Perplexity of models.
 
     Attributes:
@@ -66,9 +62,9 @@ class QualityMeasure(Measure):
     """
 
     name: Literal["quality"]
-    rows: tuple[Variant, ...]
+    rows: Annotated[tuple[Variant, ...], Items()]
     settings: dict[str, Any] = field(default_factory=dict)
-    learning_rates: tuple[Annotated[float, At(above=0, most=1e3)], ...] = (1e-3,)
+    learning_rates: Rates = (1e-3,)
     seeds: Count = 3
     sets: Sets = field(default_factory=dict)
     set_documents: Count | None = None
@@ -77,15 +73,8 @@ class QualityMeasure(Measure):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "learning_rates"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty; a study needs at least one")
-        for what, names in (("rows", [slug(row.label) for row in self.rows]), ("sets", list(self.sets))):
-            twice = {name for name in names if names.count(name) > 1 or name in ("", IN_DOMAIN)}
-            if twice:
-                raise UserError(
-                    f"{what} must have names of their own, but there is {', '.join(sorted(twice))!r}"
-                )
+        require_own_names("rows", [slug(row.label) for row in self.rows], IN_DOMAIN)
+        require_own_names("sets", list(self.sets), IN_DOMAIN)
 
     def check(self) -> None:
         """Reads every row's configuration and looks for the text of every set."""
@@ -106,35 +95,21 @@ class QualityMeasure(Measure):
 
     def plans(self) -> list[RunEstimate]:
         """What the runs of each row will take."""
-        runs = len(self.learning_rates) + self.seeds - 1
-        return [plan(row.label, self._config(row, Path("."), 1.0, 0), runs) for row in self.rows]
+        return [plan(row.label, self._config(row, Path("."), 1.0, 0), self.runs) for row in self.rows]
 
-    def count(self) -> int:
-        """The grid for each row, and the other seeds."""
-        return self._grid.size()
+    def job(self, out: Path, training: Training) -> Job:
+        """Trains a row, and measures it on every set."""
+        return QualityJob(
+            "quality", self._config(training.row, out, *training[1:]), self.sets, self.set_documents
+        )
 
-    def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
-        """Seed 0 of all rows, rate by rate; then the other seeds at the best."""
-        rows = {row.label: row for row in self.rows}
-        return {
-            name: QualityJob(
-                "quality", self._config(rows[t.row], out, t.rate, t.seed), self.sets, self.set_documents
-            )
-            for name, t in self._grid.trainings(results, failed).items()
-        }
+    def loss(self, result: Result) -> float:
+        """Nats per token in-domain."""
+        return float(result["sets"][IN_DOMAIN]["nats_per_token"])
 
     def summarise(self, results: Results) -> Summary:
         """Perplexity beside the published numbers, the tuning, and whether the orders agree."""
-        grid = self._grid
-        found = [VariantResults(row.label, row.paper, *grid.found(row.label, results)) for row in self.rows]
-        return summarise(found, [IN_DOMAIN, *self.sets], self.published, self.against)
-
-    @property
-    def _grid(self) -> TuningGrid:
-        rows = tuple(row.label for row in self.rows)
-        return TuningGrid(
-            rows, self.learning_rates, self.seeds, lambda r: r["sets"][IN_DOMAIN]["nats_per_token"]
-        )
+        return summarise(self.found(results), [IN_DOMAIN, *self.sets], self.published, self.against)
 
     def _config(self, row: Variant, out: Path, rate: float, seed: int) -> RunConfig:
         settings = merge({"data": {"cache": str(out / "data")}}, self.settings)
@@ -157,12 +132,10 @@ class QualityJob(Job):
 
     def run(self, folder: Path, tell: Tell) -> Result | None:
         """Trains, or goes on training, in ``folder/run``; then measures in windows of the training length."""
-        keep_freed_memory()
         begin = time.perf_counter()
-        outcome = train(self.run_config, folder / "run", begin="resume-or-start", progress=StepsTold(tell))
-        if not outcome.finished or int(os.environ.get("RANK", "0")):  # of several processes one measures
+        if not trained(self.run_config, folder / "run", tell):
             return None
-        trained = time.perf_counter()
+        training_seconds = time.perf_counter() - begin
         sets = dict(self._measure(folder / "run"))
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
@@ -173,7 +146,7 @@ class QualityJob(Job):
             "sets": sets,
             "curve": _curve(folder / "run" / "metrics.jsonl"),
             "seconds": time.perf_counter() - begin,
-            "training_seconds": trained - begin,
+            "training_seconds": training_seconds,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
         }
 

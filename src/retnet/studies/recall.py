@@ -7,7 +7,7 @@ asked beyond what they were trained on: more pairs, longer haystacks. Only the a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,16 @@ from retnet.measure.summary import Summary
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.nn import ShortConvolution
-from retnet.settings import At, Checked, Count, UserError, build, merge
+from retnet.settings import At, Checked, Count, Items, UserError, build, merge
 from retnet.studies.estimate import RunEstimate, plan
 from retnet.studies.protocols import Job, Measure, Result, Results, Tell
-from retnet.studies.recall_summary import RecallResults, summarise
+from retnet.studies.recall_summary import summarise
 from retnet.studies.recall_tasks import Asked, Vocabulary, needles, pairs
-from retnet.studies.tuning import TuningGrid, slug
+from retnet.studies.tuning import Rates, Training, TunedRows, require_own_names, slug
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.optimizer import adamw, learning_rate
 
-Counts = tuple[Count, ...]
+Counts = Annotated[tuple[Count, ...], Items()]
 HELD_OUT = 1 << 40  # seeds of the questions that are counted begin here, those of steps at 0
 WARMUP = 0.1  # part of the steps over which the learning rate rises
 
@@ -68,9 +68,6 @@ class RecallTask(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pairs", "asked_pairs", "lengths", "asked_lengths"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty; give at least one number")
         most = max(*self.pairs, *self.asked_pairs, self.needles)
         if most > self.vocabulary.keys:
             raise UserError(
@@ -84,7 +81,7 @@ class RecallTask(Checked):
 
 
 @dataclass(frozen=True)
-class RecallMeasure(Measure):
+class RecallMeasure(TunedRows, Measure):
     """Accuracy of recall, by number of pairs and by length.
 
     Attributes:
@@ -102,25 +99,20 @@ class RecallMeasure(Measure):
     """
 
     name: Literal["recall"]
-    rows: tuple[RecallRow, ...]
+    rows: Annotated[tuple[RecallRow, ...], Items()]
     model: dict[str, Any] = field(default_factory=dict)
     convolution: Annotated[int, At(least=0, most=64)] = 3
     task: RecallTask = field(default_factory=RecallTask)
     steps: Count = 400
     tokens: Count = 2048
     weight_decay: Annotated[float, At(least=0, most=1e3)] = 0.01
-    learning_rates: tuple[Annotated[float, At(above=0, most=1e3)], ...] = (3e-3,)
+    learning_rates: Rates = (3e-3,)
     seeds: Count = 3
     device: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "learning_rates"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is empty; a study needs at least one")
-        names = [slug(row.label) for row in self.rows]
-        if twice := {name for name in names if names.count(name) > 1 or not name}:
-            raise UserError(f"rows must have names of their own, but there is {', '.join(sorted(twice))!r}")
+        require_own_names("rows", [slug(row.label) for row in self.rows])
         if self.tokens < (longest := max(*self.task.lengths, 3 * max(self.task.pairs))):
             raise UserError(f"tokens is {self.tokens}, and one row has {longest}; raise it")
 
@@ -132,43 +124,34 @@ class RecallMeasure(Measure):
 
     def plans(self) -> list[RunEstimate]:
         """What the trainings of each row will take."""
-        runs, length = len(self.learning_rates) + self.seeds - 1, max(self.task.lengths)
+        length = max(self.task.lengths)
         train = TrainConfig(steps=self.steps, seq_len=length, batch_size=max(self.tokens // length, 1))
-        return [plan(row.label, RunConfig(model=self._model(row), train=train), runs) for row in self.rows]
+        return [
+            plan(row.label, RunConfig(model=self._model(row), train=train), self.runs) for row in self.rows
+        ]
 
-    def count(self) -> int:
-        """The grid for each row, and the other seeds."""
-        return self._grid.size()
+    def job(self, out: Path, training: Training) -> Job:
+        """Trains a row on both tasks, and asks it."""
+        train = TrainConfig(
+            steps=self.steps,
+            learning_rate=training.rate,
+            warmup_steps=round(WARMUP * self.steps),
+            schedule="cosine",
+            weight_decay=self.weight_decay,
+            clip=1.0,
+            seed=training.seed,
+            device=self.device,
+        )
+        model = self._model(training.row)
+        return RecallJob("recall", model, self.convolution, self.task, self.tokens, train)
 
-    def jobs(self, out: Path, results: Results, failed: Collection[str]) -> dict[str, Job]:
-        """Seed 0 of all rows, rate by rate; then the other seeds at the best."""
-        rows = {row.label: row for row in self.rows}
-        jobs: dict[str, Job] = {}
-        for name, training in self._grid.trainings(results, failed).items():
-            train = TrainConfig(
-                steps=self.steps,
-                learning_rate=training.rate,
-                warmup_steps=round(WARMUP * self.steps),
-                schedule="cosine",
-                weight_decay=self.weight_decay,
-                clip=1.0,
-                seed=training.seed,
-                device=self.device,
-            )
-            model = self._model(rows[training.row])
-            jobs[name] = RecallJob("recall", model, self.convolution, self.task, self.tokens, train)
-        return jobs
+    def loss(self, result: Result) -> float:
+        """Nats per answer, over what was trained."""
+        return float(result["nats"])
 
     def summarise(self, results: Results) -> Summary:
         """Accuracy by number of pairs and by length, the size of states beside it, and the tuning."""
-        grid = self._grid
-        found = [RecallResults(row.label, *grid.found(row.label, results)) for row in self.rows]
-        return summarise(found, self.task)
-
-    @property
-    def _grid(self) -> TuningGrid:
-        labels = tuple(row.label for row in self.rows)
-        return TuningGrid(labels, self.learning_rates, self.seeds, lambda result: result["nats"])
+        return summarise(self.found(results), self.task)
 
     def _model(self, row: RecallRow) -> ModelConfig:
         try:

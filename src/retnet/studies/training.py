@@ -12,21 +12,21 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from retnet.host import choose_device, keep_freed_memory, map_large_tensors
 from retnet.measure.clock import Contender, interleave
 from retnet.measure.memory import Watch, free_memory, in_bytes
-from retnet.measure.sizes import transformer
+from retnet.measure.sizes import require_retention, transformer
 from retnet.measure.summary import Summary
 from retnet.measure.training_step import Learner
-from retnet.mixers import RetentionConfig, SoftmaxAttention, SoftmaxConfig
+from retnet.mixers import SoftmaxAttention, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.settings import Checked, Count, UserError
+from retnet.settings import Checked, Count, Items, UserError
 from retnet.studies.estimate import plan
-from retnet.studies.protocols import Job, Measure, Result, Results, Tell
+from retnet.studies.protocols import Job, Measure, Result, Results, Tell, part_of
 from retnet.studies.training_summary import FLASH, OURS, PLAIN, summarise
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import RunConfig, TrainConfig
@@ -67,7 +67,7 @@ class TrainingGrid(Checked):
     """
 
     sizes: tuple[ModelSize, ...]
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    lengths: Annotated[tuple[int, ...], Items(rising_from=1)] = (1024, 2048, 4096, 8192)
     tokens: Count = 8192
     head_width: Count = 128
     rounds: Count = 3
@@ -81,15 +81,9 @@ class TrainingGrid(Checked):
         if not self.sizes or len({size.label for size in self.sizes}) < len(self.sizes):
             raise UserError("sizes must be at least one, each with a label of its own")
         for size in self.sizes:
-            if not isinstance(size.model.mixer, RetentionConfig) or not size.model.is_uniform:
-                raise UserError(
-                    f"{size.label}: mixer.name is {size.model.mixer.name!r}, layers {size.model.layers}; "
-                    "all layers must be 'retention'"
-                )
+            require_retention(size.model, size.label)
             if size.model.vocab_size is None:
                 raise UserError(f"{size.label}: model.vocab_size is not set; logits are as wide, so give it")
-        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
-            raise UserError(f"lengths are {self.lengths}; give at least one, from 1 on, that rise")
         if uneven := [n for n in self.lengths if self.tokens % n]:
             raise UserError(f"length {uneven[0]} does not divide tokens = {self.tokens}; change one")
 
@@ -237,7 +231,7 @@ def speed(steps: TrainingGrid, size: ModelSize, tell: Tell) -> Result:
     parameters: dict[str, int] = {}
     rows: list[Result] = []
     for number, group in enumerate(filter(None, groups)):
-        counted, more = _race(steps, size, group, device, partial(_share, tell, number, len(groups)))
+        counted, more = _race(steps, size, group, device, part_of(tell, number, len(groups)))
         parameters |= counted
         rows += more
     return {
@@ -281,10 +275,6 @@ def _race(
         for kind, length in cells
     ]
     return {KINDS[k]: sum(p.numel() for p in x.model.parameters()) for k, x in models.items()}, rows
-
-
-def _share(tell: Tell, number: int, parts: int, done: float) -> None:
-    tell((number + done) / parts)
 
 
 def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: Tell) -> Result:
