@@ -110,16 +110,25 @@ def _tiles(named: str | dict[str, Any] | None, device: torch.device) -> Iterator
         yield
         return
     name = named if isinstance(named, str) else tile_table.family(capability.architecture(device))
-    before, asked = tile_table.TABLES.get(name), launch.architecture
-    if not isinstance(named, str):
-        tile_table.TABLES[name] = replaced(tile_table.table(name), named)
-    launch.architecture = lambda device: name
+    asked, launch.architecture = launch.architecture, lambda device: name
+    try:
+        with table_with(name, {} if isinstance(named, str) else named):
+            yield
+    finally:
+        launch.architecture = asked
+
+
+@contextmanager
+def table_with(name: str, rows: dict[str, Any]) -> Iterator[None]:
+    """The tile table of an architecture has some other rows, as `replaced` has them."""
+    before = tile_table.TABLES.get(name)
+    tile_table.TABLES[name] = replaced(tile_table.table(name), rows)
     try:
         yield
     finally:
-        launch.architecture = asked
-        tile_table.TABLES.pop(name, None)
-        if before is not None:
+        if before is None:
+            del tile_table.TABLES[name]
+        else:
             tile_table.TABLES[name] = before
 
 

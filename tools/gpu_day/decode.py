@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
-
-from rich.console import Console
 
 from retnet.bench import graph_decoding
 from retnet.bench.graph_decoding import GraphBench, measure_graphs
 from retnet.bench.implementations import OURS, HeadShape
 from retnet.bench.op_steps import Step, measure_steps
 from retnet.measure.clock import spread
-from retnet.measure.records import grouped, seen
-from retnet.measure.summary import Figure, Line, Panel, Summary
+from retnet.measure.records import lines_of, measured, said, seen, table_of
+from retnet.measure.summary import Figure, Panel, Summary
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.progress import shown
@@ -38,7 +35,7 @@ def steps(place: Place) -> Found:
         Step(batch, shape, True) for shape in shapes for batch in ((1, 2) if place.rehearsal else BATCHES)
     ]
     rounds, megabytes = (1, 1) if place.rehearsal else (2, 1024)
-    with shown(Console(file=sys.stderr, highlight=False)) as say:
+    with shown() as say:
         until = time.monotonic() + 60 * place.minutes
         found = measure_steps(place.device, rounds, megabytes, say, until, wanted)
     ours = {row.step: row for row in found if row.name == OURS}
@@ -59,7 +56,7 @@ def model(label: str, place: Place) -> Found:
     else:
         bench = GraphBench(sizes()[label], batches=BATCHES, device=str(place.device))
     said = {"configuration": {**asdict(bench), "label": label}}
-    with shown(Console(file=sys.stderr, highlight=False)) as say:
+    with shown() as say:
         until = time.monotonic() + 60 * place.minutes
 
         def note(found: Found) -> None:
@@ -104,26 +101,16 @@ def _shape(row: Found) -> str:
 
 
 def _table(found: Found) -> Table:
-    rows = tuple(
-        (
-            _shape(row),
-            str(row["batch"]),
-            seen(row, "seconds", 1e6).written(1),
-            seen(row, "of_bandwidth").written(),
-        )
-        for row in found["steps"]
-    )
-    title = "A step of the op as a CUDA graph, states from memory"
-    return Table(title, ("heads", "batch", "µs", "bytes ÷ update bandwidth"), rows)
+    cells = {
+        "heads": _shape,
+        "batch": said("batch"),
+        "µs": measured("seconds", 1e6, 1),
+        "bytes ÷ update bandwidth": measured("of_bandwidth"),
+    }
+    return table_of("A step of the op as a CUDA graph, states from memory", found["steps"], cells)
 
 
 def _panel(found: Found) -> Panel:
-    lines = tuple(
-        Line.of(
-            str(HeadShape(*shape)),
-            [row["batch"] for row in rows],
-            [seen(row, "of_bandwidth") for row in rows],
-        )
-        for shape, rows in grouped(found["steps"], *HeadShape._fields).items()
-    )
+    rows = [{**row, "shape": _shape(row)} for row in found["steps"]]
+    lines = lines_of(rows, ["shape"], "batch", "of_bandwidth")
     return Panel("A step of decoding", "sequences", "bytes ÷ bandwidth", lines, log_x=True, from_zero=True)

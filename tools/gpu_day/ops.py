@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-
-from rich.console import Console
 
 from retnet.bench import kernels, ops_summary
 from retnet.bench.implementations import (
@@ -23,7 +20,7 @@ from retnet.bench.implementations import (
     for_device,
 )
 from retnet.bench.ops import measure_ops
-from retnet.measure.records import seen
+from retnet.bench.report import targets_table
 from retnet.measure.summary import Figure, Summary
 from retnet.progress import shown
 from retnet.tables import Table
@@ -47,7 +44,7 @@ TINY = HeadShape(1, 16, 32)
 
 def measured_kernels(place: Place) -> Found:
     """Each kernel at each head shape."""
-    with shown(Console(file=sys.stderr, highlight=False)) as say:
+    with shown() as say:
         if place.rehearsal:
             return kernels.measure_kernels(
                 place.device, (TINY,), say, tokens=32, rounds=2, product_size=256, megabytes=1
@@ -65,7 +62,7 @@ def measured_op(name: str, without: tuple[str, ...], place: Place) -> Found:
     else:
         options |= {"shapes": (ALL[name],), "lengths": LENGTHS, "minutes": place.minutes}
         bench = for_device(place.device, **options)
-    with shown(Console(file=sys.stderr, highlight=False)) as say:
+    with shown() as say:
         return {"configuration": asdict(bench), **measure_ops(bench, say)}
 
 
@@ -105,10 +102,7 @@ def summarise(parts: dict[str, Found]) -> Summary:
         findings += [f"Left out: {reason}." for reason in found["left_out"]]
     if panels:
         figures.append(Figure("op", tuple(panels)))
-        rows = tuple(
-            (t["what"], t["wanted"], seen(t, "seen").written(3), "yes" if t["met"] else "no") for t in targets
-        )
-        tables.append(Table("Targets of the op", ("what", "wanted", "seen", "met"), rows))
+        tables.append(targets_table("Targets of the op", targets))
         findings.append(f"Targets of the op: {sum(t['met'] for t in targets)} of {len(targets)} met.")
     if named and not any(row["name"].startswith(FLA) for found in named.values() for row in found["rows"]):
         findings.append(f"{FLA} was not measured, so nothing is said about it.")

@@ -122,9 +122,8 @@ class Day:
         after = notebook.parts()
         for name, part in zip(names, parts, strict=True):
             now = after.get(name, {})
-            state = (
-                now.get("state") if now.get("began", 0.0) >= since else None
-            )  # not that of an earlier call
+            # not that of an earlier call
+            state = now.get("state") if now.get("began", 0.0) >= since else None
             if state == "done":
                 self.say(f"{step}: {name} done in {now['seconds']:.0f} s")
             elif state in ("failed", "stopped"):

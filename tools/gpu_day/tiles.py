@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from retnet.bench.kernels import chunkwise_passes
 from retnet.ops import log_decays
 from retnet.ops.triton import launch, tile_table
 from retnet.ops.triton.autotune import candidates
@@ -29,25 +30,10 @@ def passes(
             torch.randn(SEQUENCES, tokens, heads, width, device=device, dtype=torch.bfloat16)
             for width in (K, K, V, V)
         )
-        log_decay = log_decays("paper", heads).to(device)
-        chunks = launch.cut(q, None, tile_table.CHUNK)
-        if kind == "state":
-            found += [
-                partial(launch.state_pass, k, v, None, log_decay, chunks, reverse=False),
-                partial(launch.state_pass, q, d_out, None, log_decay, chunks, reverse=True, scale=K**-0.5),
-            ]
-            continue
-        states = torch.randn(chunks.total, heads, K, V, device=device, dtype=torch.bfloat16)
-        width = int(kind.removeprefix("out-"))
-        for x, y, z, reverse, transposed in (
-            (q, k, v, False, False),
-            (d_out, v, k, False, True),
-            (v, d_out, q, True, True),
-            (k, q, d_out, True, False),
-        ):
-            if _row(x.shape[3]) == width:
-                shared = (x, y, z, states, log_decay, K**-0.5, chunks)
-                found.append(partial(launch.out_pass, *shared, reverse=reverse, transposed=transposed))
+        for name, run in chunkwise_passes(q, k, v, d_out).items():
+            width = run.args[0].shape[3]  # that it contracts over
+            row = "state" if name.startswith("STATE") else f"out-{min(n for n in WIDTHS if n >= width)}"
+            found += [run] if row == kind else []
     return found
 
 
@@ -71,16 +57,11 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
             more, less = getattr(tiles, up) * 2, getattr(tiles, down) // 2
             if more <= 512 and less >= 32:
                 found.append(tiles._replace(**{up: more, down: less}))
-                if (
-                    up == "bz" and tiles.bs >= 64
-                ):  # a wider output fills shared memory: room for it is in the state's
+                # a wider output fills shared memory: room for it is in the state's
+                if up == "bz" and tiles.bs >= 64:
                     found.append(tiles._replace(**{up: more, down: less, "bs": tiles.bs // 2}))
     else:  # larger tiles of the state read less and are fewer: which counts depends on the card
         for ba, bz in ((2 * tiles.ba, tiles.bz), (tiles.ba, 2 * tiles.bz), (tiles.ba // 2, 2 * tiles.bz)):
             found += [tiles._replace(ba=ba, bz=bz, warps=warps) for warps in (4, 8) if ba >= 32 and bz <= 256]
         found.append(tiles._replace(bt=tiles.bt * 2))
     return list(dict.fromkeys(found))
-
-
-def _row(width: int) -> int:
-    return min(row for row in WIDTHS if row >= width)

@@ -24,7 +24,7 @@ from retnet.measure.clock import stopwatch
 from retnet.measure.summary import Summary
 from retnet.ops.triton import capability, tile_table
 from retnet.tables import MISSING, Table
-from tools.gpu_day.cases import Case, replaced
+from tools.gpu_day.cases import Case, replaced, table_with
 from tools.gpu_day.checks import Checks
 from tools.gpu_day.notebook import Found, file_name
 from tools.gpu_day.place import Place, Run, StoppedError, interpret_exactly, usable
@@ -95,7 +95,7 @@ def shapes_of(kind: str, name: str, rows: dict[str, Any]) -> list[tuple[int, int
         ]
 
     before = used()
-    with _changed(name, rows):
+    with table_with(name, rows):
         after = used()
     return [shape for shape, a, b in zip(HEADS, before, after, strict=True) if a != b]
 
@@ -180,7 +180,7 @@ def _in_use(kind: str, table: tile_table.ArchitectureTiles) -> Tiles:
 
 def _times(runs: list[Pass], device: torch.device, name: str, kind: str, tiles: Tiles) -> list[float] | None:
     """Seconds of each pass with these tiles in the table; None if they do not fit."""
-    with _changed(name, _rows(kind, tiles)):
+    with table_with(name, _rows(kind, tiles)):
         try:
             return [_seconds(run, device) for run in runs]
         except Exception as error:  # out of resources, or the compiler gave up: these tiles are out
@@ -203,23 +203,6 @@ def _mean(times: list[float], began: list[float]) -> float:
 def _rows(kind: str, tiles: Sequence[int]) -> dict[str, Any]:
     """One row as `tools.gpu_day.cases.replaced` has it."""
     return {kind: list(tiles)} if kind in SINGLE else {"out": {kind.removeprefix("out-"): list(tiles)}}
-
-
-class _changed:  # noqa: N801
-    """The table with other rows."""
-
-    def __init__(self, name: str, rows: dict[str, Any]) -> None:
-        self.name, self.before = name, tile_table.TABLES.get(name)
-        self.after = replaced(tile_table.table(name), rows)
-
-    def __enter__(self) -> None:
-        tile_table.TABLES[self.name] = self.after
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is None:
-            del tile_table.TABLES[self.name]
-        else:
-            tile_table.TABLES[self.name] = self.before
 
 
 def _compiled(
@@ -267,7 +250,7 @@ def _compile(kind: str, device: str, shapes: tuple[tuple[int, int], ...], tiles:
     where = torch.device(device)
     try:
         name = tile_table.family(capability.architecture(where))
-        with _changed(name, _rows(kind, tiles)):
+        with table_with(name, _rows(kind, tiles)):
             for run in passes(kind, where, 512, NUM_HEADS, shapes):
                 run()
     except Exception as error:

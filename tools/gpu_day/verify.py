@@ -177,9 +177,8 @@ def check(place: Place, cases: Iterator[Case], *, endless: bool = False) -> Foun
     if find_spec("pytest") is None:
         raise UserError("the comparisons of the tests need pytest, which is not installed")
     missed = None if endless else place.before().get("missed")
-    some: Iterable[Case] = (
-        cases if missed is None else missed
-    )  # none were missed: all are in the record already
+    # none were missed: all are in the record already
+    some: Iterable[Case] = cases if missed is None else missed
     if place.rehearsal:
         some = _some_of_each(some)
     planned, last = time.time() + 60 * place.minutes, place.ended - MARGIN - patience(place)

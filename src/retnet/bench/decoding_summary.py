@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retnet.measure.records import Record, grouped, seen
+from retnet.measure.records import Record, grouped, lines_of, measured, said, seen, table_of
 from retnet.measure.summary import Bars, Line, Panel
 from retnet.tables import Table
 
@@ -24,87 +24,64 @@ def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
 
 
 def _steps(record: Record) -> Table:
-    columns = ("contender", "batch", "context", "ms per step", "floor, ms", "time ÷ floor")
-    rows = tuple(
-        (
-            row["name"],
-            str(row["batch"]),
-            f"{row['context']:,}",
-            seen(row, "seconds_per_step", 1e3).written(),
-            seen(row, "floor_seconds", 1e3).written(),
-            seen(row, "over_floor").written(),
-        )
-        for row in record["rows"]
-    )
-    return Table("One token a sequence, median (least..greatest) over rounds", columns, rows)
+    cells = {
+        "contender": said("name"),
+        "batch": said("batch"),
+        "context": said("context", ","),
+        "ms per step": measured("seconds_per_step", 1e3),
+        "floor, ms": measured("floor_seconds", 1e3),
+        "time ÷ floor": measured("over_floor"),
+    }
+    return table_of("One token a sequence, median (least..greatest) over rounds", record["rows"], cells)
 
 
 def _batches(batches: Record) -> Table:
-    columns = (
-        "parameters",
-        "weights",
-        "rows",
-        "ms per step",
-        "tokens/s",
-        "time ÷ floor",
-        "products ÷ torch.mm",
-    )
-    rows = tuple(
-        (
-            f"{row['parameters'] / 1e6:.0f} M",
-            row["weights"],
-            str(row["batch"]),
-            seen(row, "seconds_per_step", 1e3).written(),
-            seen(row, "tokens_per_s").written(0),
-            seen(row, "over_floor").written(),
-            seen(row, "products_of_torch_mm").written(),
-        )
-        for row in batches["rows"]
-    )
-    return Table("Steps of many rows, and the rate of their products ÷ that of torch.mm", columns, rows)
+    cells = {
+        "parameters": _millions,
+        "weights": said("weights"),
+        "rows": said("batch"),
+        "ms per step": measured("seconds_per_step", 1e3),
+        "tokens/s": measured("tokens_per_s", digits=0),
+        "time ÷ floor": measured("over_floor"),
+        "products ÷ torch.mm": measured("products_of_torch_mm"),
+    }
+    title = "Steps of many rows, and the rate of their products ÷ that of torch.mm"
+    return table_of(title, batches["rows"], cells)
+
+
+def _millions(row: Record) -> str:
+    return f"{row['parameters'] / 1e6:.0f} M"
 
 
 def _rates(batches: Record) -> Panel:
-    lines = tuple(
-        Line.of(
-            f"{parameters / 1e6:.0f} M, {weights}",
-            [row["batch"] for row in rows],
-            [seen(row, "tokens_per_s") for row in rows],
-        )
-        for (parameters, weights), rows in grouped(batches["rows"], "parameters", "weights").items()
-    )
+    rows = [{**row, "size": _millions(row)} for row in batches["rows"]]
+    lines = lines_of(rows, ["size", "weights"], "batch", "tokens_per_s")
     return Panel("Decoding many sequences", "rows", "tokens per second", lines, log_x=True, log_y=True)
 
 
 def _throughput(throughput: Record) -> Table:
     peer = throughput["llama_cpp"]["versions"].get("xllamacpp")
     title = f"Tokens per second, batch 1, about {throughput['parameters'] / 1e6:.1f} M parameters"
-    rows = tuple(
-        (
-            row["name"],
-            row["weights"],
-            f"write after {row['tokens']:,}" if row["work"] == "write" else f"read {row['tokens']:,}",
-            seen(row, "tokens_per_s").written(0),
-            seen(row, "times_ours").written(),
-        )
-        for row in throughput["rows"]
-    )
-    columns = ("contender", "weights", "work", "tokens/s", "time ÷ ours")
-    return Table(title + (f"; llama.cpp of xllamacpp {peer}" if peer else ""), columns, rows)
+    cells = {
+        "contender": said("name"),
+        "weights": said("weights"),
+        "work": lambda row: f"{'write after' if row['work'] == 'write' else 'read'} {row['tokens']:,}",
+        "tokens/s": measured("tokens_per_s", digits=0),
+        "time ÷ ours": measured("times_ours"),
+    }
+    title += f"; llama.cpp of xllamacpp {peer}" if peer else ""
+    return table_of(title, throughput["rows"], cells)
 
 
 def _long(long: Record) -> Table:
     title = f"One generation of {long['tokens']:,} tokens, {long['parameters'] / 1e6:.1f} M parameters"
-    rows = tuple(
-        (
-            f"{mark['token']:,}",
-            f"{mark['seconds_per_token'] * 1e3:.3f}",
-            seen(mark, "ratio_to_first").written(3),
-            f"{mark['rss_bytes'] / 1e6:,.1f}",
-        )
-        for mark in long["marks"]
-    )
-    return Table(title, ("at token", "ms per token", "÷ at token 100", "resident memory, MB"), rows)
+    cells = {
+        "at token": said("token", ","),
+        "ms per token": lambda mark: f"{mark['seconds_per_token'] * 1e3:.3f}",
+        "÷ at token 100": measured("ratio_to_first", digits=3),
+        "resident memory, MB": lambda mark: f"{mark['rss_bytes'] / 1e6:,.1f}",
+    }
+    return table_of(title, long["marks"], cells)
 
 
 def _step_times(record: Record) -> Panel:
@@ -123,12 +100,7 @@ def _step_times(record: Record) -> Panel:
 def _written(throughput: Record) -> Panel:
     """Tokens written per second after each context."""
     rows = [row for row in throughput["rows"] if row["work"] == "write"]
-    lines = tuple(
-        Line.of(
-            f"{name}, {weights}", [row["tokens"] for row in line], [seen(row, "tokens_per_s") for row in line]
-        )
-        for (name, weights), line in grouped(rows, "name", "weights").items()
-    )
+    lines = lines_of(rows, ["name", "weights"], "tokens", "tokens_per_s")
     title = f"Writing one sequence, {throughput['parameters'] / 1e6:.0f} M parameters"
     return Panel(title, "tokens of context", "tokens per second", lines, log_x=True, from_zero=True)
 

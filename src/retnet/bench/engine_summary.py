@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retnet.measure.records import Record, seen
+from retnet.measure.records import Record, measured, said, seen, table_of
 from retnet.measure.summary import Bars, Panel
 from retnet.tables import Table
 
@@ -10,43 +10,37 @@ from retnet.tables import Table
 def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
     """What `measure_engine` found."""
     rows = record["rows"]
-    steps = Table(
+    steps = table_of(
         "Steps of the engine, median (least..greatest) over rounds",
-        ("streams", "tokens are", "ms a step", "tokens/s", "÷ the decoder alone"),
-        tuple(
-            (
-                str(row["rows"]),
-                row["sampling"],
-                seen(row, "seconds_per_step", 1e3).written(),
-                f"{row['rows'] / row['seconds_per_step']['median']:,.0f}",
-                seen(row, "over_decoder").written(3),
-            )
-            for row in rows
-        ),
+        rows,
+        {
+            "streams": said("rows"),
+            "tokens are": said("sampling"),
+            "ms a step": measured("seconds_per_step", 1e3),
+            "tokens/s": lambda row: f"{row['rows'] / row['seconds_per_step']['median']:,.0f}",
+            "÷ the decoder alone": measured("over_decoder", digits=3),
+        },
     )
-    settings = Table(
+    settings = table_of(
         "What settings cost: seconds ÷ seconds without",
-        ("setting", "of", "ratio"),
-        (
-            *(("exact=True", row["what"], seen(row, "ratio").written(3)) for row in record["exact"]),
-            *(("draft_tokens", row["what"], seen(row, "ratio").written(3)) for row in record["drafts"]),
-        ),
+        [
+            *({"setting": "exact=True", **row} for row in record["exact"]),
+            *({"setting": "draft_tokens", **row} for row in record["drafts"]),
+        ],
+        {"setting": said("setting"), "of": said("what"), "ratio": measured("ratio", digits=3)},
     )
-    edits = Table(
+    edits = table_of(
         "A session after a restart: tokens reused, time to the first token",
-        ("what", "tokens", "reused", "ms", "ms, all read again", "bytes of the file", "bytes of a state"),
-        tuple(
-            (
-                row["what"],
-                f"{row['tokens']:,}",
-                f"{row['reused']:,}",
-                f"{1e3 * row['seconds']:.0f}",
-                f"{1e3 * row['seconds_of_reading_all']:.0f}",
-                f"{row['file_bytes']:,}",
-                f"{row['state_bytes']:,}",
-            )
-            for row in record["edits"]
-        ),
+        record["edits"],
+        {
+            "what": said("what"),
+            "tokens": said("tokens", ","),
+            "reused": said("reused", ","),
+            "ms": lambda row: f"{1e3 * row['seconds']:.0f}",
+            "ms, all read again": lambda row: f"{1e3 * row['seconds_of_reading_all']:.0f}",
+            "bytes of the file": said("file_bytes", ","),
+            "bytes of a state": said("state_bytes", ","),
+        },
     )
     bars = Bars(
         "A step of the engine",

@@ -25,8 +25,8 @@ from retnet.measure.clock import (
 from retnet.measure.graphs import captured
 from retnet.measure.limits import memory_bandwidth, recent
 from retnet.measure.memory import free_memory, in_bytes
-from retnet.measure.records import Record, grouped, seen
-from retnet.measure.summary import Line, Panel
+from retnet.measure.records import Record, lines_of, measured, said, table_of
+from retnet.measure.summary import Panel
 from retnet.model import LanguageModel, ModelConfig
 from retnet.progress import Say
 from retnet.settings import Checked, Count, UserError
@@ -284,29 +284,22 @@ def _cache_bytes(peer: nn.Module, batch: int, context: int) -> int:
 
 def parts(record: Record, label: str) -> tuple[list[Table], list[Panel]]:
     """A table of all rows, and tokens per second over the batch."""
-    columns = ("contender", "batch", "context", "ms per step", "tokens/s", "time ÷ ours", "floor ÷ time")
-    rows = tuple(
-        (
-            row["name"],
-            str(row["batch"]),
-            f"{row['context']:,}" if row["context"] else MISSING,
-            seen(row, "seconds_per_step", 1e3).written(3),
-            seen(row, "tokens_per_s").written(0),
-            seen(row, "times_ours").written(),
-            seen(row, "of_bandwidth").written(),
-        )
-        for row in record["rows"]
-    )
+    cells = {
+        "contender": said("name"),
+        "batch": said("batch"),
+        "context": lambda row: f"{row['context']:,}" if row["context"] else MISSING,
+        "ms per step": measured("seconds_per_step", 1e3, 3),
+        "tokens/s": measured("tokens_per_s", digits=0),
+        "time ÷ ours": measured("times_ours"),
+        "floor ÷ time": measured("of_bandwidth"),
+    }
     skipped = [f"Not measured: {reason}." for reason in record["skipped"]]
     title = f"Decoding, {label}: {record['parameters'] / 1e6:,.0f} M parameters"
-    graphs = [row for row in record["rows"] if row["name"] in (OURS, STATIC)]
-    lines = tuple(
-        Line.of(
-            name + (f", {context:,} tokens" if context else ""),
-            [row["batch"] for row in of_line],
-            [seen(row, "tokens_per_s") for row in of_line],
-        )
-        for (name, context), of_line in grouped(graphs, "name", "context").items()
-    )
+    graphs = [
+        {**row, "label": row["name"] + (f", {row['context']:,} tokens" if row["context"] else "")}
+        for row in record["rows"]
+        if row["name"] in (OURS, STATIC)
+    ]
+    lines = lines_of(graphs, ["label"], "batch", "tokens_per_s")
     panel = Panel(f"Decoding, {label}", "sequences", "tokens per second", lines, log_x=True, log_y=True)
-    return [Table(title, columns, rows, (*record["notes"], *skipped))], [panel]
+    return [table_of(title, record["rows"], cells, (*record["notes"], *skipped))], [panel]

@@ -14,7 +14,7 @@ from retnet.bench.implementations import HeadShape
 from retnet.measure.clock import Contender, Sample, Spread, interleave, spread, stopwatch
 from retnet.measure.graphs import captured
 from retnet.measure.limits import matrix_products, memory_bandwidth, recent
-from retnet.measure.records import Record, seen
+from retnet.measure.records import Record, grouped, measured, said, seen, table_of
 from retnet.measure.summary import Bars
 from retnet.ops import frequencies, log_decays, positions
 from retnet.ops.triton import tile_table
@@ -126,17 +126,17 @@ def kernels_of(shape: HeadShape, tokens: int, device: torch.device) -> list[Work
     q_size, v_size, states = q.nbytes, v.nbytes, 2 * H * K * V * -(-tokens // C)
     between = 2.0 * H * tokens * K * V  # flops of reading or updating the state
     inside = 2.0 * H * tokens * (min(C, tokens) + 1) / 2 * (K + V)  # of scores and of what they weigh
-    ends = (
-        q_size + v_size
-    )  # what STATE reads; OUT reads three of q, k, v, do and writes one like the fourth: twice as much
+    # what STATE reads; OUT reads three of q, k, v, do and writes one like the fourth: twice as much
+    ends = q_size + v_size
     work = []
-    for name, run in _passes(q, k, v, d_out).items():
+    for name, run in chunkwise_passes(q, k, v, d_out).items():
         inner = name.startswith("OUT")
         work.append(Work(name, run, between + inside * inner, ends * (1 + inner) + states))
     return [*work, *_rows(q, k, v, gate, d_out), _step(shape, device)]
 
 
-def _passes(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> dict[str, Callable[[], object]]:
+def chunkwise_passes(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> dict[str, partial[Any]]:
+    """Name → a launch that the chunkwise form makes, forward or backward, on these inputs [B,T,H,K or V]."""
     from retnet.ops.triton import launch
 
     H, K, V = *q.shape[2:], v.shape[3]
@@ -185,26 +185,19 @@ def _step(shape: HeadShape, device: torch.device) -> Work:
 
 def parts(record: Record) -> tuple[list[Table], list[Bars]]:
     """A table of all kernels, and for each head shape the share of the floor as bars."""
-    columns = ("kernel", "H/K/V", "ms", "TFLOP/s", "GB/s", "bound by", "floor ÷ time")
-    rows = tuple(
-        (
-            row["kernel"],
-            "/".join(str(row[key]) for key in HeadShape._fields),
-            seen(row, "seconds", 1e3).written(3),
-            seen(row, "flops_per_s", 1e-12).written(1) if row["flops"] else MISSING,
-            seen(row, "bytes_per_s", 1e-9).written(0),
-            row["bound"],
-            seen(row, "of_floor").written(),
-        )
-        for row in record["rows"]
-    )
+    flops = measured("flops_per_s", 1e-12, 1)
+    cells = {
+        "kernel": said("kernel"),
+        "H/K/V": lambda row: "/".join(str(row[key]) for key in HeadShape._fields),
+        "ms": measured("seconds", 1e3, 3),
+        "TFLOP/s": lambda row: flops(row) if row["flops"] else MISSING,
+        "GB/s": measured("bytes_per_s", 1e-9, 0),
+        "bound by": said("bound"),
+        "floor ÷ time": measured("of_floor"),
+    }
     title = f"Each kernel alone, {record['tokens']:,} tokens, bf16: median (least..greatest) over rounds"
     bars = []
-    for shape in dict.fromkeys(tuple(row[key] for key in HeadShape._fields) for row in record["rows"]):
-        of_shape = [row for row in record["rows"] if tuple(row[key] for key in HeadShape._fields) == shape]
-        names = tuple(row["kernel"] for row in of_shape)
-        shares = tuple(seen(row, "of_floor") for row in of_shape)
-        bars.append(
-            Bars(f"H {shape[0]}, K {shape[1]}, V {shape[2]}", "floor ÷ time", names, shares, limit=1.0)
-        )
-    return [Table(title, columns, rows, tuple(record["notes"]))], bars
+    for shape, rows in grouped(record["rows"], *HeadShape._fields).items():
+        names, shares = zip(*((row["kernel"], seen(row, "of_floor")) for row in rows), strict=True)
+        bars.append(Bars("H {}, K {}, V {}".format(*shape), "floor ÷ time", names, shares, limit=1.0))
+    return [table_of(title, record["rows"], cells, record["notes"])], bars

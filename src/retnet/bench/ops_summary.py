@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from retnet.measure.records import Record, grouped, seen
-from retnet.measure.summary import Bars, Line, Panel
+from retnet.measure.records import Record, grouped, lines_of, measured, said, seen, table_of
+from retnet.measure.summary import Bars, Panel
 from retnet.tables import MISSING, Table
 
 SHAPE = ("heads", "key_dim", "value_dim")
@@ -68,18 +66,15 @@ def _medians(row: Record | None) -> tuple[str, ...]:
 
 
 def _step_table(record: Record) -> Table:
-    columns = ("contender", "B", "H", "K", "V", "µs", "÷ ours", "bytes ÷ update bandwidth")
-    rows = tuple(
-        (
-            row["name"],
-            *(str(row[key]) for key in ("batch", *SHAPE)),
-            seen(row, "seconds", 1e6).written(1),
-            seen(row, "times_ours").written(),
-            seen(row, "of_bandwidth").written() if row["cold"] else "in the caches",
-        )
-        for row in record["steps"]
-    )
-    return Table("A step of decoding, median (least..greatest) over rounds", columns, rows)
+    of_bandwidth = measured("of_bandwidth")
+    cells = {
+        "contender": said("name"),
+        **dict(zip("BHKV", map(said, ("batch", *SHAPE)), strict=True)),
+        "µs": measured("seconds", 1e6, 1),
+        "÷ ours": measured("times_ours"),
+        "bytes ÷ update bandwidth": lambda row: of_bandwidth(row) if row["cold"] else "in the caches",
+    }
+    return table_of("A step of decoding, median (least..greatest) over rounds", record["steps"], cells)
 
 
 def _times(record: Record) -> list[Panel]:
@@ -87,12 +82,7 @@ def _times(record: Record) -> list[Panel]:
     both = [row for row in record["rows"] if row["mode"] == BOTH]
     panels = []
     for shape, of_shape in grouped(both, *SHAPE).items():
-        lines = tuple(
-            Line.of(
-                name, [row["length"] for row in rows], [seen(row, "seconds_per_token", 1e6) for row in rows]
-            )
-            for (name,), rows in grouped(of_shape, "name").items()
-        )
+        lines = lines_of(of_shape, ["name"], "length", "seconds_per_token", 1e6)
         title = "Forward + backward, H {}, K {}, V {}".format(*shape)
         panels.append(
             Panel(title, "tokens of a sequence", "microseconds per token", lines, log_x=True, log_y=True)
@@ -103,16 +93,10 @@ def _times(record: Record) -> list[Panel]:
 def _rates(record: Record) -> Panel:
     """Ours beside the matrix products, by length."""
     ours = [row for row in record["rows"] if row["name"] == record["rows"][0]["name"]]
-    lines = tuple(
-        Line.of(_label(key), [row["length"] for row in rows], [seen(row, "of_torch_mm") for row in rows])
-        for key, rows in grouped(ours, *SHAPE, "mode").items()
-    )
+    label = "H {}, K {}, V {}, {}"
+    lines = lines_of(ours, [*SHAPE, "mode"], "length", "of_torch_mm", label=label)
     title, y_label = "Our op beside the machine's matrix products", "flops ÷ products by torch.mm"
     return Panel(title, "tokens of a sequence", y_label, lines, log_x=True, from_zero=True)
-
-
-def _label(key: tuple[Any, ...]) -> str:
-    return "H {}, K {}, V {}, {}".format(*key)
 
 
 def _step_bars(record: Record) -> Bars:

@@ -11,7 +11,7 @@ from rich.console import Console
 from retnet import host
 from retnet.bench import decoding_summary, engine_summary, ops_summary, serving_summary, training_summary
 from retnet.measure import records
-from retnet.measure.records import Record, seen, stem
+from retnet.measure.records import Record, measured, said, seen, stem, table_of
 from retnet.measure.summary import Figure, Summary
 from retnet.tables import Table, print_tables
 
@@ -65,8 +65,10 @@ def show(summary: Summary, console: Console) -> None:
 
 def _targets(record: Record) -> Table:
     quick = " (meaningless after a quick run)" if record["configuration"]["quick"] else ""
-    rows = tuple(
-        (t["what"], t["wanted"], seen(t, "seen").written(3), "yes" if t["met"] else "NO")
-        for t in record["targets"]
-    )
-    return Table(f"Targets{quick}", ("what", "wanted", "seen", "met"), rows)
+    return targets_table(f"Targets{quick}", record["targets"])
+
+
+def targets_table(title: str, targets: list[Record]) -> Table:
+    """What was wanted, what was seen, and whether that is met."""
+    cells = {"what": said("what"), "wanted": said("wanted"), "seen": measured("seen", digits=3)}
+    return table_of(title, targets, {**cells, "met": lambda target: "yes" if target["met"] else "NO"})

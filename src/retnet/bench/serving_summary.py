@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retnet.measure.records import Record, grouped, seen
+from retnet.measure.records import Cell, Record, grouped, lines_of, measured, said, seen, table_of
 from retnet.measure.summary import Bars, Line, Panel
 from retnet.tables import Table
 
@@ -24,76 +24,53 @@ def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
 
 
 def _points(record: Record) -> Table:
-    columns = (
-        "server",
-        "weights",
-        "context",
-        "streams",
-        "tokens/s",
-        "first token, s, p50 / p99",
-        "between tokens, ms, p50 / p99",
-        "memory, MB",
-    )
-    rows = tuple(
-        (
-            row["name"],
-            row["weights"],
-            f"{row['context']:,}",
-            str(row["streams"]),
-            seen(row, "tokens_per_s").written(1),
-            _two(row, "first_token", 1.0, 3),
-            _two(row, "between_tokens", 1e3, 2),
-            f"{row['rss_bytes'] / 1e6:,.0f}",
-        )
-        for row in record["rows"]
-    )
+    cells = {
+        "server": said("name"),
+        "weights": said("weights"),
+        "context": said("context", ","),
+        "streams": said("streams"),
+        "tokens/s": measured("tokens_per_s", digits=1),
+        "first token, s, p50 / p99": _two("first_token", 1.0, 3),
+        "between tokens, ms, p50 / p99": _two("between_tokens", 1e3, 2),
+        "memory, MB": lambda row: f"{row['rss_bytes'] / 1e6:,.0f}",
+    }
     size, tokens = record["parameters"] / 1e6, record["configuration"]["tokens"]
     title = f"Servers, about {size:.1f} M parameters, {tokens} tokens a stream"
-    return Table(title, columns, rows)
+    return table_of(title, record["rows"], cells)
 
 
-def _two(row: Record, name: str, factor: float, digits: int) -> str:
+def _two(name: str, factor: float, digits: int) -> Cell:
     """Median and 99th percentile."""
-    half, most = (row[f"{name}_p{share}"]["median"] * factor for share in (50, 99))
-    return f"{half:,.{digits}f} / {most:,.{digits}f}"
+    return lambda row: " / ".join(
+        f"{row[f'{name}_p{share}']['median'] * factor:,.{digits}f}" for share in (50, 99)
+    )
 
 
 def _overhead(record: Record) -> Table:
-    columns = ("weights", "streams", "server, ms a step", "decoder, ms a step", "ratio")
-    rows = tuple(
-        (
-            row["weights"],
-            str(row["streams"]),
-            seen(row, "served_seconds", 1e3).written(3),
-            seen(row, "bare_seconds", 1e3).written(3),
-            seen(row, "ratio").written(3),
-        )
-        for row in record["overhead"]
-    )
-    return Table("Server and engine beside the bare decoder", columns, rows)
+    cells = {
+        "weights": said("weights"),
+        "streams": said("streams"),
+        "server, ms a step": measured("served_seconds", 1e3, 3),
+        "decoder, ms a step": measured("bare_seconds", 1e3, 3),
+        "ratio": measured("ratio", digits=3),
+    }
+    return table_of("Server and engine beside the bare decoder", record["overhead"], cells)
 
 
 def _chats(record: Record) -> Table:
-    rows = tuple(
-        (
-            chat["name"],
-            f"{chat['turns'][1]['median']:.3f}",
-            f"{chat['turns'][-1]['median']:.3f}",
-            seen(chat, "growth").written(3),
-        )
-        for chat in record["chats"]
-    )
     turns = record["configuration"]["turns"]
-    columns = ("server", "seconds of turn 2", f"of turn {turns}", "ratio")
-    return Table(f"A chat of {turns} turns", columns, rows)
+    cells = {
+        "server": said("name"),
+        "seconds of turn 2": lambda chat: f"{chat['turns'][1]['median']:.3f}",
+        f"of turn {turns}": lambda chat: f"{chat['turns'][-1]['median']:.3f}",
+        "ratio": measured("growth", digits=3),
+    }
+    return table_of(f"A chat of {turns} turns", record["chats"], cells)
 
 
 def _panel(record: Record, context: int, key: str, label: str) -> Panel:
     rows = [row for row in record["rows"] if row["context"] == context]
-    lines = tuple(
-        Line.of(f"{name}, {weights}", [row["streams"] for row in line], [seen(row, key) for row in line])
-        for (name, weights), line in grouped(rows, "name", "weights").items()
-    )
+    lines = lines_of(rows, ["name", "weights"], "streams", key)
     return Panel(f"Prompts of {context:,} tokens", "streams", label, lines, log_x=True, log_y=True)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from retnet.measure.records import Record, grouped, seen
-from retnet.measure.summary import Bars, Line, Panel
+from retnet.measure.records import Record, lines_of, measured, said, seen, table_of
+from retnet.measure.summary import Bars, Panel
 from retnet.tables import Table
 
 
@@ -26,19 +26,15 @@ def parts(record: Record) -> tuple[list[Table], list[Panel | Bars]]:
 
 
 def _steps(record: Record) -> Table:
-    columns = ("contender", "T", "batch", "tokens/s", "model flops ÷ fp32 products", "÷ torch.mm")
-    rows = tuple(
-        (
-            row["name"],
-            f"{row['length']:,}",
-            str(row["batch"]),
-            seen(row, "tokens_per_s").written(0),
-            seen(row, "of_limit").written(),
-            seen(row, "of_torch_mm").written(),
-        )
-        for row in record["rows"]
-    )
-    return Table("Training steps, median (least..greatest) over rounds", columns, rows)
+    cells = {
+        "contender": said("name"),
+        "T": said("length", ","),
+        "batch": said("batch"),
+        "tokens/s": measured("tokens_per_s", digits=0),
+        "model flops ÷ fp32 products": measured("of_limit"),
+        "÷ torch.mm": measured("of_torch_mm"),
+    }
+    return table_of("Training steps, median (least..greatest) over rounds", record["rows"], cells)
 
 
 def _op(record: Record) -> Table:
@@ -59,9 +55,6 @@ def _op(record: Record) -> Table:
 
 
 def _by_length(record: Record, title: str, y_label: str, key: str) -> Panel:
-    lines = tuple(
-        Line.of(name, [row["length"] for row in rows], [seen(row, key) for row in rows])
-        for (name,), rows in grouped(record["rows"], "name").items()
-    )
+    lines = lines_of(record["rows"], ["name"], "length", key)
     x_label = "tokens of a sequence (equal tokens a step)"
     return Panel(title, x_label, y_label, lines, log_x=True, from_zero=True)

@@ -1,9 +1,12 @@
-"""Records of benchmarks and studies: JSON with the machine, versions and commit that made it, and a PNG for each figure."""
+"""Records of benchmarks and studies: JSON with the machine, versions and commit that made it, and a PNG for each figure.
+
+And how the rows of a record become a `Table`, column by column, and the `Line`s of a figure.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from retnet.io import require_writable_folder, write_json
 from retnet.measure.clock import Spread
 from retnet.measure.figures import write_png
 from retnet.measure.peers import need
-from retnet.measure.summary import Figure
+from retnet.measure.summary import Figure, Line
+from retnet.tables import Table
 
 Record = dict[str, Any]
+Cell = Callable[[Record], str]  # a row → what stands in one column
 VERSION = 2  # of the format; 1 had no number
 
 
@@ -80,3 +85,41 @@ def grouped(rows: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Re
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
+
+
+def table_of(
+    title: str, rows: Iterable[Record], cells: Mapping[str, Cell], notes: Sequence[str] = ()
+) -> Table:
+    """A table with a line for each row; `cells` has the title of each column and what stands in it."""
+    lines = tuple(tuple(cell(row) for cell in cells.values()) for row in rows)
+    return Table(title, tuple(cells), lines, tuple(notes))
+
+
+def said(key: str, form: str = "") -> Cell:
+    """What a row says under a key, in a format such as ``","``."""
+    return lambda row: format(row[key], form)
+
+
+def measured(key: str, factor: float = 1.0, digits: int = 2) -> Cell:
+    """Median, least and greatest of what was measured, in another unit."""
+    return lambda row: seen(row, key, factor).written(digits)
+
+
+def lines_of(
+    rows: Iterable[Record], names: Sequence[str], x: str, y: str, factor: float = 1.0, label: str = ""
+) -> tuple[Line, ...]:
+    """The line of each group of rows: what was measured as `y`, in another unit, over `x`.
+
+    Args:
+        rows: of a record.
+        names: keys by which they are grouped.
+        x: key of a number.
+        y: key of what was measured.
+        factor: of the unit.
+        label: format of a line's name, which is given what a group says; else that stands there with commas between.
+    """
+    form = label or ", ".join("{}" for _ in names)
+    return tuple(
+        Line.of(form.format(*group), [row[x] for row in line], [seen(row, y, factor) for row in line])
+        for group, line in grouped(rows, *names).items()
+    )
