@@ -41,9 +41,8 @@ def keep_freed_memory() -> None:
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_max, 0)
-    libc.mallopt(
-        trim_threshold, -1
-    )  # never; at 2³¹ − 1, gigabytes of gradients were mapped anew at every step
+    # never; at 2³¹ − 1, gigabytes of gradients were mapped anew at every step
+    libc.mallopt(trim_threshold, -1)
     libc.mallopt(top_pad, 64 << 20)
 
 
@@ -153,9 +152,8 @@ def product_rate(
         device: where.
         busy: others work on this CPU too: its cores are timed as they work for this process, and all rounds count.
     """
-    g = torch.Generator(device).manual_seed(
-        0
-    )  # random: a GPU multiplies ones faster, for it takes less power
+    # random: a GPU multiplies ones faster, for it takes less power
+    g = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=g) for _ in range(2))
     cuda = torch.device(device).type == "cuda"
     seconds = []
@@ -185,11 +183,16 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held: of a GPU, what torch allocated there; else resident memory (VmHWM)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    return peak_resident() or _peak_of_usage()
+
+
+def peak_resident(pid: int | str = "self") -> int:
+    """The most bytes that a process has held resident (VmHWM); 0 where the system does not tell."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return _peak_of_usage()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -128,9 +128,8 @@ def nul_byte(content: bytes, before: int = 0) -> str:
         return ""
     head = content[:4096]
     even, odd = head[0::2].count(0), head[1::2].count(0)
-    if (
-        max(even, odd) > len(head) // 8 and min(even, odd) <= max(even, odd) // 8
-    ):  # of Latin letters, one half is 0
+    # of Latin letters, one half is 0
+    if max(even, odd) > len(head) // 8 and min(even, odd) <= max(even, odd) // 8:
         return "it looks like UTF-16 without a byte order mark; save it as UTF-8"
     return f"byte {before + at} is NUL"
 

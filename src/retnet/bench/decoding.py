@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from retnet.bench.decoding_batches import BatchBench, measure_batches
 from retnet.bench.long_generation import FIRST, generate_long, long_targets
 from retnet.bench.throughput import ThroughputBench, measure_throughput
-from retnet.bench.training import cost_vocabulary
 from retnet.engine import decode_from, quantise
 from retnet.host import keep_freed_memory
 from retnet.measure import peers
@@ -32,6 +31,7 @@ from retnet.measure.clock import (
 from retnet.measure.contexts import Contexts
 from retnet.measure.limits import memory_bandwidth
 from retnet.model import LanguageModel, ModelConfig, ModelState
+from retnet.model.cost import with_bytes
 from retnet.nn import Int8Linear
 from retnet.progress import Say
 from retnet.settings import At, Checked, Count, UserError
@@ -154,10 +154,10 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
     budget = Budget(bench.minutes)
     keep_freed_memory()
     torch.manual_seed(0)
-    config = _with_vocabulary(bench.model)
+    config = with_bytes(bench.model)
     long = None
     if bench.long:  # first, while the process is small
-        long = generate_long(_with_vocabulary(bench.long_model or config), bench.long, say)
+        long = generate_long(with_bytes(bench.long_model or config), bench.long, say)
     model = LanguageModel(config).eval()
     rows, contenders = _contenders(bench, model, say)
     limits = memory_bandwidth(bench.buffer_megabytes, rows[0].read)
@@ -172,7 +172,7 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
     del contenders, short, slow  # and the memory of their caches
     large = replace(config, d_model=1024, num_layers=8)  # 100 M parameters
     many = bench.batches or BatchBench((config, large))
-    many = replace(many, models=tuple(map(_with_vocabulary, many.models)))
+    many = replace(many, models=tuple(map(with_bytes, many.models)))
     batches = measure_batches(many, say, budget)
     throughput = measure_throughput(model, weight_bytes(model) // 4, bench.throughput, say, budget)
     return {
@@ -231,10 +231,6 @@ def targets(rows: list[DecodingRow]) -> list[Target]:
         for row in rows
         if row.name == INT8
     ]
-
-
-def _with_vocabulary(config: ModelConfig) -> ModelConfig:
-    return config if config.vocab_size else replace(config, vocab_size=cost_vocabulary(config))
 
 
 def _contenders(

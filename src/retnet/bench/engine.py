@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,12 @@ import torch
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
-from retnet.bench.training import cost_vocabulary
 from retnet.data import Tokenizer
 from retnet.engine import Decoder, Engine, Request, Sampling, Session, choose_decoder
 from retnet.engine.decoder import ComposedDecoder
 from retnet.measure.clock import Budget, Contender, Sample, Spread, Target, interleave, median_seconds, spread
 from retnet.model import LanguageModel, ModelConfig
+from retnet.model.cost import with_bytes
 from retnet.progress import Say
 from retnet.settings import At, Checked, Count
 
@@ -66,9 +66,8 @@ class EngineBench(Checked):
 
 def measure_engine(bench: EngineBench, say: Say) -> dict[str, Any]:
     """All parts, one after the other; plain data for the record."""
-    vocab_size = bench.model.vocab_size or cost_vocabulary(bench.model)
-    model = LanguageModel(replace(bench.model, vocab_size=vocab_size)).eval()
-    tokenizer = pair_tokenizer(vocab_size)
+    model = LanguageModel(with_bytes(bench.model)).eval()
+    tokenizer = pair_tokenizer(model.embedding.num_embeddings)
     budget = Budget(bench.minutes)
     steps, exact = _steps(model, tokenizer, bench, budget, say)
     drafts = _drafts(model, tokenizer, bench, budget, say)
@@ -162,9 +161,8 @@ class _Streams:
         return _timed(self._step)
 
     def _step(self) -> None:
-        while (
-            self._live < self._rows
-        ):  # a text comes to its end now and then, and a step of nothing takes no time
+        # a text comes to its end now and then, and a step of nothing takes no time
+        while self._live < self._rows:
             self._engine.submit(
                 Request([1, 2, 3], max_tokens=10**9, sampling=self._sampling, seed=self._begun)
             )

@@ -228,9 +228,8 @@ def _ranks(width: int) -> dict[str, int]:
 def _rwkv7_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     at, D, F = f"blk.{number}", size.width, size.inner
     ranks = _ranks(D)
-    if (
-        number == 0
-    ):  # it mixes no values of an earlier layer, and its loader expects the learning rate's rank there
+    # it mixes no values of an earlier layer, and its loader expects the learning rate's rank there
+    if number == 0:
         ranks["v"] = ranks["a"]
     small = [
         _matrix(f"{at}.time_mix_{name}{part}", *shape, quantised=False)

@@ -212,9 +212,8 @@ def _judged(rows: list[OpRow]) -> list[tuple[float, list[OpRow]]]:
     """Rows of one peer, grouped by how many times faster ours should be."""
     if all(row.name in (NARROW, WIDE) for row in rows):
         return [(1.0, [row for row in rows if row.length >= 4096])]  # quadratic: short ones are its own
-    if all(
-        row.implementation.algorithm is None for row in rows
-    ):  # flash-linear-attention: at the paper's width, and below
+    # flash-linear-attention: at the paper's width, and below
+    if all(row.implementation.algorithm is None for row in rows):
         wide = [row for row in rows if row.shape.key_dim >= 256]
         return [(3.0, wide), (1.0, [row for row in rows if row.shape.key_dim < 256])]
     return [(1.0, rows)]

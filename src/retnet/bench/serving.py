@@ -20,10 +20,10 @@ from retnet.bench.gguf_models import ASCII, FORMATS
 from retnet.bench.load import LoadGenerator, LoadSample, generator
 from retnet.bench.served import HF, OURS, TRANSFORMER, Running, Served
 from retnet.bench.serving_parts import ChatRow, OverheadRow, measure_chats, measure_overhead
-from retnet.bench.training import cost_vocabulary
 from retnet.measure.clock import Budget, Spread, Target, spread
 from retnet.measure.sizes import transformer
 from retnet.model import LanguageModel, ModelConfig
+from retnet.model.cost import with_bytes
 from retnet.progress import Say
 from retnet.settings import At, Checked, Count, UserError
 
@@ -119,7 +119,7 @@ def measure_serving(bench: ServeBench, say: Say) -> dict[str, Any]:
         UserError: httptools or what serving needs is missing, or a server fails.
     """
     host.keep_freed_memory()
-    config = replace(bench.model, vocab_size=cost_vocabulary(replace(bench.model, vocab_size=None)))
+    config = with_bytes(replace(bench.model, vocab_size=None))
     parameters = weight_bytes(LanguageModel(config)) // 4
     budget, not_measured = Budget(bench.minutes), list[str]()
     chats, overhead = list[ChatRow](), list[OverheadRow]()
@@ -228,7 +228,7 @@ class _Points:
                     pairs.remove((one, row))
                     row.samples.clear()
                     continue
-                row.rss = peak_memory(one.place.pid)
+                row.rss = host.peak_resident(one.place.pid) or psutil.Process(one.place.pid).memory_info().rss
                 if streams == 1:
                     self._alone[row.name, row.weights, context] = row.samples[-1].seconds
             now = time.monotonic()
@@ -256,15 +256,6 @@ class _Points:
 
 def _those(running: Sequence[Running], *names: str) -> list[Running]:
     return [one for one in running if one.server.name in names]
-
-
-def peak_memory(pid: int) -> int:
-    """The most bytes that a process has held resident; what it holds now, where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return int(psutil.Process(pid).memory_info().rss)
 
 
 def targets(

@@ -25,10 +25,10 @@ from retnet.measure.clock import (
     times_faster,
 )
 from retnet.measure.limits import matrix_products
+from retnet.measure.sizes import require_retention
 from retnet.measure.training_step import Learner
-from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.cost import cost
+from retnet.model.cost import cost, with_bytes
 from retnet.ops import log_decays, retention
 from retnet.progress import Say
 from retnet.settings import At, Checked, Count, UserError
@@ -85,11 +85,7 @@ class TrainingBench(Checked):
                 f"--tokens is {self.tokens}; it must be a multiple of every sequence length up to it: "
                 f"{', '.join(map(str, self.lengths))}"
             )
-        if not isinstance(self.model.mixer, RetentionConfig) or not self.model.is_uniform:
-            raise UserError(
-                f"model.mixer.name is {self.model.mixer.name!r}, model.layers {self.model.layers}; "
-                "bench measures 'retention' in all layers"
-            )
+        require_retention(self.model)
 
     @property
     def used_lengths(self) -> tuple[int, ...]:
@@ -145,8 +141,7 @@ def measure_training(bench: TrainingBench, say: Say) -> dict[str, Any]:
     peers.need("transformers")
     budget = Budget(bench.minutes)
     torch.manual_seed(0)
-    if bench.model.vocab_size is None:  # bytes
-        bench = replace(bench, model=replace(bench.model, vocab_size=cost_vocabulary(bench.model)))
+    bench = replace(bench, model=with_bytes(bench.model))
     op, limits = _op_contenders(bench), matrix_products(bench.product_size)
     # first as in anyone's script, with the allocator as it comes
     fresh = interleave(op, limits, bench.rounds, say, budget.deadline(0.25))
@@ -183,11 +178,6 @@ def _op_record(samples: Mapping[str, list[Sample]]) -> list[dict[str, Any]]:
         }
         for name, part in samples.items()
     ]
-
-
-def cost_vocabulary(config: ModelConfig) -> int:
-    """The vocabulary `cost` assumes where a configuration leaves it to the tokenizer: that of bytes."""
-    return cost(config).parameters["embedding"] // config.d_model
 
 
 def step_targets(rows: list[TrainingRow]) -> list[Target]:
@@ -256,18 +246,15 @@ def _packed_logits(model: LanguageModel) -> Callable[[Tensor], Tensor]:
 
 
 def _op_shape(bench: TrainingBench) -> tuple[int, int, int, int, int]:
-    mixer = bench.model.mixer
-    assert isinstance(mixer, RetentionConfig)
+    mixer = require_retention(bench.model)
     return 1, bench.op_length, mixer.num_heads, *mixer.widths(bench.model.d_model)
 
 
 def _op_contenders(bench: TrainingBench) -> list[Contender]:
-    mixer = bench.model.mixer
-    assert isinstance(mixer, RetentionConfig)
     B, T, H, K, V = _op_shape(bench)
     q, k, v = (torch.randn(B, T, H, width, requires_grad=True) for width in (K, K, V))
     d_out = torch.randn(B, T, H, V)
-    log_decay, scale = log_decays(mixer.decay, H), K**-0.5
+    log_decay, scale = log_decays(require_retention(bench.model).decay, H), K**-0.5
 
     def contender(name: str, forward: Callable[[], Tensor]) -> Contender:
         def both() -> None:

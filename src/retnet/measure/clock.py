@@ -27,9 +27,8 @@ class Contender(NamedTuple):
     """Something whose time is measured."""
 
     name: str
-    measure: Callable[
-        [], float
-    ]  # does it once, however often that is inside, and returns seconds per unit of work
+    # does it once, however often that is inside, and returns seconds per unit of work
+    measure: Callable[[], float]
 
 
 class Sample(NamedTuple):

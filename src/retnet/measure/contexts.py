@@ -77,9 +77,8 @@ class Contexts:
 
         def step() -> None:
             nonlocal state
-            if (
-                decoder is not None
-            ):  # as `retnet generate` steps; caches, which it would copy, lie where they are
+            # as `retnet generate` steps; caches, which it would copy, lie where they are
+            if decoder is not None:
                 decoder.step(token, slots)
             else:
                 _, state = subject.step(token, state)

@@ -23,9 +23,8 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     """
     if device.type != "cuda":
         return run
-    stream = torch.cuda.Stream(
-        device
-    )  # of warm-up and capture: what a call leaves behind belongs to a stream
+    # of warm-up and capture: what a call leaves behind belongs to a stream
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):
         for _ in range(WARMUP):

@@ -30,11 +30,10 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
     """Counts a model without allocating it (meta device).
 
     Args:
-        config: the model; without a vocabulary size, that of bytes (257) is taken.
+        config: the model; see `with_bytes`.
         length: tokens in a sequence, which the mixing may depend on.
     """
-    if config.vocab_size is None:
-        config = replace(config, vocab_size=257)
+    config = with_bytes(config)
     with torch.device("meta"):
         model = LanguageModel(config)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
@@ -49,6 +48,11 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     flops = 2 * products + sum(b.mixer.mixing_flops(length) for b in blocks)
     return Cost(parameters, flops, length, sum(b.mixer.state_bytes(length) for b in blocks))
+
+
+def with_bytes(config: ModelConfig) -> ModelConfig:
+    """The model with the vocabulary of bytes and BOS, 257, where it leaves that to a tokenizer."""
+    return replace(config, vocab_size=257) if config.vocab_size is None else config
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_number: int = 2) -> int:
