@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from retnet.engine import Engine, Event, Request
+from retnet.ops.cpu.openmp import release_team
 from retnet.serve.arrivals import Arrivals
 
 Result = TypeVar("Result")
@@ -62,9 +63,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="retnet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to step, for the running event loop."""
+        """Begins to step, for the running event loop, whose thread has no work for many threads from here on."""
         self._loop = asyncio.get_running_loop()
         self.error = ""
+        release_team()
         self._thread.start()
 
     def stop(self, seconds: float) -> bool:
