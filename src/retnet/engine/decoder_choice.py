@@ -25,7 +25,7 @@ def choose_decoder(model: LanguageModel, slots: int) -> Decoder:
     except NotCompiledError as reason:
         _log.info("decoding is composed of the model's parts: %s", reason)
         return ComposedDecoder(model, slots)
-    _log.info("decoding is compiled: every token is one call for all RetNet layers, in CPU memory")
+    _log.info("decoding is compiled: every token is one call for all layers, in CPU memory")
     return decoder
 
 

@@ -33,7 +33,9 @@ class SlotPool:
         like: a tensor of the device and type of the computation.
 
     Attributes:
-        state: the tensors, in a NamedTuple as the mixer's own. Rows that nobody uses may hold anything.
+        state: the tensors, in a NamedTuple as the mixer's own; another one once they have moved. Rows that nobody uses may
+            hold anything.
+        grows: whether there are caches, which have a place for every token.
     """
 
     def __init__(self, mixer: Mixer, slots: int, like: Tensor) -> None:
@@ -41,26 +43,32 @@ class SlotPool:
             mixer.init_state(rows, device=like.device, dtype=like.dtype) for rows in (slots, 1)
         )
         self._cached = [name in mixer.caches for name in self._initial._fields]
+        self.grows = any(self._cached)
 
     def take(self, rows: Rows, new: int) -> Any:  # noqa: ANN401
         """The state of some rows, with room for `new` more tokens in each.
 
         Those of a slice are views of the pool, others copies; whoever has moved them on must `put` them back either way.
         """
-        if not any(self._cached):
+        if not self.grows:
             return self._like(part[rows] for part in self.state)
+        places = self.reserve(rows, new)
         length = self.state.length[rows].clone()
-        places = int(length.max()) + new
-        self._make_room(places)
         parts = (
             part[rows, :places] if cached else part[rows]
             for part, cached in zip(self.state, self._cached, strict=True)
         )
         return self._like(parts)._replace(length=length)
 
+    def reserve(self, rows: Rows, new: int) -> int:
+        """Makes room for `new` more tokens in the caches of some rows; how many places the longest has then."""
+        places = int(self.state.length[rows].max()) + new
+        self._make_room(places)
+        return places
+
     def put(self, rows: Rows, before: Any, after: Any) -> None:  # noqa: ANN401
         """Stores rows that `take` gave as `before` and that have become `after`; of a cache only the places that are new."""
-        at = self._new_places(rows, after) if any(self._cached) else None
+        at = self._new_places(rows, after) if self.grows else None
         names = self._initial._fields
         for name, pool, cached, old, new in zip(names, self.state, self._cached, before, after, strict=True):
             if isinstance(rows, slice) and new is old and name != "length":
@@ -83,7 +91,7 @@ class SlotPool:
 
     def read(self, rows: Rows) -> Any:  # noqa: ANN401
         """A copy of rows, as a state of the mixer; its caches are as long as the longest row."""
-        length = self.state.length[rows] if any(self._cached) else None
+        length = self.state.length[rows] if self.grows else None
         places = int(length.max()) if length is not None and len(length) else 0
         return self._like(
             (part[rows, :places] if cached else part[rows]).clone()
@@ -92,7 +100,7 @@ class SlotPool:
 
     def write(self, rows: Rows, state: Any) -> None:  # noqa: ANN401
         """Puts the rows of a state of the mixer, [B,...] a tensor, in the place of what the slots held."""
-        places = int(state.length.max()) if any(self._cached) and len(state.length) else 0
+        places = int(state.length.max()) if self.grows and len(state.length) else 0
         self._make_room(places)
         for pool, cached, new in zip(self.state, self._cached, state, strict=True):
             if cached:
@@ -119,6 +127,9 @@ class SlotPool:
             room[:, : part.shape[1]] = part
             return room
 
+        parts = zip(self.state, self._cached, strict=True)
+        if all(part.shape[1] >= places for part, cached in parts if cached):
+            return
         with torch.inference_mode(False):  # else nobody outside of it could change them
             self.state = self._like(map(grown, self.state, self._cached))
 

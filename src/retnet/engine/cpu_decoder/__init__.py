@@ -1,6 +1,7 @@
-"""The compiled CPU decoder: one call a token through all layers of a RetNet, at the speed of the memory.
+"""The compiled CPU decoder: one call a token through all layers of RetNets and hybrids, at the speed of the memory.
 
-`reading` turns a model into the weight table of `table`, which `kernel` reads; `decoder` is what others use.
+`model_weights` turns a model into the weight table of `table`, which `kernel` and `mixer_kernels` read; `decoder` is what
+others use.
 """
 
 from retnet.engine.cpu_decoder.decoder import CpuDecoder

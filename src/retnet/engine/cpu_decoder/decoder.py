@@ -1,18 +1,22 @@
-"""CPU decoder of a RetNet: prefill by the model's own parts, decoding steps of any number of rows by one compiled call."""
+"""CPU decoder of RetNets, Transformers and hybrids of them: decoding steps of any number of rows by one compiled call.
+
+Prefill is done by the model's own parts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retnet.engine.cpu_decoder.kernel import CallTable, compile_model_step, memory_of
+from retnet.engine.cpu_decoder.kernel import CallTable, StateTable, compile_model_step, memory_of
 from retnet.engine.cpu_decoder.model_weights import read_model
 from retnet.engine.cpu_decoder.table import ModelTable, NotCompiledError, WeightTable
 from retnet.engine.decoder import ComposedDecoder
+from retnet.engine.slots import SlotPool, rows_of
+from retnet.mixers.softmax import SoftmaxState
 from retnet.model import LanguageModel
 from retnet.ops.cpu.activations import compile_activations
 from retnet.ops.cpu.jit import Compiler, hindrance, optional
@@ -23,7 +27,7 @@ from retnet.ops.torch_private import plain
 
 
 class CpuDecoder(ComposedDecoder):
-    """Steps a RetNet through one compiled call, which reads states where they lie in their slots.
+    """Steps layers of retention and of softmax through one compiled call, which reads states where they lie in their slots.
 
     A row's logits and state are the same bits whatever other rows are there and wherever it sits. More than 64 rows go
     through in parts of 64.
@@ -44,7 +48,7 @@ class CpuDecoder(ComposedDecoder):
         if (kernel := _kernel(weights.number)) is None:
             raise NotCompiledError(hindrance() or "its kernel could not be compiled")
         super().__init__(model, slots)
-        self._steps = CompiledSteps(weights, [pool.state for pool in self.pools], kernel)
+        self._steps = CompiledSteps(weights, self.pools, kernel)
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         if not plain() or torch.is_autocast_enabled("cpu"):
@@ -57,22 +61,42 @@ class CpuDecoder(ComposedDecoder):
 class CompiledSteps:
     """Steps of a model from states in slots, which all have been checked.
 
-    Weights and states are read where they were when this was made; they may change in place.
+    Weights are read where they were when this was made, and states where their pools have them; both may change in place.
     """
 
-    def __init__(self, weights: WeightTable, states: Sequence[Any], kernel: Any) -> None:  # noqa: ANN401
-        self._weights, self._states, self._kernel = weights, list(states), kernel
+    def __init__(self, weights: WeightTable, pools: list[SlotPool], kernel: Any) -> None:  # noqa: ANN401
+        self._weights, self._pools, self._kernel = weights, pools, kernel
         self._logits = weights.numbers[ModelTable.LOGITS]
-        pointers = [part.data_ptr() for state in states for part in (state.kv, state.position)]
-        self._table = table([0] * CallTable.LAYERS + pointers)
-        self._table[CallTable.MODEL], self._table[CallTable.POOL] = weights.address, len(states[0].kv)
+        self._table = table([0] * (CallTable.LAYERS + len(StateTable) * len(pools)))
+        self._table[CallTable.MODEL], self._table[CallTable.POOL] = weights.address, len(pools[0].state[0])
+        self._states: list[Any] = [None] * len(pools)  # those whose addresses are in the table
         self._memory = torch.empty(0)
+
+    def _find_states(self, slots: Tensor) -> None:
+        """Writes down where states lie, with room in caches for one more token: making it has moved them."""
+        rows = None
+        for number, pool in enumerate(self._pools):
+            if pool.grows:
+                rows = rows_of(slots, slots.device) if rows is None else rows
+                pool.reserve(rows, 1)
+            if (state := pool.state) is self._states[number]:
+                continue
+            self._states[number] = state
+            at = CallTable.LAYERS + len(StateTable) * number
+            if isinstance(state, SoftmaxState):
+                parts = (state.keys.data_ptr(), state.values.data_ptr(), state.length, state.keys.shape[1])
+            else:
+                parts = (state.kv.data_ptr(), 0, state.position, 0)
+            self._table[at + StateTable.STATE], self._table[at + StateTable.VALUES] = parts[:2]
+            self._table[at + StateTable.POSITION] = parts[2].data_ptr()
+            self._table[at + StateTable.ROOM] = parts[3]
 
     def __call__(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Tokens in the vocabulary and their slots, int64 [B], B at most `MAX_ROWS` → logits [B,vocabulary]."""
         B, threads = len(tokens), torch.get_num_threads()
         if (need := memory_of(B, self._weights.sizes, threads)) > len(self._memory):
             self._memory = torch.empty(need)
+        self._find_states(slots)
         tokens, slots, logits = tokens.contiguous(), slots.contiguous(), torch.empty(B, self._logits)
         entries = {
             CallTable.ROWS: B,

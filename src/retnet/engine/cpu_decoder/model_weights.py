@@ -15,7 +15,7 @@ from retnet.engine.cpu_decoder.table import (
     WeightTable,
     make_table,
 )
-from retnet.mixers import MultiScaleRetention
+from retnet.mixers import MultiScaleRetention, SoftmaxAttention
 from retnet.model import Block, LanguageModel
 from retnet.nn import FeedForward, Int8Linear, Linear, Norm
 
@@ -83,16 +83,24 @@ def stored(*layers: nn.Module | None) -> tuple[list[Any], list[Tensor | None]] |
 
 
 def _read_block(block: nn.Module) -> tuple[MixerWeights, BlockWeights] | None:
-    if type(block) is not Block or type(block.mixer) is not MultiScaleRetention:
+    if type(block) is not Block:
         return None
     ffn, first, second = block.ffn, block.mixer_norm, block.ffn_norm
     if type(ffn) is not FeedForward or not _alike(first, second):
         return None
-    core, weights = _read_retention(block.mixer), stored(ffn.fc1, ffn.gate, ffn.fc2)
+    core, weights = _read_mixer(block.mixer), stored(ffn.fc1, ffn.gate, ffn.fc2)
     if core is None or weights is None:
         return None
     norms = (first.weight, first.bias, second.weight, second.bias)
     return core, BlockWeights(*norms, *weights, first.eps, ffn.act.__name__)
+
+
+def _read_mixer(mixer: nn.Module) -> MixerWeights | None:
+    if type(mixer) is MultiScaleRetention:
+        return _read_retention(mixer)
+    if type(mixer) is SoftmaxAttention:
+        return _read_softmax(mixer)
+    return None
 
 
 def _read_retention(mixer: MultiScaleRetention) -> MixerWeights | None:
@@ -102,11 +110,43 @@ def _read_retention(mixer: MultiScaleRetention) -> MixerWeights | None:
     read = stored(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.out_proj)
     if read is None:
         return None
-    weights, scales = read
-    bridge = c.score_norm == "decay"
     return MixerWeights(
-        weights, scales, mixer.log_decay, mixer.theta, c.rotary, bridge, c.head_norm, c.head_norm_eps
+        "retention",
+        *read,
+        heads=mixer.num_heads,
+        kv_heads=mixer.num_heads,
+        theta=mixer.theta,
+        layout=c.rotary,
+        log_decay=mixer.log_decay,
+        bridge=c.score_norm == "decay",
+        norm=c.head_norm,
+        eps=c.head_norm_eps,
     )
+
+
+def _read_softmax(mixer: SoftmaxAttention) -> MixerWeights | None:
+    read = stored(mixer.q_proj, mixer.k_proj, mixer.v_proj, None, mixer.out_proj)
+    qk_norms = _weights_of(mixer.q_norm, mixer.k_norm)
+    if read is None or qk_norms is None:
+        return None
+    return MixerWeights(
+        "softmax",
+        *read,
+        heads=mixer.num_heads,
+        kv_heads=mixer.num_heads // mixer.group,
+        theta=mixer.rotary.theta,
+        layout=mixer.config.rotary,
+        qk_norms=qk_norms,
+        qk_eps=mixer.config.qk_norm_eps,
+        biases=(mixer.q_bias, mixer.k_bias, mixer.v_bias),
+    )
+
+
+def _weights_of(q: Norm | None, k: Norm | None) -> tuple[Tensor | None, Tensor | None] | None:
+    """Of the RMS norms of queries and keys; None where they are no such norms."""
+    if q is None or k is None:
+        return (None, None) if q is k else None
+    return (q.weight, k.weight) if _alike(q, k) and q.bias is None else None
 
 
 def _called(module: nn.Module) -> bool:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from retnet.ops.cpu.decode import MIN_SIZE
 from retnet.ops.cpu.openmp import bits, in_large_pages, readable
+from retnet.ops.cpu.tile import LANES
 
+_KINDS = {"retention": 0, "softmax": 1}
 _NORMS = {"none": 0, "group": 1, "rms": 2}
 _LAYOUTS = {"none": 0, "interleaved": 1, "halves": 2}
 _NUMBERS = (torch.float32, torch.int8)
@@ -26,69 +28,87 @@ class ModelTable(IntEnum):
     """The beginning of a weight table: sizes, constants (an ε and the scale as the bits of fp64), addresses or 0."""
 
     D = 0
-    H = 1
-    K = 2
-    V = 3
-    N = 4  # of the FFN
-    GATED = 5
-    LAYOUT = 6  # of the rotation: 0 none, 1 interleaved, 2 halves
-    BRIDGE = 7  # heads divided by √Σγ before their norm
-    HEAD_NORM = 8  # 0 none, 1 group, 2 rms
-    FFN_GATED = 9
-    SILU = 10  # else GELU
-    HEAD_EPS = 11
-    EPS = 12  # of all other norms
-    LAYERS = 13
-    TOKENS = 14  # in the vocabulary of the embedding
-    LOGITS = 15
-    SCALE = 16  # of the embedding
-    EMBEDDING = 17
-    EMBEDDING_NORM = 18
-    EMBEDDING_BIAS = 19
-    NORM = 20
-    NORM_BIAS = 21
-    HEAD = 22
-    HEAD_SCALES = 23
+    PROJECTED = 1  # of the layers the widest row of queries, keys, values and gates
+    N = 2  # the widest FFN
+    WIDEST = 3  # the widest row that enters a product, and a vector more
+    ANGLES = 4  # the most that a layer turns by
+    EPS = 5  # of all norms but those of heads
+    LAYERS = 6
+    TOKENS = 7  # in the vocabulary of the embedding
+    LOGITS = 8
+    SCALE = 9  # of the embedding
+    EMBEDDING = 10
+    EMBEDDING_NORM = 11
+    EMBEDDING_BIAS = 12
+    NORM = 13
+    NORM_BIAS = 14
+    HEAD = 15
+    HEAD_SCALES = 16
 
 
 class LayerTable(IntEnum):
-    """What follows for each layer: addresses, 0 where there is none."""
+    """What follows for each layer: sizes, choices, constants (as the bits of fp64), addresses or 0."""
 
-    MIXER_NORM = 0
-    MIXER_BIAS = 1
-    FFN_NORM = 2
-    FFN_BIAS = 3
-    Q = 4
-    K = 5
-    V = 6
-    GATE = 7
-    OUT = 8
-    FC1 = 9
-    FFN_GATE = 10
-    FC2 = 11
-    LOG_DECAY = 12
-    THETA = 13
-    Q_SCALES = 14
-    K_SCALES = 15
-    V_SCALES = 16
-    GATE_SCALES = 17
-    OUT_SCALES = 18
-    FC1_SCALES = 19
-    FFN_GATE_SCALES = 20
-    FC2_SCALES = 21
+    KIND = 0  # 0 retention, 1 softmax
+    H = 1
+    G = 2  # heads of keys and values
+    K = 3
+    V = 4
+    N = 5  # of the FFN
+    ANGLES = 6  # half the numbers of a head that are turned
+    LAYOUT = 7  # of the rotation: 0 none, 1 interleaved, 2 halves
+    BRIDGE = 8  # heads divided by √Σγ before their norm
+    HEAD_NORM = 9  # 0 none, 1 group, 2 rms
+    SILU = 10  # between the products of the FFN, else GELU
+    SCALE = 11  # of query-key products
+    QK_EPS = 12  # of the norm of queries and keys
+    HEAD_EPS = 13
+    MIXER_NORM = 14
+    MIXER_BIAS = 15
+    FFN_NORM = 16
+    FFN_BIAS = 17
+    Q = 18
+    KEYS = 19
+    VALUES = 20
+    GATE = 21
+    OUT = 22
+    FC1 = 23
+    FFN_GATE = 24
+    FC2 = 25
+    Q_SCALES = 26
+    K_SCALES = 27
+    V_SCALES = 28
+    GATE_SCALES = 29
+    OUT_SCALES = 30
+    FC1_SCALES = 31
+    FFN_GATE_SCALES = 32
+    FC2_SCALES = 33
+    LOG_DECAY = 34
+    THETA = 35
+    Q_NORM = 36
+    K_NORM = 37
+    Q_BIAS = 38
+    K_BIAS = 39
+    V_BIAS = 40
 
 
 class MixerWeights(NamedTuple):
-    """Multi-scale retention, as the kernel of a block reads it: weights [out,in] and constants of a mixer."""
+    """Retention or softmax attention, as the kernel reads it: weights [out,in] and constants of a mixer."""
 
-    weights: Sequence[Tensor | None]  # q and k [H·K,D], v and gate (or None) [H·V,D], out [D,H·V]
+    kind: str  # "retention" or "softmax"
+    weights: Sequence[Tensor | None]  # q [H·K,D], k [G·K,D], v [G·V,D], gate (or None) [H·V,D], out [D,H·V]
     scales: Sequence[Tensor | None]  # [out] fp32 of each weight that is int8
-    log_decay: Tensor  # [H] fp32
-    theta: Tensor  # [K/2] fp64, empty without rotation
+    heads: int
+    kv_heads: int
+    theta: Tensor  # fp64, the angles of pairs of numbers, empty without rotation
     layout: str  # "interleaved", "halves" or "none"
-    bridge: bool  # rows divided by √Σγ before the norm (score_norm "decay")
-    norm: str  # "group", "rms" or "none"
-    eps: float
+    log_decay: Tensor | None = None  # [H] fp32, of retention
+    bridge: bool = False  # rows divided by √Σγ before the norm (score_norm "decay")
+    norm: str = "none"  # of heads: "group", "rms" or "none"
+    eps: float = 0.0
+    qk_norms: tuple[Tensor | None, Tensor | None] = (None, None)  # [K] of queries and of keys
+    qk_eps: float = 0.0
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)  # of q, k and v
 
 
 class BlockWeights(NamedTuple):
@@ -118,6 +138,16 @@ class EndWeights(NamedTuple):
     norm_eps: float
 
 
+class Sizes(NamedTuple):
+    """Of what the kernel works in, over all layers; see `ModelTable`."""
+
+    D: int
+    projected: int
+    N: int
+    widest: int
+    angles: int
+
+
 class WeightTable(NamedTuple):
     """A model whose tensors have been checked; see `make_table`."""
 
@@ -126,7 +156,7 @@ class WeightTable(NamedTuple):
     ]  # what the kernel reads: a `ModelTable`, then a `LayerTable` for each layer
     memory: list[Tensor | None]  # what lies at the addresses, kept while somebody may read it
     number: torch.dtype  # of the weights
-    sizes: tuple[int, int, int, int, int]  # D H K V N
+    sizes: Sizes
 
     @property
     def address(self) -> int:
@@ -138,10 +168,10 @@ class _BlockEntry(NamedTuple):
     """What one block gives to a table."""
 
     number: torch.dtype
-    sizes: tuple[int, int, int, int, int]
-    flags: tuple[int, ...]
-    reals: tuple[float, float]
-    tensors: tuple[Tensor | None, ...]
+    sizes: Sizes
+    norm_eps: float
+    constants: list[int]  # the first of a `LayerTable`
+    tensors: tuple[Tensor | None, ...]  # at the addresses of the rest
 
 
 def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWeights) -> WeightTable:
@@ -157,8 +187,10 @@ def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWei
             "its weights are not fp32 or int8 in CPU memory, are too small, or do not fit each other"
         )
     first = known[0]
-    if any(block[:4] != first[:4] for block in known):
-        raise NotCompiledError("its layers are not alike")
+    if any((b.number, b.sizes.D, b.norm_eps) != (first.number, first.sizes.D, first.norm_eps) for b in known):
+        raise NotCompiledError(
+            "its layers differ in their weights' type, in their width or in the ε of norms"
+        )
     if not _ends_fit(ends, first):
         raise NotCompiledError(
             "its embedding, last norm or head are not fp32 or int8 in CPU memory, or do not fit its layers"
@@ -166,57 +198,69 @@ def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWei
     outer = (ends.embedding, *ends[2:8])
     tensors = [*outer, *(x for block in known for x in block.tensors)]
     in_large_pages(tensors[1:])  # of an embedding a step reads a row, unless it is the head as well
+    sizes = Sizes(*map(max, zip(*(block.sizes for block in known), strict=True)))
     numbers = [
-        *first.sizes,
-        *map(int, first.flags),
-        *map(bits, first.reals),
+        *sizes,
+        bits(first.norm_eps),
         len(known),
         ends.embedding.shape[0],
         ends.head.shape[0],
         bits(ends.scale),
-        *(0 if x is None else x.data_ptr() for x in tensors),
+        *_addresses(outer),
     ]
+    for block in known:
+        numbers += [*block.constants, *_addresses(block.tensors)]
     assert len(numbers) == len(ModelTable) + len(known) * len(LayerTable)
     memory = [None if x is None else x.detach() for x in tensors]
-    return WeightTable((ctypes.c_int64 * len(numbers))(*numbers), memory, first.number, first.sizes)
+    return WeightTable((ctypes.c_int64 * len(numbers))(*numbers), memory, first.number, sizes)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _check(mixer: MixerWeights, outer: BlockWeights) -> _BlockEntry | None:
     weights, scales = (*mixer.weights, *outer.weights), (*mixer.scales, *outer.scales)
-    q, _, v, gate, _, fc1, ffn_gate, _ = weights
+    q, _, v, gate, _, fc1, _, _ = weights
     if q is None or v is None or fc1 is None or fc1.numel() < MIN_SIZE:
         return None
-    (N, D), H, number = fc1.shape, len(mixer.log_decay), fc1.dtype
-    K, V = q.shape[0] // H, v.shape[0] // H
-    rows = (H * K, H * K, H * V, H * V, D, N, N, D)
+    (N, D), H, G, number = fc1.shape, mixer.heads, mixer.kv_heads, fc1.dtype
+    K, V = q.shape[0] // H, v.shape[0] // G
+    turned = 0 if mixer.layout == "none" else K
+    rows = (H * K, G * K, G * V, H * V, D, N, N, D)
     columns = (D, D, D, D, H * V, D, D, N)
     missing = {i for i, w in enumerate(weights) if w is None}
+    small = (*outer[:4], mixer.log_decay, *mixer.qk_norms, *mixer.biases)
     fits = (
         number in _NUMBERS
         and readable(weights, number, [n * m for n, m in zip(rows, columns, strict=True)])
-        and readable(outer[:4], torch.float32, (D, D, D, D))
-        and readable((mixer.log_decay,), torch.float32, (H,))
-        and readable((mixer.theta,), torch.float64, (0 if mixer.layout == "none" else K // 2,))
+        and readable(small, torch.float32, (D, D, D, D, H, K, K, H * K, G * K, G * V))
+        and readable((mixer.theta,), torch.float64, (turned // 2,))
         and readable(scales, torch.float32, rows)
         and missing <= {3, 6}  # the gates
         and (number is torch.float32 or missing == {i for i, s in enumerate(scales) if s is None})
+        and (mixer.kind == "softmax") == (mixer.log_decay is None)
     )
     if not fits:
         return None
-    flags = (
-        gate is not None,
+    constants = [
+        _KINDS[mixer.kind],
+        *(H, G, K, V, N),
+        turned // 2,
         _LAYOUTS[mixer.layout],
-        mixer.bridge,
+        int(mixer.bridge),
         _NORMS[mixer.norm],
-        ffn_gate is not None,
-        outer.act == "silu",
-    )
-    tensors = (*outer[:4], *weights, mixer.log_decay, mixer.theta, *scales)
-    return _BlockEntry(number, (D, H, K, V, N), flags, (mixer.eps, outer.norm_eps), tensors)
+        int(outer.act == "silu"),
+        *map(bits, (K**-0.5, mixer.qk_eps, mixer.eps)),
+    ]
+    projected = H * K + G * (K + V) + H * V * (gate is not None)
+    sizes = Sizes(D, projected, N, max(D, H * V, N) + LANES, turned // 2)
+    others = (mixer.log_decay, mixer.theta, *mixer.qk_norms, *mixer.biases)
+    return _BlockEntry(number, sizes, outer.norm_eps, constants, (*outer[:4], *weights, *scales, *others))
 
 
 def _ends_fit(ends: EndWeights, block: _BlockEntry) -> bool:
-    D, number = block.sizes[0], block.number
+    D, number = block.sizes.D, block.number
     norms = (ends.embedding_norm, ends.embedding_bias, ends.norm, ends.bias)
     return (
         readable((ends.embedding,), torch.float32, (ends.embedding.shape[0] * D,))
@@ -224,5 +268,5 @@ def _ends_fit(ends: EndWeights, block: _BlockEntry) -> bool:
         and readable((ends.head,), number, (ends.head.shape[0] * D,))
         and readable((ends.head_scale,), torch.float32, ends.head.shape[:1])
         and (number is torch.float32) == (ends.head_scale is None)
-        and ends.norm_eps == block.reals[1]
+        and ends.norm_eps == block.norm_eps
     )

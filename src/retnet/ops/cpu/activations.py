@@ -34,10 +34,12 @@ class Activations(NamedTuple):
     """Compiled functions of one fp32 number, within a few units of its last place.
 
     Attributes:
+        exp: e^x, from −87 to 88; what is beyond becomes these.
         silu: x / (1 + e^−x).
         gelu: x Φ(x), with Φ from the Chebyshev fit of erfc in Numerical Recipes (§6.2).
     """
 
+    exp: Callable[..., Any]
     silu: Callable[..., Any]
     gelu: Callable[..., Any]
 
@@ -81,4 +83,4 @@ def compile_activations(compiler: Compiler) -> Activations:
         tail = half * t * exp(p * t + _ERFC_LAST - z * z)
         return x * (tail if x < 0 else one - tail)
 
-    return Activations(silu, gelu)
+    return Activations(exp, silu, gelu)
