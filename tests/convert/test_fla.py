@@ -197,6 +197,21 @@ def test_interleaved_pairs_become_halves(tmp_path):
         (lambda: ours({"d_model": 8}, key_dim=300), ["keys of 300 per head"]),
         (
             lambda: ours(
+                {"residual": "norm", "residual_alpha": 2.0},
+                decay_by_layer="lightning",
+                qk_norm=True,
+                scale=1.0,
+            ),
+            [
+                "residual = 'norm' (it has none)",
+                "residual_alpha = 2.0",
+                "mixer.decay_by_layer = 'lightning'",
+                "mixer.qk_norm = True",
+                "mixer.scale = 1.0",
+            ],
+        ),
+        (
+            lambda: ours(
                 {"norm": "layernorm", "ffn": "geglu", "embedding_scale": True, "embedding_norm": True},
                 score_norm="decay",
                 rotary_spacing="inclusive",

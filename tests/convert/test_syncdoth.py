@@ -273,6 +273,14 @@ def test_halves_become_interleaved_pairs(tmp_path):
         (lambda: ours(rotary="none"), ["mixer.rotary = 'none'"]),
         (lambda: ours(rotary_spacing="geometric"), ["rotary_spacing = 'geometric'"]),
         (lambda: ours(score_norm="none"), ["mixer.score_norm = 'none'"]),
+        (
+            lambda: ours(gate_activation="sigmoid", activation="silu", rotary_dim=2),
+            [
+                "mixer.gate_activation = 'sigmoid' (it has none)",
+                "mixer.activation = 'silu'",
+                "mixer.rotary_dim = 2",
+            ],
+        ),
         (lambda: ours(key_dim=6, gate=False), ["mixer.key_dim = 6 for 2 heads", "mixer.gate = False"]),
         (
             lambda: ours(

@@ -25,7 +25,7 @@ HYBRIDS = {
         "layers": ("retention", "wide", "narrow"),
         "mixers": {
             "wide": RetentionConfig(num_heads=3, key_dim=50, value_dim=34, decay="none", gate=False, rotary="none"),
-            "narrow": SoftmaxConfig(num_heads=5, kv_heads=1, key_dim=18, rotary="interleaved"),
+            "narrow": SoftmaxConfig(num_heads=5, kv_heads=1, key_dim=18, rotary="interleaved", rotary_dim=6),
         },
     },
     "no rotation": {"mixer": SoftmaxConfig(num_heads=4, rotary="none")},

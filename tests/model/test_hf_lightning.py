@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
+from retnet.mixers import MultiScaleRetention, RetentionConfig
 from retnet.model.hf.lightning import use_retention
 from retnet.settings import UserError
 from tests.helpers.parity import relative
@@ -154,6 +155,38 @@ def test_bfloat16_keeps_states_in_fp32(pair):
     assert out.past_key_values.linear_cache[1].dtype == torch.float32
     exact = both(pair[:1], ids)[0].logits
     assert relative(out.logits.float(), exact) <= 2 * relative(theirs.logits.float(), exact)
+
+
+def test_fields_of_retention_say_the_same_layer(pair):
+    """What `lightning/minimax-3m` sets is this layer, with its γ; the ε in its count of layers is the rest."""
+    config = RetentionConfig(
+        num_heads=4,
+        key_dim=12,
+        value_dim=12,
+        decay="alibi",
+        decay_by_layer="lightning",
+        scale=1.0,
+        activation="silu",
+        gate_activation="sigmoid",
+        head_norm="rms",
+        head_norm_affine=True,
+        head_norm_groups=1,
+        rotary="none",
+    )
+    x = torch.randn(2, 50, 32)
+    for number in (1, 2, 3):
+        theirs = pair[0].model.layers[number].self_attn
+        ours = MultiScaleRetention(32, config.of_layer(number, 4))
+        q, k, v = theirs.qkv_proj.weight.unflatten(0, (4, -1)).chunk(3, dim=1)
+        weights = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1)}
+        weights |= {"gate": theirs.output_gate.weight, "out": theirs.out_proj.weight}
+        ours.load_state_dict(
+            {f"{name}_proj.weight": x for name, x in weights.items()}
+            | {"head_norm_weight": theirs.norm.weight}
+        )
+        with torch.no_grad():
+            want = theirs(x, position_embeddings=None, attention_mask=None)[0]
+            assert relative(ours(x), want) <= 1e-5
 
 
 def test_a_model_without_such_layers():

@@ -97,6 +97,11 @@ class TestHeads:
                 {"mixer": SoftmaxConfig(kv_heads=2, qk_norm=True)},
                 "heads of the mixer 'softmax' share what kv_heads and qk_norm says; set it to 1",
             ),
+            (
+                2,
+                {"mixer": RetentionConfig(head_norm_groups=1)},
+                "the mixer 'retention' normalises its heads in 1 groups, which is no multiple of it; set it to 1",
+            ),
             (8, {}, "the mixer 'retention' has 4 heads, which is no multiple of it; set it to 1 or 2 or 4"),
             (
                 4,

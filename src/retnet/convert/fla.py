@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retnet.convert.folders import Folder, folder_files
-from retnet.convert.weights import TOKENS, Found, Wanted, expected, options, renamed, same
+from retnet.convert.weights import TOKENS, Found, Wanted, expected, lightning_choices, options, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.model.checkpoint_layout import Files
@@ -224,7 +224,7 @@ def cannot_express(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[s
         "embedding_scale (it has none)": config.embedding_scale,
         "embedding_norm (it has none)": config.embedding_norm,
     }
-    return [reason for reason, holds in reasons.items() if holds]
+    return lightning_choices(config) + [reason for reason, holds in reasons.items() if holds]
 
 
 def _config(found: Found) -> dict[str, Any]:

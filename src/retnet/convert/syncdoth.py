@@ -18,7 +18,7 @@ from retnet.convert import torchscale
 from retnet.convert.folders import Folder, folder_files
 from retnet.convert.torch_files import without_prefix
 from retnet.convert.torchscale import ANGLE, DECAY
-from retnet.convert.weights import TOKENS, Found, Wanted, expected, renamed, same
+from retnet.convert.weights import TOKENS, Found, Wanted, expected, lightning_choices, renamed, same
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
 from retnet.model.checkpoint_layout import Files
@@ -176,7 +176,7 @@ def cannot_express(config: ModelConfig) -> list[str]:
         f"norm = {config.norm!r} (it has 'rmsnorm' alone)": config.norm != "rmsnorm",
         f"ffn = {config.ffn!r} (it has 'swiglu' and 'geglu')": config.ffn not in ACTIVATIONS,
     }
-    return [reason for reason, holds in reasons.items() if holds]
+    return lightning_choices(config) + [reason for reason, holds in reasons.items() if holds]
 
 
 def _use_lm_decay(mixer: RetentionConfig) -> bool | None:

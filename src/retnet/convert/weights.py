@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retnet.host import DTYPES
+from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
@@ -175,3 +176,26 @@ def listed(problems: Iterable[str]) -> str:
 def options(found: Mapping[str, Any], cannot: Mapping[str, str]) -> list[str]:
     """Reasons for refusing a configuration: every option of `cannot` that is set, with what it would change."""
     return [f"{name} = {found[name]!r} ({what})" for name, what in cannot.items() if found.get(name)]
+
+
+def lightning_choices(config: ModelConfig) -> list[str]:
+    """What a retention model has of the choices that formats of RetNets have no words for, each as it is written."""
+    mixer, plain = config.mixer, RetentionConfig()
+    names = (
+        "decay_by_layer",
+        "scale",
+        "activation",
+        "qk_norm",
+        "gate_activation",
+        "head_norm_groups",
+        "rotary_dim",
+    )
+    found = [
+        (f"mixer.{name}", getattr(mixer, name))
+        for name in names
+        if getattr(mixer, name) != getattr(plain, name)
+    ]
+    for name in ("residual", "residual_alpha", "residual_beta"):
+        if (value := getattr(config, name)) != getattr(ModelConfig, name):
+            found.append((name, value))
+    return [f"{name} = {value!r} (it has none)" for name, value in found]

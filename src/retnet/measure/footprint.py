@@ -166,7 +166,9 @@ def kept_activations(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
         residual if c.activation_checkpointing else _block_bytes(each, model, c) for each, _, _ in layers
     ]
     # layers of one kind of mixer share
-    shared = sum(dict(zip(model.mixers_by_layer, (shared for _, shared, _ in layers), strict=True)).values())
+    shared = sum(
+        dict(zip(model.mixer_kinds_by_layer, (shared for _, shared, _ in layers), strict=True)).values()
+    )
     return sum(blocks) + shared * c.batch_size + 2 * residual  # what the last norm and the head read
 
 

@@ -6,7 +6,8 @@ from retnet.mixers.h3 import H3, H3Config
 from retnet.mixers.hyena import Hyena, HyenaConfig
 from retnet.mixers.linear import LinearAttention, LinearConfig
 from retnet.mixers.lstm import LSTM, LstmConfig
-from retnet.mixers.retention import MultiScaleRetention, RetentionConfig, RetentionState
+from retnet.mixers.retention import MultiScaleRetention, RetentionState
+from retnet.mixers.retention_config import RetentionConfig
 from retnet.mixers.rwkv4 import Rwkv4Config, TimeMix
 from retnet.mixers.s4d import S4D, S4DConfig, S4DMixer
 from retnet.mixers.softmax import SoftmaxAttention, SoftmaxConfig

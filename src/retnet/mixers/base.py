@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,18 @@ class MixerConfig(Choice):
     """Base of the mixers' configurations; which one a table describes is said by its key ``name``."""
 
     name: str
+
+    def of_layer(self, layer: int, num_layers: int) -> Self:
+        """What it says of one layer of a model, where that depends on the depth: by default of all the same.
+
+        Args:
+            layer: from 0.
+            num_layers: of the model.
+
+        Raises:
+            UserError: it cannot be for a model of so many layers.
+        """
+        return self
 
 
 def head_width(d_model: int, num_heads: int) -> int:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig
-from retnet.nn import Linear, Positions, Rotary, linear_of
+from retnet.mixers.base import PROJECTION_AXES, Mixer
+from retnet.mixers.retention_config import RetentionConfig
+from retnet.nn import Linear, Norm, Positions, Rotary, linear_of
 from retnet.ops import (
     CHUNK,
-    Decay,
     Remade,
     head_norm,
     log_decays,
@@ -24,75 +23,7 @@ from retnet.ops import (
 )
 from retnet.ops.clamped import clamped_retention
 from retnet.ops.context_parallel import ContextParallel
-from retnet.ops.dispatch import check_backend
-from retnet.settings import At, Count, UserError
-
-
-@dataclass(frozen=True)
-class RetentionConfig(MixerConfig):
-    """Multi-scale retention; the paper's ablations (§7) are its fields.
-
-    `score_norm` is the paper's score normalisation (§2): ``"decay"`` divides each output row by s_t = √Σ_{i≤t} γ^{t−i}
-    (factor 2), ``"paper"`` also by max(|Σ_i R_ti|, 1) (factor 3). Under a head norm both cancel up to its ε, and the
-    default is ``"none"``; ``"decay"`` is then exactly a head norm with ε·s_t² in place of ε, which is what torchscale
-    computes, but for a clamp. Without a head norm they change the function, so the choice must be written down.
-    ``"torchscale"`` has the clamp too: rows of scores divided by √Σγ, then by clamp(Σ|R|, 1, 5·10⁴). A sum of absolute
-    values has no recurrent form, so it runs whole sequences alone, in the parallel form.
-    """
-
-    name: Literal["retention"] = "retention"
-    num_heads: Count = 4
-    key_dim: Count | None = None  # per head; d_model / num_heads
-    value_dim: Count | None = None  # per head; twice key_dim
-    decay: Decay = "paper"  # or "experiments", "none", one γ, one γ a head
-    gate: bool = True
-    head_norm: Literal["group", "rms", "none"] = "group"
-    head_norm_affine: bool = False
-    head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
-    score_norm: Literal["none", "decay", "paper", "torchscale"] | None = None
-    rotary: Literal["interleaved", "halves", "none"] = "interleaved"
-    rotary_spacing: Literal["inclusive", "geometric"] = "inclusive"
-    rotary_base: Annotated[float, At(above=0)] = 10000.0
-    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = (
-        "auto"  # auto: parallel where one chunk holds all
-    )
-    chunk_size: Count | None = None  # of the op's choice
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head_norm == "none" and self.score_norm is None:
-            raise UserError(
-                "head_norm = 'none' leaves the outputs unnormalised, so score_norm must be chosen: "
-                "'none', 'decay' (rows divided by √Σγ) or 'paper' (also by max(|Σ scores|, 1))"
-            )
-        if self.score_norm == "torchscale" and self.form not in ("auto", "parallel"):
-            raise UserError(
-                f"score_norm = 'torchscale' runs in the parallel form alone, not {self.form!r}; "
-                "set form = 'parallel', or score_norm = 'decay', which runs in every form"
-            )
-        try:
-            check_backend(self.backend)
-            log_decays(self.decay, self.num_heads)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    def widths(self, d_model: int) -> tuple[int, int]:
-        """(K, V) per head for a model of this width.
-
-        Raises:
-            UserError: the width does not divide by the heads and no `key_dim` is given, or a rotated K is odd.
-        """
-        if self.key_dim is None and d_model % self.num_heads:
-            raise UserError(
-                f"d_model {d_model} is not a multiple of num_heads {self.num_heads}; change one, or set key_dim"
-            )
-        key_dim = self.key_dim or d_model // self.num_heads
-        if self.rotary != "none" and key_dim % 2:
-            raise UserError(
-                f"key_dim {key_dim} is odd, and rotation turns pairs; make it even or set rotary = 'none'"
-            )
-        return key_dim, self.value_dim or 2 * key_dim
+from retnet.settings import UserError
 
 
 class RetentionState(NamedTuple):
@@ -105,7 +36,8 @@ class RetentionState(NamedTuple):
 class MultiScaleRetention(Mixer):
     """Retention with one γ a head, each head normalised by itself, gated (paper §3).
 
-    Weights: q_proj, k_proj [H·K, D], v_proj, gate_proj [H·V, D], out_proj [D, H·V], and head_norm [H·V] if affine.
+    Weights: q_proj, k_proj [H·K, D], v_proj, gate_proj [H·V, D], out_proj [D, H·V], head_norm [H·V] if affine, and q_norm,
+    k_norm [K] where the configuration has them.
     γ and the angles are constants of the configuration: they keep their precision when the module's type changes.
 
     Attributes:
@@ -132,9 +64,14 @@ class MultiScaleRetention(Mixer):
 
     def __init__(self, d_model: int, config: RetentionConfig) -> None:
         super().__init__(d_model, config)
+        if config.decay_by_layer != "alike":
+            raise UserError(
+                "decay_by_layer says γ of a layer of a model; for a mixer alone take config.of_layer(layer, num_layers)"
+            )
         self.config = config
         self.num_heads = config.num_heads
         self._heads = slice(None)  # those of the configuration's heads that are here
+        self.norm_groups = config.head_norm_groups or config.num_heads
         self.key_dim, self.value_dim = config.widths(d_model)
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         self.q_proj = Linear(d_model, keys)
@@ -147,8 +84,16 @@ class MultiScaleRetention(Mixer):
         self.head_norm_bias = (
             nn.Parameter(torch.zeros(values)) if affine and config.head_norm == "group" else None
         )
+        normed = config.qk_norm
+        self.q_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
+        self.k_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
         self.rotary = Rotary(
-            self.key_dim, config.rotary, config.rotary_base, config.rotary_spacing, config.backend
+            self.key_dim,
+            config.rotary,
+            config.rotary_base,
+            config.rotary_spacing,
+            config.backend,
+            config.rotary_dim,
         )
         self._set_decay(self.q_proj.weight.device)
 
@@ -158,7 +103,8 @@ class MultiScaleRetention(Mixer):
         self.register_buffer("log_decay", log_decay, persistent=False)
 
     def keep_heads(self, begin: int, end: int) -> None:
-        """As of any mixer; every head keeps its γ."""
+        """As of any mixer; every head keeps its γ. Heads that are normalised together must stay together."""
+        self.norm_groups = self.norm_groups * (end - begin) // self.num_heads
         super().keep_heads(begin, end)
         self._heads = slice(begin, end)
         self._set_decay(self.q_proj.weight.device)
@@ -227,7 +173,8 @@ class MultiScaleRetention(Mixer):
         self._refuse_if_stateless()
         positions = positions or self.positions(x, None, state)
         q, k, v = self._project(x, positions)
-        o = retention_step(q, k, v, self.log_decay, state.kv, backend=self.config.backend)
+        config = self.config
+        o = retention_step(q, k, v, self.log_decay, state.kv, scale=config.scale, backend=config.backend)
         y = self._finish(o, self._gate(x), x, positions)
         state.position.add_(1)
         return y, state
@@ -294,6 +241,7 @@ class MultiScaleRetention(Mixer):
             log_decay,
             kv,
             cu_seqlens,
+            scale=config.scale,
             form=form,
             chunk_size=config.chunk_size,
             backend=config.backend,
@@ -301,10 +249,12 @@ class MultiScaleRetention(Mixer):
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys [...,H,K], rotated, and values [...,H,V] of x [...,D]."""
-        heads = (self.num_heads, -1)
-        q = self.q_proj(x).unflatten(-1, heads)
-        k = self.k_proj(x).unflatten(-1, heads)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.activation == "silu":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(q, k, positions)
         if self.config.score_norm == "paper":  # a value of 1 sums the scores of a row
             v = F.pad(v, (0, 1), value=1.0)
@@ -342,9 +292,10 @@ class MultiScaleRetention(Mixer):
         sums = None
         if position is not None:
             o, sums = self._norm_scores(o, position, log_decay)
-        return head_norm(
-            o,
-            gate,
+        swish = config.gate_activation == "swish"
+        y = head_norm(
+            o.unflatten(-2, (self.norm_groups, -1)).flatten(-2) if self.norm_groups < self.num_heads else o,
+            gate if swish else None,
             config.head_norm,
             eps=config.head_norm_eps,
             weight=weight,
@@ -353,6 +304,7 @@ class MultiScaleRetention(Mixer):
             dtype=dtype,
             backend=config.backend,
         )
+        return y if swish or gate is None else (torch.sigmoid(gate) * y).to(gate.dtype)
 
     def _norm_scores(self, o: Tensor, position: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor | None]:
         """The heads with their scores normalised, but for the sums Σγ [...,H] that `head_norm` divides them by."""

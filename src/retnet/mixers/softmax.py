@@ -27,9 +27,10 @@ QUERIES = (
 class SoftmaxConfig(MixerConfig):
     """Multi-head attention as in Llama: rotary positions; by default as many heads of keys as of queries, and no biases.
 
-    `kv_heads`, `key_dim`, `bias` and `qk_norm` are what Llama, Mistral and Qwen have beside that. `sdpa` is how whole
-    sequences are computed: ``"math"`` is the plain formula, which holds a matrix of T × T scores, ``"flash"``
-    FlashAttention, which does not (on a CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's choice.
+    `kv_heads`, `key_dim`, `bias` and `qk_norm` are what Llama, Mistral and Qwen have beside that, `rotary_dim`, the first
+    numbers of a head, which alone turn, what MiniMax and Ring have. `sdpa` is how whole sequences are computed:
+    ``"math"`` is the plain formula, which holds a matrix of T × T scores, ``"flash"`` FlashAttention, which does not (on a
+    CPU torch's own; on a GPU it needs half types), ``"auto"`` torch's choice.
     Derivatives of derivatives, and those of `torch.func`, want ``"math"``; ``"auto"`` takes it for the latter.
     """
 
@@ -41,6 +42,7 @@ class SoftmaxConfig(MixerConfig):
     qk_norm: bool = False  # RMSNorm of each head's queries and keys before they turn, as Qwen3 has it
     qk_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
     rotary: Rotation = "halves"
+    rotary_dim: Count | None = None  # numbers of a head that turn; key_dim
     rotary_base: Annotated[float, At(above=0)] = 10000.0
     sdpa: Literal["auto", "math", "flash"] = "auto"
 
@@ -101,7 +103,7 @@ class SoftmaxAttention(SequenceMixer):
         normed = config.qk_norm
         self.q_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
         self.k_norm = Norm(self.key_dim, "rmsnorm", config.qk_norm_eps) if normed else None
-        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
+        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base, turned=config.rotary_dim)
 
     def positions(
         self, x: Tensor, cu_seqlens: Tensor | None = None, state: SoftmaxState | None = None

@@ -36,6 +36,10 @@ class ModelConfig(Checked):
     tie_embeddings: bool = True
     embedding_scale: bool = False  # embeddings × √d_model
     embedding_norm: bool = False
+    # x becomes α·x + β·f(norm(x)), or α·norm(x) + β·f(norm(x)), by every mixer and every FFN
+    residual: Literal["input", "norm"] = "input"
+    residual_alpha: Annotated[float, At(least=0)] = 1.0
+    residual_beta: Annotated[float, At(least=0)] = 1.0
     dropout: Annotated[float, At(least=0, below=1)] = 0.0
     init: Literal["deepnet", "normal"] = "deepnet"
 
@@ -62,10 +66,18 @@ class ModelConfig(Checked):
             )
         if unused := [name for name in others if name not in named]:
             raise UserError(f"mixers.{unused[0]} is not in layers; take it out, or name it there")
+        _ = self.mixers_by_layer  # which may not fit so many layers
 
     @property
     def mixers_by_layer(self) -> tuple[MixerConfig, ...]:
-        """The configuration of each layer's mixer, from the first layer to the last."""
+        """The configuration of each layer's mixer, from the first layer to the last, as it is there."""
+        return tuple(
+            kind.of_layer(layer, self.num_layers) for layer, kind in enumerate(self.mixer_kinds_by_layer)
+        )
+
+    @property
+    def mixer_kinds_by_layer(self) -> tuple[MixerConfig, ...]:
+        """The same as it stands in the configuration: what depends on the depth is not worked out."""
         settings = {self.mixer.name: self.mixer, **(self.mixers or {})}
         pattern = [
             settings.get(name) or MixerConfig.options()[name]() for name in self.layers or (self.mixer.name,)
@@ -97,7 +109,7 @@ class ModelConfig(Checked):
     def is_uniform(self) -> bool:
         """Whether all layers are alike: `mixer`, `ffn` and `ffn_dim` say all about them."""
         alike = {(self.mixer, (self.ffn, self.ffn_dim or 2 * self.d_model))}
-        return set(zip(self.mixers_by_layer, self.ffns_by_layer, strict=True)) == alike
+        return set(zip(self.mixer_kinds_by_layer, self.ffns_by_layer, strict=True)) == alike
 
     @property
     def has_states(self) -> bool:

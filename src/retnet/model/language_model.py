@@ -22,7 +22,7 @@ ModelPositions = Sequence[Positions | None]  # what the mixer of each layer is h
 
 
 class Block(nn.Module):
-    """Y = Mixer(Norm(X)) + X, X' = FFN(Norm(Y)) + Y (paper §3).
+    """Y = Mixer(Norm(X)) + X, X' = FFN(Norm(Y)) + Y (paper §3); the configuration may weigh both summands of each.
 
     Args:
         config: of the model.
@@ -32,7 +32,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         kind = config.mixers_by_layer[layer]
-        self.mixer_kind = config.mixers_by_layer.index(kind)  # the first layer with such a mixer
+        kinds = config.mixer_kinds_by_layer
+        self.mixer_kind = kinds.index(kinds[layer])  # the first layer with such a mixer
+        self.residual = residual_of(config)
         self.mixer_norm = Norm(config.d_model, config.norm, config.norm_eps)
         self.mixer = MIXERS[kind.name](config.d_model, kind)
         self.ffn_norm = Norm(config.d_model, config.norm, config.norm_eps)
@@ -40,18 +42,26 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.d_model, width, ffn)
         self.dropout = nn.Dropout(config.dropout)
 
-    def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
+        """The residual sum of x, of which the branch read what its norm made."""
         if self.training:  # else a module's call would cost microseconds of every token
-            mixed = self.dropout(mixed)
-        y = x + mixed
-        out = self.ffn(self.ffn_norm(y))
-        return y + (self.dropout(out) if self.training else out)
+            branch = self.dropout(branch)
+        if self.residual == (1, 1, False):
+            return x + branch
+        alpha, beta, of_norm = self.residual
+        return alpha * (normed if of_norm else x) + beta * branch
+
+    def _close(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+        y = self._add(x, normed, mixed)
+        normed = self.ffn_norm(y)
+        return self._add(y, normed, self.ffn(normed))
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, positions: Positions | None = None
     ) -> Tensor:
         """Whole sequences: x [B,T,D] → [B,T,D]; `positions` are those of the mixer, made here by default."""
-        return self._close(x, self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, **handed(positions)))
+        normed = self.mixer_norm(x)
+        return self._close(x, normed, self.mixer(normed, cu_seqlens=cu_seqlens, **handed(positions)))
 
     def prefill(
         self,
@@ -61,15 +71,20 @@ class Block(nn.Module):
         positions: Positions | None = None,
     ) -> tuple[Tensor, Any]:
         """Many tokens from a state: x [B,T,D] → [B,T,D] and the state after them."""
-        mixed, state = self.mixer.prefill(
-            self.mixer_norm(x), state, cu_seqlens=cu_seqlens, **handed(positions)
-        )
-        return self._close(x, mixed), state
+        normed = self.mixer_norm(x)
+        mixed, state = self.mixer.prefill(normed, state, cu_seqlens=cu_seqlens, **handed(positions))
+        return self._close(x, normed, mixed), state
 
     def step(self, x: Tensor, state: Any, positions: Positions | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
         """One token from a state: x [B,D] → [B,D] and the state after it."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), state, **handed(positions))
-        return self._close(x, mixed), state
+        normed = self.mixer_norm(x)
+        mixed, state = self.mixer.step(normed, state, **handed(positions))
+        return self._close(x, normed, mixed), state
+
+
+def residual_of(config: ModelConfig) -> tuple[float, float, bool]:
+    """α, β, and whether α multiplies what the norm made of x."""
+    return config.residual_alpha, config.residual_beta, config.residual == "norm"
 
 
 class Backbone(nn.Module):

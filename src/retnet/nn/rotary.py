@@ -38,9 +38,13 @@ class Rotary(nn.Module):
         base: see `retnet.ops.frequencies`.
         spacing: as there.
         backend: see `retnet.ops.apply_rotary`.
+        turned: R, how many numbers of a head turn, the first ones; all of them by default.
+
+    Raises:
+        UserError: numbers that turn are not pairs of those of a head.
     """
 
-    theta: Tensor  # [K/2] fp64, empty where nothing is turned
+    theta: Tensor  # [R/2] fp64, empty where nothing is turned
 
     def __init__(
         self,
@@ -49,21 +53,27 @@ class Rotary(nn.Module):
         base: float,
         spacing: Literal["inclusive", "geometric"] = "geometric",
         backend: str = "auto",
+        turned: int | None = None,
     ) -> None:
         super().__init__()
-        if layout != "none" and key_dim % 2:
+        if turned is not None and (turned % 2 or not 0 < turned <= key_dim):
+            raise UserError(
+                f"rotary_dim is {turned}; rotation turns pairs of the {key_dim} numbers of a head, so make it even and at "
+                f"most {key_dim}"
+            )
+        if layout != "none" and turned is None and key_dim % 2:
             raise UserError(
                 f"heads have width {key_dim}, which is odd, and rotation turns pairs; "
                 "change num_heads or set rotary = 'none'"
             )
         self.key_dim, self.layout, self.base, self.spacing = key_dim, layout, base, spacing
-        self.backend = backend
+        self.backend, self.turned = backend, key_dim if turned is None else turned
         self._set_angles(torch.empty(0).device)
 
     def _frequencies(self) -> Tensor:
         if self.layout == "none":
             return torch.zeros(0, dtype=torch.float64, device="cpu")
-        return frequencies(self.key_dim, self.spacing, self.base)
+        return frequencies(self.turned, self.spacing, self.base)
 
     def _set_angles(self, device: torch.device) -> None:
         self.register_buffer("theta", self._frequencies().to(device), persistent=False)
@@ -81,7 +91,7 @@ class Rotary(nn.Module):
             position = positions(1, start=start)[:, 0].to(x.device)
         else:
             position = positions(x.shape[1], cu_seqlens, start=start, device=x.device).to(x.device)
-        if self.layout == "none" or computes_angles(self.backend, x.new_empty(0, self.key_dim)):
+        if self.layout == "none" or computes_angles(self.backend, x.new_empty(0, self.turned)):
             return Positions(position, None, None)
         here = self.theta.device == x.device  # not so where weights wait on a disk
         theta = self.theta if here else self._frequencies().to(x.device)
@@ -93,4 +103,9 @@ class Rotary(nn.Module):
             return q, k
         position, cos, sin = positions
         angles = None if cos is None or sin is None else (cos, sin)
-        return apply_rotary(q, k, position, self.theta, self.layout, self.backend, angles)
+        if self.turned == self.key_dim:
+            return apply_rotary(q, k, position, self.theta, self.layout, self.backend, angles)
+        parts = (x[..., : self.turned].contiguous() for x in (q, k))
+        parts = apply_rotary(*parts, position, self.theta, self.layout, self.backend, angles)
+        q, k = (torch.cat([y, x[..., self.turned :]], dim=-1) for x, y in zip((q, k), parts, strict=True))
+        return q, k

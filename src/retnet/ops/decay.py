@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Decay = Literal["paper", "experiments", "none"] | float | tuple[float, ...]
+Decay = Literal["paper", "experiments", "alibi", "none"] | float | tuple[float, ...]
 
 
 def log_decays(decay: Decay | Sequence[float], num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -17,7 +17,9 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int, dtype: torch.dtyp
 
     Args:
         decay: ``"paper"``: γ = 1 − 2^(−5−h), the paper's default (§3); ``"experiments"``: γ = 1 − exp(linspace(ln 1/32,
-            ln 1/512, H)), the paper's own runs; ``"none"``: γ = 1; a number: that γ for every head; a list: one γ a head.
+            ln 1/512, H)), the paper's own runs; ``"alibi"``: γ = exp(−s) with the slopes s of ALiBi (Press et al. 2022),
+            2^(−8(h+1)/H) where H is a power of two, as in lightning attention; ``"none"``: γ = 1; a number: that γ for
+            every head; a list: one γ a head.
         num_heads: H.
         dtype: of the result, fp32 or fp64; a coarser one would round γ to 1.
 
@@ -36,11 +38,14 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int, dtype: torch.dtyp
         return torch.log1p(
             -torch.exp(torch.linspace(*ends, num_heads, dtype=torch.float64, device="cpu"))
         ).to(dtype)
+    if decay == "alibi":
+        return -_alibi_slopes(num_heads).to(dtype)
     if decay == "none":
         return torch.zeros(num_heads, dtype=dtype, device="cpu")
     if isinstance(decay, str):
         raise ValueError(
-            f"unknown decay {decay!r}; allowed: 'paper', 'experiments', 'none', a number in (0, 1], or one number a head"
+            f"unknown decay {decay!r}; allowed: 'paper', 'experiments', 'alibi', 'none', a number in (0, 1], or one number "
+            "a head"
         )
     gammas = [float(decay)] * num_heads if isinstance(decay, (int, float)) else [float(g) for g in decay]
     if len(gammas) != num_heads:
@@ -49,3 +54,13 @@ def log_decays(decay: Decay | Sequence[float], num_heads: int, dtype: torch.dtyp
         if not 0 < gamma <= 1:
             raise ValueError(f"decay γ = {gamma} is outside (0, 1]")
     return torch.tensor(gammas, dtype=torch.float64, device="cpu").log().to(dtype)
+
+
+def _alibi_slopes(num_heads: int) -> Tensor:
+    """[H] fp64: of a power of two, those of the next lower one, and every second one of the next higher one for the rest."""
+    lower = 1 << (num_heads.bit_length() - 1)
+
+    def of_power(heads: int) -> Tensor:
+        return torch.exp2(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
+
+    return torch.cat([of_power(lower), of_power(2 * lower)[::2][: num_heads - lower]])

@@ -60,6 +60,7 @@ def _student_mixer(teacher: ModelConfig, mixer: StudentMixer) -> MixerConfig:
             gate=False,
             head_norm="rms",
             rotary=c.rotary,
+            rotary_dim=c.rotary_dim,
             rotary_spacing="geometric",
             rotary_base=c.rotary_base,
         )
@@ -68,6 +69,8 @@ def _student_mixer(teacher: ModelConfig, mixer: StudentMixer) -> MixerConfig:
             f"gated_retention has keys as wide as the model, {teacher.d_model}, and the teacher's are "
             f"{c.num_heads} × {key_dim}; take --mixer retention"
         )
+    if c.rotary_dim is not None:
+        raise UserError("gated_retention rotates whole heads, and the teacher a part; take --mixer retention")
     return GatedRetentionConfig(
         num_heads=c.num_heads, value_dim=key_dim, rotary=c.rotary, rotary_base=c.rotary_base
     )

@@ -53,6 +53,12 @@ def check_heads(model: ModelConfig, tp: int) -> None:
                 f"parallel.tp is {tp}, but heads of the mixer {mixer.name!r} share what {' and '.join(shared)} says; "
                 "set it to 1, and parallel.shard cuts its weights"
             )
+        groups = getattr(mixer, "head_norm_groups", None)
+        if groups is not None and groups % tp:
+            raise UserError(
+                f"parallel.tp is {tp}, and the mixer {mixer.name!r} normalises its heads in {groups} groups, which is no "
+                "multiple of it; set it to 1 or a divisor of head_norm_groups"
+            )
     heads = {mixer.num_heads: mixer.name for mixer in model.mixers_by_layer}  # type: ignore[attr-defined]
     common = math.gcd(*heads)
     for number, name in heads.items():

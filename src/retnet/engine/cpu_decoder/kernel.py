@@ -64,8 +64,8 @@ def compile_model_step(
     matrix, padded, _, rows = gemm
     layer_size, layers_at, call_layers = len(LayerTable), len(ModelTable), int(CallTable.LAYERS)
     state_size = len(StateTable)
-    normed, enter = _compile_ends(compiler, gemm)
-    rotation = compile_rotation(compiler)
+    normed, enter, add = _compile_ends(compiler, gemm)
+    rotation = compile_rotation(compiler, activations)
     retain = compile_retention(compiler, gemm, update, activations, rotation)
     attend = compile_softmax(compiler, gemm, activations, rotation)
     activate = _compile_feed_forward(compiler, gemm, activations)
@@ -133,7 +133,7 @@ def compile_model_step(
             if thread() == 0:
                 for b in range(B):
                     position[slots[b]] += 1
-            x += sums
+            add(model, x, z, sums)
             normed(x, layer[LayerTable.FFN_NORM], layer[LayerTable.FFN_BIAS], eps, z, packed)
             rows(packed, B, matrix(layer[LayerTable.FC1], layer[LayerTable.FC1_SCALES], N, D), hidden, 0)
             if layer[LayerTable.FFN_GATE]:
@@ -148,7 +148,7 @@ def compile_model_step(
             barrier()
             rows(active, B, matrix(layer[LayerTable.FC2], layer[LayerTable.FC2_SCALES], D, N), sums, 0)
             barrier()
-            x += sums
+            add(model, x, z, sums)
         normed(x, model[ModelTable.NORM], model[ModelTable.NORM_BIAS], eps, z, packed)
         logits = array(table[CallTable.LOGITS], (B, model[ModelTable.LOGITS]), np.float32)
         rows(
@@ -207,7 +207,21 @@ def _compile_ends(compiler: Compiler, gemm: SkinnyGemm) -> Any:
             )
             x[:] = z
 
-    return normed, enter
+    @compiler.function
+    def add(model: Any, x: Any, z: Any, branch: Any) -> None:
+        """The residual sum: x = α x + β f, or α z + β f, of x [B,D], what its norm made of it and what the branch did."""
+        alpha, beta = np.float32(real(model[ModelTable.ALPHA])), np.float32(real(model[ModelTable.BETA]))
+        if model[ModelTable.NORMED]:
+            x[:] = z
+        if alpha == 1 and beta == 1:
+            x += branch
+        else:
+            B, D = x.shape
+            for b in range(B):
+                for j in range(D):
+                    x[b, j] = alpha * x[b, j] + beta * branch[b, j]
+
+    return normed, enter, add
 
 
 def _compile_feed_forward(compiler: Compiler, gemm: SkinnyGemm, activations: Activations) -> Any:

@@ -25,7 +25,7 @@ class RotationFunctions(NamedTuple):
     Attributes:
         new_angles: new_angles(layer, other): whether they turn by different angles.
         find_angles: find_angles(layer, position, slots, (cos, sin)): this thread's share of the rows [B,K/2].
-        prepare: prepare(layer, x, h, bias, norm, cos, sin): bias, norm and rotation of head h of queries or keys.
+        prepare: prepare(layer, x, h, bias, norm, cos, sin): bias, SiLU, norm and rotation of head h of queries or keys.
     """
 
     new_angles: Callable[..., Any]
@@ -33,9 +33,10 @@ class RotationFunctions(NamedTuple):
     prepare: Callable[..., None]
 
 
-def compile_rotation(compiler: Compiler) -> RotationFunctions:
+def compile_rotation(compiler: Compiler, activations: Activations) -> RotationFunctions:
     """The functions; see `RotationFunctions`."""
     array, real, thread, threads = compiler.array, compiler.real, compiler.thread, compiler.threads
+    silu = activations.silu
 
     @compiler.function
     def new_angles(layer: Any, other: Any) -> bool:
@@ -73,6 +74,9 @@ def compile_rotation(compiler: Compiler) -> RotationFunctions:
             b = array(bias + 4 * h * K, (K,), np.float32)
             for j in range(K):
                 x[j] += b[j]
+        if layer[LayerTable.ACTIVATED]:
+            for j in range(K):
+                x[j] = silu(x[j])
         if norm:
             weight, square = array(norm, (K,), np.float32), np.float32(0)
             for j in range(K):
@@ -97,7 +101,7 @@ def compile_retention(
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     barrier, real = compiler.barrier, compiler.real
     matrix, _, pack, rows = gemm
-    silu, prepare = activations.silu, rotation.prepare
+    exp, silu, prepare, one = activations.exp, activations.silu, rotation.prepare, np.float32(1)
 
     @compiler.function
     def normalise(y: Any, norm: int, eps: float, log_decay: float, seen: int, bridge: bool) -> None:
@@ -116,6 +120,25 @@ def compile_retention(
         factor = np.float32(shrink)
         for j in range(len(y)):
             y[j] = (y[j] - mean) * factor
+
+    @compiler.function
+    def finish(layer: Any, y: Any, first: int, gate: Any) -> None:
+        """Weights and bias of the norm of heads, of which y are those from number `first` on, and their gate."""
+        width = len(y)
+        if layer[LayerTable.HEAD_WEIGHT]:
+            weight = array(layer[LayerTable.HEAD_WEIGHT] + 4 * first, (width,), np.float32)
+            for j in range(width):
+                y[j] *= weight[j]
+        if layer[LayerTable.HEAD_BIAS]:
+            bias = array(layer[LayerTable.HEAD_BIAS] + 4 * first, (width,), np.float32)
+            for j in range(width):
+                y[j] += bias[j]
+        if layer[LayerTable.GATE] and layer[LayerTable.SIGMOID]:
+            for j in range(width):
+                y[j] /= one + exp(-gate[j])
+        elif layer[LayerTable.GATE]:
+            for j in range(width):
+                y[j] *= silu(gate[j])
 
     @compiler.function
     def retain(layer: Any, D: int, memory: Any, packed: Any, shared: Any, angles: Any, turned: bool) -> None:
@@ -145,25 +168,31 @@ def compile_retention(
         rows(packed, B, v, projected, 2 * H * K)
         if layer[LayerTable.GATE]:
             rows(packed, B, gate, projected, H * (2 * K + V))
-        if H % n or turned:  # else a thread has computed all that its heads need
+        together = layer[LayerTable.TOGETHER]
+        groups, width = H // together, together * V
+        if groups % n or turned:  # else a thread has computed all that its heads need
             barrier()
-        o = np.empty(V, np.float32)
-        for task in range(B * H * i // n, B * H * (i + 1) // n):
-            h, b = task // B, task % B
-            row, first = projected[b], 2 * H * K + h * V
-            query, key = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
-            prepare(layer, query, h, layer[LayerTable.Q_BIAS], layer[LayerTable.Q_NORM], cos[b], sin[b])
-            prepare(layer, key, h, layer[LayerTable.K_BIAS], layer[LayerTable.K_NORM], cos[b], sin[b])
-            for j in range(K):
-                query[j] *= scale
-            S = array(state + 4 * (slots[b] * H + h) * K * V, (K, V), np.float32)
-            update(S, np.float32(math.exp(log_decay[h])), key, row[first : first + V], query, o)
-            normalise(o, norm, eps, log_decay[h], positions[slots[b]] + 1, bridge)
-            if layer[LayerTable.GATE]:
-                opening = row[first + H * V : first + (H + 1) * V]
-                for j in range(V):
-                    o[j] *= silu(opening[j])
-            pack(heads, B, H * V, b, h * V, o)
+        y = np.empty(width, np.float32)
+        for task in range(B * groups * i // n, B * groups * (i + 1) // n):
+            group, b = task // B, task % B
+            row, first = projected[b], group * width
+            for h in range(group * together, (group + 1) * together):
+                query, key = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
+                value = row[2 * H * K + h * V : 2 * H * K + (h + 1) * V]
+                prepare(layer, query, h, layer[LayerTable.Q_BIAS], layer[LayerTable.Q_NORM], cos[b], sin[b])
+                prepare(layer, key, h, layer[LayerTable.K_BIAS], layer[LayerTable.K_NORM], cos[b], sin[b])
+                for j in range(K):
+                    query[j] *= scale
+                if layer[LayerTable.ACTIVATED]:
+                    for j in range(V):
+                        value[j] = silu(value[j])
+                S = array(state + 4 * (slots[b] * H + h) * K * V, (K, V), np.float32)
+                o = y[h * V - first : (h + 1) * V - first]
+                update(S, np.float32(math.exp(log_decay[h])), key, value, query, o)
+            normalise(y, norm, eps, log_decay[group * together], positions[slots[b]] + 1, bridge)
+            opened = H * (2 * K + V) + first
+            finish(layer, y, first, row[opened : opened + width])
+            pack(heads, B, H * V, b, first, y)
 
     return retain
 

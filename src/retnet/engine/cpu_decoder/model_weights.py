@@ -17,6 +17,7 @@ from retnet.engine.cpu_decoder.table import (
 )
 from retnet.mixers import MultiScaleRetention, SoftmaxAttention
 from retnet.model import Block, LanguageModel
+from retnet.model.language_model import residual_of
 from retnet.nn import FeedForward, Int8Linear, Linear, Norm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -57,6 +58,7 @@ def read_model(model: nn.Module) -> WeightTable:
         weight,
         scale,
         norm.eps,
+        residual_of(model.config),
     )
     return make_table(known, ends)
 
@@ -105,10 +107,11 @@ def _read_mixer(mixer: nn.Module) -> MixerWeights | None:
 
 def _read_retention(mixer: MultiScaleRetention) -> MixerWeights | None:
     c = mixer.config
-    if mixer.head_norm_weight is not None or c.score_norm in ("paper", "torchscale"):
+    if c.score_norm in ("paper", "torchscale"):
         return None
     read = stored(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.out_proj)
-    if read is None:
+    qk_norms = _weights_of(mixer.q_norm, mixer.k_norm)
+    if read is None or qk_norms is None:
         return None
     return MixerWeights(
         "retention",
@@ -121,6 +124,13 @@ def _read_retention(mixer: MultiScaleRetention) -> MixerWeights | None:
         bridge=c.score_norm == "decay",
         norm=c.head_norm,
         eps=c.head_norm_eps,
+        affine=(mixer.head_norm_weight, mixer.head_norm_bias),
+        together=mixer.num_heads // mixer.norm_groups,
+        sigmoid=c.gate_activation == "sigmoid",
+        activated=c.activation == "silu",
+        scale=c.scale,
+        qk_norms=qk_norms,
+        qk_eps=c.qk_norm_eps,
     )
 
 

@@ -37,13 +37,16 @@ class ModelTable(IntEnum):
     TOKENS = 7  # in the vocabulary of the embedding
     LOGITS = 8
     SCALE = 9  # of the embedding
-    EMBEDDING = 10
-    EMBEDDING_NORM = 11
-    EMBEDDING_BIAS = 12
-    NORM = 13
-    NORM_BIAS = 14
-    HEAD = 15
-    HEAD_SCALES = 16
+    ALPHA = 10  # a branch f of x makes it α x + β f
+    BETA = 11
+    NORMED = 12  # whether it is α norm(x) + β f
+    EMBEDDING = 13
+    EMBEDDING_NORM = 14
+    EMBEDDING_BIAS = 15
+    NORM = 16
+    NORM_BIAS = 17
+    HEAD = 18
+    HEAD_SCALES = 19
 
 
 class LayerTable(IntEnum):
@@ -59,37 +62,42 @@ class LayerTable(IntEnum):
     LAYOUT = 7  # of the rotation: 0 none, 1 interleaved, 2 halves
     BRIDGE = 8  # heads divided by √Σγ before their norm
     HEAD_NORM = 9  # 0 none, 1 group, 2 rms
-    SILU = 10  # between the products of the FFN, else GELU
-    SCALE = 11  # of query-key products
-    QK_EPS = 12  # of the norm of queries and keys
-    HEAD_EPS = 13
-    MIXER_NORM = 14
-    MIXER_BIAS = 15
-    FFN_NORM = 16
-    FFN_BIAS = 17
-    Q = 18
-    KEYS = 19
-    VALUES = 20
-    GATE = 21
-    OUT = 22
-    FC1 = 23
-    FFN_GATE = 24
-    FC2 = 25
-    Q_SCALES = 26
-    K_SCALES = 27
-    V_SCALES = 28
-    GATE_SCALES = 29
-    OUT_SCALES = 30
-    FC1_SCALES = 31
-    FFN_GATE_SCALES = 32
-    FC2_SCALES = 33
-    LOG_DECAY = 34
-    THETA = 35
-    Q_NORM = 36
-    K_NORM = 37
-    Q_BIAS = 38
-    K_BIAS = 39
-    V_BIAS = 40
+    TOGETHER = 10  # heads that have one norm
+    ACTIVATED = 11  # queries, keys and values through SiLU
+    SIGMOID = 12  # gates, else swish
+    SILU = 13  # between the products of the FFN, else GELU
+    SCALE = 14  # of query-key products
+    QK_EPS = 15  # of the norm of queries and keys
+    HEAD_EPS = 16
+    MIXER_NORM = 17
+    MIXER_BIAS = 18
+    FFN_NORM = 19
+    FFN_BIAS = 20
+    Q = 21
+    KEYS = 22
+    VALUES = 23
+    GATE = 24
+    OUT = 25
+    FC1 = 26
+    FFN_GATE = 27
+    FC2 = 28
+    Q_SCALES = 29
+    K_SCALES = 30
+    V_SCALES = 31
+    GATE_SCALES = 32
+    OUT_SCALES = 33
+    FC1_SCALES = 34
+    FFN_GATE_SCALES = 35
+    FC2_SCALES = 36
+    LOG_DECAY = 37
+    THETA = 38
+    Q_NORM = 39
+    K_NORM = 40
+    Q_BIAS = 41
+    K_BIAS = 42
+    V_BIAS = 43
+    HEAD_WEIGHT = 44
+    HEAD_BIAS = 45
 
 
 class MixerWeights(NamedTuple):
@@ -106,6 +114,11 @@ class MixerWeights(NamedTuple):
     bridge: bool = False  # rows divided by √Σγ before the norm (score_norm "decay")
     norm: str = "none"  # of heads: "group", "rms" or "none"
     eps: float = 0.0
+    affine: tuple[Tensor | None, Tensor | None] = (None, None)  # weight and bias of that norm, [H·V]
+    together: int = 1  # heads that have one norm
+    sigmoid: bool = False  # gates, else swish
+    activated: bool = False  # queries, keys and values through SiLU
+    scale: float | None = None  # of query-key products, K^(−1/2)
     qk_norms: tuple[Tensor | None, Tensor | None] = (None, None)  # [K] of queries and of keys
     qk_eps: float = 0.0
     biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)  # of q, k and v
@@ -136,6 +149,7 @@ class EndWeights(NamedTuple):
     head: Tensor  # [logits,D]
     head_scale: Tensor | None  # [logits] fp32 if the head is int8
     norm_eps: float
+    residual: tuple[float, float, bool]  # α, β, and whether α multiplies what the norm made of x
 
 
 class Sizes(NamedTuple):
@@ -205,7 +219,8 @@ def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWei
         len(known),
         ends.embedding.shape[0],
         ends.head.shape[0],
-        bits(ends.scale),
+        *map(bits, (ends.scale, *ends.residual[:2])),
+        int(ends.residual[2]),
         *_addresses(outer),
     ]
     for block in known:
@@ -226,16 +241,17 @@ def _check(mixer: MixerWeights, outer: BlockWeights) -> _BlockEntry | None:
         return None
     (N, D), H, G, number = fc1.shape, mixer.heads, mixer.kv_heads, fc1.dtype
     K, V = q.shape[0] // H, v.shape[0] // G
-    turned = 0 if mixer.layout == "none" else K
+    angles = len(mixer.theta)
     rows = (H * K, G * K, G * V, H * V, D, N, N, D)
     columns = (D, D, D, D, H * V, D, D, N)
     missing = {i for i, w in enumerate(weights) if w is None}
-    small = (*outer[:4], mixer.log_decay, *mixer.qk_norms, *mixer.biases)
+    small = (*outer[:4], mixer.log_decay, *mixer.qk_norms, *mixer.biases, *mixer.affine)
     fits = (
         number in _NUMBERS
         and readable(weights, number, [n * m for n, m in zip(rows, columns, strict=True)])
-        and readable(small, torch.float32, (D, D, D, D, H, K, K, H * K, G * K, G * V))
-        and readable((mixer.theta,), torch.float64, (turned // 2,))
+        and readable(small, torch.float32, (D, D, D, D, H, K, K, H * K, G * K, G * V, H * V, H * V))
+        and readable((mixer.theta,), torch.float64, (angles,))
+        and (2 * angles <= K if mixer.layout != "none" else angles == 0)
         and readable(scales, torch.float32, rows)
         and missing <= {3, 6}  # the gates
         and (number is torch.float32 or missing == {i for i, s in enumerate(scales) if s is None})
@@ -246,16 +262,17 @@ def _check(mixer: MixerWeights, outer: BlockWeights) -> _BlockEntry | None:
     constants = [
         _KINDS[mixer.kind],
         *(H, G, K, V, N),
-        turned // 2,
+        angles,
         _LAYOUTS[mixer.layout],
         int(mixer.bridge),
         _NORMS[mixer.norm],
+        *map(int, (mixer.together, mixer.activated, mixer.sigmoid)),
         int(outer.act == "silu"),
-        *map(bits, (K**-0.5, mixer.qk_eps, mixer.eps)),
+        *map(bits, (mixer.scale or K**-0.5, mixer.qk_eps, mixer.eps)),
     ]
     projected = H * K + G * (K + V) + H * V * (gate is not None)
-    sizes = Sizes(D, projected, N, max(D, H * V, N) + LANES, turned // 2)
-    others = (mixer.log_decay, mixer.theta, *mixer.qk_norms, *mixer.biases)
+    sizes = Sizes(D, projected, N, max(D, H * V, N) + LANES, angles)
+    others = (mixer.log_decay, mixer.theta, *mixer.qk_norms, *mixer.biases, *mixer.affine)
     return _BlockEntry(number, sizes, outer.norm_eps, constants, (*outer[:4], *weights, *scales, *others))
 
 
