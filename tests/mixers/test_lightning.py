@@ -88,7 +88,7 @@ def test_rings_layer_is_the_preset(schedule, first):
 
 @pytest.mark.parametrize("name", ["ring", "minimax"])
 def test_presets_in_three_ways(name):
-    config = ring() if name == "ring" else shipped("lightning/minimax-3m", d_model=48, ffn_dim=40)
+    config = ring() if name == "ring" else shipped("lightning/minimax-3m", d_model=96, ffn_dim=40)
     assert_three_ways_agree(filled(config), torch.randint(61, (2, 70)), 1e-9)
 
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from retnet.engine.cpu_decoder.mixer_kernels import compile_retention, compile_rotation, compile_softmax
+from retnet.engine.cpu_decoder.mixer_kernels import (
+    compile_projections,
+    compile_retention,
+    compile_rotation,
+    compile_softmax,
+)
 from retnet.engine.cpu_decoder.table import LayerTable, ModelTable, Sizes
 from retnet.ops.cpu.activations import Activations
 from retnet.ops.cpu.jit import Compiler
@@ -66,6 +71,7 @@ def compile_model_step(
     state_size = len(StateTable)
     normed, enter, add = _compile_ends(compiler, gemm)
     rotation = compile_rotation(compiler, activations)
+    project = compile_projections(compiler, gemm)
     retain = compile_retention(compiler, gemm, update, activations, rotation)
     attend = compile_softmax(compiler, gemm, activations, rotation)
     activate = _compile_feed_forward(compiler, gemm, activations)
@@ -123,10 +129,11 @@ def compile_model_step(
             if turned:
                 turned_by = number
                 find_angles(layer, position, slots, angles)
+            project(layer, D, B, packed, projected)
             if layer[LayerTable.KIND] == 0:
-                retain(layer, D, (state, position, slots), packed, (projected, heads), angles, turned)
+                retain(layer, (state, position, slots), (projected, heads), angles, turned)
             else:
-                attend(layer, D, (state, values, room, position, slots), packed, (projected, heads), angles)
+                attend(layer, (state, values, room, position, slots), (projected, heads), angles)
             barrier()
             rows(heads, B, matrix(layer[LayerTable.OUT], layer[LayerTable.OUT_SCALES], D, width), sums, 0)
             barrier()

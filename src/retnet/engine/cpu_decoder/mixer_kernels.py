@@ -90,6 +90,25 @@ def compile_rotation(compiler: Compiler, activations: Activations) -> RotationFu
     return RotationFunctions(new_angles, find_angles, prepare)
 
 
+def compile_projections(compiler: Compiler, gemm: SkinnyGemm) -> Callable[..., None]:
+    """project(layer, D, B, packed, projected): this thread's share of q [H·K], k [G·K], v [G·V] and gate [H·V] of B rows."""
+    matrix, _, _, rows = gemm
+
+    @compiler.function
+    def project(layer: Any, D: int, B: int, packed: Any, projected: Any) -> None:
+        H, G, K, V = layer[LayerTable.H], layer[LayerTable.G], layer[LayerTable.K], layer[LayerTable.V]
+        widths, first = (H * K, G * K, G * V, H * V), 0
+        for i in range(4):
+            weight = layer[LayerTable.Q + i]
+            if weight:
+                rows(
+                    packed, B, matrix(weight, layer[LayerTable.Q_SCALES + i], widths[i], D), projected, first
+                )
+            first += widths[i]
+
+    return project
+
+
 def compile_retention(
     compiler: Compiler,
     gemm: SkinnyGemm,
@@ -97,10 +116,10 @@ def compile_retention(
     activations: Activations,
     rotation: RotationFunctions,
 ) -> Callable[..., None]:
-    """retain(layer, D, (state, positions, slots), packed, (projected, heads), (cos, sin), turned)."""
+    """retain(layer, (state, positions, slots), (projected, heads), (cos, sin), turned)."""
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     barrier, real = compiler.barrier, compiler.real
-    matrix, _, pack, rows = gemm
+    pack = gemm.pack
     exp, silu, prepare, one = activations.exp, activations.silu, rotation.prepare, np.float32(1)
 
     @compiler.function
@@ -141,7 +160,7 @@ def compile_retention(
                 y[j] *= silu(gate[j])
 
     @compiler.function
-    def retain(layer: Any, D: int, memory: Any, packed: Any, shared: Any, angles: Any, turned: bool) -> None:
+    def retain(layer: Any, memory: Any, shared: Any, angles: Any, turned: bool) -> None:
         """MSR(z) but for its last product: this thread's share of the heads, normalised, gated and packed."""
         (state, positions, slots), (projected, heads), (cos, sin) = memory, shared, angles
         H, K, V = layer[LayerTable.H], layer[LayerTable.K], layer[LayerTable.V]
@@ -155,19 +174,6 @@ def compile_retention(
             array(layer[LayerTable.LOG_DECAY], (H,), np.float32),
             np.float32(real(layer[LayerTable.SCALE])),
         )
-        q, k = (
-            matrix(layer[LayerTable.Q], layer[LayerTable.Q_SCALES], H * K, D),
-            matrix(layer[LayerTable.KEYS], layer[LayerTable.K_SCALES], H * K, D),
-        )
-        v, gate = (
-            matrix(layer[LayerTable.VALUES], layer[LayerTable.V_SCALES], H * V, D),
-            matrix(layer[LayerTable.GATE], layer[LayerTable.GATE_SCALES], H * V, D),
-        )
-        rows(packed, B, q, projected, 0)
-        rows(packed, B, k, projected, H * K)
-        rows(packed, B, v, projected, 2 * H * K)
-        if layer[LayerTable.GATE]:
-            rows(packed, B, gate, projected, H * (2 * K + V))
         together = layer[LayerTable.TOGETHER]
         groups, width = H // together, together * V
         if groups % n or turned:  # else a thread has computed all that its heads need
@@ -200,10 +206,10 @@ def compile_retention(
 def compile_softmax(
     compiler: Compiler, gemm: SkinnyGemm, activations: Activations, rotation: RotationFunctions
 ) -> Callable[..., None]:
-    """attend(layer, D, (keys, values, room, positions, slots), packed, (projected, heads), (cos, sin))."""
+    """attend(layer, (keys, values, room, positions, slots), (projected, heads), (cos, sin))."""
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     barrier, real = compiler.barrier, compiler.real
-    matrix, _, pack, rows = gemm
+    pack = gemm.pack
     exp, prepare = activations.exp, rotation.prepare
 
     @compiler.function
@@ -274,20 +280,12 @@ def compile_softmax(
                     value[j] += bias[j]
 
     @compiler.function
-    def attend(layer: Any, D: int, memory: Any, packed: Any, shared: Any, angles: Any) -> None:
+    def attend(layer: Any, memory: Any, shared: Any, angles: Any) -> None:
         """softmax(q Kᵀ / √K) V but for the last product: this thread's share of the heads, packed."""
         (keys_at, values_at, room, positions, slots), (projected, heads), (cos, sin) = memory, shared, angles
         H, G, K, V = layer[LayerTable.H], layer[LayerTable.G], layer[LayerTable.K], layer[LayerTable.V]
         B, i, n = len(slots), thread(), threads()
         scale = np.float32(real(layer[LayerTable.SCALE]))
-        q, k, v = (
-            matrix(layer[LayerTable.Q], layer[LayerTable.Q_SCALES], H * K, D),
-            matrix(layer[LayerTable.KEYS], layer[LayerTable.K_SCALES], G * K, D),
-            matrix(layer[LayerTable.VALUES], layer[LayerTable.V_SCALES], G * V, D),
-        )
-        rows(packed, B, q, projected, 0)
-        rows(packed, B, k, projected, H * K)
-        rows(packed, B, v, projected, (H + G) * K)
         barrier()
         remember(layer, memory, projected, angles)
         barrier()

@@ -50,7 +50,10 @@ class ModelTable(IntEnum):
 
 
 class LayerTable(IntEnum):
-    """What follows for each layer: sizes, choices, constants (as the bits of fp64), addresses or 0."""
+    """What follows for each layer: sizes, choices, constants (as the bits of fp64), addresses or 0.
+
+    Projections stand in the order of their outputs, `Q` to `GATE`, and so do their scales.
+    """
 
     KIND = 0  # 0 retention, 1 softmax
     H = 1
