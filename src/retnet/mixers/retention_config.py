@@ -120,6 +120,7 @@ class RetentionConfig(MixerConfig):
 @lru_cache(maxsize=1024)  # a model asks for all its layers several times
 def _of_layer(config: RetentionConfig, layer: int, num_layers: int) -> RetentionConfig:
     by_layer, last = config.decay_by_layer, max(1, num_layers - 1)
+    factor: float | str
     if by_layer == "lightning":
         factor = 1 - layer / last + 1e-5
     elif by_layer == "lightning-1":
@@ -128,7 +129,9 @@ def _of_layer(config: RetentionConfig, layer: int, num_layers: int) -> Retention
         raise UserError(
             f"decay_by_layer lists {len(by_layer)} numbers for {num_layers} layers; give one a layer"
         )
-    elif not isinstance(factor := by_layer[layer], (int, float)) or not 0 <= factor < math.inf:
+    else:
+        factor = by_layer[layer]
+    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
         raise UserError(
             f"decay_by_layer has {factor!r}, by which ln γ cannot be multiplied; give numbers from 0"
         )

@@ -105,7 +105,9 @@ class Rotary(nn.Module):
         angles = None if cos is None or sin is None else (cos, sin)
         if self.turned == self.key_dim:
             return apply_rotary(q, k, position, self.theta, self.layout, self.backend, angles)
-        parts = (x[..., : self.turned].contiguous() for x in (q, k))
-        parts = apply_rotary(*parts, position, self.theta, self.layout, self.backend, angles)
-        q, k = (torch.cat([y, x[..., self.turned :]], dim=-1) for x, y in zip((q, k), parts, strict=True))
-        return q, k
+        turned_q, turned_k = (x[..., : self.turned].contiguous() for x in (q, k))
+        turned_q, turned_k = apply_rotary(
+            turned_q, turned_k, position, self.theta, self.layout, self.backend, angles
+        )
+        rest = slice(self.turned, None)
+        return torch.cat([turned_q, q[..., rest]], dim=-1), torch.cat([turned_k, k[..., rest]], dim=-1)
