@@ -61,6 +61,9 @@ class RetNetConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers has 
     tie_embeddings: Any = ModelConfig.tie_embeddings
     embedding_scale: Any = ModelConfig.embedding_scale
     embedding_norm: Any = ModelConfig.embedding_norm
+    residual: Any = ModelConfig.residual
+    residual_alpha: Any = ModelConfig.residual_alpha
+    residual_beta: Any = ModelConfig.residual_beta
     dropout: Any = ModelConfig.dropout
     init: Any = ModelConfig.init
 
