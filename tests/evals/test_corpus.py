@@ -107,6 +107,19 @@ def test_runs_that_hold_out_the_same_text_count_once(validation, tmp_path, recor
         assert texts(run, tmp_path / "other.txt")[0] == held_out
 
 
+def test_a_run_on_files_and_one_on_the_folder_made_of_them_count_once(tmp_path, records):
+    run, prepared, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
+    (tmp_path / "other").mkdir()
+    other, _, _ = run_with(tmp_path / "other", corpus=str(prepared.directory))
+    for first, second in ((run, other), (other, run), (run, prepared.directory)):
+        found, (problem,) = texts(first, second)
+        assert found == held_out
+        assert (problem.kind, problem.file) == (
+            "duplicate",
+            str(second if second == run else prepared.directory),
+        )
+
+
 def test_prepared_folders_count_once(tmp_path, records):
     _, prepared, held_out = run_with(tmp_path, corpus=str(records), validation_fraction=0.3)
     folder = prepared.directory

@@ -26,7 +26,7 @@ def command() -> None:
     """Train a tokenizer, prepare token shards, check a prepared folder.
 
     A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl (also packed: .gz .zst .bz2 .xz)
-    and .parquet, or hf:NAME[:CONFIG[:SPLIT]].
+    and .parquet, a URL of these (s3://, https://, …), or hf:NAME[:CONFIG[:SPLIT]].
     """
 
 
@@ -134,6 +134,8 @@ def _describe(prepared: Prepared) -> None:
         click.echo(
             f"{name:10} {split.documents:>12,} documents {split.tokens:>16,} tokens {split.bytes:>18,} bytes of text"
         )
+    for corpus, tokens in zip(manifest.corpora, manifest.train.corpora, strict=False):
+        click.echo(f"           {tokens:>33,} tokens to train on from {corpus.name}")
     left_out = Counter[str]()
     for corpus in manifest.corpora:
         left_out.update(corpus.left_out)

@@ -6,6 +6,7 @@
 from retnet.data.batches import IGNORED, Batch, Batches
 from retnet.data.config import DataConfig
 from retnet.data.manifest import Manifest
+from retnet.data.mixture import Mixture
 from retnet.data.prepare import PreparationProgress, prepare
 from retnet.data.run_data import RunData
 from retnet.data.shards import Prepared, TokenShards, load
@@ -19,6 +20,7 @@ __all__ = [
     "Batches",
     "DataConfig",
     "Manifest",
+    "Mixture",
     "PreparationProgress",
     "Prepared",
     "Problem",

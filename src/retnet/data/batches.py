@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from retnet.data.mixture import Mixture
 from retnet.data.order import permute
 from retnet.data.shards import TokenShards
 from retnet.settings import UserError
@@ -41,27 +44,45 @@ class Batches:
     token but the first is a target exactly once. The last window is padded with BOS, in a segment of its own,
     with targets −100; so is the only window of a stream shorter than T. Training takes the windows in an order that
     is a new permutation each epoch; epochs follow without a gap, so a batch may hold the end of one and the
-    beginning of the next.
+    beginning of the next. A mixture takes them from several corpora, each a stream with epochs of its own.
 
     Args:
         shards: the tokens.
         seq_len: T.
         batch_size: B, over all ranks.
         seed: of the order.
+        mixture: which corpus each row comes from; None: all of them are one stream.
 
     Raises:
-        UserError: a size below 1, or nothing to predict.
+        UserError: a size below 1, nothing to predict, or a mixture of more or fewer corpora than there are.
     """
 
-    def __init__(self, shards: TokenShards, *, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shards: TokenShards, *, seq_len: int, batch_size: int, seed: int, mixture: Mixture | None = None
+    ) -> None:
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if shards.num_tokens < 2:
             raise UserError(f"the corpus has {shards.num_tokens} tokens; 2 are needed to predict anything")
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.num_windows = -(-(shards.num_tokens - 1) // seq_len)
-        self._shards = shards
+        self._shards, self._mixture = shards, mixture or Mixture()
+        corpora = shards.corpora if mixture else (shards.num_tokens,)
+        if len(corpora) != self._mixture.num_corpora:
+            raise UserError(
+                f"data.weights has {self._mixture.num_corpora} numbers, and the prepared text knows of {len(corpora)} "
+                "corpora; give one weight for each (text of older versions is prepared again from its corpora)"
+            )
+        self._starts = [0, *accumulate(corpora)]  # of the corpora in the stream
+        sizes = [-(-max(tokens - 1, 0) // seq_len) for tokens in corpora]  # in windows
+        for number, size in enumerate(sizes):
+            if not size and self._mixture.uses(number):
+                raise UserError(
+                    f"data.corpus number {number + 1} has {corpora[number]} tokens to train on, and a weight; "
+                    "take it out, or set its weight to 0"
+                )
+        self._windows = [0, *accumulate(sizes)]
+        self.num_windows = self._windows[-1]
 
     def __len__(self) -> int:
         """Batches that one epoch takes, rounded up."""
@@ -78,9 +99,20 @@ class Batches:
         Raises:
             UserError: `batch_size` is not a multiple of `world_size`.
         """
-        rows = self._rows(position, rank, world_size)
-        epoch, index = np.divmod(rows, np.uint64(self.num_windows))
-        return self._gather(permute(index, self.num_windows, self.seed, epoch))
+        first, count = self._rows(position, rank, world_size)
+        corpora, numbers = self._mixture.places(first, count)
+        windows = np.empty(count, np.uint64)
+        for corpus, (start, stop) in enumerate(pairwise(self._windows)):
+            here = corpora == corpus
+            epoch, index = np.divmod(numbers[here], np.uint64(max(stop - start, 1)))
+            windows[here] = np.uint64(start) + permute(index, max(stop - start, 1), self.seed, epoch)
+        return self._gather(windows)
+
+    def epochs(self, position: int) -> list[float]:
+        """How often each corpus was read through before the batch at `position`."""
+        rows = self._mixture.before(position * self.batch_size)
+        sizes = [max(stop - start, 1) for start, stop in pairwise(self._windows)]
+        return [count / size for count, size in zip(rows, sizes, strict=True)]
 
     def in_order(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """All windows once, in the order of the stream: every token but the first is a target exactly once.
@@ -89,10 +121,11 @@ class Batches:
         Weigh losses by the number of targets that count.
         """
         for position in range(len(self)):
-            yield self._gather(self._rows(position, rank, world_size))
+            first, count = self._rows(position, rank, world_size)
+            yield self._gather(np.arange(first, first + count, dtype=np.uint64))
 
-    def _rows(self, position: int, rank: int, world_size: int) -> NDArray[np.uint64]:
-        """Which rows, counted from the start of training, this rank's share of a batch holds."""
+    def _rows(self, position: int, rank: int, world_size: int) -> tuple[int, int]:
+        """The first row of this rank's share of a batch, counted from the start of training, and how many there are."""
         if self.batch_size % world_size:
             raise UserError(
                 f"batch_size {self.batch_size} cannot be divided evenly over {world_size} processes"
@@ -100,8 +133,13 @@ class Batches:
         if position < 0 or not 0 <= rank < world_size:
             raise ValueError(f"position {position}, rank {rank} of {world_size}")
         share = self.batch_size // world_size
-        first = position * self.batch_size + rank * share
-        return np.arange(first, first + share, dtype=np.uint64)
+        return position * self.batch_size + rank * share, share
+
+    def _span(self, window: int) -> tuple[int, int]:
+        """[start, stop) of a window's tokens and last target in the stream; empty past the last one."""
+        corpus = bisect_right(self._windows, window, hi=len(self._windows) - 1) - 1
+        start = self._starts[corpus] + (window - self._windows[corpus]) * self.seq_len
+        return start, min(start + self.seq_len + 1, self._starts[corpus + 1])
 
     def _gather(self, windows: NDArray[np.uint64]) -> Batch:
         T, bos = self.seq_len, self._shards.bos_id
@@ -109,11 +147,12 @@ class Batches:
         lengths = np.empty(len(windows), np.int64)  # tokens that are there, targets included
         documents = np.full(len(windows), -1, np.int64)  # of each row's first token
         for row, window in enumerate(windows.tolist()):
-            found = self._shards.tokens(window * T, window * T + T + 1)
+            start, stop = self._span(window)
+            found = self._shards.tokens(start, stop)
             content[row, : len(found)] = found
             lengths[row] = len(found)
             if len(found):
-                documents[row] = self._shards.document_at(window * T)
+                documents[row] = self._shards.document_at(start)
         tokens, targets = content[:, :-1].copy(), content[:, 1:].copy()
         starts = tokens == bos  # [B, T]; BOS stands nowhere but at the start of a document
         starts[:, 0] = True

@@ -5,12 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from retnet.settings import PATH, At, Checked, UserError
+from retnet.settings import PATH, At, Checked, Count, UserError
 
 LEARNED = "bpe:"  # what the name of a tokenizer to be learned begins with
 BPE_SIZES = range(257, (1 << 20) + 1)  # from 256 bytes and the document start to more than anybody uses
 
 Text = Annotated[str, PATH]
+Weight = Annotated[float, At(least=0, most=1e9)]
+
+
+@dataclass(frozen=True)
+class MixturePhase(Checked):
+    """Weights of a mixture from a step on.
+
+    Attributes:
+        step: the first step that has them, counted from 0; a run's first phase is `DataConfig.weights`.
+        weights: one for each corpus, as in `DataConfig.weights`.
+    """
+
+    step: Count
+    weights: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_weights(self.weights)
 
 
 @dataclass(frozen=True)
@@ -19,8 +37,10 @@ class DataConfig(Checked):
 
     A corpus is ``stdlib`` (source and documentation of the running Python), ``package:NAME`` (those of an installed
     Python package, which is not imported), a file, a folder or a glob of ``.txt .md .py .jsonl .parquet`` (all but the
-    last also packed: ``.gz .zst .bz2 .xz``), or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset, or a local folder
-    of data files, streamed); a list joins several, in order. A folder that `prepare` wrote stands for itself.
+    last also packed: ``.gz .zst .bz2 .xz``), a URL of such files that fsspec reads (``s3://…``, ``https://…``,
+    ``hf://datasets/…``; a folder or a pattern with ``*`` too), or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset,
+    or a local folder of data files, streamed); a list joins several, in order. A folder that `prepare` wrote stands for
+    itself.
     The same text is read once, and what is validated on is not trained on.
 
     Attributes:
@@ -31,6 +51,9 @@ class DataConfig(Checked):
         tokenizer: ``bytes``, ``bpe:SIZE`` (a byte-level BPE of SIZE tokens, learned from the training text before it
             is prepared), a ``tokenizer.json``, or a Hugging Face folder that holds one.
         text_field: the field or column of JSON Lines, Parquet and Hugging Face records that holds the text.
+        weights: of a mixture: the share of training's rows from each corpus of `corpus`, in any proportion (``[7, 2, 1]``);
+            none takes all text as one. They do not change what is prepared.
+        phases: other weights from later steps on, in order.
         cache: where prepared tokens go, one folder per fingerprint of everything above.
     """
 
@@ -39,6 +62,8 @@ class DataConfig(Checked):
     validation_fraction: Annotated[float, At(above=0, below=1)] = 0.02
     tokenizer: Text = "bytes"
     text_field: str = "text"
+    weights: tuple[Weight, ...] = ()
+    phases: tuple[MixturePhase, ...] = ()
     cache: Text = ".cache/data"
 
     def __post_init__(self) -> None:
@@ -47,6 +72,7 @@ class DataConfig(Checked):
             value = getattr(self, name)
             if value is not None and not value:
                 raise UserError(f"{name} must name at least one corpus, got {value!r}")
+        self._check_weights()
         if self.tokenizer.startswith(LEARNED):
             size = self.tokenizer.removeprefix(LEARNED)
             if not (size.isascii() and size.isdigit() and int(size) in BPE_SIZES):
@@ -54,6 +80,22 @@ class DataConfig(Checked):
                     f"tokenizer {self.tokenizer!r} has no size from {BPE_SIZES[0]} (256 bytes and the document start) "
                     f"to {BPE_SIZES[-1]:,} behind the colon; for example 'bpe:4096'"
                 )
+
+    def _check_weights(self) -> None:
+        if self.phases and not self.weights:
+            raise UserError("phases change the weights of a mixture; give data.weights, which it begins with")
+        if not self.weights:
+            return
+        _require_weights(self.weights)
+        corpora, steps = len(as_tuple(self.corpus)), [phase.step for phase in self.phases]
+        for weights in (self.weights, *(phase.weights for phase in self.phases)):
+            # one name may be a prepared folder of several corpora
+            if len(weights) != (len(self.weights) if corpora == 1 else corpora):
+                raise UserError(
+                    f"weights has {len(weights)} numbers for {corpora} corpora; give one for each"
+                )
+        if steps != sorted(set(steps)):
+            raise UserError(f"phases must be in the order of their steps, got steps {steps}")
 
     @property
     def learned_vocab(self) -> int | None:
@@ -64,3 +106,8 @@ class DataConfig(Checked):
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     """One corpus or several, as several."""
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _require_weights(weights: tuple[float, ...]) -> None:
+    if not any(weights):
+        raise UserError(f"weights is {list(weights)}; one of them must be above 0")

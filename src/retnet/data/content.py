@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from retnet.data.sources import TEXT, Source, stamp_of
+from retnet.data.remote import is_url, open_bytes, tells_changes
+from retnet.data.sources import TEXT, Source, current_stamp
 from retnet.io import BOM, cache_folder, foreign_encoding, lfs_pointer, nul_byte, sha256
 from retnet.settings import UserError
 
@@ -126,7 +127,7 @@ def chunks(source: Source) -> Iterator[bytes]:
     Raises:
         OSError: or another of `BROKEN`: the file cannot be read, or is not packed as its name says.
     """
-    with open(source.path, "rb") as raw:
+    with open_bytes(source.path) as raw:
         file = _unpacked(raw, source.packing)
         head = b""
         while len(head) < len(BOM) and (more := file.read1(CHUNK)):
@@ -229,7 +230,7 @@ class Contents:
         now = time.time_ns()
         content = self._read[key] = _examine(source, self._on_bytes)
         require_unchanged(source)
-        if max(map(int, source.stamp.split()[-2:])) < now - _SETTLED * 1e9:
+        if _settled(source, now):
             self._settled.append(key)
         return content
 
@@ -252,15 +253,23 @@ def require_unchanged(source: Source) -> None:
         UserError: it is not.
     """
     try:
-        same = source.kind == "hf" or stamp_of(Path(source.path).stat()) == source.stamp
+        same = source.kind == "hf" or current_stamp(source.path) == source.stamp
     except OSError:
         same = False
     if not same:
         raise UserError(f"{source.path} changed while it was read; try again when nobody writes to it")
 
 
+def _settled(source: Source, now: int) -> bool:
+    """Whether what a file holds may be remembered by its stamp: a later change will have another one."""
+    if is_url(source.path):
+        return tells_changes(source.stamp)
+    return max(map(int, source.stamp.split()[-2:])) < now - _SETTLED * 1e9
+
+
 def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
-    if pointer := lfs_pointer(Path(source.path)):  # whatever it should be, packed or not
+    local = not is_url(source.path)
+    if local and (pointer := lfs_pointer(Path(source.path))):  # whatever it should be, packed or not
         name = sha256(Path(source.path))
         return Content(name, name, source.size, pointer)
     text, mender, size, refused = _ContentHash(), Mender(), 0, ""
@@ -268,8 +277,8 @@ def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
         for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
             if refused := _foreign(source, chunk, size):
                 break
-            if not source.packing and size > source.size:  # somebody goes on writing; see `require_unchanged`
-                break
+            if local and not source.packing and size > source.size:
+                break  # somebody goes on writing; see `require_unchanged`
             if source.kind == ".parquet":
                 text.add_bytes(chunk)
             else:
@@ -279,14 +288,15 @@ def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
                 on_bytes(len(chunk))
         text.add(mender.decode(b"", final=True), final=True)
     except BROKEN as error:  # reading it for its documents will report this; it is the same as no other file
-        text.add_bytes(f"\0{os.path.abspath(source.path)}: {error}".encode("utf-8", "replace"))
+        place = os.path.abspath(source.path) if local else source.path
+        text.add_bytes(f"\0{place}: {error}".encode("utf-8", "replace"))
     if source.kind in TEXT and not refused:
         refused = _no_text(mender.invalid / size if size else 0.0)
     return Content(*text.digests(), size, refused)
 
 
 def _whole(source: Source) -> Iterator[bytes]:
-    with open(source.path, "rb") as file:
+    with open_bytes(source.path) as file:
         while chunk := file.read(CHUNK):
             yield chunk
 

@@ -40,12 +40,13 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class Split(msgspec.Struct, frozen=True):
-    """Train or validation: totals over its shards."""
+    """Train or validation: totals over its shards, and how many of the tokens each of several corpora has, in order."""
 
     documents: int
     tokens: int
     bytes: int
     shards: list[Shard]
+    corpora: list[int] = []
 
 
 class CorpusEntry(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet.data import manifest
-from retnet.data.config import DataConfig
+from retnet.data.config import DataConfig, as_tuple
 from retnet.data.content import require_unchanged
 from retnet.data.readers import PIECE, Piece, Shares, read
 from retnet.data.shards import Prepared, load
@@ -33,11 +33,10 @@ from retnet.errors import UserError, told
 from retnet.io import write_bytes
 
 SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
-_BATCH = max(os.cpu_count() or 1, 2) << 20  # characters tokenised at a time; does not show in the result
+_BATCH = 1 << 20  # characters tokenised at a time; does not show in the result
 _BATCH_EVENTS = 8192
 _RECOGNISED = 64 << 20  # bytes between words on files that are read to know them
 _log = logging.getLogger("retnet.data")
-_AHEAD = 2  # batches at once: one is tokenised on all cores, one is read or written
 
 
 class PreparationProgress(NamedTuple):
@@ -115,7 +114,7 @@ def prepare(
                 )
                 segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
                 _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
-                _complete(segments, directory, fingerprint, tokenizer, gathered)
+                _complete(segments, directory, fingerprint, tokenizer, gathered, len(as_tuple(config.corpus)))
     prepared = load(directory, verify=verify or None)
     # The same text may have been prepared from other paths, with other files beside it.
     listed, read_ = list(map(str, gathered.problems)), prepared.manifest.examples[prepared.manifest.listed :]
@@ -204,7 +203,7 @@ def _fill(
                 report.problem(content)
                 continue
             validation = is_held_out(found[event.source], content.share, config.validation_fraction)
-            segments.add(validation, content.first, tokens, num_bytes)
+            segments.add(validation, content.first, tokens, num_bytes, found[event.source].corpus)
             report.documents += content.first
             report.tokens += len(tokens) + content.first
             if segments.tokens >= shard_tokens:
@@ -236,7 +235,7 @@ _Encoded = list[tuple[_ReadEvent, NDArray[np.integer], int]]
 
 
 def _encoded(events: Iterator[_ReadEvent], tokenizer: Tokenizer) -> Iterator[_Encoded]:
-    """Events with their tokens and bytes, in order. The tokenizer itself works on all cores, outside Python's lock."""
+    """Events with their tokens and bytes, in order. A thread for each core, for encoders work outside Python's lock."""
     dtype = _dtype(tokenizer)
 
     def encode(batch: list[_ReadEvent]) -> _Encoded:
@@ -247,12 +246,13 @@ def _encoded(events: Iterator[_ReadEvent], tokenizer: Tokenizer) -> Iterator[_En
             raise UserError("this tokenizer gives its document start for ordinary text; it cannot be used")
         return [(event, a, len(text.encode())) for event, a, text in zip(batch, arrays, texts, strict=True)]
 
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future[_Encoded]] = deque()
         try:
             for batch in _batches(events):
                 waiting.append(pool.submit(encode, batch))
-                if len(waiting) > _AHEAD:
+                if len(waiting) > cores:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -279,9 +279,10 @@ def _complete(
     fingerprint: str,
     tokenizer: Tokenizer,
     gathered: Gathered,
+    num_corpora: int,
 ) -> None:
     """Writes the tokenizer and the manifest, which makes the folder a finished one."""
-    train, validation, problems, examples = segments.close()
+    train, validation, problems, examples = segments.close(num_corpora)
     examples = [*map(str, gathered.problems), *examples][:EXAMPLES]
     for split, name in ((train, "train"), (validation, "validation")):
         if not split.documents:
@@ -329,6 +330,10 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
         rules.append("pieces know what stands before them")
     if any(s.kind not in TEXT for s in found):  # they were known by another hash before
         rules.append("records are known by SHA-256, whatever their line endings")
+    corpora = len(as_tuple(config.corpus))
+    if corpora > 1:  # older versions did not count their tokens
+        files = Counter(s.corpus for s in found if not s.validation)
+        rules.append(f"tokens are counted by corpus {[files[number] for number in range(corpora)]}")
     if DIVISION != 1 and fraction is not None:  # the first rule had no number here
         rules.append(f"divided by rule {DIVISION}")
     return hashlib.sha256(json.dumps([rules, texts]).encode()).hexdigest()

@@ -20,6 +20,7 @@ import msgspec
 
 from retnet.data import hub
 from retnet.data.content import BROKEN, CHUNK, MARK, Mender, chunks, lines
+from retnet.data.remote import open_bytes
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import content_share, share, text_share
 from retnet.errors import UserError, printable, reason_of
@@ -275,7 +276,10 @@ def _tables(source: Source, field: str) -> Iterator[tuple[pyarrow.RecordBatch | 
         return
     from pyarrow import parquet
 
-    with parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=CHUNK) as file:
+    with (
+        open_bytes(source.path) as raw,
+        parquet.ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK) as file,
+    ):
         schema = file.schema_arrow
         if schema.names.count(field) != 1:
             yield schema.empty_table(), 0

@@ -30,6 +30,7 @@ class TokenShards:
         dtype: of the tokens on disk: uint16 or uint32.
         bos_id: the id that starts every document, and stands nowhere else.
         fingerprint: SHA-256 (hex) of the content: tokens, boundaries and tokenizer.
+        corpora: how many of the tokens each corpus has, one after the other.
     """
 
     def __init__(self, directory: Path, split: Split, manifest: Manifest) -> None:
@@ -38,6 +39,7 @@ class TokenShards:
         self.num_bytes = split.bytes
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.bos_id = manifest.bos_id
+        self.corpora = tuple(split.corpora) or (split.tokens,)
         hashes = [f"{shard.tokens_sha256} {shard.offsets_sha256}" for shard in split.shards]
         self.fingerprint = hashlib.sha256("\n".join([manifest.tokenizer, *hashes]).encode()).hexdigest()
         self._names = [shard.name for shard in split.shards]

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from retnet.data import remote
 from retnet.errors import UserError, one_line, printable
 from retnet.io import not_a_file
 
@@ -57,7 +58,7 @@ class Source(NamedTuple):
 
     Attributes:
         kind: a suffix of `TEXT` or `RECORDS`, or ``hf``.
-        path: of the file, or the name of the dataset.
+        path: of the file, a URL, or the name of the dataset.
         name: the path below its corpus; its hash decides the split of text files.
         packing: a suffix of `PACKED`, or empty.
         size: bytes of the file; once `content.examine` has read it, those of what is packed in it. 0 where unknown.
@@ -67,6 +68,7 @@ class Source(NamedTuple):
         start: first byte of the content read (text files).
         stop: one past the last byte read; None for the end.
         validation: decided already, or None to let hashes decide.
+        corpus: number of the corpus in its list.
     """
 
     kind: str
@@ -80,6 +82,7 @@ class Source(NamedTuple):
     start: int = 0
     stop: int | None = None
     validation: bool | None = None
+    corpus: int = 0
 
 
 class CorpusFiles(NamedTuple):
@@ -112,7 +115,9 @@ def find(spec: str) -> CorpusFiles:
         return CorpusFiles([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
     path = Path(os.path.expanduser(spec))
     found = CorpusFiles([], Counter(), [])
-    if os.path.isdir(path):
+    if remote.is_url(spec):
+        _at_url(spec, found)
+    elif os.path.isdir(path):
         for file in _walk([path], found):
             _add(found, file, file.relative_to(path))
     elif glob.has_magic(spec) and not os.path.exists(path):
@@ -144,10 +149,30 @@ def stamp_of(status: os.stat_result) -> str:
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
+def current_stamp(path: str) -> str:
+    """The `Source.stamp` that a file has now, here or at a URL.
+
+    Raises:
+        OSError: it is gone.
+    """
+    return remote.stamp(path) if remote.is_url(path) else stamp_of(Path(path).stat())
+
+
+def _at_url(spec: str, found: CorpusFiles) -> None:
+    for file in remote.files(spec):
+        kind, packing = _kind(file.name)
+        if any(part.startswith(".") for part in PurePath(file.name).parts):
+            found.left_out["hidden"] += 1
+        elif not kind:
+            found.left_out[_ending(file.name)] += 1
+        else:
+            found.sources.append(Source(kind, file.url, file.name, packing, file.size, file.stamp))
+
+
 def _one_file(spec: str, path: Path, found: CorpusFiles) -> None:
     if not os.path.lexists(path):
         raise UserError(
-            f"no corpus {spec!r}: give 'stdlib', package:NAME, a file, a folder, a glob, or hf:NAME"
+            f"no corpus {spec!r}: give 'stdlib', package:NAME, a file, folder, glob or URL, or hf:NAME"
         )
     _add(found, path, PurePath(path.name))
     if found.problems:

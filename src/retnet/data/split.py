@@ -65,7 +65,10 @@ def gather(
     _refuse_the_same(train, validation)
     listed = [*train, *validation]
     problems = [problem for one in listed for problem in one.problems]
-    sides = [[source for one in side for source in one.sources] for side in (train, validation)]
+    sides = [
+        [source._replace(corpus=number) for number, one in enumerate(side) for source in one.sources]
+        for side in (train, validation)
+    ]
     for name, side, specs in zip(
         ("corpus", "validation"), sides, (config.corpus, config.validation), strict=True
     ):

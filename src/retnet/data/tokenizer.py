@@ -24,12 +24,16 @@ from numpy.typing import DTypeLike, NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from retnet.data.config import BPE_SIZES
+from retnet.data.fast_bpe import FastBpe
 from retnet.errors import UserError
 from retnet.io import read_text, require_fetched, write_bytes
 from retnet.model.text_ends import end_ids
 
 BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
+_WORTH_A_FAST_ONE = (
+    1 << 19
+)  # characters of a batch from which on an encoder is made that is slow to make and fast to run
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 
@@ -152,7 +156,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], dtype: DTypeLike = np.int64, before: Sequence[str] = ()
     ) -> list[NDArray[np.integer]]:
-        """The ids of many texts, one array each, without BOS; all cores work unless TOKENIZERS_PARALLELISM=false.
+        """The ids of many texts, one array each, without BOS; the same, however many and however long they are.
 
         Args:
             texts: to be encoded.
@@ -169,14 +173,22 @@ class Tokenizer:
             len(self._divided(text)) > 1 or bool(end and self.marks_beginnings)
             for text, end in zip(texts, ends, strict=True)
         ]
-        together = ["" if apart else text for text, apart in zip(texts, alone, strict=True)]
-        with self._said():
-            encodings = self._inner.encode_batch_fast(together, add_special_tokens=False)
-        ids = [
-            self.encode(text, end) if apart else encoding.ids
-            for text, end, apart, encoding in zip(texts, ends, alone, encodings, strict=True)
+        fast = self._fast if sum(map(len, texts)) >= _WORTH_A_FAST_ONE else None
+        found = [
+            fast.encode(text) if fast and not apart else None
+            for text, apart in zip(texts, alone, strict=True)
         ]
-        return [np.array(found, dtype=dtype) for found in ids]
+        left = [i for i, apart in enumerate(alone) if found[i] is None and not apart]
+        with self._said():
+            encodings = self._inner.encode_batch_fast([texts[i] for i in left], add_special_tokens=False)
+        others = {i: encoding.ids for i, encoding in zip(left, encodings, strict=True)}
+        others |= {i: self.encode(texts[i], ends[i]) for i, apart in enumerate(alone) if apart}
+        return [np.asarray(others[i] if ids is None else ids, dtype) for i, ids in enumerate(found)]
+
+    @cached_property
+    def _fast(self) -> FastBpe | None:
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        return FastBpe.of(json.loads(self._json), byte_of)
 
     def _raw(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids

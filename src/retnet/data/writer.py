@@ -20,7 +20,10 @@ EXAMPLES = 100  # problems kept in words; all are counted
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """One shard of each split, finished together, and where reading goes on: source number, event within it."""
+    """One shard of each split, finished together, and where reading goes on: source number, event within it.
+
+    `corpora` are the tokens of the training shard by the corpus that they are from.
+    """
 
     source: int
     event: int
@@ -28,6 +31,7 @@ class Segment(msgspec.Struct, frozen=True):
     validation: Shard | None
     problems: dict[str, int]
     examples: list[str]
+    corpora: dict[int, int] = {}
 
 
 class ShardWriter:
@@ -101,12 +105,16 @@ class Segments:
         """Tokens in the segment being written."""
         return sum(writer.tokens for writer in self._writers.values())
 
-    def add(self, validation: bool, first: bool, tokens: NDArray[np.integer], num_bytes: int) -> None:
+    def add(
+        self, validation: bool, first: bool, tokens: NDArray[np.integer], num_bytes: int, corpus: int = 0
+    ) -> None:
         """Adds a piece of a document."""
         writer = self._writers["validation" if validation else "train"]
         if first:
             writer.start_document(self._bos)
         writer.append(tokens, num_bytes)
+        if not validation:
+            self._corpora[corpus] += len(tokens) + first
 
     def problem(self, kind: str, words: str) -> None:
         """Counts a problem."""
@@ -118,13 +126,19 @@ class Segments:
         """Finishes a segment: after this, a restart goes on at event `event` of source `source`."""
         shards = {split: writer.close() for split, writer in self._writers.items()}
         segment = Segment(
-            source, event, shards["train"], shards["validation"], self._problems, self._examples
+            source,
+            event,
+            shards["train"],
+            shards["validation"],
+            self._problems,
+            self._examples,
+            self._corpora,
         )
         write_bytes(self._record(len(self.done)), msgspec.json.encode(segment))
         self.done.append(segment)
         self._open()
 
-    def close(self) -> tuple[Split, Split, dict[str, int], list[str]]:
+    def close(self, num_corpora: int = 1) -> tuple[Split, Split, dict[str, int], list[str]]:
         """Ends writing: train, validation, problems by kind, the first problems in words."""
         for writer in self._writers.values():
             writer.close()
@@ -133,6 +147,9 @@ class Segments:
             problems.update(segment.problems)
         examples = [words for segment in self.done for words in segment.examples][:EXAMPLES]
         train = _split([segment.train for segment in self.done])
+        if num_corpora > 1:
+            corpora = sum((Counter(segment.corpora) for segment in self.done), Counter())
+            train = msgspec.structs.replace(train, corpora=[corpora[number] for number in range(num_corpora)])
         return train, _split([segment.validation for segment in self.done]), dict(problems), examples
 
     def forget(self) -> None:
@@ -147,6 +164,7 @@ class Segments:
         }
         self._problems: Counter[str] = Counter()
         self._examples: list[str] = []
+        self._corpora: Counter[int] = Counter()
 
     def _record(self, number: int) -> Path:
         return self._directory / f"segment-{number:05d}.json"

@@ -109,21 +109,32 @@ def is_run(path: str | Path) -> bool:
 
 def _part(spec: str, text_field: str, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
     if is_run(spec):
-        return _once(_validation_of(meant(spec), on_problem), on_problem, taken)
+        run = meant(spec)
+        part, began = _validation_of(run, on_problem), RunData.read(run)
+        return _once(part, run, began.validation if began else "", on_problem, taken)
     if (folder := prepared_folder(spec)) is not None:
-        return _once(_Part([], text_field, prepared=folder), on_problem, taken)
+        tokens = load(folder).validation.fingerprint
+        return _once(_Part([], text_field, prepared=folder), folder, tokens, on_problem, taken)
     return _Part(list(found_in([spec], on_problem, taken)), text_field)
 
 
-def _once(part: _Part, on_problem: Callable[[Problem], None], taken: Taken) -> _Part:
-    """Held-out text without what was there before: other runs hold out the same of one corpus or prepared folder."""
+def _once(
+    part: _Part, place: Path, tokens: str, on_problem: Callable[[Problem], None], taken: Taken
+) -> _Part:
+    """Held-out text without what was there before: other runs hold out the same of one corpus or prepared folder.
+
+    Files are known by their content. A prepared folder has none, and is known by its tokens, as is what a run made of files.
+    """
     if part.prepared is not None:
-        name = f"prepared {load(part.prepared).validation.fingerprint}"
-        if (False, name) in taken:
-            said = f"the same text as {taken[False, name]}"
-            on_problem(Problem(printable(part.prepared), 0, "duplicate", said))
-            return part._replace(prepared=None)
-        taken[False, name] = printable(part.prepared)
+        tokens, place = load(part.prepared).validation.fingerprint, part.prepared
+    here, other = f"prepared {tokens}", f"made of files {tokens}"
+    known = (here, other) if part.prepared else (here,)
+    if (found := next((taken[False, name] for name in known if (False, name) in taken), None)) is not None:
+        on_problem(Problem(printable(place), 0, "duplicate", f"the same text as {found}"))
+        return part._replace(prepared=None, sources=[])
+    if tokens:
+        taken[False, here if part.prepared else other] = printable(place)
+    if part.prepared is not None:
         return part
     kept = []
     for source in part.sources:

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class Passes:
         self._at = at
         self._model, self._objective, self._batches = model, objective, batches
         self._device, self._autocast, self._notices, self._ranks = device, autocast, notices, ranks
+        self._reader = ThreadPoolExecutor(1, "retnet-batches")
+        self._ahead: tuple[range, Future[list[Batch]]] | None = None  # of the next step
 
     def gradients(self, step: int, c: TrainConfig) -> StepGradient:
         """Leaves in the model's parameters the gradient of a step's losses ÷ its tokens.
@@ -68,10 +71,12 @@ class Passes:
         ranks, begin = self._ranks, time.perf_counter()
         self._objective.train()
         self._at(step + 1, "reads its batches")
-        first, passes = c.passes_before(step), c.passes(step)
-        places = range(first + ranks.reader, first + passes, ranks.axes.readers)
-        batches = [self._batches.batch(place) for place in places]
+        passes, places = c.passes(step), self._places(step, c)
+        batches = self._read(places)
         waited = time.perf_counter() - begin
+        if step + 1 < c.steps:
+            after = self._places(step + 1, c)
+            self._ahead = after, self._reader.submit(lambda: [self._batches.batch(place) for place in after])
         tokens = passes * c.batch_size * c.seq_len
         found, counted = [], 0
         for place, batch in zip(places, batches, strict=True):
@@ -93,3 +98,15 @@ class Passes:
             batches = [batch for batch, nats in zip(batches, losses, strict=True) if not math.isfinite(nats)]
         mean = tokens / targets  # over what counts, which no process knew before
         return StepGradient(total / targets, math.sqrt(square_of_all) * mean, mean, batches, waited)
+
+    def _places(self, step: int, c: TrainConfig) -> range:
+        """The positions of this process's batches of a step."""
+        first = c.passes_before(step)
+        return range(first + self._ranks.reader, first + c.passes(step), self._ranks.axes.readers)
+
+    def _read(self, places: range) -> list[Batch]:
+        """Batches, which a thread has read while the step before was computed, unless it was another one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == places:
+            return ahead[1].result()
+        return [self._batches.batch(place) for place in places]

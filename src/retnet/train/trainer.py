@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from retnet.data import Batch, Batches, Prepared
+from retnet.data import Batch, Batches, Mixture, Prepared
 from retnet.model.checkpoint import weights
 from retnet.settings import UserError
 from retnet.train import elastic
@@ -33,6 +33,7 @@ from retnet.train.distributed import Ranks, processes
 from retnet.train.gradients import scale
 from retnet.train.hangs import HangDetector
 from retnet.train.metrics import Metrics
+from retnet.train.mixture import epochs, in_words
 from retnet.train.notices import Notices
 from retnet.train.objective import Quality, evaluate
 from retnet.train.optimizer import learning_rate
@@ -151,7 +152,8 @@ class _Trainer:
             cache_enabled=ranks.alone,  # it would keep whole weights, which are shared to save memory
         )
         sizes = {"seq_len": c.seq_len, "batch_size": c.batch_size, "seed": c.seed}
-        self.batches = Batches(prepared.train, **sizes)
+        mixture = Mixture.of(config.data, lambda step: c.passes_before(step) * c.batch_size)
+        self.batches = Batches(prepared.train, **sizes, mixture=mixture)
         self.held_out = Batches(prepared.validation, **sizes)
         self.metrics: Metrics | None = None  # the first rank has them
         self.quality: Quality | None = None
@@ -178,6 +180,8 @@ class _Trainer:
         metrics = self.metrics = self.ranks.lead(
             lambda: Metrics(self.run, self.step, self.config.train.tensorboard)
         )
+        if not self.open:
+            self._say_epochs()
         with (
             closing(metrics) if metrics else nullcontext(),
             self.hangs.on(),
@@ -194,7 +198,9 @@ class _Trainer:
                 if last or self.filter.ended or self.step % c.log_every == 0:
                     lr, measured = learning_rate(self.step - 1, c), self.meter.line()
                     counted = {"skipped_steps": self.filter.skipped}
-                    self._note(loss=loss, gradient_norm=norm, lr=lr, **measured, **counted)
+                    self._note(
+                        loss=loss, gradient_norm=norm, lr=lr, **measured, **counted, **self._epochs(self.step)
+                    )
                     left = self.pace.left(self.step, c)
                     self.progress.step(self.step, loss, measured["tokens_per_s"], left)
                 if last or (c.eval_every and self.step % c.eval_every == 0):
@@ -244,6 +250,14 @@ class _Trainer:
         chosen = replace(asked, steps=steps, warmup_steps=warmup_steps)
         self.config, self.open = replace(self.config, train=chosen), False
         self.progress.planned(chosen)
+        self._say_epochs()
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        return epochs(self.config, self.prepared, self.batches, step)
+
+    def _say_epochs(self) -> None:
+        if read := self._epochs(self.config.train.steps):
+            self.progress.say(in_words(read))
 
     def _learn(self) -> tuple[float, float]:
         """One step; returns the loss in nats per token and the norm of the gradient before clipping.

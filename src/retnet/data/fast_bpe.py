@@ -1,0 +1,181 @@
+"""Byte-level BPE by tiktoken: the ids that the `tokenizers` library gives, several times as fast.
+
+tiktoken knows no list of merges: it joins whatever pair makes the token of the lowest rank. That gives the same ids where
+every token is reached by one merge alone. `FastBpe.of` makes sure of it for each token of a vocabulary: its bytes, joined by
+the merges before its own, must come to the two parts that its own merge names. (A part of a text between two boundaries that
+stand in the end is joined as if it stood alone, so whoever meets the bytes of a token in a text meets these two parts.)
+Characters that the two libraries' tables of Unicode take for different things are left to `tokenizers`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import pre_tokenizers
+
+_MARK = "<|bos|>"  # a name that tiktoken looks for and never finds allowed; with none it looks at every byte
+# How a text is divided before merges: GPT-2's pattern, which ByteLevel has, as tiktoken writes it.
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_OTHER_PATTERNS = (
+    # Llama 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Qwen 2
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+class FastBpe:
+    """An encoder of texts that have no special token's name in them.
+
+    Args:
+        pattern: by which a text is divided.
+        ranks: bytes of each token → its rank, single bytes among them.
+        ids: id of each rank.
+    """
+
+    def __init__(self, pattern: str, ranks: dict[bytes, int], ids: NDArray[np.uint32]) -> None:
+        import tiktoken
+
+        special = {_MARK: len(ranks)}
+        self._encoding = tiktoken.Encoding(
+            "retnet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self._ids = None if np.array_equal(ids, np.arange(len(ids))) else ids
+        self._left = _unlike()
+
+    @classmethod
+    def of(cls, plan: dict[str, Any], byte_of: dict[str, int]) -> FastBpe | None:
+        """The encoder of a tokenizer; None where tiktoken is not installed, or is not known to give the same ids.
+
+        Args:
+            plan: the tokenizer's JSON.
+            byte_of: the byte that each character of a byte-level vocabulary stands for.
+        """
+        pattern = _pattern(plan)
+        try:
+            import tiktoken  # noqa: F401
+        except ImportError:
+            return None
+        if pattern is None or not all(token["special"] for token in plan["added_tokens"]):
+            return None
+        found = _ranks(plan["model"], byte_of)
+        return None if found is None else cls(pattern, *found)
+
+    def encode(self, text: str) -> NDArray[np.uint32] | None:
+        """The ids of a text, without BOS; None for one that is to be left to `tokenizers`."""
+        if self._left.search(text):
+            return None
+        try:
+            ranks: NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except (
+            BaseException
+        ) as error:  # what panics in Rust, such as a stretch of a million spaces, is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            return None
+        return ranks if self._ids is None else self._ids[ranks]
+
+
+def _pattern(plan: dict[str, Any]) -> str | None:
+    """How a tokenizer divides texts; None where that is not by one of the patterns known here alone."""
+    model, before = plan["model"], plan["pre_tokenizer"] or {}
+    plain = model["type"] == "BPE" and plan["normalizer"] is None
+    bare = not any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    if not plain or not bare or model.get("byte_fallback"):
+        return None
+    split, *levels = before.get("pretokenizers") or [before]
+    if not levels and _is_level(split, use_regex=True):
+        return _GPT2
+    found = split.get("pattern", {}).get("Regex") if split.get("type") == "Split" else None
+    isolated = (split.get("behavior"), split.get("invert")) == ("Isolated", False)
+    alone = len(levels) == 1 and _is_level(levels[0], use_regex=False)
+    return found if found in _OTHER_PATTERNS and isolated and alone else None
+
+
+def _is_level(step: dict[str, Any], *, use_regex: bool) -> bool:
+    kind = (step.get("type"), step.get("add_prefix_space"), step.get("use_regex", True))
+    return kind == ("ByteLevel", False, use_regex)
+
+
+def _ranks(
+    model: dict[str, Any], byte_of: dict[str, int]
+) -> tuple[dict[bytes, int], NDArray[np.uint32]] | None:
+    """Bytes of tokens → rank in the order of merges, and their ids; None where a token does not tell its merge."""
+    vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]]
+    if any(character not in vocab for character in byte_of):
+        return None
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(sorted(byte_of.values()))}
+    ids = [vocab[character] for character, _ in sorted(byte_of.items(), key=lambda item: item[1])]
+    listed: set[tuple[bytes, bytes]] = set()
+    for pair in merges:
+        if any(character not in byte_of for character in "".join(pair)):
+            return None
+        listed.add((_bytes(pair[0], byte_of), _bytes(pair[1], byte_of)))
+    place = -1
+    order = {(_bytes(a, byte_of), _bytes(b, byte_of)): number for number, (a, b) in enumerate(merges)}
+    for left, right in merges:
+        whole = _bytes(left + right, byte_of)
+        if whole in ranks:
+            continue
+        parts = _joined(whole, ranks)
+        if len(parts) != 2 or (parts[0], parts[1]) not in listed or order[parts[0], parts[1]] < place:
+            return None
+        place = order[parts[0], parts[1]]
+        ranks[whole] = len(ids)
+        ids.append(vocab[left + right])
+    unreached = model.get("ignore_merges") and any(
+        _bytes(token, byte_of) not in ranks for token in vocab if all(c in byte_of for c in token)
+    )
+    return None if unreached else (ranks, np.array(ids, np.uint32))
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _bytes(token: str, byte_of: dict[str, int]) -> bytes:
+    return bytes(byte_of[character] for character in token)
+
+
+def _joined(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The tokens of a text alone, by tiktoken's rule: of all pairs that make a token, the one of the lowest rank."""
+    parts = [text[i : i + 1] for i in range(len(text))]
+    while len(parts) > 1:
+        lowest, at = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
+        if lowest == len(ranks):
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+@cache
+def _unlike() -> re.Pattern[str]:
+    """The characters that `tokenizers` takes for a letter, a number or a space and tiktoken does not, or the other way.
+
+    Each has tables of a Unicode of its own, so newer letters are known to one of them alone.
+    """
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]))
+    found = set[str]()
+    for kind in (r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmtrevl])"):
+        split = pre_tokenizers.Split(tokenizers.Regex(kind), "removed", invert=True)
+        theirs = "".join(part for part, _ in split.pre_tokenize_str(every))
+        found |= set(theirs) ^ set(_kept(kind, every))
+    return re.compile(f"[{''.join(map(re.escape, sorted(found)))}]" if found else "(?!)")
+
+
+def _kept(pattern: str, text: str) -> str:
+    """The part of a text that fits a pattern, as tiktoken finds it."""
+    import tiktoken
+
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={_MARK: 256})
+    return encoding.decode(encoding.encode_ordinary(text))

@@ -1,0 +1,166 @@
+"""Files at fsspec URLs (``s3://``, ``https://``, ``hf://``, ``memory://``, …): listed, stamped, opened as local ones.
+
+Which protocols there are is fsspec's business: a library for each (s3fs, gcsfs, adlfs, …), and its own settings for keys.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import IO, Any, NamedTuple
+
+from retnet.errors import UserError
+
+BUFFER = 1 << 20  # bytes asked for at a time
+_SIZE = "size"
+# What tells one content of a file from another, as file systems name it, in lower case without signs. The first that there
+# is counts, since a listing may say less than a question for one file.
+_TELLING = ("etag", "blobid", "contentmd5", "md5hash", "md5", "checksum", "digest", "generation", "versionid")
+_TELLING += ("lastmodified", "modified", "mtime", "created")
+
+
+class RemoteFile(NamedTuple):
+    """A file at a URL.
+
+    Attributes:
+        url: of it.
+        name: below its corpus.
+        size: in bytes; 0 where nobody says.
+        stamp: changes when it is written.
+    """
+
+    url: str
+    name: str
+    size: int
+    stamp: str
+
+
+def is_url(spec: str) -> bool:
+    """Whether a corpus or a path is a URL, and no local file that is called so."""
+    return "://" in spec and not os.path.lexists(spec)
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """A local file or one at a URL, to read.
+
+    Raises:
+        OSError: a local file cannot be opened.
+        UserError: one at a URL cannot, now or while it is read; what a network lost is not left out of a corpus.
+    """
+    return io.BufferedReader(_Remote(path), BUFFER) if is_url(path) else open(path, "rb")
+
+
+def files(spec: str) -> Iterator[RemoteFile]:
+    """The files that a URL names: itself, those of a folder, or those that fit a pattern with ``*``; sorted by name.
+
+    Raises:
+        UserError: nothing is there, or it cannot be reached.
+    """
+    system, root = _system(spec)
+    try:
+        system.invalidate_cache()
+        if "*" in root or "[" in root:
+            found = system.glob(root, detail=True)
+            start = root[: min(root.find(sign) for sign in "*[" if sign in root)]
+            start = start[: start.rfind("/") + 1]
+        else:
+            info = system.info(root)
+            folder = info["type"] == "directory"
+            found = system.find(root, detail=True) if folder else {root: info}
+            start = f"{root.rstrip('/')}/" if folder else root[: root.rfind("/") + 1]
+    except Exception as error:  # every file system has errors of its own
+        raise UserError(_cannot(spec, error)) from None
+    if not found:
+        raise UserError(f"no corpus {spec!r}: nothing is there")
+    for path, info in sorted(found.items()):
+        if info["type"] != "directory":
+            url = system.unstrip_protocol(path)
+            name = path.removeprefix(start).partition("?")[0]
+            yield RemoteFile(url, name, int(info.get(_SIZE) or 0), _stamp(url, info))
+
+
+def stamp(url: str) -> str:
+    """What changes when a file is written.
+
+    Raises:
+        OSError: it is gone, or cannot be reached.
+    """
+    system, path = _system(url)
+    system.invalidate_cache()
+    try:
+        return _stamp(url, system.info(path))
+    except Exception as error:
+        raise OSError(_cannot(url, error)) from None
+
+
+def tells_changes(stamp: str) -> bool:
+    """Whether a stamp has more than a size, which another content may have too."""
+    return "=" in stamp.rpartition("\n")[2]
+
+
+class _Remote(io.RawIOBase):
+    """A file at a URL with a position of its own: file systems in memory have one for all readers of a file."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._at = url, 0
+        system, path = _system(url)
+        try:
+            self._file = system.open(path, "rb")
+            self._size = int(getattr(self._file, "size", None) or system.info(path).get(_SIZE) or 0)
+        except Exception as error:
+            raise UserError(_cannot(url, error)) from None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401
+        try:
+            self._file.seek(self._at)
+            content = self._file.read(len(buffer))
+        except Exception as error:
+            raise UserError(_cannot(self._url, error)) from None
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        if not self.closed:
+            with suppress(Exception):
+                self._file.close()
+        super().close()
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and what it calls the file."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"cannot read {url}: {error}") from None  # "Install s3fs to access S3"
+    except Exception as error:
+        raise UserError(f"no corpus {url!r}: {' '.join(str(error).split())}") from None
+    return system, path
+
+
+def _stamp(url: str, info: Mapping[str, Any]) -> str:
+    told = {"".join(filter(str.isalnum, name)).lower(): value for name, value in info.items()}
+    first = next((f"{name}={told[name]}" for name in _TELLING if told.get(name)), "")
+    return f"{url}\n{told.get(_SIZE)} {first}"
+
+
+def _cannot(url: str, error: Exception) -> str:
+    said = " ".join(str(error).split()) or "it cannot be reached"
+    return f"cannot read {url}: {type(error).__name__}: {said}"
