@@ -9,10 +9,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from retnet.data import Tokenizer
+from retnet.data.byte_level import byte_characters
 from retnet.data.fast_bpe import _OTHER_PATTERNS, FastBpe
-from retnet.data.tokenizer import _byte_characters
 
-BYTE_OF = {character: byte for byte, character in enumerate(_byte_characters())}
+BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
 WORDS = [
     "the ",
     "naïve",
@@ -80,7 +80,7 @@ def trained(texts, pattern=None):
 @pytest.mark.parametrize("pattern", [None, *_OTHER_PATTERNS])
 def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
     tokenizer = trained(texts, pattern)
-    fast = FastBpe.of(plan_of(tokenizer), BYTE_OF)
+    fast = FastBpe.of(plan_of(tokenizer))
     found = [fast.encode(text) for text in texts]
     assert sum(ids is not None for ids in found) > 300
     for text, ids in zip(texts, found, strict=True):
@@ -92,7 +92,7 @@ def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
 def test_every_character_is_divided_alike_or_left(texts):
     """Whatever tables of Unicode the two libraries have."""
     tokenizer = trained(["a b 1"])
-    fast, encode = FastBpe.of(plan_of(tokenizer), BYTE_OF), tokenizer._raw
+    fast, encode = FastBpe.of(plan_of(tokenizer)), tokenizer._raw
     left = 0
     for start in range(0, sys.maxunicode, 4096):
         here = [chr(c) for c in range(start, start + 4096) if not 0xD800 <= c < 0xE000]
@@ -111,18 +111,18 @@ def test_what_a_token_does_not_tell_is_left_to_tokenizers(texts):
         tokens = vocab | {"".join(m): 256 + i for i, m in enumerate(merges)}
         return {**plan, "model": {**plan["model"], "vocab": tokens, "merges": merges, **more}}
 
-    assert FastBpe.of(changed([["a", "b"], ["ab", "c"]]), BYTE_OF).encode("abc").tolist() == [257]
+    assert FastBpe.of(changed([["a", "b"], ["ab", "c"]])).encode("abc").tolist() == [257]
     # bc is joined first, so that no text ever has ab and c: tiktoken would make abc of a and bc
-    assert FastBpe.of(changed([["b", "c"], ["a", "b"], ["ab", "c"]]), BYTE_OF) is None
+    assert FastBpe.of(changed([["b", "c"], ["a", "b"], ["ab", "c"]])) is None
     for different in ({"dropout": 0.1}, {"continuing_subword_prefix": "##"}, {"type": "Unigram"}):
-        assert FastBpe.of(changed([["a", "b"]], **different), BYTE_OF) is None
-    assert FastBpe.of({**plan, "normalizer": {"type": "NFC"}}, BYTE_OF) is None
+        assert FastBpe.of(changed([["a", "b"]], **different)) is None
+    assert FastBpe.of({**plan, "normalizer": {"type": "NFC"}}) is None
     other = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
-    assert FastBpe.of({**plan, "pre_tokenizer": other}, BYTE_OF) is None
+    assert FastBpe.of({**plan, "pre_tokenizer": other}) is None
 
 
 def test_a_stretch_of_white_space_that_stops_tiktoken_is_left(texts):
     tokenizer = trained(texts)
     text = " " * 2_000_000 + "x"
-    fast = FastBpe.of(plan_of(tokenizer), BYTE_OF).encode(text)
+    fast = FastBpe.of(plan_of(tokenizer)).encode(text)
     assert fast is None or fast.tolist() == tokenizer.encode(text)

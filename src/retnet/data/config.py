@@ -62,8 +62,8 @@ class DataConfig(Checked):
     validation_fraction: Annotated[float, At(above=0, below=1)] = 0.02
     tokenizer: Text = "bytes"
     text_field: str = "text"
-    weights: tuple[Weight, ...] = ()
-    phases: tuple[MixturePhase, ...] = ()
+    weights: tuple[Weight, ...] | None = None
+    phases: tuple[MixturePhase, ...] | None = None
     cache: Text = ".cache/data"
 
     def __post_init__(self) -> None:
@@ -82,13 +82,14 @@ class DataConfig(Checked):
                 )
 
     def _check_weights(self) -> None:
-        if self.phases and not self.weights:
+        if self.phases and self.weights is None:
             raise UserError("phases change the weights of a mixture; give data.weights, which it begins with")
-        if not self.weights:
+        if self.weights is None:
             return
         _require_weights(self.weights)
-        corpora, steps = len(as_tuple(self.corpus)), [phase.step for phase in self.phases]
-        for weights in (self.weights, *(phase.weights for phase in self.phases)):
+        phases = self.phases or ()
+        corpora, steps = len(as_tuple(self.corpus)), [phase.step for phase in phases]
+        for weights in (self.weights, *(phase.weights for phase in phases)):
             # one name may be a prepared folder of several corpora
             if len(weights) != (len(self.weights) if corpora == 1 else corpora):
                 raise UserError(

@@ -21,6 +21,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
+from retnet.data.byte_level import byte_characters
+
 _MARK = "<|bos|>"  # a name that tiktoken looks for and never finds allowed; with none it looks at every byte
 # How a text is divided before merges: GPT-2's pattern, which ByteLevel has, as tiktoken writes it.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -52,13 +54,8 @@ class FastBpe:
         self._left = _unlike()
 
     @classmethod
-    def of(cls, plan: dict[str, Any], byte_of: dict[str, int]) -> FastBpe | None:
-        """The encoder of a tokenizer; None where tiktoken is not installed, or is not known to give the same ids.
-
-        Args:
-            plan: the tokenizer's JSON.
-            byte_of: the byte that each character of a byte-level vocabulary stands for.
-        """
+    def of(cls, plan: dict[str, Any]) -> FastBpe | None:
+        """The encoder of a tokenizer, given its JSON; None without tiktoken, or where it may not give the same ids."""
         pattern = _pattern(plan)
         try:
             import tiktoken  # noqa: F401
@@ -66,7 +63,7 @@ class FastBpe:
             return None
         if pattern is None or not all(token["special"] for token in plan["added_tokens"]):
             return None
-        found = _ranks(plan["model"], byte_of)
+        found = _ranks(plan["model"])
         return None if found is None else cls(pattern, *found)
 
     def encode(self, text: str) -> NDArray[np.uint32] | None:
@@ -105,30 +102,26 @@ def _is_level(step: dict[str, Any], *, use_regex: bool) -> bool:
     return kind == ("ByteLevel", False, use_regex)
 
 
-def _ranks(
-    model: dict[str, Any], byte_of: dict[str, int]
-) -> tuple[dict[bytes, int], NDArray[np.uint32]] | None:
+def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], NDArray[np.uint32]] | None:
     """Bytes of tokens → rank in the order of merges, and their ids; None where a token does not tell its merge."""
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]]
     if any(character not in vocab for character in byte_of):
         return None
     ranks = {bytes([byte]): rank for rank, byte in enumerate(sorted(byte_of.values()))}
     ids = [vocab[character] for character, _ in sorted(byte_of.items(), key=lambda item: item[1])]
-    listed: set[tuple[bytes, bytes]] = set()
-    for pair in merges:
-        if any(character not in byte_of for character in "".join(pair)):
-            return None
-        listed.add((_bytes(pair[0], byte_of), _bytes(pair[1], byte_of)))
-    place = -1
+    if any(character not in byte_of for pair in merges for character in "".join(pair)):
+        return None
     order = {(_bytes(a, byte_of), _bytes(b, byte_of)): number for number, (a, b) in enumerate(merges)}
+    last = -1
     for left, right in merges:
         whole = _bytes(left + right, byte_of)
-        if whole in ranks:
+        if whole in ranks:  # by another merge, which no text gets to
             continue
-        parts = _joined(whole, ranks)
-        if len(parts) != 2 or (parts[0], parts[1]) not in listed or order[parts[0], parts[1]] < place:
+        place = order.get(tuple(_joined(whole, ranks)), -1)  # type: ignore[arg-type]  # of two parts, or of none
+        if place <= last:
             return None
-        place = order[parts[0], parts[1]]
+        last = place
         ranks[whole] = len(ids)
         ids.append(vocab[left + right])
     unreached = model.get("ignore_merges") and any(

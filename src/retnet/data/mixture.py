@@ -54,9 +54,9 @@ class Mixture:
     @classmethod
     def of(cls, config: DataConfig, first_row: Callable[[int], int]) -> Mixture | None:
         """That of a configuration; None where it has no weights. `first_row` says with which row a step begins."""
-        if not config.weights:
+        if config.weights is None:
             return None
-        later = (Phase(first_row(phase.step), phase.weights) for phase in config.phases)
+        later = (Phase(first_row(phase.step), phase.weights) for phase in config.phases or ())
         return cls([Phase(0, config.weights), *later])
 
     def uses(self, corpus: int) -> bool:

@@ -8,21 +8,19 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from retnet.data import manifest
 from retnet.data.config import DataConfig, as_tuple
-from retnet.data.content import require_unchanged
-from retnet.data.readers import PIECE, Piece, Shares, read
+from retnet.data.encoding import ReadEvent, Reading, cores, dtype_of, encoded
+from retnet.data.readers import PIECE, Piece, Shares
 from retnet.data.shards import Prepared, load
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.data.split import DIVISION, Gathered, gather, is_held_out, text_fingerprint
@@ -33,8 +31,7 @@ from retnet.errors import UserError, told
 from retnet.io import write_bytes
 
 SHARD_TOKENS = 64 << 20  # per segment: what a kill can lose at most
-_BATCH = 1 << 20  # characters tokenised at a time; does not show in the result
-_BATCH_EVENTS = 8192
+_LEARNED = 1 << 20  # bytes between words on a tokenizer that is learned
 _RECOGNISED = 64 << 20  # bytes between words on files that are read to know them
 _log = logging.getLogger("retnet.data")
 
@@ -58,14 +55,6 @@ class PreparationProgress(NamedTuple):
         if self.before:
             return self.before
         return f"{self.documents:,} documents, {self.tokens:,} tokens"
-
-
-class _ReadEvent(NamedTuple):
-    """What a reader gave, and where: reading goes on there after a kill."""
-
-    source: int
-    number: int  # within the source
-    content: Piece | Problem
 
 
 def prepare(
@@ -112,7 +101,7 @@ def prepare(
                 tokenizer = _tokenizer_of(
                     directory, lambda: given or learn(config, found, report.learning, held_out)
                 )
-                segments = Segments(directory, _dtype(tokenizer), tokenizer.bos_id)
+                segments = Segments(directory, dtype_of(tokenizer), tokenizer.bos_id)
                 _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
                 _complete(segments, directory, fingerprint, tokenizer, gathered, len(as_tuple(config.corpus)))
     prepared = load(directory, verify=verify or None)
@@ -164,10 +153,10 @@ class _Report:
     def learning(self, source: int, piece: Piece) -> None:
         read_so_far, total = int(self._before[source]) + piece.position, int(self._before[-1])
         if self._on_progress and read_so_far >= self._told:
-            self._told = read_so_far + _BATCH
+            self._told = read_so_far + _LEARNED
             self._on_progress(PreparationProgress(read_so_far, total, 0, 0, "learning the tokenizer"))
 
-    def progress(self, event: _ReadEvent) -> None:
+    def progress(self, event: ReadEvent) -> None:
         if self._on_progress:
             position = event.content.position if isinstance(event.content, Piece) else 0
             read_so_far = int(self._before[event.source]) + position
@@ -194,8 +183,8 @@ def _fill(
     report: _Report,
 ) -> None:
     """Reads, tokenises and writes everything that earlier segments do not hold."""
-    events = _events(found, config.text_field, held_out, *segments.cursor)
-    for batch in _encoded(events, tokenizer):
+    reading = Reading(found, config.text_field, held_out)
+    for batch in encoded(reading.events(*segments.cursor, len(found)), tokenizer, cores()):
         for event, tokens, num_bytes in batch:
             content = event.content
             if isinstance(content, Problem):
@@ -208,7 +197,7 @@ def _fill(
             report.tokens += len(tokens) + content.first
             if segments.tokens >= shard_tokens:
                 segments.commit(event.source, event.number + 1)
-        report.progress(batch[-1][0])
+        report.progress(batch[-1].event)
     segments.commit(len(found), 0)
 
 
@@ -217,60 +206,6 @@ def _held_out(config: DataConfig, found: list[Source]) -> Container[float]:
     if config.validation is None:
         return ()
     return Shares((source for source in found if source.validation), config.text_field)
-
-
-def _events(
-    found: list[Source], text_field: str, held_out: Container[float], source: int, number: int
-) -> Iterator[_ReadEvent]:
-    """Everything the sources give from event `number` of source `source` on."""
-    for here in range(source, len(found)):
-        without = () if found[here].validation else held_out
-        for count, content in enumerate(read(found[here], text_field, without)):
-            if here > source or count >= number:
-                yield _ReadEvent(here, count, content)
-        require_unchanged(found[here])
-
-
-_Encoded = list[tuple[_ReadEvent, NDArray[np.integer], int]]
-
-
-def _encoded(events: Iterator[_ReadEvent], tokenizer: Tokenizer) -> Iterator[_Encoded]:
-    """Events with their tokens and bytes, in order. A thread for each core, for encoders work outside Python's lock."""
-    dtype = _dtype(tokenizer)
-
-    def encode(batch: list[_ReadEvent]) -> _Encoded:
-        pieces = [event.content if isinstance(event.content, Piece) else None for event in batch]
-        texts = [piece.text if piece else "" for piece in pieces]
-        arrays = tokenizer.encode_batch(texts, dtype, [piece.before if piece else "" for piece in pieces])
-        if any((tokens == tokenizer.bos_id).any() for tokens in arrays):
-            raise UserError("this tokenizer gives its document start for ordinary text; it cannot be used")
-        return [(event, a, len(text.encode())) for event, a, text in zip(batch, arrays, texts, strict=True)]
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        waiting: deque[Future[_Encoded]] = deque()
-        try:
-            for batch in _batches(events):
-                waiting.append(pool.submit(encode, batch))
-                if len(waiting) > cores:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _batches(events: Iterable[_ReadEvent]) -> Iterator[list[_ReadEvent]]:
-    batch: list[_ReadEvent] = []
-    size = 0
-    for event in events:
-        batch.append(event)
-        size += len(event.content.text) if isinstance(event.content, Piece) else 0
-        if size >= _BATCH or len(batch) >= _BATCH_EVENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _complete(
@@ -289,7 +224,7 @@ def _complete(
             shutil.rmtree(directory)
             told = Counter(problem.kind for problem in gathered.problems) + Counter(problems)
             raise UserError(_nothing(name, train.documents + validation.documents, told, examples))
-    dtype: Literal["uint16", "uint32"] = "uint16" if _dtype(tokenizer).itemsize == 2 else "uint32"
+    dtype: Literal["uint16", "uint32"] = "uint16" if dtype_of(tokenizer).itemsize == 2 else "uint32"
     whole = manifest.Manifest(
         format=manifest.FORMAT,
         version=manifest.VERSION,
@@ -347,10 +282,6 @@ def _already_prepared(config: DataConfig, folder: Path, given: Tokenizer | None,
     if config.validation is not None:
         raise UserError(f"{folder} is prepared and has its own validation split; leave data.validation out")
     return prepared
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 @contextmanager

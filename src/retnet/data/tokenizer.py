@@ -23,6 +23,7 @@ import tokenizers
 from numpy.typing import DTypeLike, NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from retnet.data.byte_level import byte_characters, bytes_tokenizer, is_bytes
 from retnet.data.config import BPE_SIZES
 from retnet.data.fast_bpe import FastBpe
 from retnet.errors import UserError
@@ -31,9 +32,7 @@ from retnet.model.text_ends import end_ids
 
 BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
-_WORTH_A_FAST_ONE = (
-    1 << 19
-)  # characters of a batch from which on an encoder is made that is slow to make and fast to run
+_WORTH_IT = 1 << 19  # characters of a batch, from which on the fast encoder is made, which takes a second
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 
@@ -68,7 +67,7 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(self._json.encode()).hexdigest()
         plan = json.loads(self._json)
         self.end_ids: tuple[int, ...] = end_ids(plan, self.bos_id)
-        self._is_bytes = _is_bytes(plan)
+        self._is_bytes = is_bytes(plan)
         # Unigram models, and words of WordLevel, have special tokens among the others; their names in a text are divided
         special = {token["content"]: token["id"] for token in plan["added_tokens"] if token["special"]}
         special = {
@@ -92,7 +91,7 @@ class Tokenizer:
             UserError: there is none, it cannot be read, or it names no document start.
         """
         if str(spec) == "bytes":
-            return cls(_bytes_tokenizer(), BOS)
+            return cls(bytes_tokenizer(), BOS)
         path = Path(os.path.expanduser(spec))
         file = path / "tokenizer.json" if os.path.isdir(path) else path
         if not os.path.isfile(file):
@@ -173,7 +172,7 @@ class Tokenizer:
             len(self._divided(text)) > 1 or bool(end and self.marks_beginnings)
             for text, end in zip(texts, ends, strict=True)
         ]
-        fast = self._fast if sum(map(len, texts)) >= _WORTH_A_FAST_ONE else None
+        fast = self._fast if sum(map(len, texts)) >= _WORTH_IT else None
         found = [
             fast.encode(text) if fast and not apart else None
             for text, apart in zip(texts, alone, strict=True)
@@ -187,8 +186,7 @@ class Tokenizer:
 
     @cached_property
     def _fast(self) -> FastBpe | None:
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-        return FastBpe.of(json.loads(self._json), byte_of)
+        return FastBpe.of(json.loads(self._json))
 
     def _raw(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
@@ -284,7 +282,7 @@ class Tokenizer:
         decoder = plan["decoder"] or {}
         if "ByteLevel" not in [d["type"] for d in decoder.get("decoders", [decoder]) if "type" in d]:
             return None
-        value = {character: byte for byte, character in enumerate(_byte_characters())}
+        value = {character: byte for byte, character in enumerate(byte_characters())}
         table = [b""] * self.vocab_size
         for token, i in self._inner.get_vocab(with_added_tokens=False).items():
             if all(c in value for c in token):
@@ -372,33 +370,3 @@ def _is_unknown(model: dict[str, Any], name: str, number: int) -> bool:
 def _content(token: object) -> str:
     """The text of a special token, as a ``tokenizer_config.json`` writes it."""
     return str((token.get("content") if isinstance(token, dict) else token) or "")
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2): itself where it prints, else U+0100 on."""
-    printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others: Iterator[int] = iter(range(256, 512))
-    return [chr(byte) if byte in printing else chr(next(others)) for byte in range(256)]
-
-
-def _bytes_tokenizer() -> tokenizers.Tokenizer:
-    """BPE without merges over the 256 byte symbols in byte order: id == byte; BOS is 256."""
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(_byte_characters())}, merges=[])
-    )
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    return inner
-
-
-def _is_bytes(plan: dict[str, Any]) -> bool:
-    """Whether a tokenizer gives exactly the bytes of a text, so that encoding needs no library."""
-    model, before = plan["model"], plan["pre_tokenizer"] or {}
-    return (
-        model["type"] == "BPE"
-        and not model["merges"]
-        and model["vocab"] == {c: i for i, c in enumerate(_byte_characters())}
-        and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
-        and plan["normalizer"] is None
-        and len(plan["added_tokens"]) == 1
-    )
