@@ -52,9 +52,9 @@ WORDS += [
 @pytest.fixture(scope="module")
 def texts():
     rng = random.Random(0)
-    mixed = ["".join(rng.choices(WORDS, k=rng.randrange(60))) for _ in range(400)]
+    mixed = ["".join(rng.choices(WORDS, k=rng.randrange(60))) for _ in range(150)]
     letters = [chr(c) for c in (*range(0xD800), *range(0xE000, sys.maxunicode + 1))]
-    return mixed + ["".join(rng.choices(letters, k=200)) for _ in range(100)]
+    return mixed + ["".join(rng.choices(letters, k=200)) for _ in range(50)]
 
 
 def plan_of(tokenizer):
@@ -82,25 +82,22 @@ def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
     tokenizer = trained(texts, pattern)
     fast = FastBpe.of(plan_of(tokenizer))
     found = [fast.encode(text) for text in texts]
-    assert sum(ids is not None for ids in found) > 300
+    assert sum(ids is not None for ids in found) > 150
     for text, ids in zip(texts, found, strict=True):
         assert ids is None or ids.tolist() == tokenizer.encode(text)
     together = tokenizer.encode_batch([*texts, "word " * 200_000])
     assert [ids.tolist() for ids in together[:-1]] == [tokenizer.encode(text) for text in texts]
 
 
-def test_every_character_is_divided_alike_or_left(texts):
-    """Whatever tables of Unicode the two libraries have."""
+def test_every_character_is_divided_alike_or_left():
+    """Whatever tables of Unicode the two libraries have; planes without characters are left out."""
     tokenizer = trained(["a b 1"])
-    fast, encode = FastBpe.of(plan_of(tokenizer)), tokenizer._raw
-    left = 0
-    for start in range(0, sys.maxunicode, 4096):
-        here = [chr(c) for c in range(start, start + 4096) if not 0xD800 <= c < 0xE000]
-        kept = [c for c in here if fast.encode(c) is not None]
-        left += len(here) - len(kept)
-        text = "".join(f" a{c}1{c} " for c in kept)
-        assert not kept or fast.encode(text).tolist() == encode(text)
-    assert left < 20_000
+    fast = FastBpe.of(plan_of(tokenizer))
+    every = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x33480), *range(0xE0000, 0xE01F0))]
+    kept = [c for c in every if not fast._left.search(c)]
+    assert len(kept) > len(every) - 20_000
+    text = "".join(f"a{c}1 " for c in kept)
+    assert fast.encode(text).tolist() == tokenizer.encode(text)
 
 
 def test_what_a_token_does_not_tell_is_left_to_tokenizers(texts):

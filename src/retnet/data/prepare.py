@@ -102,8 +102,12 @@ def prepare(
                     directory, lambda: given or learn(config, found, report.learning, held_out)
                 )
                 segments = Segments(directory, dtype_of(tokenizer), tokenizer.bos_id)
-                _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
-                _complete(segments, directory, fingerprint, tokenizer, gathered, len(as_tuple(config.corpus)))
+                try:
+                    _fill(segments, config, found, held_out, tokenizer, shard_tokens, report)
+                    num_corpora = len(as_tuple(config.corpus))
+                    _complete(segments, directory, fingerprint, tokenizer, gathered, num_corpora)
+                finally:
+                    segments.stop()
     prepared = load(directory, verify=verify or None)
     # The same text may have been prepared from other paths, with other files beside it.
     listed, read_ = list(map(str, gathered.problems)), prepared.manifest.examples[prepared.manifest.listed :]

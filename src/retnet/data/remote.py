@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import IO, Any, NamedTuple
 
 from retnet.errors import UserError
@@ -157,7 +158,10 @@ def _system(url: str) -> tuple[Any, str]:
 
 def _stamp(url: str, info: Mapping[str, Any]) -> str:
     told = {"".join(filter(str.isalnum, name)).lower(): value for name, value in info.items()}
-    first = next((f"{name}={told[name]}" for name in _TELLING if told.get(name)), "")
+    name = next((name for name in _TELLING if told.get(name)), "")
+    value = told.get(name)
+    value = value.timestamp() if isinstance(value, datetime) else value  # listings and answers differ in form
+    first = f"{name}={value}" if name else ""
     return f"{url}\n{told.get(_SIZE)} {first}"
 
 

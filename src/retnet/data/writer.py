@@ -6,6 +6,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -81,6 +82,11 @@ class ShardWriter:
             offsets_sha256=hashlib.sha256(offsets).hexdigest(),
         )
 
+    def stop(self) -> None:
+        """Lets go of the file, finished or not."""
+        with suppress(OSError):  # of a disk that is full, which was said
+            self._file.close()
+
 
 class Segments:
     """The segments of a folder: those finished earlier, and the one being written.
@@ -151,6 +157,11 @@ class Segments:
             corpora = sum((Counter(segment.corpora) for segment in self.done), Counter())
             train = msgspec.structs.replace(train, corpora=[corpora[number] for number in range(num_corpora)])
         return train, _split([segment.validation for segment in self.done]), dict(problems), examples
+
+    def stop(self) -> None:
+        """Lets go of the segment being written, whatever became of it."""
+        for writer in self._writers.values():
+            writer.stop()
 
     def forget(self) -> None:
         """Removes the records of segments, which a manifest replaces."""
