@@ -92,7 +92,6 @@ def test_verifying_reads_what_is_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "retnet.data.sources.stamp_of", lambda status: f"always the same {status.st_size} 0 0"
     )
-    monkeypatch.setattr(content, "stamp_of", lambda status: f"always the same {status.st_size} 0 0")
     first = prepare(config).directory
     file.write_text("Line of text\n" * 500)
     assert prepare(config).directory == first

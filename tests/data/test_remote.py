@@ -96,7 +96,7 @@ def test_what_is_lost_on_the_way_is_no_end_of_a_corpus(config, memory, monkeypat
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("memory://nothing/here", "cannot read memory://nothing/here: FileNotFoundError"),
+        ("memory://nothing/here", "no corpus 'memory://nothing/here': FileNotFoundError"),
         ("memory://*.txt", r"no corpus 'memory://\*\.txt': nothing is there"),
         ("nonsense://a", "Protocol not known: nonsense"),
         ("s3://bucket/a.txt", "cannot read s3://bucket/a.txt: .*s3fs"),

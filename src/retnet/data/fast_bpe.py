@@ -171,4 +171,5 @@ def _kept(pattern: str, text: str) -> str:
 
     ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={_MARK: 256})
-    return encoding.decode(encoding.encode_ordinary(text))
+    kept: str = encoding.decode(encoding.encode_ordinary(text))
+    return kept

@@ -18,7 +18,17 @@ BUFFER = 1 << 20  # bytes asked for at a time
 _SIZE = "size"
 # What tells one content of a file from another, as file systems name it, in lower case without signs. The first that there
 # is counts, since a listing may say less than a question for one file.
-_TELLING = ("etag", "blobid", "contentmd5", "md5hash", "md5", "checksum", "digest", "generation", "versionid")
+_TELLING: tuple[str, ...] = (
+    "etag",
+    "blobid",
+    "contentmd5",
+    "md5hash",
+    "md5",
+    "checksum",
+    "digest",
+    "generation",
+    "versionid",
+)
 _TELLING += ("lastmodified", "modified", "mtime", "created")
 
 
@@ -72,7 +82,7 @@ def files(spec: str) -> Iterator[RemoteFile]:
             found = system.find(root, detail=True) if folder else {root: info}
             start = f"{root.rstrip('/')}/" if folder else root[: root.rfind("/") + 1]
     except Exception as error:  # every file system has errors of its own
-        raise UserError(_cannot(spec, error)) from None
+        raise UserError(f"no corpus {spec!r}: {_said(error)}") from None
     if not found:
         raise UserError(f"no corpus {spec!r}: nothing is there")
     for path, info in sorted(found.items()):
@@ -166,5 +176,8 @@ def _stamp(url: str, info: Mapping[str, Any]) -> str:
 
 
 def _cannot(url: str, error: Exception) -> str:
-    said = " ".join(str(error).split()) or "it cannot be reached"
-    return f"cannot read {url}: {type(error).__name__}: {said}"
+    return f"cannot read {url}: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'it cannot be reached'}"
