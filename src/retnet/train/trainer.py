@@ -151,10 +151,10 @@ class _Trainer:
             enabled=c.precision == "bf16",
             cache_enabled=ranks.alone,  # it would keep whole weights, which are shared to save memory
         )
-        sizes = {"seq_len": c.seq_len, "batch_size": c.batch_size, "seed": c.seed}
+        read = functools.partial(Batches, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
         mixture = Mixture.of(config.data, lambda step: c.passes_before(step) * c.batch_size)
-        self.batches = Batches(prepared.train, **sizes, mixture=mixture)
-        self.held_out = Batches(prepared.validation, **sizes)
+        self.batches = read(prepared.train, mixture=mixture)
+        self.held_out = read(prepared.validation)
         self.metrics: Metrics | None = None  # the first rank has them
         self.quality: Quality | None = None
         self.problem = ""  # of the last step that was skipped
