@@ -10,7 +10,6 @@ Characters that the two libraries' tables of Unicode take for different things a
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -156,7 +155,8 @@ def _unlike() -> re.Pattern[str]:
 
     Each has tables of a Unicode of its own, so newer letters are known to one of them alone.
     """
-    every = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]))
+    # Unicode keeps letters to the planes 0 to 3, and has marks in plane 14; the others are empty or private
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]))
     found = set[str]()
     for kind in (r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmtrevl])"):
         split = pre_tokenizers.Split(tokenizers.Regex(kind), "removed", invert=True)
