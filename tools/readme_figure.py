@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from retnet.measure.figures import write_png
-from retnet.measure.records import Record, grouped, seen
-from retnet.measure.summary import Figure, Line, Panel
+from retnet.measure.records import Record, lines_of
+from retnet.measure.summary import Figure, Panel
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/decode.amd-epyc-2c.json"
@@ -33,14 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 def figure(record: Record) -> Figure:
     """Milliseconds per token of one sequence over its context: ours, and what reads a cache that grows."""
     alone = [row for row in record["rows"] if row["batch"] == 1 and row["name"] in NAMES]
-    lines = tuple(
-        Line.of(
-            NAMES[name],
-            [row["context"] for row in rows],
-            [seen(row, "seconds_per_step", 1e3) for row in rows],
-        )
-        for (name,), rows in grouped(alone, "name").items()
-    )
+    named = [{**row, "name": NAMES[row["name"]]} for row in alone]
+    lines = lines_of(named, ["name"], "context", "seconds_per_step", 1e3)
     host = record["host"]
     title = f"Decoding one sequence, {host['cpu']}, {host['threads']} threads, fp32"
     panel = Panel(title, "tokens of context", "milliseconds per token", lines, log_x=True, log_y=True)

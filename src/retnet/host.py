@@ -135,6 +135,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if narrow > 1.5 * wide else "fp32"
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The type whose products are fast there, for measurements: bf16, but fp32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def product_rate(
     dtype: torch.dtype,
     size: int = 768,

@@ -12,6 +12,7 @@ import torch
 from retnet.host import product_rate, versions
 from retnet.measure.clock import least_seconds, spread
 from retnet.measure.limits import memory_bandwidth
+from retnet.measure.records import seen
 from retnet.measure.summary import Bars, Figure, Summary
 from retnet.tables import MISSING, Table
 from tools.gpu_day.notebook import Found
@@ -98,8 +99,8 @@ def ceilings(place: Place) -> Found:
     return {
         "size": size,
         "megabytes": megabytes,
-        "flops_per_s": {name: vars(spread(seen)) for name, seen in rates.items()},
-        "bytes_per_s": {name: vars(spread(seen)) for name, seen in moved.items()},
+        "flops_per_s": {name: vars(spread(rates[name])) for name in rates},
+        "bytes_per_s": {name: vars(spread(moved[name])) for name in moved},
     }
 
 
@@ -117,8 +118,8 @@ def summarise(parts: dict[str, Found]) -> Summary:
         tables.append(Table("Card and versions", ("what", "is"), tuple(rows)))
         findings += [f"{sentence}." for sentence in about["missing"]]
     if top := parts.get("ceilings"):
-        products = {name: _spread(seen, 1e-12) for name, seen in top["flops_per_s"].items()}
-        bytes_ = {name: _spread(seen, 1e-9) for name, seen in top["bytes_per_s"].items()}
+        products = {name: seen(top["flops_per_s"], name, 1e-12) for name in top["flops_per_s"]}
+        bytes_ = {name: seen(top["bytes_per_s"], name, 1e-9) for name in top["bytes_per_s"]}
         title = f"Ceilings: products of {top['size']:,}² random numbers; buffers of {top['megabytes']:,} MiB"
         rows = [(f"matrix products, {name}", f"{s.written(1)} TFLOP/s") for name, s in products.items()]
         rows += [(f"memory, {name}", f"{s.written(0)} GB/s") for name, s in bytes_.items()]
@@ -131,12 +132,6 @@ def summarise(parts: dict[str, Found]) -> Summary:
         best, copy = products["bf16"].median, bytes_["copy"].median
         findings.append(f"Ceilings: {best:,.1f} TFLOP/s in bf16, {copy:,.0f} GB/s copied.")
     return Summary(tuple(tables), tuple(figures), tuple(findings))
-
-
-def _spread(seen: dict[str, float], factor: float) -> Any:  # noqa: ANN401
-    from retnet.measure.clock import Spread
-
-    return Spread(**seen).times(factor)
 
 
 def _nvidia_smi() -> dict[str, str]:

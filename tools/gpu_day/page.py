@@ -22,13 +22,8 @@ ABOUT = (
     "decoding beside peers and ceilings, training beside the paper's table, and the quality of architectures.",
     "Times are medians of interleaved rounds in one process, with the least and the greatest in brackets.",
 )
-BROKEN = (
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    StopIteration,
-)  # of a record of another version, or cut short
+# of a record of another version, or cut short
+BROKEN = (AttributeError, KeyError, TypeError, ValueError, StopIteration)
 ALARM = "A rehearsal: no number of it is a measurement"
 REHEARSED = (
     "Everything here ran on a CPU, kernels in Triton's interpreter, at tiny sizes. It shows that the day runs to its end; "

@@ -19,10 +19,8 @@ from tools.gpu_day.plan import GLANCE, GRACE, POISONED, UNWRITABLE, Part
 
 ROOT = Path(__file__).parents[2]
 Say = Callable[[str], None]
-TIME_OVER, CALL_STOPPED = (
-    "the call's time was over",
-    "the call was stopped",
-)  # no fault of the part that was at work
+# no fault of the part that was at work
+TIME_OVER, CALL_STOPPED = "the call's time was over", "the call was stopped"
 
 
 class Day:

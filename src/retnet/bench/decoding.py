@@ -111,11 +111,6 @@ class DecodingRow:
         return self.name != PEER and self.batch == 1
 
     @property
-    def seconds(self) -> Spread:
-        """Of one step, which makes `batch` tokens."""
-        return spread(s.seconds for s in self.samples)
-
-    @property
     def floor(self) -> Spread:
         """Seconds that the memory traffic of a step takes at the measured bandwidths."""
         return spread(self.floor_of(s) for s in self.samples)
@@ -137,7 +132,7 @@ class DecodingRow:
             "context": self.context,
             "read_bytes": self.read,
             "updated_bytes": self.updated,
-            "seconds_per_step": vars(self.seconds),
+            "seconds_per_step": vars(spread(s.seconds for s in self.samples)),
             "floor_seconds": vars(self.floor),
             "over_floor": vars(self.over_floor),
             "rounds": [s._asdict() for s in self.samples],

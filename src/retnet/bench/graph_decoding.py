@@ -255,17 +255,15 @@ def _static_stepper(peer: nn.Module, batch: int, context: int, device: torch.dev
     """Every step attends to all rows of the cache, whatever they hold, so it need not be filled or set back."""
     (transformers,) = peers.need("transformers")
     cache = transformers.StaticCache(config=peer.config, max_cache_len=context + ROOM)
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        logits = peer(input_ids=token, past_key_values=cache, use_cache=True).logits
-        token.copy_(logits[:, -1:].argmax(-1))
-
-    return step
+    return _llama_stepper(peer, cache, batch, device)
 
 
 def _dynamic_stepper(peer: nn.Module, batch: int, context: int, device: torch.device) -> Callable[[], object]:
     cache = peers.dynamic_cache(peers.random_cache(peer, batch, context))
+    return _llama_stepper(peer, cache, batch, device)
+
+
+def _llama_stepper(peer: nn.Module, cache: object, batch: int, device: torch.device) -> Callable[[], object]:
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
     def step() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.host import fast_dtype
 from retnet.measure import peers
 from retnet.ops import CHUNK, log_decays, retention
 from retnet.ops.cpu import jit
@@ -122,7 +123,7 @@ class OpsBench(Checked):
     @property
     def dtype(self) -> torch.dtype:
         """Of q, k and v."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
+        return fast_dtype(torch.device(self.device))
 
     def batch(self, length: int) -> int:
         """Sequences of a call."""

@@ -56,11 +56,6 @@ class StepRow:
     samples: list[Sample] = field(default_factory=list)
 
     @property
-    def seconds(self) -> Spread:
-        """Of one call."""
-        return spread(s.seconds for s in self.samples)
-
-    @property
     def of_bandwidth(self) -> Spread:
         """Bytes of the state, in and out, per second, as a fraction of what updating a large buffer reaches."""
         return spread(2 * self.step.state_bytes / s.seconds / s.limits["update"] for s in self.samples)
@@ -73,7 +68,7 @@ class StepRow:
             **self.step.shape._asdict(),
             "cold": self.step.cold,
             "moved_bytes": 2 * self.step.state_bytes,
-            "seconds": vars(self.seconds),
+            "seconds": vars(spread(s.seconds for s in self.samples)),
             "of_bandwidth": vars(self.of_bandwidth),
             "times_ours": vars(times_faster(ours.samples, self.samples)),
             "rounds": [s._asdict() for s in self.samples],

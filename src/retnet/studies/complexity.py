@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from retnet.host import choose_device, keep_freed_memory
+from retnet.host import choose_device, fast_dtype, keep_freed_memory
 from retnet.io import write_text
 from retnet.measure.clock import Contender, interleave, median_seconds, wait
 from retnet.measure.contexts import Contexts
@@ -139,7 +139,7 @@ class ComplexityMeasure(Measure):
 
     def need(self, device: torch.device) -> int:
         """Bytes, about: three caches of the longest context, or four matrices of scores of the longest sequence."""
-        size, a, b = _dtype(device).itemsize, self.using, self.learning
+        size, a, b = fast_dtype(device).itemsize, self.using, self.learning
         caches = 3 * 2 * a.batch * max(a.lengths) * a.d_model * size
         return max(caches, 4 * b.num_heads * max(b.lengths) ** 2 * size)
 
@@ -232,7 +232,7 @@ def _input(mixer: Mixer, rows: int, length: int, d_model: int) -> torch.Tensor:
 
 def _mixer(name: str, d_model: int, num_heads: int, device: torch.device, **settings: Any) -> Mixer:  # noqa: ANN401
     config = _config(name, num_heads, **settings)
-    return MIXERS[name](d_model, config).to(device, _dtype(device))
+    return MIXERS[name](d_model, config).to(device, fast_dtype(device))
 
 
 def _config(name: str, num_heads: int, **settings: Any) -> MixerConfig:  # noqa: ANN401
@@ -241,10 +241,6 @@ def _config(name: str, num_heads: int, **settings: Any) -> MixerConfig:  # noqa:
         settings["num_heads"] = num_heads
     config: MixerConfig = kind(**settings)
     return config
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _once(file: Path, measure: Callable[[Tell], Result], tell: Tell) -> Result:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from retnet.host import choose_device, keep_freed_memory
+from retnet.host import choose_device, fast_dtype, keep_freed_memory
 from retnet.measure.clock import Contender, interleave
 from retnet.measure.contexts import Contexts
 from retnet.measure.memory import GIB, Watch, free_memory, in_bytes
@@ -72,7 +72,7 @@ class DecodingGrid(Checked):
 
     def bytes(self, name: str, length: int, batch: int, device: torch.device) -> int:
         """Weights and states as the cost model counts them. RetNet's state is fp32 whatever the weights are."""
-        counted, size = _cost(self.models()[name], length), _dtype(device).itemsize
+        counted, size = _cost(self.models()[name], length), fast_dtype(device).itemsize
         state = counted.state_bytes if name == OURS else counted.state_bytes * size // 4
         return counted.total * size + batch * state
 
@@ -200,7 +200,7 @@ def memory(grid: DecodingGrid, name: str, tell: Tell) -> Result:
 
 def _model(config: ModelConfig, device: torch.device) -> LanguageModel:
     with torch.device(device):
-        return LanguageModel(config).to(_dtype(device)).eval()
+        return LanguageModel(config).to(fast_dtype(device)).eval()
 
 
 def _warm(config: ModelConfig, device: torch.device) -> None:
@@ -214,7 +214,3 @@ def _warm(config: ModelConfig, device: torch.device) -> None:
 @lru_cache
 def _cost(model: ModelConfig, length: int) -> Cost:
     return cost(model, length)
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
