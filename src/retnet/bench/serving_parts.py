@@ -22,7 +22,8 @@ from retnet.progress import Say
 if TYPE_CHECKING:
     from retnet.bench.serving import ServeBench
 
-STEPS = 192  # tokens a stream writes where the server stands beside the decoder
+STEPS = 192  # tokens a stream writes where the server stands beside the decoder, at least
+LONGER = 24  # times the tokens of a request, at most
 PROMPT = 64  # tokens before them
 SECONDS = 1.0  # that the decoder is timed
 NEAR = 2  # turns before and after one, whose median stands for it
@@ -126,13 +127,14 @@ def measure_overhead(
         weights = one.server.weights
         ours = model if weights == FORMATS[0] else quantise(model)
         row, decoder = OverheadRow(weights, streams), choose_decoder(ours, streams)
-        random, tokens = np.random.default_rng(0), max(bench.tokens, min(STEPS, 3 * bench.tokens))
+        random, least = np.random.default_rng(0), max(bench.tokens, min(STEPS, 3 * bench.tokens))
         for number in range(bench.rounds + 1):  # the first warms up
             say(f"server and decoder, {streams} streams, {weights}, round {number}")
+            bare = _bare(decoder, streams)
+            tokens = max(least, min(round(SECONDS / bare), LONGER * bench.tokens))  # both for about as long
             prompts = random.integers(32, ASCII - 1, (streams, PROMPT)).tolist()
             bodies = [one.server.body(prompt, tokens) for prompt in prompts]
             sample = load.together(f"{one.place.url}/v1/completions", bodies, tokens, one.server.name)
-            bare = _bare(decoder, streams)
             if number and sample.together is not None:
                 row.served.append(sample.together)
                 row.bare.append(bare)

@@ -313,8 +313,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
-        if self._tokenizer._token_bytes is not None:
-            return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        table = self._tokenizer._token_bytes
+        if table is not None:
+            known = 0 <= token < len(table)
+            return self._utf8.decode(table[token] if known else self._tokenizer.decode_bytes([token]))
         text = self._library.step(self._tokenizer._inner, int(token))
         self._held = [] if text else [*self._held, token]
         return text or ""

@@ -310,7 +310,9 @@ class SamplingCall:
         """A token a row, int64 [B], of logits [B,V] and numbers from 0 to 1, fp64 [B]."""
         if logits.dtype not in (torch.float32, torch.float64) or logits.stride(-1) != 1:
             logits = logits.float().contiguous()
-        tokens = torch.empty(len(logits), dtype=torch.int64)
+        tokens = torch.empty(
+            logits.shape[0], dtype=torch.int64
+        )  # len is Python's, and slower than the kernel
         self._table[SamplingTable.DRAWS] = draws.data_ptr()
         self._table[SamplingTable.LOGITS] = logits.data_ptr()
         self._table[SamplingTable.TOKENS] = tokens.data_ptr()

@@ -33,6 +33,8 @@ class StopScanner:
         """Takes the next piece; returns what is now certain to come before any stop string."""
         if self.stopped:
             return ""
+        if not self.stops:
+            return text
         text, self.held = self.held + text, ""
         found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
         if found:

@@ -42,6 +42,7 @@ class TokenChooser:
     def __init__(self, decoder: Decoder, vocab_size: int, bos_id: int) -> None:
         self._vocab_size, self._device = vocab_size, decoder.device
         self._tallies = Tallies(decoder.slots, vocab_size, bos_id, decoder.device)
+        self._no_draws = torch.empty(0, dtype=torch.float64)
         self._rows: tuple[tuple[Sampling, ...], SamplingBatch] | None = None  # those of the last step
 
     def start(self, slot: int, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -50,10 +51,11 @@ class TokenChooser:
 
     def choose(self, logits: Tensor, streams: Sequence[Stream]) -> ChosenTokens:
         """The next token of each stream, from logits [B,…]."""
-        logits = logits[:, : self._vocab_size]
+        if logits.shape[1] > self._vocab_size:
+            logits = logits[:, : self._vocab_size]
         faults: dict[int, UserError] = {}
         allowed, batch = self._allowed(logits, streams, faults), self._batch(streams)
-        draws = torch.empty(0, dtype=torch.float64)
+        draws = self._no_draws
         if batch.draws:
             draws = torch.tensor([stream.chance.random() for stream in streams], dtype=torch.float64)
         if batch.penalised is None:
