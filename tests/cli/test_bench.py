@@ -80,6 +80,7 @@ def test_decode(tmp_path, monkeypatch):
         "one sequence of ours": 20,
         "the rest": 2,
         "many rows": 2,
+        "many rows, in short rounds": 2,
         "beside llama.cpp": 2,
     }
     batches = record["batches"]["rows"]

@@ -1,12 +1,13 @@
 """The compiled products and state update of decoding against torch's operators."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retnet.ops import product, retention_step
-from retnet.ops.cpu import decode, jit, openmp
+from retnet.ops.cpu import decode, jit, openmp, skinny_gemm
 from tests.helpers.parity import relative
 
 numba = pytest.importorskip("numba")
@@ -69,6 +70,20 @@ def test_a_row_of_a_product_is_the_same_bits_in_any_company(size, kind):
         for rows in range(2, 65):
             order = torch.randperm(64)[:rows]
             assert torch.equal(decode.skinny_gemm(x[order], *weights), alone[order]), f"{rows} rows"
+
+
+@pytest.mark.slow
+def test_tiles_for_a_cpu_without_avx512_give_the_same_bits(monkeypatch):
+    weights, x = int8(torch.randn(513, 130)), torch.randn(8, 130)
+    with torch.no_grad():
+        want = decode.skinny_gemm(x, *weights)
+        monkeypatch.setattr(skinny_gemm, "has_feature", lambda _: False)
+        monkeypatch.setattr(skinny_gemm, "MAX_ROWS", len(x))
+        compiler = jit.compiler()
+        kernel = skinny_gemm.compile_product(compiler, skinny_gemm.compile_skinny_gemm(compiler, np.int8))
+        monkeypatch.setattr(decode, "_kernels", lambda _: decode.DecodeKernels(kernel, None))
+        for rows in range(1, 9):
+            assert torch.equal(decode.skinny_gemm(x[:rows], *weights), want[:rows]), f"{rows} rows"
 
 
 WRONG = {
@@ -146,6 +161,24 @@ def test_large_pages_change_no_number_and_no_address(monkeypatch):
     monkeypatch.setattr(openmp.sys, "platform", "darwin")
     openmp.in_large_pages([x])
     assert len(asked) == 2
+
+
+def test_zeros_in_large_pages_stay_zeros_where_they_are(monkeypatch):
+    x, asked = torch.zeros(3 << 20), []
+    address, small = x.data_ptr(), torch.ones(100)
+    openmp.zeros_in_large_pages([x, small])
+    assert x.data_ptr() == address
+    assert not x.any()
+    assert small.all()
+
+    class System:
+        def madvise(self, start, length, advice):
+            asked.append((start.value, start.value + length.value, advice))
+
+    monkeypatch.setattr(openmp, "_libc", System)
+    openmp.zeros_in_large_pages([x, small])
+    begin, end = -(-address >> 21 << 21), address + x.nbytes >> 21 << 21  # whole pages of its own
+    assert asked == [(begin, end, 4), (begin, end, 14)]  # MADV_DONTNEED, MADV_HUGEPAGE
 
 
 def test_a_step_under_a_transform_or_a_mode_is_an_operator():

@@ -175,6 +175,7 @@ def measure_decoding(bench: DecodingBench, say: Say) -> dict[str, Any]:
         "rounds": {
             **rounds_made({"one sequence of ours": ours, "the rest": others}),
             "many rows": batches["rounds"],
+            "many rows, in short rounds": batches["short_rounds"],
             "beside llama.cpp": throughput["rounds"],
         },
         "limits": {

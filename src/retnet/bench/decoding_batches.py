@@ -23,12 +23,15 @@ from retnet.settings import Checked, Count
 FORMATS = ("fp32", "int8")
 WARMUP = 2
 SECONDS = 0.25  # of one sample, three steps at least
+SHORT = 0.04  # the same in the short rounds
 NOTES = (
     "a step of a batch: one token for each of so many sequences, whose states lie in slots in no order; random weights",
     "floor: bytes of weights ÷ read bandwidth + 2 × bytes of states ÷ update bandwidth, each measured beside the sample. "
     "With many rows the products take longer than that",
     "products: all products of a step with so many rows, one call each, ours as the layers call them, torch.mm with fp32 "
     "weights into memory that is there",
+    "time per token ÷ that of fewer rows: the speed of a shared memory changes within seconds, so steps of all numbers of "
+    "rows also take turns in many short rounds; a ratio is formed inside a round, and its median reported",
 )
 
 
@@ -39,6 +42,7 @@ class BatchBench(Checked):
     models: tuple[ModelConfig, ...]
     rows: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64)
     rounds: Count = 7
+    short_rounds: Count = 24  # in which numbers of rows are compared with each other
     buffer_megabytes: Count = 256  # that bandwidth is measured with
 
 
@@ -51,10 +55,11 @@ class BatchRow:
     batch: int
     read: int  # bytes of weights
     updated: int  # bytes of states, counted once
-    measure: Callable[[], float] = field(repr=False)  # seconds of a step
+    step: Callable[[], object] = field(repr=False)
     ours: Callable[[], float] = field(repr=False)  # seconds of its products
     theirs: Callable[[], float] = field(repr=False)  # seconds of torch.mm
     samples: list[Sample] = field(default_factory=list)
+    short: list[Sample] = field(default_factory=list)  # of the short rounds
     products: list[tuple[float, float]] = field(default_factory=list)  # ours, torch.mm
 
     @property
@@ -90,6 +95,7 @@ class BatchRow:
             "products_seconds": vars(spread(ours for ours, _ in self.products)),
             "products_of_torch_mm": vars(self.rate_of_torch),
             "rounds": [s._asdict() for s in self.samples],
+            "short_rounds": [s.seconds for s in self.short],
         }
 
 
@@ -100,15 +106,18 @@ def measure_batches(bench: BatchBench, say: Say, budget: Budget) -> dict[str, An
         rows = _rows(LanguageModel(config).eval(), bench)
         limits = memory_bandwidth(bench.buffer_megabytes, rows[0].read)
         contenders = [Contender(row.name, partial(_measure, row)) for row in rows]
-        until = budget.deadline(0.5 / (len(bench.models) - number))
-        samples = interleave(contenders, limits, bench.rounds, say, until)
+        share = 0.5 / (len(bench.models) - number)
+        samples = interleave(contenders, limits, bench.rounds, say, budget.deadline(0.7 * share))
+        brief = [Contender(row.name, partial(_timed, row.step, SHORT)) for row in rows]
+        short = interleave(brief, {}, bench.short_rounds, say, budget.deadline(0.4 * share))
         for row in rows:
-            row.samples = samples[row.name]
+            row.samples, row.short = samples[row.name], short[row.name]
             row.products = row.products[-len(row.samples) :]  # without the one that warmed up
         found += rows
     return {
         "notes": NOTES,
         "rounds": min(len(row.samples) for row in found),
+        "short_rounds": min(len(row.short) for row in found),
         "rows": [row.record() for row in found],
         "targets": [target.record() for target in targets(found)],
     }
@@ -125,7 +134,7 @@ def targets(rows: Sequence[BatchRow]) -> list[Target]:
             (
                 spread(
                     b.seconds / more.batch / (a.seconds / few.batch)
-                    for a, b in zip(few.samples, more.samples, strict=True)
+                    for a, b in zip(few.short, more.short, strict=True)
                 ),
                 more,
             )
@@ -147,7 +156,7 @@ def targets(rows: Sequence[BatchRow]) -> list[Target]:
 
 
 def _measure(row: BatchRow) -> float:
-    seconds = row.measure()
+    seconds = _timed(row.step)
     row.products.append((row.ours(), row.theirs()))
     return seconds
 
@@ -166,7 +175,7 @@ def _rows(model: LanguageModel, bench: BatchBench) -> list[BatchRow]:
             step = partial(decoder.step, torch.zeros(batch, dtype=torch.long), order[:batch].clone())
             inputs = [torch.randn(batch, layer.in_features) for layer in layers]
             run = (
-                partial(_timed, step),
+                step,
                 partial(_timed, partial(_products, held, inputs)),
                 partial(_timed, _torch_products(layers, inputs)),
             )
@@ -174,9 +183,9 @@ def _rows(model: LanguageModel, bench: BatchBench) -> list[BatchRow]:
     return found
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], seconds: float = SECONDS) -> float:
     with torch.inference_mode():
-        return median_seconds(run, 100, warmup=WARMUP, budget=SECONDS)
+        return median_seconds(run, 100, warmup=WARMUP, budget=seconds)
 
 
 def _products(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:

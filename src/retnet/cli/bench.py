@@ -117,7 +117,7 @@ def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN40
     if quick:
         given |= {"contexts": (64, 256), "peer_contexts": (64, 128), "batch": 2, "rounds": 2, "steps": 4}
         given |= {
-            "batches": BatchBench((model,), rows=(1, 2, 4), rounds=2, buffer_megabytes=1),
+            "batches": BatchBench((model,), rows=(1, 2, 4), rounds=2, short_rounds=2, buffer_megabytes=1),
             "throughput": ThroughputBench(contexts=(16, 64), prompt=100, rounds=2),
             "buffer_megabytes": 1,
         }

@@ -20,7 +20,7 @@ from retnet.mixers.softmax import SoftmaxState
 from retnet.model import LanguageModel
 from retnet.ops.cpu.activations import compile_activations
 from retnet.ops.cpu.jit import Compiler, hindrance, optional
-from retnet.ops.cpu.openmp import launch, table
+from retnet.ops.cpu.openmp import launch, table, zeros_in_large_pages
 from retnet.ops.cpu.skinny_gemm import MAX_ROWS, compile_skinny_gemm
 from retnet.ops.cpu.state_update import compile_update
 from retnet.ops.torch_private import plain
@@ -48,6 +48,7 @@ class CpuDecoder(ComposedDecoder):
         if (kernel := _kernel(weights.number)) is None:
             raise NotCompiledError(hindrance() or "its kernel could not be compiled")
         super().__init__(model, slots)
+        zeros_in_large_pages(pool.state.kv for pool in self.pools if not pool.grows)
         self._steps = CompiledSteps(weights, self.pools, kernel)
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from retnet.ops.torch_private import plain as plain
 
 LARGE_PAGES = 256  # at most, for the tensors of one call: half a gigabyte, a second
-_COLLAPSE = 25  # MADV_COLLAPSE
+_DONTNEED, _HUGEPAGE, _COLLAPSE = 4, 14, 25  # of madvise(2)
 
 
 def run(kernel: Any, numbers: Sequence[int], threads: int | None = None) -> None:  # noqa: ANN401
@@ -89,6 +89,19 @@ def in_large_pages(tensors: Iterable[Tensor | None]) -> None:
         _libc().madvise(
             ctypes.c_void_p(page << 21), ctypes.c_size_t(1 << 21), _COLLAPSE
         )  # a refusal changes nothing
+
+
+def zeros_in_large_pages(tensors: Iterable[Tensor]) -> None:
+    """Has the system hold tensors of zeros that nobody has written yet in pages of 2 MB, where it can (Linux).
+
+    Their memory is given back, so it comes, zeroed, when it is touched, and no sooner; addresses stay.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    for x in tensors:
+        begin, end = x.data_ptr() + (1 << 21) - 1 >> 21, x.data_ptr() + x.nbytes >> 21  # whole pages
+        for advice in (_DONTNEED, _HUGEPAGE) if begin < end else ():
+            _libc().madvise(ctypes.c_void_p(begin << 21), ctypes.c_size_t(end - begin << 21), advice)
 
 
 @cache

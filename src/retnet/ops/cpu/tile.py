@@ -24,6 +24,7 @@ class RegisterTile(NamedTuple):
     columns: int  # rows of x
     lanes: int  # of its vectors: 16, or 8 and 8
     fetch: bool  # whether each step also asks for memory that a later tile reads
+    apart: bool  # whether its rows of the weight are far from each other: long streams, which the CPU itself reads ahead
 
 
 def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
@@ -36,7 +37,8 @@ def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
         in tiles of `rows`, for `columns` rows of x: out[c,r] = scales[r] Σ_k w[r,k] x[c,k], with scales for int8 alone.
         Addresses: w of rows of K numbers, x of panels [⌈K/16⌉,columns,16] with zeros behind their end, out of rows of
         `width` numbers. Memory is fetched, into the second-level cache, of the weight `later` rows on, of which this tile
-        takes its share, the one at `tile` of `tiles`.
+        takes its share, the one at `tile` of `tiles`. Tiles whose rows are apart begin at each row from `begin` to `end`,
+        and `later` is from one of their rows to the next.
     """
     from llvmlite import ir
     from numba import types
@@ -62,9 +64,10 @@ def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
         stride = builder.sdiv(
             builder.add(whole(size.rows * LANES * np.dtype(number).itemsize - 1), tiles), tiles
         )
-        with cgutils.for_range_slice(builder, begin, end, whole(size.rows), intp=whole) as (r, _):
+        each = whole(1 if size.apart else size.rows)
+        with cgutils.for_range_slice(builder, begin, end, each, intp=whole) as (r, _):
             at, four = builder.add(w, builder.mul(row, r)), builder.mul(r, whole(4))
-            writer = _Tile(builder, number, size)
+            writer = _Tile(builder, number, size, later if size.apart else whole(1))
             writer.write(
                 at,
                 K,
@@ -116,12 +119,13 @@ def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
 class _Tile:
     """Writes the instructions of one tile where a builder of LLVM's stands."""
 
-    def __init__(self, builder: Any, number: type, size: RegisterTile) -> None:
+    def __init__(self, builder: Any, number: type, size: RegisterTile, distance: Any) -> None:
         from llvmlite import ir
         from numba.core import cgutils
 
         self.ir, self.cgutils, self.builder = ir, cgutils, builder
-        self.rows, self.columns, self.lanes, self.fetch = size
+        self.distance = distance  # from one row of the tile to the next, in rows of the weight
+        self.rows, self.columns, self.lanes, self.fetch, self.apart = size
         self.parts = LANES // self.lanes
         self.plain, self.item = number is np.float32, np.dtype(number).itemsize
         self.fetched = max(1, self.rows * LANES * self.item // 64) if self.fetch else 0
@@ -142,7 +146,8 @@ class _Tile:
         self.K, self.x, self.out, self.width, self.scales = K, x, out, width, scales
         self.ahead, self.stride = ahead, stride
         row = builder.mul(K, whole(self.item))
-        self.weights = [builder.add(w, builder.mul(row, whole(r))) for r in range(self.rows)]
+        next_row = builder.mul(row, self.distance)
+        self.weights = [builder.add(w, builder.mul(next_row, whole(r))) for r in range(self.rows)]
         zero = self.constant(self.real, [0.0] * self.lanes)
         pairs = [
             (r, c, part) for r in range(self.rows) for c in range(self.columns) for part in range(self.parts)
@@ -255,9 +260,17 @@ class _Tile:
                 for one, two in (fours[:2], fours[2:])
             )
             sums = builder.fadd(self.pick(a, b, (0, 2, 4, 6)), self.pick(a, b, (1, 3, 5, 7)))
-            kind = self.ir.VectorType(self.real, count)
-            result = sums if count == 4 else self.pick(sums, sums, range(count))
-            if not self.plain:
-                result = builder.fmul(result, self.load(self.scales, self.whole(4 * first), kind))
-            place = builder.add(builder.mul(self.width, self.whole(4 * c)), self.whole(4 * first))
-            builder.store(result, self.pointer(self.out, place, kind), align=4)
+            if self.apart:
+                for i in range(count):
+                    self.store(builder.extract_element(sums, self.small(i)), first + i, c)
+            else:
+                self.store(sums if count == 4 else self.pick(sums, sums, range(count)), first, c)
+
+    def store(self, sums: Any, r: int, c: int) -> None:
+        """Stores the sum of one pair, or of as many as a vector has from row r on, times the scales of int8 rows."""
+        builder = self.builder
+        row = builder.mul(self.distance, self.whole(4 * r))
+        if not self.plain:
+            sums = builder.fmul(sums, self.load(self.scales, row, sums.type))
+        place = builder.add(builder.mul(self.width, self.whole(4 * c)), row)
+        builder.store(sums, self.pointer(self.out, place, sums.type), align=4)
