@@ -20,7 +20,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export RUSTUP_HOME              := $(CACHE)/rustup
 export HF_HUB_OFFLINE           ?= 1
 
-.PHONY: setup demo serve test test-fast lint types layers clean
+.PHONY: setup demo serve test test-fast vllm-test lint types layers clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,20 @@ test: lint types layers
 test-fast: setup
 	@mkdir -p "$(TMPDIR)"
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --basetemp="$(TMPDIR)/pytest" -o cache_dir="$(CACHE)/pytest"
+
+# Outside the gate, in an environment of its own (3 GB): vLLM's build for the CPU, and the plugin.
+VLLM    := $(CACHE)/vllm
+
+vllm-test: $(VLLM)/.ready
+	"$(VLLM)/bin/python" -m pytest integrations/vllm/tests -p no:cacheprovider -W ignore --basetemp="$(TMPDIR)/pytest-vllm"
+
+$(VLLM)/.ready: integrations/vllm/pyproject.toml pyproject.toml
+	@mkdir -p "$(TMPDIR)"
+	@test -x "$(VLLM)/bin/python" || $(PYTHON) -m venv "$(VLLM)"
+	"$(VLLM)/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[fast,hf]' -e 'integrations/vllm[cpu]' pytest
+	@# They come along for pictures and sound, and those on PyPI do not fit torch's build for the CPU.
+	"$(VLLM)/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch "$@"
 
 lint: setup
 	$(BIN)/ruff check --cache-dir "$(CACHE)/ruff"

@@ -167,14 +167,24 @@ class MultiScaleRetention(Mixer):
         return self._finish(o, self._gate(x), x, positions), RetentionState(kv, state.position + seen)
 
     def step(
-        self, x: Tensor, state: RetentionState, *, positions: Positions | None = None
+        self,
+        x: Tensor,
+        state: RetentionState,
+        *,
+        positions: Positions | None = None,
+        slots: Tensor | None = None,
     ) -> tuple[Tensor, RetentionState]:
-        """x [B,D] from `state` → [B,D]; the state is updated in place."""
+        """x [B,D] from `state` → [B,D]; the state is updated in place.
+
+        With `slots` [B], `state.kv` is a pool [N,H,K,V], and these are its rows; `state.position` is [B] all the same.
+        """
         self._refuse_if_stateless()
         positions = positions or self.positions(x, None, state)
         q, k, v = self._project(x, positions)
         config = self.config
-        o = retention_step(q, k, v, self.log_decay, state.kv, scale=config.scale, backend=config.backend)
+        o = retention_step(
+            q, k, v, self.log_decay, state.kv, slots, scale=config.scale, backend=config.backend
+        )
         y = self._finish(o, self._gate(x), x, positions)
         state.position.add_(1)
         return y, state

@@ -1,0 +1,135 @@
+"""The language model as vLLM's: the modules of `retnet.model`, whose states are in vLLM's pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from retnet.model.config import ModelConfig
+from retnet.model.hf.pretrained import compute_constants
+from retnet.model.language_model import Backbone, Block
+from retnet.nn import Linear
+from retnet.settings import UserError
+from retnet_vllm.pages import StatePages, largest_page
+from retnet_vllm.refusals import refuse_mixers, refuse_settings
+
+
+class PagedBlock(Block):
+    """A `Block` whose mixer is run by whoever keeps its states."""
+
+    def forward(self, x: Tensor, pages: StatePages | None, *step: Any) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+        """x [T,D] → [T,D]; without pages one sequence from its beginning, whose state nobody wants."""
+        if pages is None:
+            return Block.forward(self, x[None])[0]
+        return self._close(x, pages.mix(self.mixer_norm(x), *step, self.mixer_kind))
+
+
+class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
+    """Tokens to logits, on states that vLLM's scheduler hands out, copies and takes back.
+
+    vLLM's word for models with states is hybrid, whether or not a layer has keys and values of tokens.
+
+    Raises:
+        UserError: a mixer, or a setting of vLLM, that cannot be served.
+    """
+
+    block_class: ClassVar[type[Block]] = PagedBlock
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: ModelConfig = vllm_config.model_config.hf_config.model_config
+        refuse_settings(vllm_config)
+        refuse_mixers(config)
+        device = torch.empty(0).device
+        with torch.device("meta"), set_default_torch_dtype(torch.float32):
+            self._build(config)
+            self.head = Linear(config.d_model, self.embedding.num_embeddings)
+        self.to(vllm_config.model_config.dtype)  # which leaves in fp32 what a mixer keeps in it
+        self.to_empty(device=device)
+        compute_constants(self, config)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.pages = [
+            StatePages(block.mixer, f"{prefix}{'.' if prefix else ''}blocks.{number}.mixer", vllm_config)
+            for number, block in enumerate(self._blocks())
+        ]
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """Shape of the largest page."""
+        return ((largest_page(vllm_config.model_config.hf_config.model_config),),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """Type of the numbers in a page."""
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
+        """How prefix caching copies a page: whole, for a state is not a window of tokens."""
+        return (get_temporal_copy_spec,)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Rows of the embedding, [T] → [T,D]."""
+        return self.embedding(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,  # noqa: ANN401
+        inputs_embeds: Tensor | None = None,
+        **_: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """What the head reads of all tokens of a step, [T] → [T,D].
+
+        `positions` are not looked at: the states' own begin where `StepBatch` says.
+        """
+        x = self._enter(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
+        batches: Any = get_forward_context().attn_metadata
+        shared: dict[Any, Any] = {}
+        for block, pages in zip(self.blocks, self.pages, strict=True):
+            step = (batches[pages.name], shared) if batches else ()
+            x = block(
+                x, pages if batches else None, *step
+            )  # vLLM measures memory with a step of no sequences
+        return self.norm(x)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[B,D] → [B,vocab_size]."""
+        return self.head(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Takes the tensors of a folder; every one has to have its place, and every place its tensor.
+
+        Raises:
+            UserError: tensors that are missing, unknown, misshapen, or not numbers.
+        """
+        places = dict(self.named_parameters())  # tied weights once
+        found, wrong = set(), []
+        for theirs, tensor in weights:
+            name = "head.weight" if theirs == "lm_head.weight" else theirs.removeprefix("model.")
+            place = places.get(name)
+            if place is None:
+                wrong.append(f"{theirs} is not part of the model")
+                continue
+            found.add(name)
+            if place.shape != tensor.shape:
+                wrong.append(f"{theirs} has shape {tuple(tensor.shape)} instead of {tuple(place.shape)}")
+            elif not tensor.isfinite().all():
+                wrong.append(f"{theirs} has values that are NaN or infinite")
+            else:
+                with torch.no_grad():
+                    place.copy_(tensor)
+        wrong += [f"{name} is missing" for name in places.keys() - found]
+        if wrong:
+            raise UserError(f"the folder does not fit its configuration: {'; '.join(sorted(wrong))}")
+        return found
