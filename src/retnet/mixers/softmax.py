@@ -132,7 +132,7 @@ class SoftmaxAttention(SequenceMixer):
         return 2 * self.num_heads * self.key_dim * (length + 1)
 
     def _whole(self, x: Tensor, *, positions: Positions | None = None) -> Tensor:
-        q, k, v = self._project(x, positions or self.rotary.positions(x))
+        q, k, v = self.project(x, positions or self.rotary.positions(x))
         return self._finish(self._causal(q, k, v))
 
     def _extend(
@@ -140,7 +140,7 @@ class SoftmaxAttention(SequenceMixer):
     ) -> tuple[Tensor, SoftmaxState]:
         T, dtype = x.shape[1], state.keys.dtype
         positions = positions or self.rotary.positions(x, None, state.length)
-        q, k, v = (y.to(dtype) for y in self._project(x, positions))
+        q, k, v = (y.to(dtype) for y in self.project(x, positions))
         keys, values = append(state.keys, state.length, k), append(state.values, state.length, v)
         shortest, longest = int(state.length.min()), int(state.length.max())
         if longest == 0:
@@ -152,7 +152,7 @@ class SoftmaxAttention(SequenceMixer):
             o = _attend(q, *seen, positions.position, masked=masked, sdpa=sdpa)
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
 
-    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B,T,H,K], keys and values [B,T,G,K] of x [B,T,D]."""
         projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.q_bias is not None:

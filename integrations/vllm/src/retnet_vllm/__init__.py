@@ -13,10 +13,11 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Makes the configuration, the model and the backend of its states known to vLLM; called in each of its processes."""
     import vllm
+    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-    import retnet.model.hf  # noqa: F401  # importing it registers the configuration with transformers
+    from retnet_vllm.config import ServedConfig
 
     if not vllm.__version__.startswith(TESTED):
         logger.warning(
@@ -25,6 +26,7 @@ def register() -> None:
             TESTED,
             vllm.__version__,
         )
+    AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
     if BACKEND not in MambaAttentionBackendEnum.__members__:
         MambaAttentionBackendEnum.register(BACKEND, "retnet_vllm.backend.StateBackend")
     ModelRegistry.register_model(ARCHITECTURE, "retnet_vllm.model:RetNetForCausalLM")

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from retnet.model.config import ModelConfig
@@ -18,18 +19,18 @@ from retnet.model.hf.pretrained import compute_constants
 from retnet.model.language_model import Backbone, Block
 from retnet.nn import Linear
 from retnet.settings import UserError
-from retnet_vllm.pages import StatePages, largest_page
+from retnet_vllm.pages import StatePages, Step, TokenPages, largest_page, pages_of
 from retnet_vllm.refusals import refuse_mixers, refuse_settings
 
 
 class PagedBlock(Block):
     """A `Block` whose mixer is run by whoever keeps its states."""
 
-    def forward(self, x: Tensor, pages: StatePages | None, *step: Any) -> Tensor:  # type: ignore[override]  # noqa: ANN401
-        """x [T,D] → [T,D]; without pages one sequence from its beginning, whose state nobody wants."""
-        if pages is None:
+    def forward(self, x: Tensor, pages: StatePages | TokenPages, step: Step | None) -> Tensor:  # type: ignore[override]
+        """x [T,D] → [T,D]; outside of a step one sequence from its beginning, whose state nobody wants."""
+        if step is None:
             return Block.forward(self, x[None])[0]
-        return self._close(x, pages.mix(self.mixer_norm(x), *step, self.mixer_kind))
+        return self._close(x, pages.mix(self.mixer_norm(x), step))
 
 
 class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
@@ -58,9 +59,13 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.pages = [
-            StatePages(block.mixer, f"{prefix}{'.' if prefix else ''}blocks.{number}.mixer", vllm_config)
+            pages_of(
+                block.mixer, block.mixer_kind, maybe_prefix(prefix, f"blocks.{number}.mixer"), vllm_config
+            )
             for number, block in enumerate(self._blocks())
         ]
+        # among the modules, where vLLM prepares attention after it has read the weights
+        self.attention = nn.ModuleList(p.attention for p in self.pages if isinstance(p, TokenPages))
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -89,18 +94,12 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         inputs_embeds: Tensor | None = None,
         **_: Any,  # noqa: ANN401
     ) -> Tensor:
-        """What the head reads of all tokens of a step, [T] → [T,D].
-
-        `positions` are not looked at: the states' own begin where `StepBatch` says.
-        """
+        """What the head reads of all tokens of a step, [T] → [T,D]; `positions` are those in their sequences, [T]."""
         x = self._enter(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         batches: Any = get_forward_context().attn_metadata
-        shared: dict[Any, Any] = {}
+        step = Step(batches, positions) if batches else None  # none: vLLM measures memory
         for block, pages in zip(self.blocks, self.pages, strict=True):
-            step = (batches[pages.name], shared) if batches else ()
-            x = block(
-                x, pages if batches else None, *step
-            )  # vLLM measures memory with a step of no sequences
+            x = block(x, pages, step)
         return self.norm(x)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

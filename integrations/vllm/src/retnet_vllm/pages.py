@@ -1,18 +1,20 @@
-"""States in vLLM's pages: one page a sequence, which holds what a mixer remembers, flattened, in fp32."""
+"""Mixers on vLLM's pages: states of a constant size, a page a sequence; keys and values of tokens, in blocks of pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from retnet.mixers import MIXERS, Mixer, MultiScaleRetention, RetentionState
+from retnet.mixers import MIXERS, Mixer, MultiScaleRetention, RetentionState, SoftmaxAttention
 from retnet.model.config import ModelConfig
 from retnet.nn import Positions
 from retnet_vllm import BACKEND
@@ -21,20 +23,35 @@ from retnet_vllm.backend import StepBatch
 POSITION = "position"  # a part of states that vLLM knows of every sequence, and no page holds
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the layers of a model share in one step of vLLM.
+
+    Attributes:
+        batches: of each layer by its name; alike where states have one shape.
+        position: of each token in its sequence, int64 [T].
+        shared: positions as mixers make them, by kind of mixer and form, made by the first layer that needs them.
+    """
+
+    batches: Mapping[str, StepBatch]
+    position: Tensor
+    shared: dict[tuple[int, str], Positions | None] = field(default_factory=dict)
+
+
 class StatePages(MambaBase):
-    """The states of one layer, and the mixer run on them.
+    """The states of one layer, flattened, in fp32, and the layer's mixer run on them.
 
     Args:
-        mixer: of the layer; its states have a constant size.
+        mixer: its states have a constant size.
+        kind: layers of one kind share positions.
         name: of the layer, by which vLLM finds it.
         config: where vLLM looks for it.
     """
 
-    def __init__(self, mixer: Mixer, name: str, config: VllmConfig) -> None:
+    def __init__(self, mixer: Mixer, kind: int, name: str, config: VllmConfig) -> None:
         super().__init__()
-        self._mixer, self.name = mixer, name
+        self._mixer, self._kind, self.name = mixer, kind, name
         self._initial = mixer.init_state(1)
-        self.kv_cache = (torch.zeros(0, page_numbers(self._initial)),)  # until vLLM has given pages
         config.compilation_config.static_forward_context[name] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -50,57 +67,48 @@ class StatePages(MambaBase):
         """That of `retnet_vllm.register`."""
         return MambaAttentionBackendEnum[BACKEND]
 
-    def mix(self, x: Tensor, batch: StepBatch, shared: dict[Any, Positions | None], kind: int) -> Tensor:
-        """The mixer's output for the tokens of a step, [T,D] → [T,D]; moves the states in their pages on.
-
-        Args:
-            x: all tokens of the step, sequence by sequence.
-            batch: which they are.
-            shared: positions of layers of one kind in this step, made by the first of them.
-            kind: of this layer.
-        """
-        self._reset(batch.begun)
-        parts = []
+    def mix(self, x: Tensor, step: Step) -> Tensor:
+        """The mixer's output for the tokens of a step, [T,D] → [T,D]; moves the states in their pages on."""
+        batch, parts = step.batches[self.name], []
+        if len(batch.begun):
+            for part, first in zip(self._parts(), held(self._initial).values(), strict=True):
+                part[batch.begun] = first
         if batch.rows:
-            parts.append(self._decode(x[: batch.rows], batch, shared, kind))
+            parts.append(self._decode(x[: batch.rows], batch, step))
         if batch.tokens > batch.rows:
-            parts.append(self._read(x[None, batch.rows : batch.tokens], batch, shared, kind)[0])
+            parts.append(self._read(x[None, batch.rows : batch.tokens], batch, step)[0])
         if len(x) > batch.tokens:
             parts.append(torch.zeros_like(x[batch.tokens :]))
         return torch.cat(parts)
 
-    def _decode(self, x: Tensor, batch: StepBatch, shared: dict[Any, Positions | None], kind: int) -> Tensor:
+    def _decode(self, x: Tensor, batch: StepBatch, step: Step) -> Tensor:
+        """One token of each sequence: x [B,D] → [B,D]."""
         pages, position = batch.pages[: batch.rows], batch.position[: batch.rows].clone()
         if isinstance(self._mixer, MultiScaleRetention) and self.kv_cache[0].is_contiguous():
             state = RetentionState(next(self._parts()), position)
-            positions = self._positions(x, None, state, shared, (kind, "rows"))
-            return self._mixer.step(x, state, positions=positions, slots=pages)[0]  # where they lie
+            handed = self._positions(x, None, state, step)
+            return self._mixer.step(x, state, slots=pages, **handed)[0]  # where the states lie
         state = self._take(pages, position)
-        positions = self._positions(x, None, state, shared, (kind, "rows"))
-        y, after = self._mixer.step(x, state, **({} if positions is None else {"positions": positions}))
+        y, after = self._mixer.step(x, state, **self._positions(x, None, state, step))
         self._put(pages, after)
         return y
 
-    def _read(self, x: Tensor, batch: StepBatch, shared: dict[Any, Positions | None], kind: int) -> Tensor:
+    def _read(self, x: Tensor, batch: StepBatch, step: Step) -> Tensor:
+        """Pieces of prompts as packed documents: x [1,T,D] → [1,T,D]."""
         pages, bounds = batch.pages[batch.rows :], batch.cu_seqlens
         state = self._take(pages, batch.position[batch.rows :])
-        positions = self._positions(x, bounds, state, shared, (kind, "documents"))
-        handed = {} if positions is None else {"positions": positions}
+        handed = self._positions(x, bounds, state, step)
         y, after = self._mixer.prefill(x, state, cu_seqlens=bounds, **handed)
         self._put(pages, after)
         return y
 
-    def _positions(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor | None,
-        state: Any,  # noqa: ANN401
-        shared: dict[Any, Positions | None],
-        key: tuple[int, str],
-    ) -> Positions | None:
-        if key not in shared:
-            shared[key] = self._mixer.positions(x, cu_seqlens, state)
-        return shared[key]
+    def _positions(self, x: Tensor, bounds: Tensor | None, state: Any, step: Step) -> dict[str, Any]:  # noqa: ANN401
+        """The keyword for a mixer that takes positions."""
+        key = (self._kind, "rows" if bounds is None else "documents")
+        if key not in step.shared:
+            step.shared[key] = self._mixer.positions(x, bounds, state)
+        found = step.shared[key]
+        return {} if found is None else {"positions": found}
 
     def _parts(self) -> Iterator[Tensor]:
         """Views of all pages, [pages,...] for each part of a state that they hold."""
@@ -108,24 +116,47 @@ class StatePages(MambaBase):
         begin = 0
         for part in held(self._initial).values():
             numbers = prod(part.shape[1:])
-            yield pages[:, begin : begin + numbers].view(-1, *part.shape[1:])
+            yield pages[:, begin : begin + numbers].unflatten(1, part.shape[1:])
             begin += numbers
-
-    def _reset(self, pages: Tensor) -> None:
-        if len(pages):
-            for part, first in zip(self._parts(), held(self._initial).values(), strict=True):
-                part[pages] = first
 
     def _take(self, pages: Tensor, position: Tensor) -> Any:  # noqa: ANN401
         """Copies of the states of some pages."""
         parts = {name: part[pages] for name, part in zip(held(self._initial), self._parts(), strict=True)}
-        return type(self._initial)(
-            *(position if name == POSITION else parts[name] for name in self._initial._fields)
-        )
+        names = self._initial._fields
+        return type(self._initial)(*(position if name == POSITION else parts[name] for name in names))
 
     def _put(self, pages: Tensor, state: Any) -> None:  # noqa: ANN401
         for part, after in zip(self._parts(), held(state).values(), strict=True):
             part[pages] = after
+
+
+class TokenPages:
+    """Keys and values of one layer of softmax, which vLLM's own attention writes and reads.
+
+    Args:
+        mixer: of the layer.
+        name: of the layer, by which vLLM finds it.
+        config: where vLLM looks for it.
+    """
+
+    def __init__(self, mixer: SoftmaxAttention, name: str, config: VllmConfig) -> None:
+        self._mixer, self.name = mixer, name
+        heads, width = mixer.num_heads, mixer.key_dim
+        groups, cache = heads // mixer.group, config.cache_config
+        self.attention = Attention(heads, width, width**-0.5, groups, cache_config=cache, prefix=name)
+
+    def mix(self, x: Tensor, step: Step) -> Tensor:
+        """The mixer's output for the tokens of a step, [T,D] → [T,D]."""
+        q, k, v = self._mixer.project(x[None], Positions(step.position[None], None, None))
+        o = self.attention(*(y[0].flatten(1) for y in (q, k, v)))
+        return self._mixer.out_proj(o)
+
+
+def pages_of(mixer: Mixer, kind: int, name: str, config: VllmConfig) -> StatePages | TokenPages:
+    """What keeps a layer's states, and runs its mixer on them."""
+    if isinstance(mixer, SoftmaxAttention):
+        return TokenPages(mixer, name, config)
+    return StatePages(mixer, kind, name, config)
 
 
 def held(state: Any) -> dict[str, Tensor]:  # noqa: ANN401
@@ -139,7 +170,8 @@ def page_numbers(state: Any) -> int:  # noqa: ANN401
 
 
 def largest_page(config: ModelConfig) -> int:
-    """fp32 numbers of the largest page among the layers of a model, of which nothing need be made."""
+    """fp32 numbers of the largest page among the layers of a model, of which nothing need be made; 0 where none has any."""
     with torch.device("meta"):
         mixers = [MIXERS[kind.name](config.d_model, kind) for kind in set(config.mixers_by_layer)]
-    return max(page_numbers(mixer.init_state(1, device="meta")) for mixer in mixers)
+        states = [mixer.init_state(1, device="meta") for mixer in mixers if not mixer.caches]
+    return max(map(page_numbers, states), default=0)

@@ -44,8 +44,8 @@ def refuse_mixers(config: ModelConfig) -> None:
                 f"layer {layer} has score_norm = 'torchscale', which no state can carry; convert the model with "
                 "score_norm = 'decay'"
             )
-        if MIXERS[kind.name].caches:
+        if MIXERS[kind.name].caches and kind.name != "softmax":
             raise UserError(
-                f"layer {layer} is {kind.name!r}, whose state grows with every token, and retnet-vllm serves mixers with "
-                "states of a constant size alone; `retnet serve` serves it"
+                f"layer {layer} is {kind.name!r}, whose state grows with every token and has no place in vLLM's pages; "
+                "`retnet serve` serves it"
             )

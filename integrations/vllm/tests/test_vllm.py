@@ -19,6 +19,7 @@ from retnet.mixers import (
     RetentionConfig,
     Rwkv4Config,
     S4DConfig,
+    SoftmaxConfig,
 )
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.hf import RetNetForCausalLM, write_folder
@@ -41,6 +42,14 @@ MODELS = {
         embedding_scale=True,
         embedding_norm=True,
         tie_embeddings=False,
+    ),
+    "hybrid": ModelConfig(
+        vocab_size=VOCAB,
+        d_model=64,
+        num_layers=4,
+        mixer=RetentionConfig(num_heads=2),
+        layers=("retention", "softmax"),
+        mixers={"softmax": SoftmaxConfig(num_heads=2, kv_heads=1, qk_norm=True)},
     ),
     # every mixer whose state has a constant size, with pages of many sizes
     "mixed": ModelConfig(
@@ -132,7 +141,7 @@ def test_tokens_and_logprobs_over_batches_and_chunked_prefill(folders, name):
     assert alone[0].outputs[0].token_ids == answers[1].outputs[0].token_ids
 
 
-@pytest.mark.parametrize("name", ["paper", "mixed"])
+@pytest.mark.parametrize("name", ["paper", "hybrid", "mixed"])
 def test_prefix_caching_reads_less_and_says_the_same(folders, name):
     llm = opened(folders[name], enable_prefix_caching=True, block_size=32)
     (shared, tail) = prompts(200, 40, seed=1)
@@ -161,7 +170,7 @@ def test_bfloat16_weights_keep_fp32_states(folders):
 @pytest.mark.parametrize(
     ("change", "settings", "words"),
     [
-        ({"layers": ("retention", "softmax")}, {}, "layer 1 is 'softmax'"),
+        ({"layers": ("retention", "hyena")}, {}, "layer 1 is 'hyena'"),
         ({"mixer": RetentionConfig(num_heads=2, score_norm="torchscale")}, {}, "score_norm = 'torchscale'"),
         ({}, {"mamba_cache_dtype": "float16"}, "mamba_cache_dtype is 'float16'"),
     ],
