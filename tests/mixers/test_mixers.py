@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from retnet.mixers import MIXERS, Mixer, MultiScaleRetention, RetentionConfig
+from retnet.mixers import MIXERS, Mixer, MultiScaleRetention, RetentionConfig, RetentionState
 from retnet.ops import log_decays
 from retnet.settings import UserError
 from tests.helpers.parity import (
@@ -172,6 +172,22 @@ def test_under_a_head_norm_the_score_norms_cancel_up_to_epsilon():
     x = torch.randn(2, 40, 16, dtype=torch.float64)
     plain, bridged = (mixer(score_norm=s, head_norm_eps=1e-12)(x) for s in ("none", "decay"))
     assert relative(plain, bridged) < 1e-8
+
+
+@torch.no_grad()
+def test_a_step_on_rows_of_a_pool_is_a_step_of_those_rows():
+    module, rows = mixer(score_norm="decay"), torch.tensor([4, 0, 3])
+    pool, position = (
+        torch.randn(6, *module.init_state(1).kv.shape[1:], dtype=torch.float64),
+        torch.tensor([9, 0, 2]),
+    )
+    x, before = torch.randn(3, 16, dtype=torch.float64), pool.clone()
+    wanted, after = module.step(x, RetentionState(pool[rows], position.clone()))
+    y, moved = module.step(x, RetentionState(pool, position), slots=rows)
+    assert relative(y, wanted) < 1e-12
+    assert relative(pool[rows], after.kv) < 1e-12
+    assert torch.equal(moved.position, after.position)
+    assert torch.equal(pool[[1, 2, 5]], before[[1, 2, 5]])
 
 
 def test_half_weights_keep_gamma_angles_and_states_wide():
