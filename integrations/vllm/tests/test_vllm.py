@@ -156,6 +156,12 @@ def test_prefix_caching_reads_less_and_says_the_same(folders, name):
     assert [a.outputs[0].token_ids for a in again] == [a.outputs[0].token_ids for a in first + rest]
 
 
+def test_heads_on_two_ranks(folders):
+    llm = opened(folders["torchscale"], tensor_parallel_size=2, enable_prefix_caching=True, block_size=32)
+    asked = prompts(*LENGTHS[:5], seed=2)
+    check(said(llm, asked) + said(llm, asked), made("torchscale"))
+
+
 def test_bfloat16_weights_keep_fp32_states(folders):
     llm = opened(folders["paper"], dtype="bfloat16")
     ours = made("paper").bfloat16()

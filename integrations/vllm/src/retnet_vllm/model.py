@@ -8,6 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
@@ -15,12 +20,12 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from retnet.model.config import ModelConfig
-from retnet.model.hf.pretrained import compute_constants
 from retnet.model.language_model import Backbone, Block
 from retnet.nn import Linear
 from retnet.settings import UserError
+from retnet.train.tensor_parallel import Cut, cut_block, cuts
 from retnet_vllm.pages import StatePages, Step, TokenPages, largest_page, pages_of
-from retnet_vllm.refusals import refuse_mixers, refuse_settings
+from retnet_vllm.refusals import refuse_mixers, refuse_ranks, refuse_settings
 
 
 class PagedBlock(Block):
@@ -31,6 +36,11 @@ class PagedBlock(Block):
         if step is None:
             return Block.forward(self, x[None])[0]
         return self._close(x, pages.mix(self.mixer_norm(x), step))
+
+    def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Of several ranks each has some heads and a part of the FFN's width, and makes a summand of either output."""
+        y = x + tensor_model_parallel_all_reduce(mixed)
+        return y + tensor_model_parallel_all_reduce(self.ffn(self.ffn_norm(y)))
 
 
 class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
@@ -49,13 +59,21 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         config: ModelConfig = vllm_config.model_config.hf_config.model_config
         refuse_settings(vllm_config)
         refuse_mixers(config)
+        ranks = get_tensor_model_parallel_world_size()
+        refuse_ranks(config, ranks)
+        self.config, self.rank = config, get_tensor_model_parallel_rank()
         device = torch.empty(0).device
         with torch.device("meta"), set_default_torch_dtype(torch.float32):
             self._build(config)
             self.head = Linear(config.d_model, self.embedding.num_embeddings)
-        self.to(vllm_config.model_config.dtype)  # which leaves in fp32 what a mixer keeps in it
-        self.to_empty(device=device)
-        compute_constants(self, config)
+        self._cuts: dict[str, Cut] = {}
+        if ranks > 1:
+            for block in self._blocks():
+                cut_block(block, self.rank, ranks)
+            # of blocks: each rank has the whole vocabulary
+            self._cuts = {name: cut for name, cut in cuts(self).items() if name.startswith("blocks.")}
+        # Moves of a whole module, so that mixers keep in fp32 what they do, and compute their constants.
+        self.to(vllm_config.model_config.dtype).to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.pages = [
@@ -69,8 +87,9 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        """Shape of the largest page."""
-        return ((largest_page(vllm_config.model_config.hf_config.model_config),),)
+        """Shape of the largest page of a rank."""
+        numbers = largest_page(vllm_config.model_config.hf_config.model_config)
+        return ((numbers // vllm_config.parallel_config.tensor_parallel_size,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -116,19 +135,28 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         found, wrong = set(), []
         for theirs, tensor in weights:
             name = "head.weight" if theirs == "lm_head.weight" else theirs.removeprefix("model.")
-            place = places.get(name)
-            if place is None:
+            if name not in places:
                 wrong.append(f"{theirs} is not part of the model")
                 continue
             found.add(name)
-            if place.shape != tensor.shape:
-                wrong.append(f"{theirs} has shape {tuple(tensor.shape)} instead of {tuple(place.shape)}")
+            shape, begin = self._whole(name, places[name])
+            if tensor.shape != shape:
+                wrong.append(f"{theirs} has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
             elif not tensor.isfinite().all():
                 wrong.append(f"{theirs} has values that are NaN or infinite")
             else:
+                own = tuple(slice(b, b + n) for b, n in zip(begin, places[name].shape, strict=True))
                 with torch.no_grad():
-                    place.copy_(tensor)
+                    places[name].copy_(tensor[own])
         wrong += [f"{name} is missing" for name in places.keys() - found]
         if wrong:
             raise UserError(f"the folder does not fit its configuration: {'; '.join(sorted(wrong))}")
         return found
+
+    def _whole(self, name: str, part: Tensor) -> tuple[torch.Size, list[int]]:
+        """The shape of the whole of what this rank has a part of, and where that begins."""
+        shape, begin = list(part.shape), [0] * part.dim()
+        cut = self._cuts.get(name)
+        if cut is not None:
+            shape[cut.axis], begin[cut.axis] = cut.size, self.rank * part.shape[cut.axis]
+        return torch.Size(shape), begin

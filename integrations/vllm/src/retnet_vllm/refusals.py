@@ -20,7 +20,6 @@ def refuse_settings(config: VllmConfig) -> None:
     settings = {
         "quantization": (config.model_config.quantization, (None,)),
         "speculative_config": (config.speculative_config, (None,)),
-        "tensor_parallel_size": (parallel.tensor_parallel_size, (1,)),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, (1,)),
         "mamba_cache_dtype": (cache.mamba_cache_dtype, wide),
         "mamba_ssm_cache_dtype": (cache.mamba_ssm_cache_dtype, wide),
@@ -49,3 +48,29 @@ def refuse_mixers(config: ModelConfig) -> None:
                 f"layer {layer} is {kind.name!r}, whose state grows with every token and has no place in vLLM's pages; "
                 "`retnet serve` serves it"
             )
+
+
+def refuse_ranks(config: ModelConfig, ranks: int) -> None:
+    """Refuses models that cannot be cut over so many ranks.
+
+    Raises:
+        UserError: a mixer whose heads do not stand by themselves, or heads or widths that are no multiple of `ranks`.
+    """
+    if ranks == 1:
+        return
+    for layer, (kind, (_, width)) in enumerate(
+        zip(config.mixers_by_layer, config.ffns_by_layer, strict=True)
+    ):
+        shared = [name for name in ("kv_heads", "qk_norm") if getattr(kind, name, None)]
+        if shared or not MIXERS[kind.name].head_axes:
+            why = f"which share {' and '.join(shared)}" if shared else "which do not stand by themselves"
+            raise UserError(
+                f"tensor_parallel_size is {ranks}, and layer {layer} is {kind.name!r}, whose heads, {why}, cannot be on "
+                "several devices; allowed: 1"
+            )
+        for what, number in (("heads", kind.num_heads), ("numbers in the width of its FFN", width)):
+            if number % ranks:
+                raise UserError(
+                    f"tensor_parallel_size is {ranks}, and layer {layer} has {number} {what}, no multiple of it; "
+                    f"allowed: divisors of {number}"
+                )
