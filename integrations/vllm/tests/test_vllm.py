@@ -25,7 +25,7 @@ from retnet.model import LanguageModel, ModelConfig
 from retnet.model.hf import RetNetForCausalLM, write_folder
 
 VOCAB = 97
-NEW = 24  # tokens a prompt
+NEW = 12  # tokens a prompt
 CLOSE = 2e-3  # of a log-probability, with weights in fp32
 
 MODELS = {
@@ -129,7 +129,7 @@ def check(answers: list, model: LanguageModel) -> None:
         assert torch.equal(logprobs.argmax(-1), torch.tensor(new)), f"prompt of {len(given)} tokens"
 
 
-LENGTHS = (1, 300, 2, 47, 48, 49, 129, 17, 1, 600)
+LENGTHS = (1, 300, 2, 47, 48, 49, 129, 17)
 
 
 @pytest.mark.parametrize("name", MODELS)

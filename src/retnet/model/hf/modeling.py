@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from retnet.model.config import ModelConfig
@@ -252,7 +251,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGenerationMixin):
             output_attentions=output_attentions,
             token_type_ids=token_type_ids,
         )
-        logits = self.lm_head(slice_logits_to_keep(read.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept(read.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             if attention_mask is not None:
@@ -279,6 +278,18 @@ def _hooked(mixer: nn.Module) -> Iterator[None]:
     finally:
         for module in hooked:
             module._hf_hook.post_forward(module, None)
+
+
+def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Tokens of x [B,T,D] that logits are wanted of, as transformers has it since 5.20; vLLM wants an older one.
+
+    The last so many (0: all), those at the same indices [N] or at each row's own [B,N], or those of a bool mask [B,T].
+    """
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:
+        return torch.take_along_dim(x, logits_to_keep[..., None], dim=1)
+    return x[logits_to_keep] if logits_to_keep.dim() == 2 else x[:, logits_to_keep]
 
 
 def _padding(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
