@@ -1,10 +1,5 @@
 """vLLM with the plugin says what the model says: greedy tokens and log-probabilities against whole sequences in fp64."""
 
-import os
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: errors arrive as they were raised
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
 from pathlib import Path
 
 import pytest
