@@ -9,13 +9,16 @@ from retnet.model.hf import RetNetConfig
 class ServedConfig(RetNetConfig):
     """`RetNetConfig`, whose heads are those of vLLM's attention: of the first layer of softmax.
 
-    Of a model without such layers vLLM asks too, and makes nothing of the answer.
+    Of a model without such layers vLLM only asks whether the heads can be cut over its ranks.
     """
 
     @property
     def _softmax(self) -> SoftmaxConfig:
         kinds = self.model_config.mixers_by_layer
-        return next((kind for kind in kinds if isinstance(kind, SoftmaxConfig)), SoftmaxConfig(num_heads=1))
+        heads = next((kind.num_heads for kind in kinds if hasattr(kind, "num_heads")), 1)
+        return next(
+            (kind for kind in kinds if isinstance(kind, SoftmaxConfig)), SoftmaxConfig(num_heads=heads)
+        )
 
     @property
     def num_attention_heads(self) -> int:
