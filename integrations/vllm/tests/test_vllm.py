@@ -151,7 +151,8 @@ def test_prefix_caching_reads_less_and_says_the_same(folders, name):
     assert [a.outputs[0].token_ids for a in again] == [a.outputs[0].token_ids for a in first + rest]
 
 
-def test_heads_on_two_ranks(folders):
+def test_heads_on_two_ranks(folders, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else one rank a NUMA node
     llm = opened(folders["torchscale"], tensor_parallel_size=2, enable_prefix_caching=True, block_size=32)
     asked = prompts(*LENGTHS[:5], seed=2)
     check(said(llm, asked) + said(llm, asked), made("torchscale"))
