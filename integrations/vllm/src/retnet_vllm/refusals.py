@@ -68,7 +68,13 @@ def refuse_ranks(config: ModelConfig, ranks: int) -> None:
                 f"tensor_parallel_size is {ranks}, and layer {layer} is {kind.name!r}, whose heads, {why}, cannot be on "
                 "several devices; allowed: 1"
             )
-        for what, number in (("heads", kind.num_heads), ("numbers in the width of its FFN", width)):
+        groups = getattr(kind, "head_norm_groups", None) or kind.num_heads
+        cut = {
+            "heads": kind.num_heads,
+            "groups of its head norm": groups,
+            "numbers in the width of its FFN": width,
+        }
+        for what, number in cut.items():
             if number % ranks:
                 raise UserError(
                     f"tensor_parallel_size is {ranks}, and layer {layer} has {number} {what}, no multiple of it; "
