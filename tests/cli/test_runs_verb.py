@@ -92,6 +92,14 @@ def test_two_runs_side_by_side(home):
         assert head == "\truns/base\truns/faster\tratio"
 
 
+def test_the_mesh_is_shown_where_there_were_several_processes(home):
+    line = '{"step": %d, "processes": %d, "mesh": {"replicate": 1, "shard": %d, "tp": 2, "cp": 1}}\n'
+    Path("runs/faster/launches.jsonl").write_text(line % (0, 2, 1) + line % (9, 8, 4) + '{"step": 20, "proc')
+    head, base, _, faster = (line.split("\t") for line in invoke().output.splitlines())
+    assert [row[head.index("mesh")] for row in (base, faster)] == ["–", "shard 4 × tp 2"]
+    assert "mesh\tshard 4 × tp 2\t–\t–" in invoke("runs/faster", "runs/base").output
+
+
 def test_order(home):
     make_run(Path("runs/seed-10"))
     make_run(Path("runs/seed-9"))

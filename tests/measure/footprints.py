@@ -19,7 +19,7 @@ from retnet.measure.memory import Watch
 from retnet.mixers import MIXERS
 from retnet.settings import load
 from retnet.train.checkpoints import Checkpoints
-from retnet.train.config import ParallelConfig, RunConfig
+from retnet.train.config import DistillConfig, ParallelConfig, RunConfig
 from retnet.train.passes import Passes
 from retnet.train.trainer import train
 
@@ -27,8 +27,11 @@ SHARED = "RANK" in os.environ
 STEPS = 2
 
 
-def cases(base: RunConfig) -> dict[str, RunConfig]:
-    """Runs of which other parts take most of the memory, or of the bytes on the wire, each."""
+def cases(base: RunConfig, folder: Path) -> dict[str, RunConfig]:
+    """Runs of which other parts take most of the memory, or of the bytes on the wire, each.
+
+    What the first leaves in the folder is the teacher of another.
+    """
 
     def case(model: dict, mixer: str = "retention", parallel: ParallelConfig | None = None, **options):
         kind, shown = MIXERS[mixer].Config(), {"eval_tokens": 512, "eval_every": 0, "checkpoint_every": 9}
@@ -58,8 +61,11 @@ def cases(base: RunConfig) -> dict[str, RunConfig]:
             ),
         }
     once, wide = {"seq_len": 512, "accumulate": 1}, {"d_model": 256, "num_layers": 4, "dropout": 0.0}
+    teacher = DistillConfig(str(folder / "weights"))
+    taught = case({"d_model": 64}, batch_size=8, **once)
     return {
         "weights": weights,
+        "teacher": replace(taught, distill=teacher),
         "logits": case({"d_model": 64, "vocab_size": 20000}, batch_size=2, **once),
         "activations": case(wide, batch_size=4, **once),
         "recomputed": case(wide, batch_size=8, activation_checkpointing=True, **once),
@@ -112,7 +118,7 @@ def main() -> None:
     received, found = Counter(), {}
     count_received(received)
     train(replace(base, train=replace(base.train, steps=1)), folder / "warm")  # libraries are loaded
-    for name, config in cases(base).items():
+    for name, config in cases(base, folder).items():
         received.clear()
         watch = Watch(torch.device("cpu"))
         train(config, folder / name)

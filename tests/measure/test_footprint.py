@@ -1,6 +1,8 @@
 """What `retnet train --dry-run` says is what processes then hold and receive; what does not fit is answered by what does."""
 
+import itertools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -8,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from retnet.cli.train import command
 from retnet.data import Tokenizer
-from retnet.measure.footprint import changes, footprint, nearest_fit
+from retnet.measure.fitting import changes, nearest_fit
+from retnet.measure.footprint import footprint
 from retnet.mixers import H3Config
 from retnet.model import ModelConfig
 from retnet.settings import UserError
@@ -218,3 +222,23 @@ def test_mistakes_are_those_of_the_run(texts):
             invoke(texts, "--dry-run", option)
     with pytest.raises(UserError, match="--checkpoint, --verify is of a run"):
         invoke(texts, "--dry-run", "--verify", "--checkpoint", "best")
+
+
+def test_documented_clusters_can_share_their_runs():
+    """What docs/scaling.md starts with torchrun, by hand, by Slurm and by Kubernetes, fits as it stands there."""
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line) for line in re.findall(r"^.*torchrun --.* -m retnet train .*$", page, re.M)]
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    _, job = yaml.safe_load_all(manifest)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    lines.append([str(word) for word in container["command"]])
+    assert len(lines) >= 6
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    for words in lines:
+        options = dict(word.removeprefix("--").split("=") for word in words if re.match("--n[a-z-]+=", word))
+        processes = int(options.get("nnodes", 1)) * int(options["nproc-per-node"])
+        train = words[words.index("train") + 1 :]
+        mesh = [w for pair in itertools.pairwise(train) if pair[0].startswith("--parallel") for w in pair]
+        said = invoke(train[0], "--dry-run", "--gpus", processes, "--memory", 80, *mesh)
+        assert f" on {processes} processes: " in said
+        assert "\nfits: " in said, (words, said)

@@ -1,13 +1,17 @@
 """forward == prefill == step by step, padding, and sizes, for every preset dialect."""
 
+import collections
 import dataclasses
 
 import pytest
 import torch
 
+from retnet.measure.memory import most_alive
 from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
+from retnet.model.checkpoint import weights
 from retnet.model.cost import cost, kv_cache_bytes
+from retnet.model.language_model import fresh_weights
 from retnet.nn import rotary
 from retnet.ops import rotation
 from retnet.settings import UserError, config_path, load, shipped_configs
@@ -259,3 +263,32 @@ def test_angles_are_computed_once_a_pass(mixer, monkeypatch):
         with torch.no_grad():
             _, state = way(piece, state)
         assert len(made) == 1
+
+
+class TestFreshWeights:
+    """One at a time they are those of a whole model."""
+
+    @pytest.mark.parametrize("mixer", MIXERS)
+    def test_are_those_of_a_model(self, mixer):
+        options = {
+            "mixer": MIXERS[mixer].Config(),
+            "num_layers": 3,
+            "init": "normal" if mixer == "h3" else "deepnet",
+        }
+        hybrid = {"layers": (mixer, "retention", "hyena"), "norm": "rmsnorm", "embedding_norm": True}
+        for more in ({"tie_embeddings": True, "norm": "layernorm"}, {"tie_embeddings": False, **hybrid}):
+            config = dataclasses.replace(ModelConfig(vocab_size=31, d_model=16), **options, **more)
+            torch.manual_seed(5)
+            want = weights(LanguageModel(config))
+            torch.manual_seed(5)
+            got = list(fresh_weights(config))
+            assert sorted(name for name, _ in got) == sorted(want)
+            assert all(torch.equal(x, want[name]) for name, x in got)
+
+    def test_are_never_all_there_at_once(self):
+        config = ModelConfig(vocab_size=31, d_model=64, num_layers=12)
+        whole = 4 * cost(config).total
+        known = whole  # a model on the meta device, which is counted and is nowhere
+        most = most_alive(lambda: collections.deque(fresh_weights(config), maxlen=0))
+        assert most - known < whole / 6
+        assert most_alive(lambda: list(fresh_weights(config))) - known >= whole

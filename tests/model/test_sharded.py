@@ -9,7 +9,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from retnet.model import sharded
-from retnet.model.checkpoint import save_tensors, write_checkpoint
+from retnet.model.checkpoint import write_checkpoint
+from retnet.model.safetensors_files import save_tensors
 from retnet.model.sharded import SavedTensors, failure, local_part
 from retnet.settings import UserError
 

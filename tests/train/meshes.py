@@ -15,14 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from retnet.data import Batch
-from retnet.mixers import H3Config, MixerConfig, RetentionConfig
+from retnet.mixers import H3Config, MixerConfig, RetentionConfig, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import load_into, verify
+from retnet.model.language_model import fresh_weights
 from retnet.model.sharded import PartWriter, local_part
 from retnet.ops import context_parallel
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import ParallelConfig, TrainConfig
-from retnet.train.distributed import Ranks, complete, own_part, shard
+from retnet.train.distributed import Ranks, complete, own_part, shard, take_parts
 from retnet.train.gradients import scale, share_of_square
 from retnet.train.objective import Objective, count
 from retnet.train.optimizer import optimizers
@@ -55,14 +56,29 @@ RETENTION = {
     "retention": BASE,
     "no decay": with_mixer(replace(BASE.mixer, decay="none", rotary="halves", gate=False)),
     "paper's scores": with_mixer(replace(BASE.mixer, head_norm="none", score_norm="paper")),
+    "norm of keys": with_mixer(replace(BASE.mixer, qk_norm=True)),
     "affine": with_mixer(replace(BASE.mixer, head_norm="rms", head_norm_affine=True, score_norm="decay")),
 }
-HYBRID = replace(BASE, layers=("retention", "softmax", "gated_retention", "linear"), num_layers=4)
+
+
+def hybrid(kv_heads: int) -> ModelConfig:
+    """Of all mixers whose heads can be cut; those of softmax share keys, and norms of them."""
+    softmax = SoftmaxConfig(num_heads=4, kv_heads=kv_heads, qk_norm=True, bias=True)
+    layers = ("retention", "softmax", "gated_retention", "linear")
+    return replace(BASE, layers=layers, mixers={"softmax": softmax}, num_layers=4)
 
 
 def model_of(config: ModelConfig) -> LanguageModel:
     torch.manual_seed(3)
     return LanguageModel(config)
+
+
+def sharded(config: ModelConfig, ranks: Ranks) -> LanguageModel:
+    """The same, in parts."""
+    torch.manual_seed(3)
+    model = shard(config, DEVICE, ranks)
+    take_parts(model, fresh_weights(config), ranks)
+    return model
 
 
 def batch(place: int) -> Batch:
@@ -101,7 +117,7 @@ def compared(
 ) -> dict[str, float]:
     """Relative errors of loss, gradients and their norm; each reader makes so many passes."""
     ranks = arranged(axes)
-    model, whole = shard(model_of(config), DEVICE, ranks), model_of(config)
+    model, whole = sharded(config, ranks), model_of(config)
     change(model, ranks)
     every = range(passes * axes.readers)
     want, targets = gradients(whole, map(batch, every), lambda each: each[:3])
@@ -123,7 +139,7 @@ def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[
     """
     ranks, c = arranged(axes), TrainConfig(learning_rate=3e-3, clip=1.0)
     one, whole = Ranks(), model_of(config)
-    models = (shard(model_of(config), DEVICE, ranks), ranks), (whole, one)
+    models = (sharded(config, ranks), ranks), (whole, one)
     curves = []
     for model, those in models:
         (optimizer,), losses = optimizers(model, c), []
@@ -243,8 +259,8 @@ def cases() -> dict[str, dict[str, float]]:
         if axes.cp == world:
             found[f"{axes}, overlapped"] = overlapped(axes)
         if axes in (ParallelConfig(1, 1, 4, 1), ParallelConfig(1, 2, 2, 1), ParallelConfig(2, 2, 1, 1)):
-            config = HYBRID if axes.tp > 1 else with_mixer(H3Config())
-            found[f"{axes}, {'hybrid' if config is HYBRID else 'h3'}"] = compared(axes, config)
+            name, config = ("hybrid", hybrid(axes.tp)) if axes.tp > 1 else ("h3", with_mixer(H3Config()))
+            found[f"{axes}, {name}"] = compared(axes, config)
         if axes == ParallelConfig(1, 1, 2, 2):
             found[f"{axes}, compiled"] = compared(axes, replace(BASE, num_layers=1), compiled)
         if axes == ParallelConfig(1, 2, 2, 1):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from retnet.data import Batches
 from retnet.mixers import MIXERS
@@ -154,7 +155,9 @@ def faulty(run: RunConfig, folder: Path) -> None:
         failing("retnet.train.metrics:Metrics.write:2", UserError("no line can be written"))
     mistaken(folder, "no metrics", short)
     if rank == 1:
-        failing("retnet.model.sharded:HuggingFaceStorageWriter.write_data:2", OSError(errno.ENOSPC, FULL))
+        said = f"Error while serializing: I/O error: {FULL} (os error {errno.ENOSPC})"
+        # of the second checkpoint, which has a file of weights and one of moments as the first
+        failing("retnet.model.safetensors_files:save_file:3", SafetensorError(said))
     mistaken(folder, "full", short)
 
 

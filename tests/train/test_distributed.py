@@ -25,9 +25,10 @@ from retnet.model.checkpoint import load_model, model_files, verify, write_check
 from retnet.model.checkpoint_layout import KINDS, is_sharded
 from retnet.model.sharded import SavedTensors
 from retnet.settings import UserError, load
-from retnet.train.config import RunConfig
+from retnet.train.config import ParallelConfig, RunConfig
 from retnet.train.distributed import Ranks, one_voice
 from retnet.train.progress import TrainingProgress
+from retnet.train.start import change_of_mesh
 from retnet.train.trainer import train
 from tests.train.ranks import STOP, base, cases, meshes, note_batches
 
@@ -211,6 +212,9 @@ def test_continued_by_another_number_of_processes(shared, alone, config_file, tm
         (0, 2, 2),
         (STOP, 1, 1),
     ]
+    said = change_of_mesh(tmp_path / "run", ParallelConfig(shard=2))
+    assert said.startswith("one process trained it before, now shard 2")
+    assert not change_of_mesh(tmp_path / "run", ParallelConfig(shard=1))
 
 
 def test_mistakes_are_told_to_all(shared, config_file):

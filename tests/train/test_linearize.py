@@ -1,7 +1,9 @@
 """`retnet linearize`: stages that are runs, resumed exactly; what is transferred; what each stage learns."""
 
 import itertools
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from retnet.train.distributed import ALONE
 from retnet.train.linearize import Linearization, LinearizeConfig, linearize
 from retnet.train.objective import Objective
 from retnet.train.progress import TrainingProgress
+from retnet.train.run_dir import RunDirectory
 from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
 
@@ -147,17 +150,24 @@ def test_what_a_run_with_a_teacher_cannot_do(tmp_path):
         alone, world = False, 2
 
     with pytest.raises(UserError, match="in one process, and there are 2"):
-        objective(RunConfig(distill=DistillConfig("x")), None, None, torch.device("cpu"), Two())
+        objective(RunConfig(distill=DistillConfig("x")), None, None, None, torch.device("cpu"), Two())
 
 
-def test_a_teacher_of_other_tokens_is_refused(tmp_path):
+def test_a_teacher_of_other_tokens_is_refused_and_one_that_changed(tmp_path):
     teacher, own = found(), Tokenizer.load("bytes")
     config = RunConfig(distill=DistillConfig(str(tmp_path / "teacher")))
     write(teacher, tmp_path / "teacher", "run", source="x", tokenizer=own)
-    student, device = LanguageModel(student_config(TEACHER, "retention", None)), torch.device("cpu")
-    assert isinstance(objective(config, student, own, device, ALONE), LogitDistillation)
+    student, run = LanguageModel(student_config(TEACHER, "retention", None)), RunDirectory(tmp_path)
+    chosen = partial(objective, config, run, student, device=torch.device("cpu"), ranks=ALONE)
+    for _ in range(2):  # begun, and gone on with
+        assert isinstance(chosen(own), LogitDistillation)
     with pytest.raises(UserError, match="as many tokens as the model, but other ones"):
-        objective(config, student, Tokenizer.train(["abc"], 257), device, ALONE)
+        chosen(Tokenizer.train(["abc"], 257))
+    shutil.rmtree(tmp_path / "teacher")
+    other = {name: x + 1 for name, x in teacher.tensors.items()}
+    write(replace(teacher, tensors=other), tmp_path / "teacher", "run", source="x", tokenizer=own)
+    with pytest.raises(UserError, match=r"teacher has changed since .* was begun with it; restore it"):
+        chosen(own)
 
 
 def test_before_the_first_stage_settings_may_change_and_after_it_neither_they_nor_the_teacher(tmp_path):

@@ -93,9 +93,9 @@ class TestHeads:
                 "(mixers that can be cut by heads: retention, gated_retention, softmax, linear)",
             ),
             (
-                2,
+                4,
                 {"mixer": SoftmaxConfig(kv_heads=2, qk_norm=True)},
-                "heads of the mixer 'softmax' share what kv_heads and qk_norm says; set it to 1",
+                "the mixer 'softmax' has 2 heads of keys, which is no multiple of it; set it to 1 or 2",
             ),
             (
                 2,

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from retnet.lock import LOCK, sole_owner
 from retnet.settings import UserError
-from retnet.train import metrics
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 from tests.train.runs import tiny
@@ -207,7 +206,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
             def close(self):
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(metrics, "_board", lambda path, step: Board())
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda path, purge_step: Board())
         with pytest.raises(
             UserError, match=r"run/tensorboard: No space left on device; step-00000004 is whole"
         ):

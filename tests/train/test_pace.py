@@ -73,6 +73,17 @@ def test_noise_does_not_cost_the_promise():
     assert 0.88 * 300 < seconds < 1.02 * 300
 
 
+def test_the_end_waits_for_what_is_still_written():
+    """Of several processes, which go on meanwhile."""
+    pace = Pace(0.0, HELD_OUT)
+    for _ in range(9):
+        pace.step(1.0)
+    pace.save(0.2)
+    before = pace.left(9, DEMO)
+    pace.written(7.0)
+    assert pace.left(9, DEMO) == pytest.approx(before + 7)
+
+
 def test_with_no_time_left_there_is_one_more_step():
     seconds, c = simulated(replace(DEMO, minutes=0.5), 5.0)
     assert c.steps == 11  # 2 that do not count, 8 that do, and the last

@@ -279,6 +279,14 @@ class TestEquivalences:
         self.weights(config_file, tmp_path / "a", tensorboard=True)
         assert list((tmp_path / "a/tensorboard").glob("events.*"))
 
+    @pytest.mark.slow
+    def test_wandb(self, config_file, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        self.weights(config_file, tmp_path / "a", wandb=True)
+        (kept,) = (tmp_path / "a/wandb").glob("offline-run-*/run-*.wandb")
+        assert b"validation_bits_per_byte" in kept.read_bytes()
+
 
 def test_activation_checkpointing_is_felt(config_file):
     """Nothing but the inputs of blocks is kept."""

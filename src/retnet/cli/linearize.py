@@ -70,13 +70,11 @@ def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
 
     found = read(config.teacher)
     student = student_config(found.config, config.how.mixer, config.how.keep_every)
-    most = max(footprint(replace(run, model=student), 1).memory.peak for run in config.stages(dest).values())
-    distil, vocabulary = config.stages(dest)["2-distil"].train, student.vocab_size or 0
-    most += 4 * distil.batch_size * distil.seq_len * vocabulary  # what the teacher answers
-    weights = sum(x.numel() for x in found.tensors.values())
+    stages = [replace(run, model=student) for run in config.stages(dest).values()]
+    most = max((footprint(stage, 1).memory for stage in stages), key=lambda memory: memory.peak)
     memory = (
-        f"memory: about {(4 * weights + most) / 1e9:,.2f} GB, of which the teacher's weights are "
-        f"{4 * weights / 1e9:,.2f} and training the student {most / 1e9:,.2f}"
+        f"memory: about {most.peak / 1e9:,.2f} GB, of which the teacher takes {most.teacher / 1e9:,.2f} and training the "
+        f"student {(most.peak - most.teacher) / 1e9:,.2f}"
     )
     return (*found.notes, memory)
 

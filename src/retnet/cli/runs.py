@@ -54,6 +54,7 @@ QUANTITIES = (
     _Quantity("tokens/s", lambda run: _written("{:,.0f}", run.tokens_per_s), lambda run: run.tokens_per_s),
     _Quantity("time", lambda run: _duration(run.seconds), lambda run: run.seconds),
 )
+MESH = _Quantity("mesh", lambda run: run.mesh or MISSING)
 SORTS: dict[str, Callable[[RunSummary], Any]] = {
     "run": lambda run: [
         (not part.isdecimal(), int(part) if part.isdecimal() else part)
@@ -121,6 +122,11 @@ def _read(paths: Sequence[Path], sort: str | None) -> list[RunSummary]:
     return sorted(runs, key=lambda run: (key(run) is None, 0 if key(run) is None else key(run)))
 
 
+def _quantities(runs: Sequence[RunSummary]) -> tuple[_Quantity, ...]:
+    """What is shown of these runs: the mesh where one has several processes."""
+    return (*QUANTITIES, MESH) if any(run.mesh for run in runs) else QUANTITIES
+
+
 def _common(paths: Sequence[Path]) -> Path:
     """The folder that holds all of these runs, as it was given."""
     return Path(os.path.commonpath([path.parent for path in paths])) if len(paths) > 1 else paths[0].parent
@@ -163,8 +169,9 @@ def _show(runs: Sequence[RunSummary], console: Console) -> None:
     """One table where it fits or nobody looks; else the settings that differ in a second one."""
     names, settings = _names(runs), differing(list(runs), _defaults())
     short = _short(list(settings))
-    columns = tuple(q.name for q in QUANTITIES)
-    rows = [(name, *(q.words(run) for q in QUANTITIES)) for name, run in zip(names, runs, strict=True)]
+    quantities = _quantities(runs)
+    columns = tuple(q.name for q in quantities)
+    rows = [(name, *(q.words(run) for q in quantities)) for name, run in zip(names, runs, strict=True)]
     title = f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {_common([run.path for run in runs])}"
     notes = tuple(
         f"{name} is {run.state}: {run.note}" for name, run in zip(names, runs, strict=True) if run.note
@@ -202,7 +209,7 @@ def _comparison(runs: Sequence[RunSummary]) -> Table:
     one, other = runs
     rows = [
         (q.name, q.words(one), q.words(other), _ratio(*(q.number(run) if q.number else None for run in runs)))
-        for q in QUANTITIES
+        for q in _quantities(runs)
     ]
     for key, name in (("loss", "loss"), ("validation_bits_per_byte", "bits/byte")):
         curves = [{line["step"]: line[key] for line in read_metrics(run.path) if key in line} for run in runs]
@@ -251,7 +258,7 @@ def _view(runs: Sequence[RunSummary], console: Console) -> RenderableType:
         key=lambda pair: (pair[1].state != "running", -pair[1].written if pair[1].state != "running" else 0)
     )
     shown = pairs[: max(1, console.height - 7)]
-    quantities = QUANTITIES[1:]
+    quantities = _quantities(runs)[1:]
     columns = ("run", *(q.name for q in quantities), "left")
     rows = tuple(
         (

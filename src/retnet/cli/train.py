@@ -130,7 +130,8 @@ def _plan(
 
     from rich.console import Console
 
-    from retnet.measure.footprint import changes, footprint, nearest_fit, with_vocabulary
+    from retnet.measure.fitting import changes, nearest_fit
+    from retnet.measure.footprint import footprint, with_vocabulary
     from retnet.tables import print_table
 
     p = config.parallel

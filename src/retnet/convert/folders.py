@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from retnet.convert.torch_files import load_tensors
@@ -20,6 +19,7 @@ from retnet.io import sha256
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import verify
 from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, is_sharded, listed
+from retnet.model.safetensors_files import save_tensors
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, build
 
@@ -208,7 +208,7 @@ def _put_json(value: Mapping[str, Any], path: Path, *, sort_keys: bool = False) 
 
 
 def _put_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})  # which transformers asks for
+    save_tensors(tensors, path, {"format": "pt"})  # which transformers asks for
 
 
 def as_object(data: bytes, where: Path) -> dict[str, Any]:

@@ -7,9 +7,6 @@ trains (on a CPU some hundred MB of libraries, on a GPU its context).
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +14,14 @@ from typing import NamedTuple, cast
 
 import torch
 
+from retnet.convert import read
 from retnet.data import Tokenizer
 from retnet.measure.memory import kept_for_backward, most_alive
 from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.model.cost import cost
 from retnet.nn import Positions
-from retnet.settings import UserError
 from retnet.tables import Table
-from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
+from retnet.train.config import DistillConfig, ParallelConfig, RunConfig, TrainConfig
 from retnet.train.optimizer import FP32, bytes_per_parameter
 from retnet.train.start import check_cut, check_shares
 from retnet.train.tensor_parallel import check_heads, cut, cut_block
@@ -34,8 +31,6 @@ LOGITS = 3  # numbers a token and entry of the vocabulary at the worst: log-prob
 LOGITS_OF_Z_LOSS = 5  # the logits too, and their part of the gradient
 LOGITS_OF_PART = 2  # of the vocabulary: the logits and their gradient
 SUMS = 6 * 8  # bytes that a step agrees on: loss, targets, norm, two signals, a mistake, in fp64
-MOST_PARTS = 8  # of heads, in that search: they are exchanged in every block, which wants one machine
-MOST_PROCESSES = 64  # times as many as there are, in the search for a plan that fits
 
 
 class RankMemory(NamedTuple):
@@ -52,6 +47,7 @@ class RankMemory(NamedTuple):
     work: int  # tensors that pass while one block is differentiated
     states: int  # that enter a stretch in all layers and are exchanged, under context parallelism
     logits: int  # of a pass, with what their gradient needs
+    teacher: int  # weights of a model that is learned from, and what it says of a pass
     accumulates: (
         bool  # whether a step has several passes, so that gradients are there while the next one computes
     )
@@ -59,7 +55,7 @@ class RankMemory(NamedTuple):
     @property
     def peak(self) -> int:
         """At most: logits go before blocks are differentiated, and activations as gradients come."""
-        lasting = self.weights + self.optimiser + self.average + self.gathered
+        lasting = self.weights + self.optimiser + self.average + self.gathered + self.teacher
         passing = self.activations + self.states + max(self.logits, self.work)
         if self.accumulates:
             return lasting + self.gradients + passing
@@ -118,7 +114,7 @@ def footprint(config: RunConfig, processes: int) -> Footprint:
     passes = c.accumulate // axes.readers
     recomputed = counted.flops_per_token - _products_of_head(model) if c.activation_checkpointing else 0
     flops = float(3 * counted.flops_per_token + recomputed) * c.tokens_before(c.steps)
-    memory = _memory(model, c, axes, passes)
+    memory = _memory(model, c, axes, passes)._replace(teacher=_teacher_bytes(config.distill, c))
     return Footprint(axes, counted.total, memory, _traffic(model, c, axes, passes), flops)
 
 
@@ -150,6 +146,7 @@ def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: in
         work=working_bytes(model, c, axes.tp) // axes.cp,
         states=WIDE * (sum(states) + max(states) * axes.cp),
         logits=logit_bytes(model, c, axes.tp) // axes.cp,
+        teacher=0,
         accumulates=passes > 1,
     )
 
@@ -201,6 +198,30 @@ def logit_bytes(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
     return kinds * c.batch_size * c.seq_len * -(-model.vocab_size // tp) * WIDE
 
 
+def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
+    """Of a teacher's weights, in the type of products, and of its logits or what each of its mixers reads and answers.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if distill is None:
+        return 0
+    size, teacher = _teacher(distill.teacher)
+    narrow, tokens = 2 if c.precision == "bf16" else WIDE, c.batch_size * c.seq_len
+    said = narrow * 2 * teacher.num_layers * teacher.d_model
+    if distill.match == "logits":
+        assert teacher.vocab_size is not None
+        said = WIDE * teacher.vocab_size
+    return narrow * size + tokens * said
+
+
+@lru_cache
+def _teacher(source: str) -> tuple[int, ModelConfig]:
+    """Parameters and configuration of a model that lies somewhere."""
+    found = read(source)
+    return sum(x.numel() for x in found.tensors.values()), found.config
+
+
 @lru_cache
 def kept_bytes(model: ModelConfig, length: int, tp: int = 1) -> tuple[int, int, int]:
     """What each block keeps of a sequence for its backward pass, what all share (cos, sin), and what passes in between.
@@ -229,13 +250,14 @@ def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: i
     left, _ = _parameters(model, axes.tp)
     others = WIDE * left * (parts - 1) // parts  # all that this process has no part of
     own = WIDE * left // parts
+    summed = _summed_activations(model, c) // axes.cp + WIDE * _shared_norms(model, axes.tp)
     directions = 3 if c.activation_checkpointing else 2  # recomputed blocks exchange once more
     exchanged = WIDE * sum(_state_numbers(model, axes.tp)) * (axes.cp - 1) if axes.cp > 1 else 0
     return Traffic(
         weights=2 * passes * others,
         gradients=passes * others,
         replicas=passes * _all_reduced(own, axes.replicate),
-        activations=passes * _all_reduced(_summed_activations(model, c) // axes.cp, axes.tp),
+        activations=passes * _all_reduced(summed, axes.tp),
         states=passes * directions * exchanged,
         sums=_all_reduced(SUMS, world),
     )
@@ -275,6 +297,13 @@ def _parameters(model: ModelConfig, tp: int) -> tuple[int, int]:
     return tuple(sum(p.numel() for p in module.parameters()) for module in (made, made.blocks))  # type: ignore[return-value]
 
 
+def _shared_norms(model: ModelConfig, tp: int) -> int:
+    """Weights of norms that parts of heads share, whose gradients they sum."""
+    mixers = [cast(Block, block).mixer for block in _part(model, tp).blocks]
+    norms = [getattr(mixer, name) for mixer in mixers for name in mixer.shared_norms]
+    return sum(x.numel() for norm in norms if norm is not None for x in norm.parameters())
+
+
 def _state_numbers(model: ModelConfig, tp: int) -> list[int]:
     """Of one sequence, by layer: those that travel between stretches."""
     with torch.device("meta"):
@@ -288,72 +317,3 @@ def _products_of_head(model: ModelConfig) -> int:
 
 
 _cost = lru_cache(cost)
-
-
-def nearest_fit(config: RunConfig, processes: int, nbytes: float) -> tuple[RunConfig, int] | None:
-    """The nearest run that fits and makes the same steps.
-
-    Preferred in this order are another mesh of as many processes, smaller passes, recomputed blocks, sequences that are cut,
-    heads that are; then come twice as many processes, and so on.
-
-    Args:
-        config: that does not fit.
-        processes: that there are.
-        nbytes: of memory that each has.
-
-    Returns:
-        The run and its number of processes; None if none was found.
-    """
-    more = processes
-    while more <= MOST_PROCESSES * processes:
-        for candidate in _variants(config, more):
-            try:
-                if footprint(candidate, more).memory.peak <= nbytes:
-                    return candidate, more
-            except UserError:  # it cannot be shared so
-                continue
-        more *= 2
-    return None
-
-
-def _variants(config: RunConfig, processes: int) -> Iterator[RunConfig]:
-    """The same steps in other ways, those nearest to the given one first."""
-    c, axes = config.train, config.parallel
-    parts = [axes.tp, *(n for n in _powers(min(processes, MOST_PARTS)) if n > axes.tp)]
-    stretches = [axes.cp, *(n for n in _powers(processes) if n > axes.cp)]
-    for tp, cp in itertools.product(parts, stretches):
-        for recompute in dict.fromkeys((c.activation_checkpointing, True)):
-            for split in (n for n in _powers(c.batch_size) if c.batch_size % n == 0):
-                train = replace(
-                    c,
-                    activation_checkpointing=recompute,
-                    batch_size=c.batch_size // split,
-                    accumulate=c.accumulate * split,
-                    ramp_from=c.ramp_from * split if c.ramp_steps else c.ramp_from,
-                )
-                for replicate in dict.fromkeys((axes.replicate, 1)):
-                    left, rest = divmod(processes, replicate * tp * cp)
-                    if not rest:  # a `shard` that is set changes with the others
-                        mesh = ParallelConfig(replicate, axes.shard and left, tp, cp)
-                        yield replace(config, train=train, parallel=mesh)
-
-
-def _powers(most: int) -> Iterator[int]:
-    """1, 2, 4, … up to a number."""
-    n = 1
-    while n <= most:
-        yield n
-        n *= 2
-
-
-def changes(old: RunConfig, new: RunConfig) -> str:
-    """What tells one run from another, as words of the command line."""
-    words = []
-    for section in ("train", "parallel"):
-        before, after = getattr(old, section), getattr(new, section)
-        for each in dataclasses.fields(after):
-            value = getattr(after, each.name)
-            if value != getattr(before, each.name) and value is not None:
-                shown = str(value).lower() if isinstance(value, bool) else value
-                words.append(f"--{section}.{each.name} {shown}")
-    return " ".join(words)

@@ -79,7 +79,9 @@ class Mixer(nn.Module):
         cuttable: whether a sequence may be cut over processes (context parallelism): a mixer of this kind then has a
             `context` (`retnet.ops.context_parallel.ContextParallel`), which those who cut it set, or None.
         head_axes: of its weights, the axis along which heads lie one after the other; empty where heads do not stand by
-            themselves. A mixer that has any has `num_heads` in its configuration, and all that it is made of in them.
+            themselves. A mixer that has any has `num_heads` in its configuration, and all that it is made of in them, but
+            for `shared_norms`. Groups of heads may share some of it (`kv_heads` in the configuration); they stay together.
+        shared_norms: names of its norms, if it has them, whose weights all heads use.
         exactly_causal: False where rounding knows no order (convolution by FFT), so that later tokens leave traces of ε.
     """
 
@@ -91,6 +93,7 @@ class Mixer(nn.Module):
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (TrainingForm(),)
     cuttable: ClassVar[bool] = False
     head_axes: ClassVar[Mapping[str, int]] = {}
+    shared_norms: ClassVar[tuple[str, ...]] = ()
     exactly_causal: ClassVar[bool] = True
     num_heads: int
 

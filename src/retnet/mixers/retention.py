@@ -59,6 +59,7 @@ class MultiScaleRetention(Mixer):
         "head_norm_weight": 0,
         "head_norm_bias": 0,
     }
+    shared_norms: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 
     log_decay: Tensor  # [H] fp32, fp64 beside fp64 weights
 

@@ -77,6 +77,7 @@ class SoftmaxAttention(SequenceMixer):
     paper_row: ClassVar[str | None] = "Transformer"
     along_time: ClassVar[str] = "all tokens at once"
     head_axes: ClassVar[Mapping[str, int]] = {**PROJECTION_AXES, "q_bias": 0, "k_bias": 0, "v_bias": 0}
+    shared_norms: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
     training_forms: ClassVar[tuple[TrainingForm, ...]] = (
         TrainingForm("math", {"sdpa": "math"}),
         TrainingForm("flash", {"sdpa": "flash"}, memory="N"),

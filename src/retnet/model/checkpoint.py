@@ -13,12 +13,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retnet.errors import told
@@ -26,6 +25,7 @@ from retnet.io import flush, lfs_pointer, require_fetched, sha256, write_text
 from retnet.model.checkpoint_layout import MANIFEST, Entry, Files, TensorPart, entry, is_sharded, tensor_files
 from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
+from retnet.model.safetensors_files import load_tensors, save_tensors
 from retnet.model.wrapped import unwrapped
 from retnet.settings import UserError, dump, load
 
@@ -146,29 +146,30 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next(name for name, x in tensors.items() if not x.isfinite().all())
 
 
-def saved_shapes(path: Path, kind: str) -> dict[str, tuple[int, ...]]:
-    """Name → shape of all tensors of one of `KINDS` in a verified checkpoint.
+Shapes = Mapping[str, tuple[int, ...]]  # by name, of whole tensors
+Into = Mapping[str, Tensor | TensorPart]
+
+
+def load_into(tensors: Into | Callable[[Shapes], Into], path: Path, kind: str = "model") -> None:
+    """Copies the tensors of one of `KINDS` in a verified checkpoint into these; of parts, what they hold.
+
+    Args:
+        tensors: name → tensor or part of one; or what makes them, when it hears which are there.
+        path: the checkpoint.
+        kind: of tensors.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: tensors that are missing, unknown or misshapen, and all are listed; or numbers that are not finite; or a
+            file that cannot be read.
     """
+    saved = None
     if is_sharded(path):
         from retnet.model.sharded import SavedTensors
 
-        return SavedTensors(path, kind).shapes
-    (file,) = tensor_files(path, kind)
-    require_fetched(file)
-    with told(f"read {file}"), safe_open(file, "pt") as saved:
-        return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118  no mapping
-
-
-def load_into(tensors: Mapping[str, Tensor | TensorPart], path: Path, kind: str = "model") -> None:
-    """Copies the tensors of one of `KINDS` in a verified checkpoint into these; of parts, what they hold.
-
-    Raises:
-        UserError: tensors that are missing, unknown or misshapen, and all are listed; or numbers that are not finite.
-    """
-    shapes = saved_shapes(path, kind)
+        saved = SavedTensors(path, kind)
+    shapes = _shapes(*tensor_files(path, kind)) if saved is None else saved.shapes
+    if callable(tensors):
+        tensors = tensors(shapes)
     wrong = [f"{name} is missing" for name in tensors.keys() - shapes.keys()]
     wrong += [f"{name} is not part of the model" for name in shapes.keys() - tensors.keys()]
     wrong += [
@@ -179,11 +180,11 @@ def load_into(tensors: Mapping[str, Tensor | TensorPart], path: Path, kind: str 
     if wrong:
         raise UserError(f"{path} does not fit its configuration: {'; '.join(sorted(wrong))}")
     with torch.no_grad():
-        if is_sharded(path) or any(isinstance(x, TensorPart) for x in tensors.values()):
+        if saved is not None or any(isinstance(x, TensorPart) for x in tensors.values()):
             from retnet.model.sharded import SavedTensors, local_part
 
             parts = {name: x if isinstance(x, TensorPart) else local_part(x) for name, x in tensors.items()}
-            SavedTensors(path, kind).read(parts)
+            (saved or SavedTensors(path, kind)).read(parts)
             found = {name: part.tensor for name, part in parts.items()}
         else:
             found = load_tensors(*tensor_files(path, kind))
@@ -192,6 +193,12 @@ def load_into(tensors: Mapping[str, Tensor | TensorPart], path: Path, kind: str 
                 tensor.copy_(found[name])
     if (bad := first_not_finite(found)) is not None:
         raise UserError(f"{path} is damaged: {bad} has numbers that are not finite; take another checkpoint")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    require_fetched(file)
+    with told(f"read {file}"), safe_open(file, "pt") as saved:
+        return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118  no mapping
 
 
 def load_model(
@@ -217,19 +224,3 @@ def load_model(
         model.head.weight = model.embedding.weight  # `to_empty` makes them two
     load_into(weights(model), path)
     return model.to(dtype=dtype).eval() if dtype else model.eval()
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Name → tensor, as safetensors."""
-    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What `save_tensors` wrote.
-
-    Raises:
-        UserError: no readable safetensors file.
-    """
-    require_fetched(path)
-    with told(f"read {path}"):
-        return load_file(path)

@@ -34,6 +34,11 @@ class TensorPart(NamedTuple):
     shape: tuple[int, ...]  # of the whole tensor
     offset: tuple[int, ...]  # in it, of the first number held
 
+    def of(self, whole: Tensor) -> Tensor:
+        """The same box of another tensor of that shape, sharing its memory."""
+        box = zip(self.offset, self.tensor.shape, strict=True)
+        return whole[tuple(slice(begin, begin + size) for begin, size in box)]
+
 
 def entry(file: Path) -> Entry:
     """What a manifest is to say of a file."""
@@ -54,6 +59,11 @@ def listed(path: Path) -> dict[str, Entry]:
 def is_sharded(path: Path) -> bool:
     """Whether several processes wrote a verified checkpoint."""
     return any(name.startswith("shard-") for name in listed(path))
+
+
+def part_file(rank: int, kind: str) -> str:
+    """The name of the file in which a process has its parts of the tensors of one of `KINDS`: that of DCP."""
+    return f"shard-{rank + 1:05d}-model-{KINDS.index(kind) + 1:05d}-of-{len(KINDS):05d}.safetensors"
 
 
 def tensor_files(path: Path, kind: str) -> list[Path]:

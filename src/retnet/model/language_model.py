@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -232,25 +232,52 @@ class LanguageModel(ReadsWrapped, Backbone):
 
 
 def initialise(model: Backbone, config: ModelConfig, head: nn.Linear | None) -> None:
-    """Fresh weights, by the configuration's `init`.
+    """Fresh weights, by the configuration's `init`; see `deviations`. A tied head is None."""
+    with torch.no_grad():
+        for weight, std in deviations(model, config, head):
+            nn.init.normal_(weight, std=std)
+
+
+def deviations(
+    model: Backbone, config: ModelConfig, head: nn.Linear | None
+) -> Iterator[tuple[Tensor, float]]:
+    """Weights, and standard deviations of fresh weights, in the order in which these are drawn.
 
     ``"deepnet"``: Xavier-normal with gain 1 for queries and keys and β = (8 · layers)^(−1/4) elsewhere (DeepNet, decoder
     only), embeddings N(0, 1/d_model). ``"normal"``: N(0, 0.02²) everywhere. A tied head is None.
     """
     beta = (8 * config.num_layers) ** -0.25
-    with torch.no_grad():
-        for name, module in model.blocks.named_modules():
-            if isinstance(module, nn.Linear):
-                if config.init == "normal":
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_normal_(
-                        module.weight, gain=1.0 if name.endswith(("q_proj", "k_proj")) else beta
-                    )
-        std = 0.02 if config.init == "normal" else config.d_model**-0.5
-        nn.init.normal_(model.embedding.weight, std=std)
-        if head is not None:
-            nn.init.normal_(head.weight, std=std)
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = 1.0 if name.endswith(("q_proj", "k_proj")) else beta
+            xavier = gain * math.sqrt(2 / (module.in_features + module.out_features))
+            yield module.weight, 0.02 if config.init == "normal" else xavier
+    std = 0.02 if config.init == "normal" else config.d_model**-0.5
+    yield model.embedding.weight, std
+    if head is not None:
+        yield head.weight, std
+
+
+def fresh_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name → weight of `LanguageModel(config)`, one after the other on the CPU: as drawn there, and never all at once.
+
+    What constructors draw and `initialise` draws anew is drawn twice here too: numbers depend on all before them.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    head = None if config.tie_embeddings else model.head
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    drawn = {names[weight]: (weight.shape, std) for weight, std in deviations(model, config, head)}
+    for name, norm in (("embedding_norm", model.embedding_norm), ("norm", model.norm)):
+        if norm is not None:
+            made = Norm(config.d_model, config.norm, config.norm_eps)
+            yield from ((f"{name}.{part}", x) for part, x in made.state_dict().items())
+    for layer in range(config.num_layers):
+        made_here = ((f"blocks.{layer}.{part}", x) for part, x in Block(config, layer).state_dict().items())
+        yield from ((name, x) for name, x in made_here if name not in drawn)
+    Linear(config.d_model, model.head.out_features)  # draws what the head's constructor does
+    for name, (shape, std) in drawn.items():
+        yield name, nn.init.normal_(torch.empty(shape), std=std)
 
 
 def packing(mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -14,7 +14,8 @@ def narrow_parameter(module: nn.Module, name: str, axis: int, begin: int, end: i
         axis: that is cut.
         begin: of what stays, in pieces.
         end: of what stays, in pieces.
-        of: number of pieces, all equal, that the axis has: heads, or its entries.
+        of: number of pieces, all equal, that the axis has: heads, or its entries. Where some share a piece of it, the
+            stretch must begin and end with a whole one.
     """
     path, _, last = name.rpartition(".")
     try:
@@ -24,8 +25,8 @@ def narrow_parameter(module: nn.Module, name: str, axis: int, begin: int, end: i
     whole = getattr(owner, last, None)
     if whole is None:
         return
-    piece = whole.shape[axis] // of
-    kept = whole.detach().narrow(axis, begin * piece, (end - begin) * piece).clone()
+    start, stop = (place * whole.shape[axis] // of for place in (begin, end))
+    kept = whole.detach().narrow(axis, start, stop - start).clone()
     setattr(owner, last, nn.Parameter(kept, requires_grad=whole.requires_grad))
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = kept.shape

@@ -18,9 +18,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...,D] → [...,D] in the type of x."""
-        if self.bias is None:
+        return self.normalised(x, self.weight, self.bias)
+
+    def normalised(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `forward`, with other weights [D] than its own."""
+        if bias is None:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
-        return F.layer_norm(
-            x, self.weight.shape, self.weight, self.bias, self.eps
-        )  # statistics in fp32 inside
+            return F.rms_norm(wide, weight.shape, eps=self.eps).to(x.dtype) * weight
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)  # statistics in fp32 inside

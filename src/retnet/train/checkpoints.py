@@ -26,18 +26,17 @@ from retnet.model import LanguageModel
 from retnet.model.checkpoint import (
     first_not_finite,
     load_into,
-    load_tensors,
-    save_tensors,
-    saved_shapes,
     verify,
     weights,
 )
 from retnet.model.checkpoint_layout import KINDS, TensorPart
+from retnet.model.language_model import fresh_weights
+from retnet.model.safetensors_files import load_tensors, save_tensors
 from retnet.settings import dump
 from retnet.train.averaging import AveragedWeights
 from retnet.train.config import RunConfig
-from retnet.train.distributed import Ranks, own_part, shard
-from retnet.train.initial_weights import fill
+from retnet.train.distributed import Ranks, broadcast_weights, own_part, shard, take_parts
+from retnet.train.initial_weights import starting_weights
 from retnet.train.optimizer import empty_memory, optimizer_tensors, optimizers
 from retnet.train.run_dir import RunDirectory
 from retnet.train.tensor_parallel import global_tensors
@@ -106,8 +105,8 @@ class Checkpoints:
     def begin(self) -> tuple[Learned, Standing]:
         """The model and its optimisers on the device, and where they stand: as the newest checkpoint says, or fresh.
 
-        Fresh weights come from the first rank's CPU, which holds the whole model until all ranks have their parts; of a
-        checkpoint each rank reads its parts.
+        Of several ranks each draws all fresh weights, one at a time, and keeps its parts; of a checkpoint it reads these.
+        Only what `train.start_from` names is read whole, by the first.
 
         Raises:
             UserError: the checkpoint is damaged, or the run was begun with another corpus or tokenizer.
@@ -253,38 +252,43 @@ class Checkpoints:
 
     def _model(self, fresh: bool) -> LanguageModel:
         """On the device, or this rank's part of it there; if not fresh, with any numbers as weights."""
-        ranks, config = self._ranks, self._config
-
-        def make() -> LanguageModel:
-            torch.manual_seed(config.train.seed)
-            model = LanguageModel(config.model)
-            if fresh:
-                fill(model, config, self._run)
+        ranks, c, model_config = self._ranks, self._config.train, self._config.model
+        torch.manual_seed(c.seed)
+        if not ranks.alone:
+            model = shard(model_config, self._device, ranks)
+            if fresh and c.start_from is None:
+                take_parts(model, fresh_weights(model_config), ranks)
+            elif fresh:
+                found = ranks.lead(lambda: starting_weights(self._config, self._run))
+                take_parts(model, broadcast_weights(found, model, ranks), ranks)
             return model
-
-        if ranks.alone:
-            return make().to(self._device)
-        whole = ranks.lead(make) if fresh else None
-        return shard(whole or _hollow(config), self._device, ranks, fresh=fresh)
+        model = LanguageModel(model_config)
+        if fresh and c.start_from is not None:
+            found = starting_weights(self._config, self._run)
+            with torch.no_grad():
+                for name, x in weights(model).items():
+                    x.copy_(found[name])
+        return model.to(self._device)
 
     def _restore(self, path: Path, learned: Learned) -> dict[str, Any]:
         """Reads what was learned, this rank's part of it, and the random state; returns where training stands, as JSON."""
         model, average = learned.model, learned.average
+        held = functools.partial(self._held, model)
         own = weights(model)
-        self._load(own, path, "training" if average else "model", model)
+        load_into(held(own), path, "training" if average else "model")
         if average:
             averages = {
                 name: average.tensors[name] if name in average.tensors else x.detach().clone()
                 for name, x in own.items()
             }
-            self._load(averages, path, "model", model)
-        memory = empty_memory(model, learned.optimizers, saved_shapes(path, "optimizer"))
-        self._load(memory, path, "optimizer", model)
+            load_into(held(averages), path, "model")
+        load_into(lambda names: held(empty_memory(model, learned.optimizers, names)), path, "optimizer")
         _restore_random_state(load_tensors(path / "random.safetensors"), self._device)
         return _trainer_state(path)
 
-    def _load(self, tensors: Mapping[str, Tensor], path: Path, kind: str, model: LanguageModel) -> None:
-        load_into(tensors if self._ranks.alone else self._parts(tensors, model), path, kind)
+    def _held(self, model: LanguageModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | TensorPart]:
+        """What this rank holds of tensors that are shaped as a model's weights."""
+        return tensors if self._ranks.alone else self._parts(tensors, model)
 
     def _parts(self, tensors: Mapping[str, Tensor], model: LanguageModel) -> dict[str, TensorPart]:
         from retnet.model.sharded import local_part
@@ -320,12 +324,6 @@ def spoiled(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
     """The name of a tensor that is not finite, the same on all ranks; all must ask."""
     own = {name: own_part(x, ranks) for name, x in tensors.items()}
     return next((name for name in ranks.gather(first_not_finite(own)) if name is not None), None)
-
-
-def _hollow(config: RunConfig) -> LanguageModel:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return LanguageModel(config.model)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

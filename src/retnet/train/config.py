@@ -57,6 +57,7 @@ class TrainConfig(Checked):
         checkpoint_every: steps between checkpoints; the last step is always saved.
         keep: latest checkpoints on disk, beside the best.
         tensorboard: write TensorBoard files too.
+        wandb: tell Weights & Biases too; WANDB_MODE=offline keeps it in the run.
         patience: seconds without any progress after which several processes end, and say which one they wait for.
     """
 
@@ -95,6 +96,7 @@ class TrainConfig(Checked):
     checkpoint_every: Count = 200
     keep: Count = 2
     tensorboard: bool = False
+    wandb: bool = False
     patience: Annotated[float, At(above=0)] = 1800.0
 
     def __post_init__(self) -> None:

@@ -18,24 +18,34 @@ from retnet.data import IGNORED, Tokenizer
 from retnet.model import Block, LanguageModel
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError
+from retnet.train.initial_weights import note_source
 from retnet.train.objective import Objective
 
 if TYPE_CHECKING:
     from retnet.train.config import RunConfig
     from retnet.train.distributed import Ranks
+    from retnet.train.run_dir import RunDirectory
 
+TEACHER = "teacher.json"  # in a run directory: which one it learns from, and its hashes
 PIECE = 512  # tokens whose divergences are computed at once
 Seen = tuple[Tensor, Tensor]  # what a mixer read and what it answered, [1,T,D]
 
 
 def objective(
-    config: RunConfig, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, ranks: Ranks
+    config: RunConfig,
+    run: RunDirectory,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    ranks: Ranks,
 ) -> Objective:
     """What a run minimises: cross entropy of the text, or the distance from a teacher that its `distill` names.
 
+    `teacher.json` in the run directory says which teacher that was.
+
     Raises:
-        UserError: the teacher cannot be read, or does not fit the model; or there are several processes, which do not share
-            a teacher.
+        UserError: the teacher cannot be read, does not fit the model, or has changed since the run was begun; or there are
+            several processes, which do not share a teacher.
     """
     distill = config.distill
     if distill is None:
@@ -46,6 +56,7 @@ def objective(
         )
     kind = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     found = read(distill.teacher)
+    note_source(run, TEACHER, distill.teacher, found)
     if found.config.vocab_size != model.config.vocab_size:
         raise UserError(
             f"distill.teacher {distill.teacher} has {found.config.vocab_size} tokens and the model "

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from retnet import host
 from retnet.data import Batch
 from retnet.errors import UserError, told
-from retnet.model import LanguageModel
+from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.ops.context_parallel import ContextParallel
 from retnet.ops.tensor_parallel import TensorParallel
@@ -269,19 +269,17 @@ def one_voice() -> Iterator[bool]:
         sys.exit(2)
 
 
-def shard(whole: LanguageModel, device: torch.device, ranks: Ranks, *, fresh: bool = True) -> LanguageModel:
-    """A model of which every rank holds its part: block by block, and the rest together.
+def shard(config: ModelConfig, device: torch.device, ranks: Ranks) -> LanguageModel:
+    """A model of which every rank holds its part: block by block, and the rest together. Its weights are any numbers.
 
-    The weights come from the first rank's `whole`, which lies on its CPU; of the others' only the configuration is read, so
-    theirs may lie on the meta device. Gradients are summed over ranks, in the type of the weights. If not `fresh`, weights
-    are any numbers, to be overwritten, and `whole` may lie on the meta device everywhere.
+    Gradients are summed over ranks, in the type of the weights.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     # the logits are one, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     with torch.device("meta"):
-        model = LanguageModel(whole.config)
+        model = LanguageModel(config)
     if ranks.tp is not None:
         cut(model, ranks.tp.rank, ranks.tp.size)
         connect(model, ranks.tp)
@@ -292,31 +290,35 @@ def shard(whole: LanguageModel, device: torch.device, ranks: Ranks, *, fresh: bo
         part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.to_empty(device=device)
-    if mesh is None and whole.config.tie_embeddings:
+    if mesh is None and config.tie_embeddings:
         model.head.weight = model.embedding.weight  # of which `to_empty` makes two, and FSDP one again
-    full = weights(whole) if ranks.first else {}
-    parts = global_tensors(weights(model), model, ranks.mesh) if fresh else {}
-    for name, own in parts.items():
-        spread(full.get(name), own, ranks)
     if ranks.context is not None:
         for block in model.blocks:
             setattr(block.mixer, "context", ranks.context)  # noqa: B010  mypy takes parts of a module for tensors
     return model
 
 
-def spread(whole: Tensor | None, part: Tensor, ranks: Ranks) -> None:
-    """Copies a whole tensor, which the first rank has, into every rank's part of it."""
-    if whole is None:
-        full = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    else:
-        full = whole.to(part.device, part.dtype)
-    if not ranks.alone:
-        from torch.distributed.tensor import DTensor, distribute_tensor
+def take_parts(model: LanguageModel, whole: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
+    """Copies this rank's part of whole weights, which come one at a time and are the same on all ranks, into a model."""
+    from retnet.model.sharded import local_part
 
-        dist.broadcast(full, 0)
-        if isinstance(part, DTensor):  # each cuts out its own
-            full = distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=None)
-    part.copy_(full)
+    parts = global_tensors(weights(model), model, ranks.mesh)
+    for name, x in whole:
+        own = local_part(parts[name])
+        own.tensor.copy_(own.of(x))
+
+
+def broadcast_weights(
+    tensors: Mapping[str, Tensor] | None, model: LanguageModel, ranks: Ranks
+) -> Iterator[tuple[str, Tensor]]:
+    """Name → whole weight of a model, one at a time, on all ranks: those that the first rank has; others give None."""
+    for name, part in global_tensors(weights(model), model, ranks.mesh).items():
+        if tensors is None:
+            whole = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        else:
+            whole = tensors[name].to(part.device, part.dtype).contiguous()
+        dist.broadcast(whole, 0)
+        yield name, whole
 
 
 def own_part(x: Tensor, ranks: Ranks) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from retnet.convert import read
+from retnet.convert import Found, read
 from retnet.convert.native import TOKENIZER
 from retnet.data.config import DataConfig
 from retnet.io import write_bytes, write_text
-from retnet.model import LanguageModel, ModelConfig
-from retnet.model.checkpoint import weights
+from retnet.model import ModelConfig
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
 from retnet.train.run_dir import RunDirectory
@@ -86,25 +86,31 @@ def of_weights(config: RunConfig) -> tuple[RunConfig, bytes | None]:
     return config, tokenizer
 
 
-def fill(model: LanguageModel, config: RunConfig, run: RunDirectory) -> None:
-    """Gives a fresh model the weights its run starts from, in its own type; `origin.json` says which they were.
+def starting_weights(config: RunConfig, run: RunDirectory) -> Mapping[str, Tensor]:
+    """The weights that a run starts from, which `train.start_from` names; `origin.json` says which they were.
 
     Raises:
         UserError: they are not what they were when the run was begun.
     """
     source = config.train.start_from
-    if source is None:
-        return
+    assert source is not None
     found = read(source)
-    record = run.path / ORIGIN
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] != dict(found.hashes):
+    note_source(run, ORIGIN, source, found)
+    return found.tensors
+
+
+def note_source(run: RunDirectory, name: str, source: str, found: Found) -> None:
+    """Writes into a file of the run which weights of others it uses, with their hashes.
+
+    Raises:
+        UserError: they are not what they were when that was first written.
+    """
+    record, hashes = run.path / name, dict(found.hashes)
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] != hashes:
         raise UserError(
-            f"{source} has changed since {run.path} was begun from it; restore it, or begin another run"
+            f"{source} has changed since {run.path} was begun with it; restore it, or begin another run"
         )
-    with torch.no_grad():
-        for name, tensor in weights(model).items():
-            tensor.copy_(found.tensors[name])
-    about = {"source": str(source), "kind": found.kind, "sha256": dict(found.hashes)}
+    about = {"source": source, "kind": found.kind, "sha256": hashes}
     with run.writing():
         write_text(record, json.dumps(about, indent=2) + "\n")
 

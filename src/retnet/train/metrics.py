@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, and TensorBoard's files if wanted."""
+"""Metrics of a run: `metrics.jsonl`, and what other trackers are told."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import json
 import logging
 import math
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
-from retnet.errors import UserError, told
+from retnet.errors import told
 from retnet.io import write_bytes
 from retnet.train.run_dir import RunDirectory
+from retnet.train.trackers import Tracker
 
 _log = logging.getLogger("retnet.train")
 
 
 class Metrics:
-    """`metrics.jsonl`, one object a line, in the order of steps; and TensorBoard if wanted.
+    """`metrics.jsonl`, one object a line, in the order of steps; other trackers hear the same.
 
     Every line has its step and the seconds that the run has taken up to it, in all calls together.
     """
 
-    def __init__(self, run: RunDirectory, step: int, tensorboard: bool) -> None:
+    def __init__(self, run: RunDirectory, step: int, trackers: Sequence[Tracker] = ()) -> None:
         path = run.path / "metrics.jsonl"
         self._run = run
         with run.writing():
@@ -32,7 +33,7 @@ class Metrics:
             self._began = time.monotonic() - before
             write_bytes(path, b"".join(lines))  # a continued run repeats the steps after its checkpoint
             self._file = path.open("a", encoding="utf-8")
-        self._board = _board(run.path / "tensorboard", step) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, step: int, **values: float) -> None:
         """Appends what was measured at the end of a step; the line is with the system before this returns.
@@ -47,21 +48,20 @@ class Metrics:
         with told(f"write {self._file.name}", self._run.whole):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            if self._board is not None:
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
+            for tracker in self._trackers:
+                tracker.add(step, values)
 
     def close(self) -> None:
         """Ends the files.
 
         Raises:
-            UserError: TensorBoard's, which keep lines back, cannot be written.
+            UserError: a tracker's, which may keep lines back, cannot be written.
         """
-        with suppress(OSError):  # of a line that could not be written, which was said
-            self._file.close()
-        if self._board is not None:
-            with told(f"write {self._run.path / 'tensorboard'}", self._run.whole):
-                self._board.close()
+        with ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+            with suppress(OSError):  # of a line that could not be written, which was said
+                self._file.close()
 
 
 def _until(path: Path, step: int) -> list[bytes]:
@@ -78,11 +78,3 @@ def _until(path: Path, step: int) -> list[bytes]:
     if damaged:
         _log.warning("%s had %d lines that are no metrics; they are left out", path, damaged)
     return kept
-
-
-def _board(path: Path, step: int) -> Any:  # noqa: ANN401
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("train.tensorboard needs TensorBoard: pip install 'retnet[tensorboard]'") from None
-    return SummaryWriter(str(path), purge_step=step + 1)

@@ -34,7 +34,7 @@ class Pace:
         self._steps = 0
         self._measured = 0.0
         self._validation: float | None = None
-        self._save = 0.0
+        self._save = self._writing = 0.0
 
     def step(self, seconds: float, passes: int = 1) -> None:
         """Notes a step of so many passes."""
@@ -48,8 +48,12 @@ class Pace:
         self._validation = seconds
 
     def save(self, seconds: float) -> None:
-        """Notes a checkpoint."""
+        """Notes a checkpoint: how long training stood still until it could go on."""
         self._save = seconds
+
+    def written(self, seconds: float) -> None:
+        """Notes that a checkpoint was complete so long after training went on; the end of a run waits for its last."""
+        self._writing = seconds
 
     def left(self, step: int, c: TrainConfig) -> float | None:
         """Seconds that are left after a step, as the last ones went; None before any counts."""
@@ -78,7 +82,7 @@ class Pace:
         validations = 1 + (((steps - 1) // c.eval_every - step // c.eval_every) if c.eval_every else 0)
         saves = validations + (steps - 1) // c.checkpoint_every - step // c.checkpoint_every
         passes = c.passes_before(steps) - c.passes_before(step)
-        return passes * one + validations * validation + saves * self._save
+        return passes * one + validations * validation + saves * self._save + self._writing
 
 
 def fitted(c: TrainConfig, steps: int, done: int) -> TrainConfig:

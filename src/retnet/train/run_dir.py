@@ -28,6 +28,7 @@ from retnet.model.checkpoint_layout import Entry, Files
 from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError, dump, load
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
+from retnet.train.run_summary import LAUNCHES
 
 # Settings that may differ when a run is continued: they change what is kept and shown, not what is learned; where text
 # lies, since what identifies a corpus is its tokens, which `data.json` knows; and how processes share the work.
@@ -41,6 +42,7 @@ HARMLESS = (
             "checkpoint_every",
             "keep",
             "tensorboard",
+            "wandb",
             "start_from",
             "skip_limit",
             "patience",
@@ -51,11 +53,10 @@ HARMLESS = (
 )
 # All that a run writes of its own, so all that one may take away that came to nothing.
 OWN = {
-    *("config.toml", "env.json", "data.json", "plan.json", "origin.json", "tokenizer.json"),
-    *("metrics.jsonl", "changes.jsonl", "launches.jsonl", "checkpoints", "tensorboard", "profile"),
+    *("config.toml", "env.json", "data.json", "plan.json", "origin.json", "teacher.json", "tokenizer.json"),
+    *("metrics.jsonl", "changes.jsonl", "launches.jsonl", "checkpoints", "tensorboard", "wandb", "profile"),
 }
 PLAN = "plan.json"
-LAUNCHES = "launches.jsonl"
 _STEP = re.compile(r"step-\d{8,}")  # a copy that somebody keeps beside them is none of ours
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
 

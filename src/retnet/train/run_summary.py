@@ -10,6 +10,7 @@ import os
 import statistics
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ import msgspec
 from retnet import lock
 
 BITS = "validation_bits_per_byte"
+LAUNCHES = "launches.jsonl"
 RECENT = 20  # logged lines whose median speed is shown
 TAIL = 1 << 18  # bytes at the end of the metrics in which the last lines lie
 INSIDE = frozenset(
@@ -42,6 +44,7 @@ class RunSummary(NamedTuple):
     skipped: int = 0  # steps
     pace: float | None = None  # seconds of a step, as the last lines went
     written: float = 0.0  # when its metrics were, in seconds since the epoch
+    mesh: str = ""  # of several processes, as the last call had them, such as "shard 2 × tp 4"
     settings: Mapping[str, Any] = {}  # dotted name → value, as its config.toml says
 
     @property
@@ -106,9 +109,8 @@ def summarise_run(path: Path) -> RunSummary:
     step = max(saved, progress.step)
     found = progress._replace(step=step)._asdict()
     note = owner or problem
-    return RunSummary(
-        path, state, note, steps=steps if not problem else None, written=written, settings=settings, **found
-    )
+    summary = RunSummary(path, state, note, written=written, settings=settings, **found)
+    return summary._replace(steps=steps if not problem else None, mesh=mesh_words(last_mesh(path) or {}))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +186,29 @@ def _holding(content: bytes, word: bytes) -> Iterator[dict[str, Any]]:
         if line := _line(content[content.rfind(b"\n", 0, at) + 1 : end]):
             yield line
         at = content.find(word, end)
+
+
+def read_launches(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `launches.jsonl` that are whole: a call of `train` each, the first one first."""
+    found = []
+    with suppress(OSError):
+        for text in (path / LAUNCHES).read_bytes().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(text))
+    return found
+
+
+def last_mesh(path: Path) -> dict[str, int] | None:
+    """Axis → number of processes, of the last call that trained a run; None where it is not known."""
+    for line in reversed(read_launches(path)):
+        with suppress(KeyError, TypeError, AttributeError, ValueError):
+            return {str(name): int(size) for name, size in line["mesh"].items()}
+    return None
+
+
+def mesh_words(mesh: Mapping[str, int]) -> str:
+    """The axes of a mesh over which there are several processes, such as ``"shard 2 × tp 4"``; of one process nothing."""
+    return " × ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
 
 
 def _line(text: bytes) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from retnet.train.initial_weights import adopt
 from retnet.train.optimizer import bytes_per_parameter
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import LENGTH, RunDirectory, differences
+from retnet.train.run_summary import last_mesh, mesh_words
 from retnet.train.tensor_parallel import check_heads
 
 GIB = 2**30
@@ -183,6 +185,15 @@ def shares(config: RunConfig, ranks: Ranks) -> str:
     return (
         f"{ranks.world} processes, every {axes.cp * axes.tp} with {each}, and each with {' and '.join(parts)}"
     )
+
+
+def change_of_mesh(run: Path, axes: ParallelConfig) -> str:
+    """Says that a run goes on on other processes than those of the call before, if it does."""
+    before, now = last_mesh(run), vars(axes)
+    if before is None or before == now:
+        return ""
+    was, is_now = (mesh_words(mesh) or "one process" for mesh in (before, now))
+    return f"{was} trained it before, now {is_now}: what is learned stays the same, up to rounding"
 
 
 def _other_tokenizer(asked: DataConfig, adopted: DataConfig) -> bool:

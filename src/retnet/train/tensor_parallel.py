@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from retnet.errors import UserError
 from retnet.mixers import MIXERS
 from retnet.model import Block, LanguageModel, ModelConfig
-from retnet.nn import narrow_parameter
+from retnet.nn import Norm, narrow_parameter
 from retnet.ops.tensor_parallel import TensorParallel, part_of
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def check_heads(model: ModelConfig, tp: int) -> None:
     """Says what cannot be cut over so many ranks.
 
     Raises:
-        UserError: a mixer whose heads do not stand by themselves, or share something; heads or widths that are no multiple
-            of `tp`; a vocabulary that leaves a rank without any of it.
+        UserError: a mixer whose heads do not stand by themselves; heads, of keys too, or widths that are no multiple of
+            `tp`; a vocabulary that leaves a rank without any of it.
     """
     if tp == 1:
         return
@@ -48,26 +48,24 @@ def check_heads(model: ModelConfig, tp: int) -> None:
                 f"parallel.tp is {tp}, but the mixer {mixer.name!r} has no heads that stand by themselves; set it to 1, and "
                 f"parallel.shard cuts its weights (mixers that can be cut by heads: {', '.join(able)})"
             )
-        if shared := [name for name in ("kv_heads", "qk_norm") if getattr(mixer, name, None)]:
-            raise UserError(
-                f"parallel.tp is {tp}, but heads of the mixer {mixer.name!r} share what {' and '.join(shared)} says; "
-                "set it to 1, and parallel.shard cuts its weights"
-            )
         groups = getattr(mixer, "head_norm_groups", None)
         if groups is not None and groups % tp:
             raise UserError(
                 f"parallel.tp is {tp}, and the mixer {mixer.name!r} normalises its heads in {groups} groups, which is no "
                 "multiple of it; set it to 1 or a divisor of head_norm_groups"
             )
-    heads = {mixer.num_heads: mixer.name for mixer in model.mixers_by_layer}  # type: ignore[attr-defined]
-    common = math.gcd(*heads)
-    for number, name in heads.items():
-        if number % tp:
-            fits = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise UserError(
-                f"parallel.tp is {tp}, and the mixer {name!r} has {number} heads, which is no multiple of it; "
-                f"set it to {fits}"
-            )
+    for what, numbers in (
+        ("heads", _heads(model, "num_heads")),
+        ("heads of keys", _heads(model, "kv_heads")),
+    ):
+        common = math.gcd(*numbers)
+        for number, name in numbers.items():
+            if number % tp:
+                fits = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                raise UserError(
+                    f"parallel.tp is {tp}, and the mixer {name!r} has {number} {what}, which is no multiple of it; "
+                    f"set it to {fits}"
+                )
     for _, width in model.ffns_by_layer:
         if width % tp:
             raise UserError(
@@ -78,6 +76,12 @@ def check_heads(model: ModelConfig, tp: int) -> None:
         raise UserError(
             f"parallel.tp is {tp}, and a vocabulary of {model.vocab_size} leaves the last rank without any; lower it"
         )
+
+
+def _heads(model: ModelConfig, field: str) -> dict[int, str]:
+    """What the mixers' configurations say of a number of heads, where they do, with a mixer that says it."""
+    found = ((getattr(mixer, field, None), mixer.name) for mixer in model.mixers_by_layer)
+    return {number: name for number, name in found if number}
 
 
 def cuts(model: LanguageModel) -> dict[str, Cut]:
@@ -96,7 +100,7 @@ def cuts(model: LanguageModel) -> dict[str, Cut]:
             if name in own:
                 size = config.ffns_by_layer[number][1]
                 if name in heads:
-                    size = own[name].shape[axis] // mixer.num_heads * all_heads
+                    size = own[name].shape[axis] * all_heads // mixer.num_heads
                 found[f"blocks.{number}.{name}"] = Cut(axis, size)
     return found
 
@@ -133,8 +137,24 @@ def connect(model: LanguageModel, tp: TensorParallel) -> None:
         for part in (block.mixer, block.ffn):
             part.register_forward_pre_hook(lambda _, x: (tp.replicated(x[0]), *x[1:]))
             part.register_forward_hook(lambda _, __, y: tp.summed(y))
+        for name in block.mixer.shared_norms:
+            if (norm := getattr(block.mixer, name)) is not None:
+                setattr(block.mixer, name, SharedNorm(norm, tp))
     model.embedding.register_forward_hook(lambda _, __, y: tp.summed(y))
     model.head.register_forward_pre_hook(lambda _, x: (tp.replicated(x[0]),))
+
+
+class SharedNorm(Norm):
+    """A norm that every rank applies to heads of its own: gradients of its weights are summed over ranks."""
+
+    def __init__(self, norm: Norm, tp: TensorParallel) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.weight, self.bias, self._tp = norm.eps, norm.weight, norm.bias, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...,K] → [...,K]."""
+        bias = None if self.bias is None else self._tp.replicated(self.bias)
+        return self.normalised(x, self._tp.replicated(self.weight), bias)
 
 
 class EmbeddingPart(nn.Embedding):

@@ -42,9 +42,10 @@ from retnet.train.passes import Passes
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import RunDirectory
 from retnet.train.signals import signals
-from retnet.train.start import Begin, check, owned, prepare_data, resolve, shares, start_from
+from retnet.train.start import Begin, change_of_mesh, check, owned, prepare_data, resolve, shares, start_from
 from retnet.train.step_filter import StepFilter
 from retnet.train.step_meter import StepMeter
+from retnet.train.trackers import trackers
 
 NAMED = 8  # documents of a skipped step, in its message
 
@@ -108,6 +109,8 @@ def train(
         prepared = prepare_data(config, progress, ranks, verify)
         config, changed = resolve(config, run, prepared, device, ranks)
         trainer = _Trainer(config, run, prepared, progress, device, ranks, began)
+        if ranks.first and (other := change_of_mesh(run.path, ranks.axes)):
+            progress.say(other)
         ranks.lead(lambda: run.note_launch(trainer.step, ranks.world, ranks.axes, elastic.restarts()))
         if changed := ranks.tell(changed):
             ranks.lead(lambda: run.change(config, trainer.step, changed))
@@ -137,7 +140,7 @@ class _Trainer:
         self.model, self.step, self.best = self.learned.model, standing.step, standing.best
         self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
-        self.objective: nn.Module = objective(config, self.model, prepared.tokenizer, device, ranks)
+        self.objective: nn.Module = objective(config, run, self.model, prepared.tokenizer, device, ranks)
         if c.compile and ranks.alone:
             self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
         elif c.compile:  # between the hooks that bring a block its weights
@@ -178,7 +181,7 @@ class _Trainer:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
         self.notices.stopped, saved = stopped, self.step
         metrics = self.metrics = self.ranks.lead(
-            lambda: Metrics(self.run, self.step, self.config.train.tensorboard)
+            lambda: Metrics(self.run, self.step, trackers(self.run, self.config, self.step))
         )
         if not self.open:
             self._say_epochs()
@@ -363,6 +366,7 @@ class _Trainer:
         with self.notices.later():
             if found := self.checkpoints.written():
                 stall, seconds = found.stall, found.seconds
+                self.pace.written(seconds - stall)
                 self._note(checkpoint_step=found.step, checkpoint_stall_s=stall, checkpoint_write_s=seconds)
 
     def _wait(self) -> None:
