@@ -51,7 +51,7 @@ test-fast: setup
 VLLM    := $(CACHE)/vllm
 
 vllm-test: $(VLLM)/.ready
-	"$(VLLM)/bin/python" -m pytest integrations/vllm/tests -p no:cacheprovider -W ignore --basetemp="$(TMPDIR)/pytest-vllm"
+	VLLM_NO_USAGE_STATS=1 VLLM_CONFIG_ROOT="$(CACHE)/vllm-config" "$(VLLM)/bin/python" -m pytest integrations/vllm/tests -p no:cacheprovider -W ignore --basetemp="$(TMPDIR)/pytest-vllm"
 
 $(VLLM)/.ready: integrations/vllm/pyproject.toml pyproject.toml
 	@mkdir -p "$(TMPDIR)"
