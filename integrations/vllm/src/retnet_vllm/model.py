@@ -35,12 +35,12 @@ class PagedBlock(Block):
         """x [T,D] → [T,D]; outside of a step one sequence from its beginning, whose state nobody wants."""
         if step is None:
             return Block.forward(self, x[None])[0]
-        return self._close(x, pages.mix(self.mixer_norm(x), step))
+        normed = self.mixer_norm(x)
+        return self._close(x, normed, pages.mix(normed, step))
 
-    def _close(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
         """Of several ranks each has some heads and a part of the FFN's width, and makes a summand of either output."""
-        y = x + tensor_model_parallel_all_reduce(mixed)
-        return y + tensor_model_parallel_all_reduce(self.ffn(self.ffn_norm(y)))
+        return super()._add(x, normed, tensor_model_parallel_all_reduce(branch))
 
 
 class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
