@@ -131,7 +131,7 @@ def _retention_kernels(
             _written(out),
         )
     keys, values, warps = tile_table.step_tiles(architecture, K, V)
-    constants = {"K": K, "V": V, "BK": keys, "BV": values, "SLOTS": True}
+    constants = {"K": K, "V": V, "BK": keys, "BV": values, "SLOTS": True, "GATED": False}
     yield "STEP", retention_step_triton, constants, launch.options(warps), f"{keys}×{values} w{warps}"
 
 

@@ -31,18 +31,31 @@ def random_inputs(B, T, H, K, V, *, dtype=torch.float64, rows=None, seed=0, devi
     return leaf(B, T, H, K), leaf(B, T, H, K), leaf(B, T, H, V), state
 
 
+def token_decays(B, T, H, *, dtype=torch.float64, seed=2, device="cpu"):
+    """ln γ of every token and head, wanting a gradient: some γ are 1, some as good as 0, most between."""
+    g = torch.Generator().manual_seed(seed)
+    x, kind = (torch.rand(B, T, H, generator=g, dtype=torch.float64) for _ in range(2))
+    x = torch.where(kind < 0.2, 0.0, torch.where(kind > 0.95, -1000.0 * x, -x.pow(3)))
+    return x.to(device, dtype).requires_grad_()
+
+
 def outputs_and_gradients(inputs, log_decay, *, seed=1, **options) -> dict[str, Tensor]:
-    """Output, final state and the gradients of every input under a random linear functional of both."""
+    """Output, final state and the gradients of every input under a random linear functional of both.
+
+    That of the decays is among them where they want one.
+    """
     leaves = [x.detach().clone().requires_grad_() if x is not None else None for x in inputs]
     q, k, v, state = leaves
+    learned = log_decay.requires_grad
+    log_decay = log_decay.detach().clone().requires_grad_(learned)
     out, final = retention(q, k, v, log_decay, state, **options)
     g = torch.Generator().manual_seed(seed)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in (out, final)]
-    wanted = [x for x in leaves if x is not None]
+    named = {"dq": q, "dk": k, "dv": v, "dstate": state, "dlog_decay": log_decay if learned else None}
+    wanted = {name: x for name, x in named.items() if x is not None}
     loss = (out * weights[0]).sum() + (final * weights[1]).sum()
-    grads = torch.autograd.grad(loss, wanted, materialize_grads=True)  # of no tokens: zeros
-    names = ["dq", "dk", "dv", "dstate"][: len(grads)]
-    return {"out": out.detach(), "state": final.detach(), **dict(zip(names, grads, strict=True))}
+    grads = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)  # of no tokens: zeros
+    return {"out": out.detach(), "state": final.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:

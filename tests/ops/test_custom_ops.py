@@ -33,7 +33,7 @@ def test_opcheck_chunkwise(backend, state, cu_seqlens):
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     out, final, _ = forward(*plain)
     d_out, d_final = torch.ones_like(out), torch.ones_like(final) if state else None
-    opcheck(backward, (*args[:8], d_out, d_final, None))
+    opcheck(backward, (*args[:8], d_out, d_final, None, False))
 
 
 @pytest.mark.parametrize("slots", [None, torch.tensor([4, -1], dtype=torch.int32)], ids=["rows", "slots"])

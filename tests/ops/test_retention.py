@@ -130,12 +130,18 @@ def test_gradcheck(backend, form):
     assert torch.autograd.gradcheck(op, (q, k, v, state))
 
 
-def test_reference_differentiates_the_decay():
-    q, k, v, state = random_inputs(1, 6, 2, 3, 2)
-    log_decay = torch.tensor([-0.1, -0.4], dtype=torch.float64, requires_grad=True)
-    for form in FORMS:
-        op = lambda d, form=form: retention(q, k, v, d, state, form=form, chunk_size=4, backend="auto")  # noqa: E731
-        assert torch.autograd.gradcheck(op, (log_decay,))
+@pytest.mark.parametrize(("backend", "form"), PATHS)
+def test_a_decay_of_heads_is_differentiated(backend, form):
+    q, k, v, state = random_inputs(2, 6, 2, 3, 2)
+    log_decay = torch.tensor([0.0, -0.4], dtype=torch.float64, requires_grad=True)
+    got, want = (
+        outputs_and_gradients((q, k, v, state), log_decay, form=form, chunk_size=4, backend=name)
+        for name in (backend, "reference")
+    )
+    assert_same(got, want, 1e-10)
+    near = torch.tensor([-0.1, -0.4], dtype=torch.float64, requires_grad=True)  # of 1 there is but one side
+    op = lambda d: retention(q, k, v, d, state, form=form, chunk_size=4, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(op, (near,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -299,9 +305,10 @@ class TestMistakes:
             ({"backend": "cpu"}, "backend 'cpu' is now 'torch' .* or 'numba'"),
             ({"backend": "triton"}, "backend 'triton'"),
             ({"chunk_size": 0}, "chunk_size is 0"),
+            ({"log_decay": torch.zeros(2, 4, 3)}, r"or \[B,T,H\] = \[2, 5, 3\], one a token and head"),
             (
-                {"log_decay": GAMMAS.float().requires_grad_(), "backend": "torch"},
-                "log_decay requires a gradient",
+                {"log_decay": torch.zeros(2, 5, 3).index_fill(1, torch.tensor(4), 0.5)},
+                r"log_decay of head 0 at \[0, 4\] is 0.5",
             ),
         ],
     )

@@ -40,7 +40,7 @@ def _opcheck(device: torch.device) -> dict[str, float]:
         torch.library.opcheck(ops.retention_chunkwise_triton, (*call, False))
         call = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
         out, final, _ = ops.retention_chunkwise_triton(*call, False)
-        torch.library.opcheck(ops.retention_chunkwise_triton_backward, (*call, out, final, None))
+        torch.library.opcheck(ops.retention_chunkwise_triton_backward, (*call, out, final, None, False))
     for slots in (None, torch.tensor([4, -1], dtype=torch.int32, device=device)):
         q, k, v = (torch.randn(2, 2, n, device=device) for n in (16, 16, 32))
         pool = torch.randn(5, 2, 16, 32, device=device)

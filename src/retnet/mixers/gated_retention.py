@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.mixers.base import PROJECTION_AXES, MixerConfig, head_width
-from retnet.mixers.packing import SequenceMixer, batch_positions
-from retnet.nn import Linear, Positions, Rotary, Rotation, exactly, widened
-from retnet.ops import head_norm
+from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width
+from retnet.nn import Linear, Positions, Rotary, Rotation, linear_of, widened
+from retnet.ops import CHUNK, head_norm, retention, retention_step
 from retnet.settings import At, Count
-
-PIECE = 2048  # tokens whose chunks' states are held at once
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class GatedRetentionConfig(MixerConfig):
     rotary: Rotation = "interleaved"
     rotary_base: Annotated[float, At(above=0)] = 10000.0
     head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
-    chunk_size: Count = 64
+    chunk_size: Count | None = None  # that of the op
+    backend: Literal["reference", "torch", "numba", "triton", "auto"] = "auto"
 
 
 class GatedRetentionState(NamedTuple):
@@ -40,7 +39,7 @@ class GatedRetentionState(NamedTuple):
     position: Tensor  # int64 [B], tokens seen so far
 
 
-class GatedRetention(SequenceMixer):
+class GatedRetention(Mixer):
     """S_t = γ_t S_{t−1} + k_tᵀ v_t, o_t = q_t S_t / √K for each head; heads normalised, gated by swish, projected.
 
     Weights: q_proj, k_proj [D,D], v_proj, gate_proj [H·V,D], out_proj [D,H·V], decay_proj [H,D].
@@ -67,13 +66,13 @@ class GatedRetention(SequenceMixer):
         self.gate_proj = Linear(d_model, values)
         self.decay_proj = Linear(d_model, self.num_heads)
         self.out_proj = Linear(values, d_model)
-        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base)
+        self.rotary = Rotary(self.key_dim, config.rotary, config.rotary_base, backend=config.backend)
 
     def positions(
         self, x: Tensor, cu_seqlens: Tensor | None = None, state: GatedRetentionState | None = None
-    ) -> Positions | None:
+    ) -> Positions:
         """Those of queries and keys."""
-        return batch_positions(self.rotary, x, cu_seqlens, None if state is None else state.position)
+        return self.rotary.positions(x, cu_seqlens, None if state is None else state.position)
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -87,69 +86,60 @@ class GatedRetention(SequenceMixer):
 
     def mixing_flops(self, length: int) -> int:
         """Chunkwise: scores and their sum inside a chunk of C tokens, and the state's update and reading."""
-        K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size, length)
+        K, V, C = self.key_dim, self.value_dim, min(self.config.chunk_size or CHUNK, length)
         return self.num_heads * (2 * C * (K + V) + 4 * K * V)
 
-    def _whole(self, x: Tensor, *, positions: Positions | None = None) -> Tensor:
-        return self._extend(x, self.init_state(len(x), device=x.device, dtype=x.dtype), positions=positions)[
-            0
-        ]
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, positions: Positions | None = None
+    ) -> Tensor:
+        """x [B,T,D] → [B,T,D], every sequence from its beginning."""
+        heads = self._project(x, positions or self.positions(x, cu_seqlens))
+        return self._finish(self._retention(*heads, None, cu_seqlens)[0], x)
 
-    def _extend(
+    def prefill(
+        self,
+        x: Tensor,
+        state: GatedRetentionState,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Tensor, GatedRetentionState]:
+        """x [B,T,D] from `state` → [B,T,D] and the state after it; with `cu_seqlens`, a row of the state a document."""
+        heads = self._project(x, positions or self.positions(x, cu_seqlens, state))
+        o, kv = self._retention(*heads, state.kv, cu_seqlens)
+        seen = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        return self._finish(o, x), GatedRetentionState(kv, state.position + seen)
+
+    def step(
         self, x: Tensor, state: GatedRetentionState, *, positions: Positions | None = None
     ) -> tuple[Tensor, GatedRetentionState]:
-        wide, kv, outputs = widened(x), state.kv, []
+        """x [B,D] from `state` → [B,D]; the state is updated in place."""
+        heads = self._project(x, positions or self.positions(x, None, state))
+        o = retention_step(*heads, state.kv, backend=self.config.backend)
+        state.position.add_(1)
+        return self._finish(o, x), state
+
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys [...,H,K], rotated, values [...,H,V] and ln γ [...,H], fp32 or better, of x [...,D]."""
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.rotary(q, k, positions or self.rotary.positions(x, None, state.position))
-        log_decay = F.logsigmoid(self.decay_proj(x).to(wide)) / self.config.temperature
-        q = q.to(wide) * self.key_dim**-0.5
-        with exactly(x):  # states and decays stay fp32
-            pieces = (y.to(wide).split(PIECE, dim=1) for y in (q, k, v, log_decay))
-            for q_i, k_i, v_i, log_decay_i in zip(*pieces, strict=True):
-                o, kv = chunkwise(q_i, k_i, v_i, log_decay_i, kv, self.config.chunk_size)
-                outputs.append(o)
-        o, gate = torch.cat(outputs, dim=1), self.gate_proj(x)
-        y = head_norm(o, gate, eps=self.config.head_norm_eps, dtype=x.dtype)
-        return self.out_proj(y), GatedRetentionState(kv, state.position + x.shape[1])
+        log_decay = F.logsigmoid(self.decay_proj(x).to(widened(x))) / self.config.temperature
+        return *self.rotary(q, k, positions), v, log_decay
 
+    def _retention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        kv: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        options = {"chunk_size": self.config.chunk_size, "backend": self.config.backend}
+        return retention(q, k, v, log_decay, kv, cu_seqlens, **options)
 
-def chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """o_n = q_n S_n with S_n = γ_n S_{n−1} + k_nᵀ v_n, parallel inside chunks, recurrent from chunk to chunk.
-
-    With a_j = Σ_{i≤j} ln γ_i inside a chunk that starts from S:
-
-        o_j = Σ_{i≤j} e^{a_j − a_i} (q_j · k_i) v_i + e^{a_j} q_j S        S' = e^{a_C} S + Σ_i e^{a_C − a_i} k_iᵀ v_i
-
-    No exponent is ever positive, so nothing overflows however fast a head forgets.
-
-    Args:
-        q: [B,T,H,K], T ≥ 1; fp32 or fp64, like all others.
-        k: [B,T,H,K].
-        v: [B,T,H,V].
-        log_decay: ln γ of each token and head, [B,T,H] ≤ 0.
-        state: [B,H,K,V].
-        chunk_size: C.
-
-    Returns:
-        [B,T,H,V], and the state after the last token.
-    """
-    T = q.shape[1]
-    C = min(chunk_size, T)
-    fill = -T % C  # with tokens that add nothing and forget nothing
-    q, k, v = (F.pad(y, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, C)).transpose(2, 3) for y in (q, k, v))
-    a = F.pad(log_decay, (0, 0, 0, fill)).unflatten(1, (-1, C)).transpose(2, 3).cumsum(-1)  # [B,n,H,C]
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
-    decay = (a[..., :, None] - a[..., None, :]).masked_fill(later, -torch.inf).exp()  # [B,n,H,C,C]
-    inside = (q @ k.mT * decay) @ v
-    added = (k * (a[..., -1:] - a).exp()[..., None]).mT @ v  # [B,n,H,K,V]
-    kept = a[..., -1].exp()[..., None, None]
-    entering = []
-    for add, keep in zip(added.unbind(1), kept.unbind(1), strict=True):
-        entering.append(state)
-        state = keep * state + add
-    across = (q * a.exp()[..., None]) @ torch.stack(entering, dim=1)
-    return (inside + across).transpose(2, 3).flatten(1, 2)[:, :T], state
+    def _finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """Normalises the heads o [...,H,V] of x [...,D], gates them and projects back to [...,D]."""
+        normed = partial(head_norm, eps=self.config.head_norm_eps, dtype=x.dtype, backend=self.config.backend)
+        return linear_of(self.out_proj, normed, o, self.gate_proj(x), lead=x.dim() - 1)

@@ -10,6 +10,9 @@ For a chunk that starts from S and ends in S' (j, i: places inside the chunk; ξ
     G = (do vᵀ) ⊙ D     dq = G k + ξ ⊙ (do Sᵀ)        dk = Gᵀ q + ζ ⊙ (v dS'ᵀ)
                         dS = γ^C dS' + (q ⊙ ξ)ᵀ do    dv = Aᵀ do + ζ ⊙ (k dS')
 
+Where each token has its own decay (`TokenDecay`), D, ξ, ζ and γ^C are products of the γ between two tokens, made for each
+chunk anew; all the rest is the same.
+
 Products run in fp32 (fp64 for fp64 inputs), whatever the inputs' type. A block of a few chunks at a time is copied to
 buffers in which each chunk of each head is contiguous, which is what the batched product wants and stays in the caches.
 `retnet.ops.cpu.chunkwise_numba` has the same mathematics in compiled kernels, and shares `DecayFactors` with this.
@@ -25,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retnet.ops.decay import decay_sums
 from retnet.ops.inputs import RetentionInputs
 from retnet.ops.reference import decay_mask
 
@@ -42,11 +46,56 @@ class DecayFactors(NamedTuple):
     zeta: Tensor  # ζ of a full chunk [H,C]
     carry: Tensor  # γ^n [H,C+1]
 
-    def of(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(D·scale [H,n,n], ξ·scale [H,n,1], ζ [H,n,1], γ^n [H,1,1]) of a chunk of n tokens."""
-        full = self.zeta.shape[1]
+    def inside(self, block: _ChunkBatch) -> Tensor:
+        """D·scale of G chunks of n tokens, [H,n,n]."""
+        return self.mask[:, : block.length, : block.length]
+
+    def across(self, block: _ChunkBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(ξ·scale [H,n,1], ζ [H,n,1], γ^n [G,H,1,1]) of G chunks of n tokens."""
+        length, full = block.length, self.zeta.shape[1]
         xi, zeta = self.xi[:, :length, None], self.zeta[:, full - length :, None]
-        return self.mask[:, :length, :length], xi, zeta, self.carry[:, length, None, None]
+        return xi, zeta, self.carry[:, length, None, None].expand(block.chunks, -1, 1, 1)
+
+    def at(self, places: Tensor) -> DecayFactors:
+        """Of documents whose tokens have these places."""
+        return self
+
+
+class TokenDecay(NamedTuple):
+    """What `DecayFactors` is, of decays by token."""
+
+    log_decay: Tensor  # [B,T,H]
+    scale: float
+    dtype: torch.dtype
+
+    def inside(self, block: _ChunkBatch) -> Tensor:
+        """D·scale of G chunks of n tokens, [G,B,H,n,n]."""
+        a = self._sums(block)
+        later = torch.ones(block.length, block.length, dtype=torch.bool, device=a.device).triu_(1)
+        exponents = (a - a.mT).to(self.dtype).masked_fill_(later, -torch.inf)
+        return exponents.exp_().mul_(self.scale)
+
+    def across(self, block: _ChunkBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(ξ·scale [G,B,H,n,1], ζ [G,B,H,n,1], the product of all γ [G,B,H,1,1]) of G chunks of n tokens."""
+        a = self._sums(block)
+        last = a[..., -1:, :]
+        xi, zeta, carry = (x.to(self.dtype).exp() for x in (a, last - a, last))
+        return xi.mul_(self.scale), zeta, carry
+
+    def _sums(self, block: _ChunkBatch) -> Tensor:
+        """Σ ln γ from the begin of its chunk up to each token, [G,B,H,n,1]."""
+        return decay_sums(block.of(self.log_decay[..., None]))[..., 1:, :]
+
+    def at(self, places: Tensor) -> TokenDecay:
+        """Of documents whose tokens have these places, [n,L]."""
+        return self._replace(log_decay=self.log_decay[0, places])
+
+
+def factors_of(x: RetentionInputs, chunk: int, dtype: torch.dtype) -> DecayFactors | TokenDecay:
+    """The weights of the decays of a call."""
+    if x.gated:
+        return TokenDecay(x.log_decay, x.scale, dtype)
+    return decay_factors(x.log_decay, chunk, x.scale, dtype)
 
 
 def decay_factors(log_decay: Tensor, chunk: int, scale: float, dtype: torch.dtype) -> DecayFactors:
@@ -139,12 +188,18 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: DecayFactors, chunk: int, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    factors: DecayFactors | TokenDecay,
+    chunk: int,
+    out: Tensor,
 ) -> None:
     """Fills `out` [B,T,H,V] and moves `state` [B,H,K,V] to the end, in place."""
     buffers = _Buffers(q, state.dtype)
     for block in _blocks(q, chunk):
-        D, xi, zeta, carry = factors.of(block.length)
+        D, (xi, zeta, carry) = factors.inside(block), factors.across(block)
         qc, kc, vc = (buffers.load(name, x, block) for name, x in (("q", q), ("k", k), ("v", v)))
         A = _bmm(qc, kc.mT, buffers.get("A", *qc.shape[:-1], block.length)).mul_(D)
         o = _bmm(A, vc, buffers.get("o", *vc.shape))
@@ -152,7 +207,7 @@ def _forward(
         kc.mul_(zeta)
         for i in range(block.chunks):
             _bmm(qc[i], state, o[i], beta=1.0)
-            _bmm(kc[i].mT, vc[i], state.mul_(carry), beta=1.0)
+            _bmm(kc[i].mT, vc[i], state.mul_(carry[i]), beta=1.0)
         block.of(out).copy_(o)
 
 
@@ -163,9 +218,9 @@ def _backward(
     k: Tensor,
     v: Tensor,
     state: Tensor,
-    factors: DecayFactors,
+    factors: DecayFactors | TokenDecay,
     chunk: int,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...],
 ) -> None:
     """Fills `grads` (of q, k, v) and moves `d_state` [B,H,K,V] to the begin, in place. `state` is overwritten."""
     dq, dk, dv = grads
@@ -173,7 +228,7 @@ def _backward(
     inputs = (("q", q), ("k", k), ("v", v), ("g", d_out))
     blocks = _blocks(q, chunk)
     for block in blocks:  # forwards in time, S runs along
-        D, xi, zeta, carry = factors.of(block.length)
+        D, (xi, zeta, carry) = factors.inside(block), factors.across(block)
         qc, kc, vc, gc = (buffers.load(name, x, block) for name, x in inputs)
         A = _bmm(qc, kc.mT, buffers.get("A", *qc.shape[:-1], block.length)).mul_(D)
         block.of(dv).copy_(_bmm(A.mT, gc, buffers.get("dv", *vc.shape)))
@@ -184,10 +239,10 @@ def _backward(
         kc.mul_(zeta)
         for i in range(block.chunks):
             _bmm(gc[i], state.mT, dqc[i], beta=1.0)
-            _bmm(kc[i].mT, vc[i], state.mul_(carry), beta=1.0)
+            _bmm(kc[i].mT, vc[i], state.mul_(carry[i]), beta=1.0)
         block.of(dq).copy_(dqc)
     for block in reversed(blocks):  # backwards in time, dS runs along
-        _, xi, zeta, carry = factors.of(block.length)
+        xi, zeta, carry = factors.across(block)
         qc, kc, vc, gc = (buffers.load(name, x, block) for name, x in inputs)
         qc.mul_(xi)
         kc.mul_(zeta)
@@ -196,7 +251,7 @@ def _backward(
         for i in reversed(range(block.chunks)):
             _bmm(vc[i], d_state.mT, dkc[i])
             _bmm(kc[i], d_state, dvc[i])
-            _bmm(qc[i].mT, gc[i], d_state.mul_(carry), beta=1.0)
+            _bmm(qc[i].mT, gc[i], d_state.mul_(carry[i]), beta=1.0)
         block.of(dk).add_(dkc)
         block.of(dv).add_(dvc)
 
@@ -217,35 +272,45 @@ def forward(x: RetentionInputs, chunk: int, keep_states: bool = False) -> tuple[
     q, k, v = x.q, x.k, x.v
     final = x.fresh_state()
     chunk = chunk_length(chunk, q.shape[1])
-    factors = decay_factors(x.log_decay, chunk, x.scale, final.dtype)
+    factors = factors_of(x, chunk, final.dtype)
     out = v.new_empty(v.shape)
     if x.cu_seqlens is None:
         _forward(q, k, v, final, factors, chunk, out)
         return out, final, final.new_empty(0)
     for rows, places in _documents(x.cu_seqlens):
         part, part_state = v.new_empty(*places.shape, *v.shape[2:]), final[rows]
-        _forward(q[0, places], k[0, places], v[0, places], part_state, factors, chunk, part)
+        _forward(q[0, places], k[0, places], v[0, places], part_state, factors.at(places), chunk, part)
         out[0, places], final[rows] = part, part_state
     return out, final, final.new_empty(0)
 
 
 def backward(
-    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
+    x: RetentionInputs,
+    chunk: int,
+    d_out: Tensor,
+    d_final: Tensor | None,
+    snapshots: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the initial state, given those of the output and the final state."""
+    """Gradients of q, k, v and the initial state, given those of the output and the final state.
+
+    Those of q and k have the type of the state if they are to be `wide`, else that of q.
+    """
     q, k, v = x.q, x.k, x.v
     before, d_state = x.fresh_state(), x._replace(state=d_final).fresh_state()
     chunk = chunk_length(chunk, q.shape[1])
-    factors = decay_factors(x.log_decay, chunk, x.scale, before.dtype)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    factors = factors_of(x, chunk, before.dtype)
+    narrow = before.dtype if wide else q.dtype
+    grads = q.new_empty(q.shape, dtype=narrow), k.new_empty(k.shape, dtype=narrow), v.new_empty(v.shape)
     if x.cu_seqlens is None:
         _backward(d_out, d_state, q, k, v, before, factors, chunk, grads)
         return *grads, d_state
     for rows, places in _documents(x.cu_seqlens):
         qd, kd, vd = (y[0, places] for y in (q, k, v))
-        parts = torch.empty_like(qd), torch.empty_like(kd), torch.empty_like(vd)
+        parts = tuple(grad.new_empty(y.shape) for grad, y in zip(grads, (qd, kd, vd), strict=True))
         part_d_state = d_state[rows]
-        _backward(d_out[0, places], part_d_state, qd, kd, vd, before[rows], factors, chunk, parts)
+        own = factors.at(places)
+        _backward(d_out[0, places], part_d_state, qd, kd, vd, before[rows], own, chunk, parts)
         for grad, part in zip(grads, parts, strict=True):
             grad[0, places] = part
         d_state[rows] = part_d_state
@@ -255,13 +320,17 @@ def backward(
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
-    """One token for each of B rows of `state` [N,H,K,V], which change in place; slot −1 is padding, its output zero."""
+    """One token for each of B rows of `state` [N,H,K,V], which change in place; slot −1 is padding, its output zero.
+
+    log_decay is [H], or [B,H] by token.
+    """
     if slots is None:
         return _step(q, k, v, log_decay, state[: len(q)], scale)
     rows = slots.long()
     real = (rows >= 0).nonzero().squeeze(1)
     part, out = state[rows[real]], torch.zeros_like(v)
-    out[real] = _step(q[real], k[real], v[real], log_decay, part, scale)
+    decay = log_decay[real] if log_decay.dim() == 2 else log_decay
+    out[real] = _step(q[real], k[real], v[real], decay, part, scale)
     state[rows[real]] = part
     return out
 
@@ -269,7 +338,7 @@ def step(
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float) -> Tensor:
     """One token for every row of `state` [B,H,K,V]."""
     wide = state.dtype
-    part = state.mul_(log_decay.to(wide).exp()[:, None, None]).flatten(0, 1)  # [BH,K,V], a view
+    part = state.mul_(log_decay.to(wide).exp()[..., None, None]).flatten(0, 1)  # [BH,K,V], a view
     part.baddbmm_(k.to(wide).flatten(0, 1)[:, :, None], v.to(wide).flatten(0, 1)[:, None, :])
     out = torch.bmm((q.to(wide) * scale).flatten(0, 1)[:, None, :], part)
     return out.view(v.shape).to(v.dtype)

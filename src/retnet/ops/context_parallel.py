@@ -198,6 +198,11 @@ def begin_exchange(
                 f"rank {stretch.rank} has a state of its own; allowed: None, for it goes on from rank 0's"
             )
         check_state(state, k, v, rows)
+    if log_decay.dim() != 1:
+        raise ValueError(
+            f"log_decay has shape {tuple(log_decay.shape)}; allowed across ranks: [H], one a head, since what a stretch "
+            "forgets has to be known to the other ranks beforehand"
+        )
     if is_differentiated(log_decay):
         raise ValueError("log_decay requires a gradient, which is not computed across ranks; detach it")
     if not stretch.crossed:

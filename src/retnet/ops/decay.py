@@ -1,4 +1,4 @@
-"""Decay schedules: the γ of each head, as natural logarithms."""
+"""Decay schedules, the γ of each head as natural logarithms; and sums of the decays of tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+LEAST = -800.0  # γ is 0 in fp64 from here on
 
 Decay = Literal["paper", "experiments", "alibi", "none"] | float | tuple[float, ...]
 
@@ -64,3 +67,26 @@ def _alibi_slopes(num_heads: int) -> Tensor:
         return torch.exp2(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
 
     return torch.cat([of_power(lower), of_power(2 * lower)[::2][: num_heads - lower]])
+
+
+def wide_type(device: torch.device) -> torch.dtype:
+    """The type of sums over many tokens: fp64, where the device has it (Apple's has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def decay_sums(log_decay: Tensor) -> Tensor:
+    """Σ_{i<t} ln γ_i for t = 0 … T: the decays of tokens [...,T,H], summed, [...,T+1,H] in `wide_type`.
+
+    The difference of two of them is ln of the product of the γ between. A γ that is 0 counts as e^`LEAST`, so that what
+    is added to it is not lost to rounding.
+    """
+    wide = log_decay.to(wide_type(log_decay.device)).clamp(min=LEAST)
+    return F.pad(wide.cumsum(-2), (0, 0, 1, 0))
+
+
+def documents_of(length: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of T tokens the document that it is packed in, and where that begins: int64 [T]."""
+    bounds = cu_seqlens.long()
+    tokens = torch.arange(length, device=bounds.device)
+    document = torch.searchsorted(bounds, tokens, right=True) - 1
+    return document, bounds[document]

@@ -14,7 +14,7 @@ class RetentionInputs(NamedTuple):
     q: Tensor  # [B,T,H,K]
     k: Tensor  # [B,T,H,K]
     v: Tensor  # [B,T,H,V]
-    log_decay: Tensor  # [H]
+    log_decay: Tensor  # [H], or by token [B,T,H]
     state: Tensor | None  # [B,H,K,V], or [N,H,K,V] if packed; None: zeros
     cu_seqlens: Tensor | None  # [N+1], bounds of packed documents
     scale: float  # of the query-key products
@@ -23,6 +23,11 @@ class RetentionInputs(NamedTuple):
     def device(self) -> torch.device:
         """Of all tensors."""
         return self.q.device
+
+    @property
+    def gated(self) -> bool:
+        """Whether every token has a decay of its own."""
+        return self.log_decay.dim() == 3
 
     @property
     def sequences(self) -> int:

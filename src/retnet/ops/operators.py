@@ -1,8 +1,9 @@
 """Retention's custom operators: chunkwise forward and backward, and decoding step, of the backends torch, numba, triton.
 
-All backends have the same schemas, fake kernels and rules of differentiation, defined here once. With a constant decay
-retention is linear in each of q, k, v and the state, so every derivative, of any order, is made of its forward and
-backward pass again.
+All backends have the same schemas, fake kernels and rules of differentiation, defined here once. Retention is linear in each
+of q, k, v and the state, and the decays between tokens n and m enter as e^(b_n − b_m), b_n the sum of all up to n, so
+that their derivatives are products with what else is there (`retnet.ops.decay_derivatives`). So every derivative, of any
+order, is made of the forward and backward pass again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.ops import chunkwise, library
+from retnet.ops import chunkwise, decay_derivatives, library
 from retnet.ops.cpu import chunkwise_numba, decode
 from retnet.ops.inputs import RetentionInputs
 from retnet.ops.torch_private import keep
@@ -27,8 +28,8 @@ INPUTS = len(RetentionInputs._fields)
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens"
 _FORWARD = f"({_INPUTS}, float scale, SymInt chunk, bool keep_states) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"({_INPUTS}, float scale, SymInt chunk, Tensor d_out, Tensor? d_final, Tensor? snapshots)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"({_INPUTS}, float scale, SymInt chunk, Tensor d_out, Tensor? d_final, Tensor? snapshots,"
+    " bool wide) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _STEP = (
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor(a!) state, Tensor? slots, float scale) -> Tensor"
@@ -41,8 +42,8 @@ class Operators(NamedTuple):
     Attributes:
         forward: forward(q, k, v, log_decay, state, cu_seqlens, scale, chunk, keep_states): output [B,T,H,V] in v's type,
             final state, and the states at chunk boundaries, empty unless they are kept.
-        backward: backward(q, k, v, log_decay, state, cu_seqlens, scale, chunk, d_out, d_final, snapshots): gradients of
-            q, k, v and the state.
+        backward: backward(q, k, v, log_decay, state, cu_seqlens, scale, chunk, d_out, d_final, snapshots, wide): gradients
+            of q, k, v and the state; those of q and k in the state's type if they are to be `wide`.
         step: step(q, k, v, log_decay, state, slots, scale): output; the state changes in place.
     """
 
@@ -67,11 +68,12 @@ class _Call(NamedTuple):
         d_out: Tensor,
         d_final: Tensor | None,
         snapshots: Tensor | None = None,
+        wide: bool = False,
         **changed: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = self.inputs._replace(**changed)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.backward(
-            *inputs, self.chunk, d_out, d_final, snapshots
+            *inputs, self.chunk, d_out, d_final, snapshots, wide
         )
         return found
 
@@ -105,6 +107,35 @@ class _Call(NamedTuple):
             dq, dk, _, _ = self.backward(d_out, d_final, v=c, state=None)
             found.append((dq, dk, None, None))
         return [_sum(part) for part in zip(*found, strict=True)] if found else [None] * 4
+
+    def forward_along_decay(self, direction: Tensor) -> list[Tensor | None]:
+        """The change of output and final state, when the decays change in this direction: that of b_n − b_m."""
+        beta, last = decay_derivatives.running(self.inputs, direction)
+        out, final = self.forward()
+        less_out, less_final = self.forward(k=_times(self.inputs.k, beta), state=None)
+        return [_times(out, beta) - less_out, _times(final, last[..., None]) - less_final]
+
+    def backward_along_decay(
+        self, d_out: Tensor, d_final: Tensor | None, direction: Tensor
+    ) -> list[Tensor | None]:
+        """The change of the gradients of q, k, v and the state, when the decays change in this direction."""
+        q, k, *_ = self.inputs
+        beta, last = decay_derivatives.running(self.inputs, direction)
+        dq, dk, _, _ = self.backward(d_out, d_final)
+        later = None if d_final is None else _times(d_final, last[..., None])
+        _, more_dk, more_dv, d_state = self.backward(d_out, later, q=_times(q, beta))
+        less_dq, _, less_dv, _ = self.backward(d_out, d_final, k=_times(k, beta), state=None)
+        d_state_or_none = None if self.inputs.state is None else d_state
+        return [_times(dq, beta) - less_dq, more_dk - _times(dk, beta), more_dv - less_dv, d_state_or_none]
+
+    def decay_gradient(self, *products: tuple[Gradients, Gradients]) -> Tensor:
+        """The gradient of the decays, from pairs of q, k, v, state, or directions of them, and their gradients."""
+        return decay_derivatives.gradient(self.inputs, *products)
+
+
+def _times(x: Tensor, beta: Tensor) -> Tensor:
+    """β ⊙ x of β [...] and x [...,·], in the type of x."""
+    return (x * beta[..., None]).to(x.dtype)
 
 
 def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -140,40 +171,50 @@ def _define(
         keep(ctx, *tensors, output[2] if keep_states else None)
 
     def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:  # noqa: ANN401
-        _refuse_decay(ctx.needs_input_grad[3])
         run, (snapshots,) = call(ctx)
-        d_out = torch.zeros_like(run.inputs.v) if d_out is None else d_out
-        dq, dk, dv, d_state = run.backward(d_out, d_final, snapshots)
-        return dq, dk, dv, None, None if run.inputs.state is None else d_state, *[None] * 4
+        q, k, v, _, state, *_ = run.inputs
+        d_out, wide = torch.zeros_like(v) if d_out is None else d_out, ctx.needs_input_grad[3]
+        dq, dk, dv, d_state = run.backward(d_out, d_final, snapshots, wide)
+        d_log_decay = run.decay_gradient(((q, k, v, state), (dq, dk, dv, d_state))) if wide else None
+        dq, dk = dq.to(q.dtype), dk.to(k.dtype)
+        return dq, dk, dv, d_log_decay, None if state is None else d_state, *[None] * 4
 
     def tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
-        a, b, c, d_log_decay, e, *_ = along
-        _refuse_decay(d_log_decay is not None)
+        a, b, c, direction, e, *_ = along
         run, _ = call(ctx)
         out, final = run.forward_along((a, b, c, e))
+        if direction is not None:
+            pairs = zip((out, final), run.forward_along_decay(direction), strict=True)
+            out, final = (_sum(pair) for pair in pairs)
         zeros = run.inputs._replace(state=None).fresh_state() if final is None else final
         return torch.zeros_like(run.inputs.v) if out is None else out, zeros, None
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
-        *tensors, ctx.scale, ctx.chunk, d_out, d_final, _ = (
+        *tensors, ctx.scale, ctx.chunk, d_out, d_final, _, _ = (
             inputs  # the snapshots follow from k, v and the state
         )
         keep(ctx, *tensors, d_out, d_final)
 
     def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401
-        _refuse_decay(ctx.needs_input_grad[3])
         run, (d_out, d_final) = call(ctx)
-        a, b, c, e = cotangents
-        out, final = run.forward_along((a, b, c, e))
-        dq, dk, dv, d_state = run.backward_along(d_out, d_final, (a, b, c, e))
+        along = _narrowed(cotangents, run.inputs)
+        out, final = run.forward_along(along)
+        dq, dk, dv, d_state = changes = run.backward_along(d_out, d_final, along)
+        d_log_decay = None
+        if ctx.needs_input_grad[3]:
+            values = (*run.inputs[:3], run.inputs.state)
+            base = run.backward(d_out, d_final, wide=True)
+            d_log_decay = run.decay_gradient((along, base), (values, tuple(changes)))
         final = None if d_final is None else final
-        return dq, dk, dv, None, d_state, None, None, None, out, final, None
+        return dq, dk, dv, d_log_decay, d_state, None, None, None, out, final, None, None
 
     def second_tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
-        a, b, c, d_log_decay, e, _, _, _, t_out, t_final, _ = along
-        _refuse_decay(d_log_decay is not None)
+        a, b, c, direction, e, _, _, _, t_out, t_final, _, _ = along
         run, (d_out, d_final) = call(ctx)
         changes = run.backward_along(d_out, d_final, (a, b, c, e))
+        if direction is not None:
+            more = run.backward_along_decay(d_out, d_final, direction)
+            changes = [_sum(pair) for pair in zip(changes, more, strict=True)]
         like = (*run.inputs[:3], run.inputs.fresh_state())
         if t_out is not None or t_final is not None:
             linear = run.backward(torch.zeros_like(like[2]) if t_out is None else t_out, t_final)
@@ -213,16 +254,19 @@ def _define(
     return made
 
 
-def _refuse_decay(wanted: bool) -> None:
-    if wanted:
-        raise NotImplementedError(
-            "a derivative of log_decay is wanted, which explicit backward passes do not compute; use backend 'reference'"
-        )
+def _narrowed(cotangents: Sequence[Tensor | None], x: RetentionInputs) -> Gradients:
+    """Cotangents of the gradients of q, k, v and the state, in the types of these."""
+    like = (*x[:3], None)
+    a, b, c, e = (
+        y if y is None or z is None else y.to(z.dtype) for y, z in zip(cotangents, like, strict=True)
+    )
+    return a, b, c, e
 
 
 # Where the heads of each tensor are: under vmap the batch becomes more heads, which takes any packing and any decay along.
-_SIDES = (2, 2, 2, 0, 1, None, None, None, None), (2, 1, 1)
-_SIDES_BACKWARD = (2, 2, 2, 0, 1, None, None, None, 2, 1, 1), (2, 2, 2, 1)
+# A decay has them last, by head or by token.
+_SIDES = (2, 2, 2, -1, 1, None, None, None, None), (2, 1, 1)
+_SIDES_BACKWARD = (2, 2, 2, -1, 1, None, None, None, 2, 1, 1, None), (2, 2, 2, 1)
 
 
 def _fold(op: Any, sides: Any, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # noqa: ANN401
@@ -234,6 +278,7 @@ def _fold(op: Any, sides: Any, info: Any, in_dims: tuple[int | None, ...], *inpu
         if heads is None or x is None:
             folded.append(x)
             continue
+        heads = heads if heads >= 0 else x.dim() - 1 - (dim is not None)
         x = x.movedim(dim, heads) if dim is not None else x.unsqueeze(heads).expand(*_with(x.shape, heads, n))
         folded.append(x.flatten(heads, heads + 1))
     outputs = op(*folded)
@@ -246,8 +291,11 @@ def _with(shape: torch.Size, place: int, size: int) -> list[int]:
     return [*shape[:place], size, *shape[place:]]
 
 
-def _fake_backward(x: RetentionInputs, *_: object) -> tuple[Tensor, ...]:
-    return *(y.new_empty(y.shape) for y in x[:3]), x._replace(state=None).fresh_state()
+def _fake_backward(x: RetentionInputs, *rest: object) -> tuple[Tensor, ...]:
+    d_state = x._replace(state=None).fresh_state()
+    narrow = d_state.dtype if rest[-1] else x.q.dtype
+    dq, dk = (y.new_empty(y.shape, dtype=narrow) for y in x[:2])
+    return dq, dk, x.v.new_empty(x.v.shape), d_state
 
 
 def _fake_step(

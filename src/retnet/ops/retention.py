@@ -20,7 +20,6 @@ from retnet.ops.validation import check_documents, check_inputs, check_pool, che
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 
-NO_DECAY_GRADIENT = "log_decay requires a gradient, which explicit backward passes do not compute"
 NO_STEP_DERIVATIVE = (
     "a derivative of a step is wanted, which only the reference has (else decode in torch.no_grad())"
 )
@@ -45,7 +44,8 @@ def retention(
         q: queries [B,T,H,K]; any floating type of fp64, fp32, bf16, fp16.
         k: keys [B,T,H,K].
         v: values [B,T,H,V], V may differ from K.
-        log_decay: ln γ of each head, [H], fp32 or fp64, in (−∞, 0]; see `log_decays`.
+        log_decay: ln γ of each head, [H], see `log_decays`; or of each token and head, [B,T,H] (gated retention: S_n =
+            γ_n S_{n-1} + k_nᵀ v_n). fp32 or fp64, in (−∞, 0].
         state: to start from, fp32 (fp64 for fp64 inputs): [B,H,K,V], or [N,H,K,V] with `cu_seqlens`; default zeros.
         cu_seqlens: int32 or int64 [N+1], bounds of N documents packed in one row (B = 1), from 0 to T, empty ones allowed.
         scale: factor of the query-key products, default K^(−1/2).
@@ -53,7 +53,7 @@ def retention(
         chunk_size: C of the chunkwise form; default: `CHUNK`, and of Triton's kernels `tile_table.CHUNK` (which round C
             up to a multiple of 16).
         backend: ``"reference"`` (any device, autograd of everything), ``"torch"`` (any device; explicit backward, constant
-            memory in the number of chunks; no derivative of `log_decay`), ``"numba"`` (the same in kernels compiled for the
+            memory in the number of chunks), ``"numba"`` (the same in kernels compiled for the
             CPU), ``"triton"`` (the same on CUDA and ROCm; no recurrent form), or ``"auto"``: the fastest that can run,
             logged once.
         keep_states: Triton's kernels keep the states at chunk boundaries from the forward for the backward pass (K·V/C
@@ -99,7 +99,7 @@ def retention_step(
         q: queries [B,H,K].
         k: keys [B,H,K].
         v: values [B,H,V].
-        log_decay: ln γ of each head, [H], in (−∞, 0].
+        log_decay: ln γ in (−∞, 0] of each head, [H], or of each token and head, [B,H].
         state: [N,H,K,V], contiguous, fp32 (fp64 for fp64 inputs); the rows in use are updated in place. No leaf that
             requires a gradient: pass a clone of it.
         slots: int32 or int64 [B], the row of `state` of each batch row, distinct; −1 marks padding, whose output is zero.
@@ -142,7 +142,7 @@ def retention_steps(
         q: queries [B,T,H,K].
         k: keys [B,T,H,K].
         v: values [B,T,H,V].
-        log_decay: as in `retention_step`, like the rest.
+        log_decay: ln γ in (−∞, 0] of each head, [H], or of each token and head, [B,T,H].
         state: [N,H,K,V], updated in place.
         slots: [B].
         scale: default K^(−1/2).
@@ -189,18 +189,14 @@ def _triton(
     return out, final
 
 
-def _no_torch(x: RetentionInputs, *_: object) -> str | None:
-    return NO_DECAY_GRADIENT if is_differentiated(x.log_decay) else None
-
-
 def _no_numba(x: RetentionInputs, *_: object) -> str | None:
     if not x.q.is_cpu:
         return f"tensors are on {x.device}; numba compiles for the CPU"
-    return NO_DECAY_GRADIENT if is_differentiated(x.log_decay) else chunkwise_numba.hindrance(x.q.dtype)
+    return chunkwise_numba.hindrance(x.q.dtype)
 
 
 def _no_triton(x: RetentionInputs, form: str, *_: object) -> str | None:
-    return capability.unsupported(x.q, x.v, form) or _no_torch(x) or capability.missing(str(x.device))
+    return capability.unsupported(x.q, x.v, form) or capability.missing(str(x.device))
 
 
 _RETENTION = Op(
@@ -209,7 +205,7 @@ _RETENTION = Op(
     numba=Implementation(
         partial(_chunkwise, operators.NUMBA), _no_numba, chunkwise_numba.slower, auto_on="cpu"
     ),
-    torch=Implementation(partial(_chunkwise, operators.TORCH), _no_torch),
+    torch=Implementation(partial(_chunkwise, operators.TORCH)),
     reference=Implementation(_reference),
 )
 
@@ -239,10 +235,11 @@ def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None: 
 
 
 def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
-    q, k, v, *rest = arguments
+    q, k, v, log_decay, *rest = arguments
     out = torch.empty_like(v)
     for t in range(q.shape[1]):
-        out[:, t] = step(q[:, t], k[:, t], v[:, t], *rest)
+        decay = log_decay[:, t] if log_decay.dim() == 3 else log_decay
+        out[:, t] = step(q[:, t], k[:, t], v[:, t], decay, *rest)
     return out
 
 

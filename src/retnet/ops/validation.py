@@ -38,17 +38,17 @@ def plainly_right(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
         and (heads, keys) == (H, K)
         and rows >= B
         and state.is_contiguous()
-        and log_decay.shape == (H,)
+        and (log_decay.shape == (H,) or log_decay.shape == (B, H))
     ):
         return False
-    for value in log_decay.tolist():  # noqa: SIM110  a generator would take as long as all the rest
+    for value in log_decay.flatten().tolist():  # noqa: SIM110  a generator would take as long as all the rest
         if not -math.inf < value <= 0:
             return False
     return True
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bool) -> None:
-    """Tokens [B,T,H,·], or [B,H,·] without `time`, of one type and device, and a decay in (0, 1] for each head."""
+    """Tokens [B,T,H,·], or [B,H,·] without `time`, of one type and device, and decays in (0, 1] by head or by token."""
     lead = "B,T,H" if time else "B,H"
     if q.dim() != (4 if time else 3):
         raise ValueError(f"q has shape {tuple(q.shape)}; allowed: [{lead},K]")
@@ -64,20 +64,32 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, time: bo
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has type {x.dtype}; allowed: that of q, {q.dtype}")
     heads = q.shape[-2]
-    if log_decay.shape != (heads,) or log_decay.dtype not in (torch.float32, torch.float64):
+    shapes = ((heads,), tuple(q.shape[:-1]))
+    if tuple(log_decay.shape) not in shapes or log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"log_decay has shape {tuple(log_decay.shape)} and type {log_decay.dtype}; "
-            f"allowed: [{heads}], one a head, fp32 or fp64 (half types round γ to 1)"
+            f"log_decay has shape {tuple(log_decay.shape)} and type {log_decay.dtype}; allowed: [{heads}], one a head, "
+            f"or [{lead}] = {list(shapes[1])}, one a token and head; fp32 or fp64 (half types round γ to 1)"
         )
     for name, x in (("k", k), ("v", v), ("log_decay", log_decay)):
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}; allowed: the device of q, {q.device}")
     if is_readable(log_decay):
-        for head, value in enumerate(log_decay.tolist()):
-            if not -math.inf < value <= 0:
-                raise ValueError(
-                    f"log_decay of head {head} is {value}, γ = {_exp(value)}; allowed: γ in (0, 1], log_decay in (−∞, 0]"
-                )
+        _check_decays(log_decay)
+
+
+def _check_decays(log_decay: Tensor) -> None:
+    """Constants in (−∞, 0]; what a network makes of tokens may be −∞, forgetting all, or NaN, which gives NaN."""
+    if log_decay.dim() == 1:
+        wrong = [(head, x) for head, x in enumerate(log_decay.tolist()) if not -math.inf < x <= 0]
+        where = ""
+    elif wrong := (log_decay > 0).nonzero()[:1].tolist():
+        *token, head = wrong[0]
+        wrong, where = [(head, log_decay[(*token, head)].item())], f" at {token}"
+    if wrong:
+        head, value = wrong[0]
+        raise ValueError(
+            f"log_decay of head {head}{where} is {value}, γ = {_exp(value)}; allowed: γ in (0, 1], log_decay in (−∞, 0]"
+        )
 
 
 def _exp(value: float) -> float:

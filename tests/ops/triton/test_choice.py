@@ -160,12 +160,8 @@ def test_auto_falls_back_and_says_why(gpu, caplog, change, reason):
         retention(*inputs, torch.empty(3, device=gpu), backend="triton")
 
 
-def test_a_learned_decay_or_the_recurrent_form_is_not_for_the_kernels(gpu):
+def test_the_recurrent_form_is_not_for_the_kernels(gpu):
     inputs = on(gpu)
-    with pytest.raises(
-        ValueError, match="log_decay requires a gradient, which explicit backward passes do not"
-    ):
-        retention(*inputs, torch.empty(3, device=gpu, requires_grad=True), backend="triton")
     with pytest.raises(ValueError, match="form is 'recurrent'; allowed: 'chunkwise', 'parallel'"):
         retention(*inputs, torch.empty(3, device=gpu), form="recurrent", backend="triton")
 

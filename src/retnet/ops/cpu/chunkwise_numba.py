@@ -5,6 +5,9 @@ between matrix products nothing is dispatched and nothing leaves that cache, wha
 documents packed in one row are walked where they lie, and the half of a chunk's scores that causality removes is not
 computed. What is inside a chunk waits for the backward's second walk here, so that of the gradients only dq is written
 twice. A head's result does not depend on how many threads share the work.
+
+Where each token has its own decay, the weights of a chunk are made in the cache as well, as running products of the γ, one
+row of D from the one before: no exponential is taken, and nothing can overflow.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from retnet.ops import chunkwise
-from retnet.ops.chunkwise import chunk_length, decay_factors
+from retnet.ops.chunkwise import DecayFactors, chunk_length, decay_factors
 from retnet.ops.cpu import jit, openmp
 from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, PackedGemm, compile_packed_gemm
 from retnet.ops.inputs import RetentionInputs
@@ -43,6 +46,8 @@ class ChunkwiseTable(NamedTuple):
     xi: int  # ξ · scale [H,C]
     zeta: int  # ζ of a full chunk [H,C]
     carry: int  # γ^n [H,C+1]
+    gammas: int  # γ [M,H] where each token has its own, and then none of the four before; else 0
+    scale: int  # the bits of an fp64 number
     q: int  # [M,H,K]
     k: int  # [M,H,K]
     v: int  # [M,H,V]
@@ -97,19 +102,25 @@ def forward(x: RetentionInputs, chunk: int, keep_states: bool = False) -> tuple[
 
 
 def backward(
-    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
+    x: RetentionInputs,
+    chunk: int,
+    d_out: Tensor,
+    d_final: Tensor | None,
+    snapshots: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `chunkwise.backward`, which takes over where the kernels cannot run."""
     before = x.fresh_state()
     if (kernels := _kernels(before.dtype)) is None:
-        return chunkwise.backward(x, chunk, d_out, d_final)
+        return chunkwise.backward(x, chunk, d_out, d_final, None, wide)
     d_state = x._replace(state=d_final).fresh_state()
     q, k, v, g = _rows(before, x.q, x.k, x.v, d_out)
     grads = [torch.empty_like(y) for y in (q, k, v)]
     inputs = {"q": q, "k": k, "v": v, "state": before, "d_out": g, "d_state": d_state}
     _run(kernels.backward, inputs | dict(zip(("dq", "dk", "dv"), grads, strict=True)), x, chunk)
-    dq, dk, dv = (d.view_as(y).to(y.dtype) for d, y in zip(grads, x[:3], strict=True))
-    return dq, dk, dv, d_state
+    dq, dk, dv = (d.view_as(y) for d, y in zip(grads, x[:3], strict=True))
+    narrow = before.dtype if wide else x.q.dtype
+    return dq.to(narrow), dk.to(narrow), dv.to(x.v.dtype), d_state
 
 
 def _rows(like: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -120,7 +131,9 @@ def _rows(like: Tensor, *tensors: Tensor) -> list[Tensor]:
 def _run(kernel: Any, tensors: dict[str, Tensor], x: RetentionInputs, chunk: int) -> None:  # noqa: ANN401
     """Runs a kernel on these tensors of its table."""
     B, T = x.q.shape[:2]
-    factors = decay_factors(x.log_decay, chunk_length(chunk, T), x.scale, tensors["state"].dtype)
+    dtype, C = tensors["state"].dtype, chunk_length(chunk, T)
+    factors = None if x.gated else decay_factors(x.log_decay, C, x.scale, dtype)
+    gammas = x.log_decay.to(torch.float64).exp().to(dtype).contiguous() if x.gated else None
     bounds = torch.arange(B + 1) * T if x.cu_seqlens is None else x.cu_seqlens.long()
     lengths = bounds.diff()
     order = lengths.argsort(descending=True, stable=True)
@@ -131,16 +144,15 @@ def _run(kernel: Any, tensors: dict[str, Tensor], x: RetentionInputs, chunk: int
         heads=H,
         key_dim=K,
         value_dim=V,
-        chunk=factors.mask.shape[1],
+        chunk=C,
         sequences=N,
-        together=max(1, min(H, H * N // threads, CACHE // (K * V * factors.mask.itemsize))),
+        together=max(1, min(H, H * N // threads, CACHE // (K * V * dtype.itemsize))),
         starts=bounds.data_ptr(),
         lengths=lengths.data_ptr(),
         order=order.data_ptr(),
-        mask=factors.mask.data_ptr(),
-        xi=factors.xi.data_ptr(),
-        zeta=factors.zeta.data_ptr(),
-        carry=factors.carry.data_ptr(),
+        **{name: getattr(factors, name).data_ptr() if factors else 0 for name in DecayFactors._fields},
+        gammas=0 if gammas is None else gammas.data_ptr(),
+        scale=openmp.bits(x.scale),
         **{name: x.data_ptr() for name, x in tensors.items()},
     )
     openmp.run(kernel, table, threads)
@@ -192,15 +204,58 @@ def _compile_inputs(compiler: jit.Compiler, number: type) -> Any:  # noqa: ANN40
     return inputs
 
 
+def _compile_decays(compiler: jit.Compiler, number: type) -> Any:  # noqa: ANN401
+    """decays(table): what `weights` needs. weights(decays, begin, n, h): D, ξ, ζ, γ^n of a chunk, and whose of them it is.
+
+    Those of heads were made beforehand. Those of tokens are made here, where they were of the chunk before.
+    """
+    array, real = compiler.array, compiler.real
+
+    @compiler.function
+    def decays(table: Any) -> Any:  # noqa: ANN401
+        M, H, C = table[AT.tokens], table[AT.heads], table[AT.chunk]
+        gammas, scale = array(table[AT.gammas], (M, H), number), number(real(table[AT.scale]))
+        own = (
+            np.empty((1, C, C), number),
+            np.empty((1, C), number),
+            np.empty((1, C), number),
+            np.empty((1, C + 1), number),
+        )
+        return own, gammas, scale, table[AT.gammas] != 0
+
+    @compiler.function
+    def weights(factors: Any, decays: Any, begin: int, n: int, h: int) -> Any:  # noqa: ANN401
+        own, gammas, scale, by_token = decays
+        if not by_token:
+            return factors, h
+        mask, xi, zeta, carry = own
+        C, keep, rest = xi.shape[1], number(1), number(1)
+        for j in range(n):
+            gamma, row, before = gammas[begin + j, h], mask[0, j], mask[0, max(j - 1, 0)]
+            for i in range(j):
+                row[i] = before[i] * gamma
+            row[j] = scale
+            keep *= gamma
+            xi[0, j] = keep * scale
+        for j in range(n - 1, -1, -1):
+            zeta[0, C - n + j] = rest
+            rest *= gammas[begin + j, h]
+        carry[0, n] = keep
+        return own, 0
+
+    return decays, weights
+
+
 def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> Any:  # noqa: ANN401
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
     inputs, chunk_at = _compile_inputs(compiler, number), _compile_chunk_at(compiler)
+    decays, weights = _compile_decays(compiler, number)
 
     @compiler.kernel
     def retention_chunkwise_forward_numba(table: Any) -> None:  # noqa: ANN401
         (H, N, C, K, V, together), (q, k, v, state), (starts, lengths, order), factors = inputs(table)
-        mask, xi, zeta, carry = factors
+        by_token = decays(table)
         out = array(table[AT.out], v.shape, number)
         ones = np.ones(max(C, K), number)
         scores, values, outs = empty(1, C, C)[0], empty(1, C, V)[0], empty(1, C, V)[0]
@@ -215,6 +270,7 @@ def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> 
             for step in range((last - start + C - 1) // C * heads):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step + 1, heads, first, start, last, C)
+                (mask, xi, zeta, carry), w = weights(factors, by_token, begin, n, h)
                 S = view(states[step % heads], K, V)
                 A, vc, oc = view(scores, n, n), view(values, n, V), view(outs, n, V)
                 qc, kc, kt = view(queries, n, K), view(keys, n, K), view(keys_t, K, n)
@@ -223,13 +279,13 @@ def _compile_forward(compiler: jit.Compiler, gemm: PackedGemm, number: type) -> 
                 transpose(kc, kt)
                 load(vc, v, begin, n, h, ones)
                 product(qc, False, kt, A, 0.0, LOWER_RESULT, (rows(out, begin, n, h),))
-                mask_scores(A, mask[h], n)
+                mask_scores(A, mask[w], n)
                 product(A, False, vc, oc, 0.0, LOWER_LEFT, (rows(q, *after),))
-                scale(qc, xi[h], n)
+                scale(qc, xi[w], n)
                 product(qc, False, S, oc, 1.0, ALL, (rows(k, *after),))
                 store(oc, out, begin, n, h, False)
-                scale(kc, zeta[h, C - n :], n)
-                product(kc, True, vc, S, carry[h, n], ALL, (rows(v, *after),))
+                scale(kc, zeta[w, C - n :], n)
+                product(kc, True, vc, S, carry[w, n], ALL, (rows(v, *after),))
             for i in range(heads):
                 store(view(states[i], K, V), state[row * H + first + i], 0, K, 0, False)
 
@@ -240,11 +296,12 @@ def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) ->
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     empty, view, rows, load, store, transpose, scale, mask_scores, product = gemm
     inputs, chunk_at = _compile_inputs(compiler, number), _compile_chunk_at(compiler)
+    decays, weights = _compile_decays(compiler, number)
 
     @compiler.kernel
     def retention_chunkwise_backward_numba(table: Any) -> None:  # noqa: ANN401
         (H, N, C, K, V, together), (q, k, v, state), (starts, lengths, order), factors = inputs(table)
-        mask, xi, zeta, carry = factors
+        by_token = decays(table)
         g, d_state = array(table[AT.d_out], v.shape, number), array(table[AT.d_state], state.shape, number)
         dq, dk = array(table[AT.dq], q.shape, number), array(table[AT.dk], k.shape, number)
         dv = array(table[AT.dv], v.shape, number)
@@ -271,23 +328,25 @@ def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) ->
             for step in range(chunks * heads):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step + 1, heads, first, start, last, C)
+                (_, xi, zeta, carry), w = weights(factors, by_token, begin, n, h)
                 S_t = view(states[step % heads], V, K)
                 kc, vc = view(keys, n, K), view(values, n, V)
                 gc, dkc = view(d_outs, n, V), view(d_keys, n, K)
                 load(gc, g, begin, n, h, ones)
                 product(gc, False, S_t, dkc, 0.0, ALL, (rows(dq, begin, n, h), rows(k, *after)))
-                scale(dkc, xi[h], n)
+                scale(dkc, xi[w], n)
                 store(dkc, dq, begin, n, h, False)
                 if begin + n < last:
-                    load(kc, k, begin, n, h, zeta[h, C - n :])
+                    load(kc, k, begin, n, h, zeta[w, C - n :])
                     load(vc, v, begin, n, h, ones)
-                    product(vc, True, kc, S_t, carry[h, n], ALL, (rows(v, *after), rows(g, *after)))
+                    product(vc, True, kc, S_t, carry[w, n], ALL, (rows(v, *after), rows(g, *after)))
             for i in range(heads):
                 load(view(states[i], K, V), d_state[row * H + first + i], 0, K, 0, ones)
             # Backwards in time, dS runs along: everything else.
             for step in range(chunks * heads - 1, -1, -1):
                 begin, n, h = chunk_at(step, heads, first, start, last, C)
                 after = chunk_at(step - 1, heads, first, start, last, C)
+                (mask, xi, zeta, carry), w = weights(factors, by_token, begin, n, h)
                 dS = view(states[step % heads], K, V)
                 A, G = view(scores, n, n), view(d_scores, n, n)
                 qc, kc, kt = view(queries, n, K), view(keys, n, K), view(keys_t, K, n)
@@ -299,23 +358,23 @@ def _compile_backward(compiler: jit.Compiler, gemm: PackedGemm, number: type) ->
                 load(gc, g, begin, n, h, ones)
                 transpose(vc, vt)
                 product(gc, False, vt, G, 0.0, LOWER_RESULT, (rows(dq, begin, n, h),))
-                mask_scores(G, mask[h], n)
+                mask_scores(G, mask[w], n)
                 product(G, False, kc, dkc, 0.0, LOWER_LEFT, nothing)
                 store(dkc, dq, begin, n, h, True)
                 transpose(kc, kt)
                 product(qc, False, kt, A, 0.0, LOWER_RESULT, nothing)
-                mask_scores(A, mask[h], n)
+                mask_scores(A, mask[w], n)
                 product(dS, False, vt, kt, 0.0, ALL, (rows(dk, begin, n, h), rows(q, *after)))
                 transpose(kt, dkc)
-                scale(dkc, zeta[h, C - n :], n)
+                scale(dkc, zeta[w, C - n :], n)
                 product(G, True, qc, dkc, 1.0, UPPER_LEFT, nothing)
                 store(dkc, dk, begin, n, h, False)
-                scale(kc, zeta[h, C - n :], n)
+                scale(kc, zeta[w, C - n :], n)
                 product(kc, False, dS, vc, 0.0, ALL, (rows(dv, begin, n, h), rows(k, *after)))
                 product(A, True, gc, vc, 1.0, UPPER_LEFT, (rows(v, *after),))
                 store(vc, dv, begin, n, h, False)
-                scale(qc, xi[h], n)
-                product(qc, True, gc, dS, carry[h, n], ALL, (rows(g, *after),))
+                scale(qc, xi[w], n)
+                product(qc, True, gc, dS, carry[w, n], ALL, (rows(g, *after),))
             for i in range(heads):
                 store(view(states[i], K, V), d_state[row * H + first + i], 0, K, 0, False)
 

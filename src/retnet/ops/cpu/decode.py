@@ -84,7 +84,14 @@ def step(
     at = 0 if rows is None else rows.data_ptr()
     pointers = (*[x.data_ptr() for x in inputs], state.data_ptr(), at, out.data_ptr())
     one = v.numel() * q.shape[2] <= SMALL  # waiting for a second thread would take as long as it saves
-    numbers = (*pointers, *q.shape, v.shape[2], state.shape[0], bits(scale))
+    numbers = (
+        *pointers,
+        *q.shape,
+        v.shape[2],
+        state.shape[0],
+        bits(scale),
+        1 if log_decay.dim() == 1 else len(log_decay),
+    )
     run(kernels.step, numbers, 1 if one else None)
     return out.to(v.dtype)
 

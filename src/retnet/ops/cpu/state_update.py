@@ -18,7 +18,7 @@ class StepTable(IntEnum):
     Q = 0  # [B,H,K]
     K = 1
     V = 2  # [B,H,V]
-    LOG_DECAY = 3  # [H]
+    LOG_DECAY = 3  # [1,H], or [B,H] by token
     STATE = 4  # [N,H,K,V]
     SLOTS = 5  # int64 [B], −1 is padding; 0: row b has slot b
     OUT = 6  # [B,H,V]
@@ -28,6 +28,7 @@ class StepTable(IntEnum):
     VALUE_DIM = 10
     STATES = 11
     SCALE = 12  # the bits of an fp64 number
+    DECAYS = 13  # rows of LOG_DECAY
 
 
 def compile_update(compiler: Compiler) -> Callable[..., None]:
@@ -79,7 +80,7 @@ def compile_step(compiler: Compiler, update: Callable[..., None]) -> Any:  # noq
         )
         v, log_decay = (
             array(table[StepTable.V], (B, H, V), np.float32),
-            array(table[StepTable.LOG_DECAY], (H,), np.float32),
+            array(table[StepTable.LOG_DECAY], (table[StepTable.DECAYS], H), np.float32),
         )
         state, slots = (
             array(table[StepTable.STATE], (N, H, K, V), np.float32),
@@ -92,7 +93,7 @@ def compile_step(compiler: Compiler, update: Callable[..., None]) -> Any:  # noq
             if slot < 0:
                 out[b, h, :] = 0
                 continue
-            keep = np.float32(math.exp(log_decay[h]))
+            keep = np.float32(math.exp(log_decay[b % table[StepTable.DECAYS], h]))
             update(state[slot, h], keep, k[b, h], v[b, h], q[b, h] * scale, out[b, h])
 
     return retention_step_numba

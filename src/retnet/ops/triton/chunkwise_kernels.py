@@ -23,6 +23,8 @@ Rules that keep compiled code right, whatever the version of Triton:
 * No block pointers: Triton 3.9 has none.
 * What can grow past 2³¹ (a token's, row's, head's or state's offset) is multiplied in 64 bits; places inside a tile are
   32 bits.
+* Decays by token come as sums: log2 of the product of the γ from the begin of a token's chunk up to it
+  (`launch.decay_sums`). Weights are exp2 of differences of sums, which are ≤ 0.
 * An argument that makes no sense and cannot be checked without waiting for the GPU (γ > 1, a slot that is not there)
   gives NaN, never a plausible number.
 """
@@ -58,7 +60,7 @@ def retention_chunkwise_state_triton(
     snapshots,  # [all chunks,H,A,Z], written: the state before each chunk, or after it when reversed
     initial,  # [rows,H,A,Z] fp32: the state to start from
     final,  # [rows,H,A,Z] fp32, written
-    log_decay,  # [H]
+    log_decay,  # [H]; by token, sums [rows,T,H] fp32
     bounds,  # [rows+1] int32: where each packed document begins
     first_chunk,  # [rows] int32: number of its first chunk
     scale,
@@ -80,6 +82,7 @@ def retention_chunkwise_state_triton(
     REVERSED: tl.constexpr,
     FROM_ZERO: tl.constexpr,
     PACKED: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile [BA,BZ] of the state of one head of one sequence, carried through all its tokens, BT at a time.
@@ -93,7 +96,8 @@ def retention_chunkwise_state_triton(
     tile = pid % tiles
     row = pid // tiles // H
     head = (pid // tiles % H).to(tl.int64)
-    log2 = log2_decay(log_decay, head)
+    if not GATED:
+        log2 = log2_decay(log_decay, head)
     i = tile // tiles_z * BA + tl.arange(0, BA)
     j = tile % tiles_z * BZ + tl.arange(0, BZ)
     t = tl.arange(0, BT)
@@ -108,11 +112,13 @@ def retention_chunkwise_state_triton(
         chunk = tl.load(first_chunk + row).to(tl.int64)
         a += begin * a_token + head * a_head
         z += begin * z_token + head * z_head
+        sums = log_decay + begin * H + head
     else:
         length = T
         chunk = row.to(tl.int64) * chunks
         a += row.to(tl.int64) * a_row + head * a_head
         z += row.to(tl.int64) * z_row + head * z_head
+        sums = log_decay + row.to(tl.int64) * T * H + head
 
     whole = (row.to(tl.int64) * H + head) * A * Z  # where this head's state lies
     if FROM_ZERO:
@@ -144,12 +150,23 @@ def retention_chunkwise_state_triton(
             mask=(t < real)[:, None] & real_z[None, :],
             other=0.0,
         )
-        if REVERSED:
-            weight = tl.exp2(log2 * (t + 1)) * scale
+        if GATED:
+            own = tl.load(sums + (first + t) * H, mask=t < real, other=0.0)
+            last = tl.load(sums + (first + real - 1) * H)
+            before = tl.load(sums + (first - 1) * H, mask=block % per_chunk > 0, other=0.0)
+            kept = tl.exp2(last - before)
+            if REVERSED:
+                weight = tl.exp2(tl.where(t < real, own - before, 0.0)) * scale
+            else:
+                weight = tl.exp2(tl.where(t < real, last - own, 0.0))
         else:
-            weight = tl.exp2(log2 * tl.maximum(real - 1 - t, 0))
+            kept = tl.exp2(log2 * real)
+            if REVERSED:
+                weight = tl.exp2(log2 * (t + 1)) * scale
+            else:
+                weight = tl.exp2(log2 * tl.maximum(real - 1 - t, 0))
         a_tile = (a_tile.to(tl.float32) * weight[None, :]).to(a_tile.dtype)
-        s = tl.dot(a_tile, z_tile, s * tl.exp2(log2 * real), input_precision=PRECISION)
+        s = tl.dot(a_tile, z_tile, s * kept, input_precision=PRECISION)
     tl.store(final + whole + place, s, mask=inside)
 
 
@@ -160,7 +177,7 @@ def retention_chunkwise_out_triton(
     z,  # [rows,T,H,Z]: what the scores weigh
     snapshots,  # [all chunks,H,X,Z], or [all chunks,H,Z,X] when transposed
     out,  # [rows,T,H,Z], written
-    log_decay,  # [H]
+    log_decay,  # [H]; by token, sums [rows,T,H] fp32
     table,  # [all chunks,2] int32: begin and end of each chunk of packed documents
     scale,
     T,
@@ -190,6 +207,7 @@ def retention_chunkwise_out_triton(
     REVERSED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PACKED: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     STATE_PRECISION: tl.constexpr,
 ):
@@ -217,7 +235,6 @@ def retention_chunkwise_out_triton(
     if i0 >= length:  # packed: a short document, or a chunk that is not there
         return
 
-    log2 = log2_decay(log_decay, head)
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
     p = tl.arange(0, BX)
@@ -231,6 +248,11 @@ def retention_chunkwise_out_triton(
     out += wide_row * out_row + (first + i0) * out_token + head * out_head
     snapshots += (tl.cast(chunk, tl.int64) * H + head) * X * Z
     real_i = (i < length - i0)[:, None]
+    if GATED:
+        sums = log_decay + (wide_row * T + first) * H + head
+        own = tl.load(sums + (i0 + i).to(tl.int64) * H, mask=i < length - i0, other=0.0)
+    else:
+        log2 = log2_decay(log_decay, head)
 
     acc = tl.zeros([BM, BZ], dtype=tl.float32)
     r = tl.arange(0, BS)
@@ -247,11 +269,18 @@ def retention_chunkwise_out_triton(
         s = tl.load(snapshots + place, mask=_within(at + r, X, BS)[:, None] & real_m[None, :], other=0.0)
         acc = tl.dot(x_tile.to(s.dtype), s, acc, input_precision=STATE_PRECISION)
     if REVERSED:
-        acc *= tl.exp2(log2 * tl.maximum(length - 1 - i0 - i, 0))[:, None]
+        if GATED:
+            last = tl.load(sums + tl.cast(length - 1, tl.int64) * H)
+            acc *= tl.exp2(tl.where(i < length - i0, last - own, 0.0))[:, None]
+        else:
+            acc *= tl.exp2(log2 * tl.maximum(length - 1 - i0 - i, 0))[:, None]
         low = i0 // BN * BN
         high = length
     else:
-        acc *= (tl.exp2(log2 * (i0 + i + 1)) * scale)[:, None]
+        if GATED:
+            acc *= (tl.exp2(own) * scale)[:, None]
+        else:
+            acc *= (tl.exp2(log2 * (i0 + i + 1)) * scale)[:, None]
         low = 0
         high = tl.minimum(i0 + BM, length)
 
@@ -286,7 +315,15 @@ def retention_chunkwise_out_triton(
         distance = (i0 + i)[:, None] - (j0 + j)[None, :]
         if REVERSED:
             distance = -distance
-        weight = tl.exp2(log2 * tl.maximum(distance, 0)) * scale
+        if GATED:
+            theirs = tl.load(sums + (j0 + j).to(tl.int64) * H, mask=real_j, other=0.0)
+            between = own[:, None] - theirs[None, :]
+            if REVERSED:
+                between = -between
+            exponent = tl.where(distance >= 0, between, 0.0)
+        else:
+            exponent = log2 * tl.maximum(distance, 0)
+        weight = tl.exp2(exponent) * scale
         scores = tl.where(distance >= 0, scores * weight, 0.0)
         z_tile = tl.load(
             z + tl.cast(j0, tl.int64) * z_token + j[:, None] * z_token + m[None, :],

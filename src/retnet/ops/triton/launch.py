@@ -12,12 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from retnet.ops import decay
 from retnet.ops.triton import chunkwise_kernels, tile_table
 from retnet.ops.triton.autotune import tuned
 from retnet.ops.triton.capability import architecture
 from retnet.ops.triton.step_kernel import retention_step_triton
 from retnet.ops.triton.tile_table import OutTiles, StateTiles
 
+LOG2_E = 1.4426950408889634
 _REACH = 1 << 31  # what a tile addresses from its first element fits 32 bits
 _LONGEST = 256  # tokens in a tile, at most
 
@@ -60,6 +62,24 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     return Chunks(length, documents, T, total, total, bounds.int(), first.int(), table.int())
 
 
+def decay_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+    """What STATE and OUT read of the decays: ln γ [H] as it is; by token, log2 of the γ's product since its chunk began.
+
+    The sums over a chunk of `length` tokens are differences of fp64 sums over all, [B,T,H] fp32. A γ > 1 makes all later
+    ones NaN.
+    """
+    if log_decay.dim() == 1:
+        return log_decay.contiguous()
+    T, device = log_decay.shape[1], log_decay.device
+    log_decay = torch.where(log_decay <= 0, log_decay, torch.nan)
+    place = torch.arange(T, device=device)
+    if cu_seqlens is not None:
+        place = place - decay.documents_of(T, cu_seqlens)[1]
+    sums = decay.decay_sums(log_decay)
+    begins = torch.arange(T, device=device) - place % length
+    return ((sums[:, 1:] - sums[:, begins]) * LOG2_E).float().contiguous()
+
+
 def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, str]:
     """How fp32 numbers are multiplied, in the scores and with the state.
 
@@ -72,7 +92,15 @@ def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, str]:
 
 
 def state_constants(
-    A: int, Z: int, tiles: StateTiles, precision: str, *, reverse: bool, from_zero: bool, packed: bool
+    A: int,
+    Z: int,
+    tiles: StateTiles,
+    precision: str,
+    *,
+    reverse: bool,
+    from_zero: bool,
+    packed: bool,
+    gated: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of STATE."""
     return {
@@ -84,6 +112,7 @@ def state_constants(
         "REVERSED": reverse,
         "FROM_ZERO": from_zero,
         "PACKED": packed,
+        "GATED": gated,
         "PRECISION": precision,
     }
 
@@ -97,6 +126,7 @@ def out_constants(
     reverse: bool,
     transposed: bool,
     packed: bool,
+    gated: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of OUT."""
     return {
@@ -110,6 +140,7 @@ def out_constants(
         "REVERSED": reverse,
         "TRANSPOSED": transposed,
         "PACKED": packed,
+        "GATED": gated,
         "PRECISION": precision[0],
         "STATE_PRECISION": precision[1],
     }
@@ -163,13 +194,14 @@ def state_pass(
     """STATE: snapshots [total,H,A,Z] at the chunk boundaries, and the state at the far end [rows,H,A,Z] fp32.
 
     Forward, a is k and z is v. Reversed, a is q and z the gradient of the output, and the far end is the beginning.
+    `log_decay` is what `decay_sums` makes of it.
     """
     a, z = _addressable(a), _addressable(z)
     H, A, Z = a.shape[2], a.shape[3], z.shape[3]
     snapshots = a.new_empty(chunks.total, H, A, Z, dtype=tile_table.snapshot_dtype(a.dtype))
     final = a.new_empty(chunks.rows, H, A, Z, dtype=torch.float32)
     initial = None if initial is None else initial.contiguous()
-    log_decay = log_decay.contiguous()
+    gated = log_decay.dim() == 3
     unused = final  # stands in for a pointer that the variant in use never reads
     precision = precisions(a.dtype, torch.version.hip is None)[0]
 
@@ -191,12 +223,17 @@ def state_pass(
                 reverse=reverse,
                 from_zero=initial is None,
                 packed=chunks.bounds is not None,
+                gated=gated,
             ),
             **options(tiles.warps, tiles.stages),
         )
 
     arch = architecture(a.device)
-    run(tuned("state", arch, (A, Z, reverse), a.dtype, tile_table.state_tiles(arch, A, Z, a.dtype), run))
+    run(
+        tuned(
+            "state", arch, (A, Z, reverse, gated), a.dtype, tile_table.state_tiles(arch, A, Z, a.dtype), run
+        )
+    )
     return snapshots, final
 
 
@@ -220,7 +257,7 @@ def out_pass(
         y: what a column of scores belongs to.
         z: what the scores weigh.
         snapshots: [total,H,X,Z], or [total,H,Z,X] when `transposed`.
-        log_decay: ln γ, [H].
+        log_decay: what `decay_sums` makes of it.
         scale: of the scores.
         chunks: as `cut` made them.
         reverse: sums over later tokens instead of earlier ones.
@@ -230,7 +267,7 @@ def out_pass(
     x, y, z = _addressable(x), _addressable(y), _addressable(z)
     H, X, Z = x.shape[2], x.shape[3], z.shape[3]
     out = z.new_empty(z.shape) if out is None else out
-    log_decay = unused = log_decay.contiguous()
+    gated, unused = log_decay.dim() == 3, log_decay
     precision = precisions(x.dtype, torch.version.hip is None)
     longest = min(chunks.length, chunks.tokens)
 
@@ -252,6 +289,7 @@ def out_pass(
                 reverse=reverse,
                 transposed=transposed,
                 packed=chunks.table is not None,
+                gated=gated,
             ),
             **options(tiles.warps, tiles.stages),
         )
@@ -259,7 +297,12 @@ def out_pass(
     arch = architecture(x.device)
     run(
         tuned(
-            "out", arch, (X, Z, reverse, transposed), x.dtype, tile_table.out_tiles(arch, X, Z, x.dtype), run
+            "out",
+            arch,
+            (X, Z, reverse, transposed, gated),
+            x.dtype,
+            tile_table.out_tiles(arch, X, Z, x.dtype),
+            run,
         )
     )
     return out
@@ -272,7 +315,10 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 def step_pass(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None, scale: float
 ) -> Tensor:
-    """STEP: one token [B,H,·] or a few [B,T,H,·] on slots of `state` [N,H,K,V], in place; the output in the type of v."""
+    """STEP: one token [B,H,·] or a few [B,T,H,·] on slots of `state` [N,H,K,V], in place; the output in the type of v.
+
+    log_decay is [H], or by token [B,H] or [B,T,H].
+    """
     out = v.new_empty(v.shape)
     q, k, v = (x.unsqueeze(1) if x.dim() == 3 else x for x in (q, k, v))
     q, k, v = (_addressable(x) for x in (q, k, v))
@@ -290,6 +336,7 @@ def step_pass(
         BK=keys,
         BV=values,
         SLOTS=slots is not None,
+        GATED=log_decay.dim() > 1,
         **options(warps),
     )
     return out

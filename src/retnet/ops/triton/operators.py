@@ -5,6 +5,7 @@ Triton is imported when one of them first runs.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from retnet.ops.inputs import RetentionInputs
@@ -15,25 +16,38 @@ def forward(x: RetentionInputs, chunk: int, keep_states: bool) -> tuple[Tensor, 
     from retnet.ops.triton import launch
 
     q, k, v, log_decay, state, cu_seqlens, scale = x
-    chunks = launch.cut(q, cu_seqlens, chunk)
+    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.decay_sums(log_decay, cu_seqlens, chunk)
     snapshots, final = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)
     out = launch.out_pass(q, k, v, snapshots, log_decay, scale, chunks, reverse=False, transposed=False)
     return out, final, snapshots if keep_states else snapshots.new_empty(0)
 
 
 def backward(
-    x: RetentionInputs, chunk: int, d_out: Tensor, d_final: Tensor | None, snapshots: Tensor | None = None
+    x: RetentionInputs,
+    chunk: int,
+    d_out: Tensor,
+    d_final: Tensor | None,
+    snapshots: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the initial state; `snapshots` of the forward pass are used, or computed again."""
+    """Gradients of q, k, v and the initial state; `snapshots` of the forward pass are used, or computed again.
+
+    Those of q and k are fp32 if they are to be `wide`, else in the type of q.
+    """
     from retnet.ops.triton import launch
 
     q, k, v, log_decay, state, cu_seqlens, scale = x
-    chunks = launch.cut(q, cu_seqlens, chunk)
+    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.decay_sums(log_decay, cu_seqlens, chunk)
+    to_dq, to_dk = (torch.empty_like(y, dtype=torch.float32) if wide else None for y in (q, k))
     if snapshots is None:
         snapshots = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)[0]
-    dq = launch.out_pass(d_out, v, k, snapshots, log_decay, scale, chunks, reverse=False, transposed=True)
+    dq = launch.out_pass(
+        d_out, v, k, snapshots, log_decay, scale, chunks, reverse=False, transposed=True, out=to_dq
+    )
     d_snapshots, d_state = launch.state_pass(q, d_out, d_final, log_decay, chunks, reverse=True, scale=scale)
-    dk = launch.out_pass(v, d_out, q, d_snapshots, log_decay, scale, chunks, reverse=True, transposed=True)
+    dk = launch.out_pass(
+        v, d_out, q, d_snapshots, log_decay, scale, chunks, reverse=True, transposed=True, out=to_dk
+    )
     dv = launch.out_pass(k, q, d_out, d_snapshots, log_decay, scale, chunks, reverse=True, transposed=False)
     return dq, dk, dv, d_state
 

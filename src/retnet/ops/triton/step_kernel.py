@@ -19,7 +19,7 @@ def retention_step_triton(
     out,  # [B,T,H,V], contiguous, written
     state,  # [rows,H,K,V] fp32, contiguous, updated in place
     slots,  # [B] int32 or int64: the row of the state of each row of the batch, −1 for none
-    log_decay,  # [H]
+    log_decay,  # [H]; by token [B,T,H], contiguous
     scale,
     rows,
     T,
@@ -38,6 +38,7 @@ def retention_step_triton(
     BK: tl.constexpr,
     BV: tl.constexpr,
     SLOTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """T tokens of one head of one row of the batch, BV columns of its state: read once, kept in registers, written once."""
     columns: tl.constexpr = tl.cdiv(V, BV)
@@ -60,7 +61,8 @@ def retention_step_triton(
         for t in range(T):
             tl.store(out + tl.cast(t, tl.int64) * H * V + j, nothing.to(out.dtype.element_ty), mask=real)
         return
-    gamma = tl.exp2(log2_decay(log_decay, head))
+    if not GATED:
+        gamma = tl.exp2(log2_decay(log_decay, head))
     place = (slot * H + head) * K * V + i[:, None] * V + j[None, :]
     inside = (i < K)[:, None] & real[None, :]
     s = tl.load(state + place, mask=inside, other=0.0)
@@ -69,6 +71,8 @@ def retention_step_triton(
         q_t = tl.load(q + wide * q_token + i, mask=i < K, other=0.0).to(tl.float32)
         k_t = tl.load(k + wide * k_token + i, mask=i < K, other=0.0).to(tl.float32)
         v_t = tl.load(v + wide * v_token + j, mask=real, other=0.0).to(tl.float32)
+        if GATED:
+            gamma = tl.exp2(log2_decay(log_decay, (b * T + wide) * H + head))
         s = s * gamma + k_t[:, None] * v_t[None, :]
         o = tl.sum(s * (q_t * scale)[:, None], axis=0)
         tl.store(out + wide * H * V + j, o.to(out.dtype.element_ty), mask=real)

@@ -33,7 +33,7 @@ def test_opcheck_training(state, cu_seqlens, keep):
         ops.retention_chunkwise_triton_backward,
         (
             *(q, k, v, LOG_DECAY, s, cu_seqlens, 0.25, 16),
-            *(out, final if state else None, snapshots if keep else None),
+            *(out, final if state else None, snapshots if keep else None, False),
         ),
     )
 
