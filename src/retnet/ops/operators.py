@@ -190,9 +190,8 @@ def _define(
         return torch.zeros_like(run.inputs.v) if out is None else out, zeros, None
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
-        *tensors, ctx.scale, ctx.chunk, d_out, d_final, _, _ = (
-            inputs  # the snapshots follow from k, v and the state
-        )
+        # the snapshots follow from k, v and the state
+        *tensors, ctx.scale, ctx.chunk, d_out, d_final, _, ctx.wide = inputs
         keep(ctx, *tensors, d_out, d_final)
 
     def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401
@@ -219,7 +218,9 @@ def _define(
         if t_out is not None or t_final is not None:
             linear = run.backward(torch.zeros_like(like[2]) if t_out is None else t_out, t_final)
             changes = [_sum(pair) for pair in zip(changes, linear, strict=True)]
-        return tuple(torch.zeros_like(x) if y is None else y for x, y in zip(like, changes, strict=True))
+        found = [torch.zeros_like(x) if y is None else y for x, y in zip(like, changes, strict=True)]
+        narrow = like[3].dtype if ctx.wide else like[0].dtype
+        return found[0].to(narrow), found[1].to(narrow), *found[2:]
 
     def fake_forward(x: RetentionInputs, chunk: int, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
         final, out = x.fresh_state(), x.v.new_empty(x.v.shape)
