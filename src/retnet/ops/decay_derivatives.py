@@ -4,12 +4,12 @@ Let b_n be the sum of ln γ up to token n, with b_{-1} = 0 before the first. Eve
 with one e^(b_n − b_m) each, m being where a key and value, or the state, came in and n where they are read. A change of b_n
 scales all that q_n reads and unscales all that k_n brought. So for a loss L, with a dot for sums over a head's width,
 
-    ∂L/∂b_n = q_n · dq_n − k_n · dk_n          for n < T, and what the final state adds to the last
-    Σ_n ∂L/∂b_n = ⟨S_{-1}, dS_{-1}⟩            since shifting all b, that before the first too, changes nothing
-    ∂L/∂ln γ_t = Σ_{n≥t} ∂L/∂b_n = ⟨S_{-1}, dS_{-1}⟩ − Σ_{n<t} (q_n · dq_n − k_n · dk_n)
+    ∂L/∂ln γ_t = Σ_{n≥t} ∂L/∂b_n = Σ_{n≥t} (q_n · dq_n − k_n · dk_n) + f
 
-which needs neither the final state nor anything inside a chunk (Yang et al. 2024, "Gated Linear Attention", C, sums from the
-other end). Sums over tokens are taken in fp64.
+where f is the final state's part of the last, as in Yang et al. 2024, "Gated Linear Attention". Shifting all b, that before
+the first token too, changes nothing, so all sums together are ⟨S_{-1}, dS_{-1}⟩, from which f follows without the final
+state. Nothing inside a chunk is needed. Sums over tokens are taken in fp64, from the last one on: what comes after an output
+adds zeros, and has no gradient of it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from retnet.ops.inputs import RetentionInputs
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of q, k, v and the state
 
 
-def gradient(x: RetentionInputs, *products: tuple[Parts, Parts]) -> Tensor:
+def gradient(x: RetentionInputs, final: bool, *products: tuple[Parts, Parts]) -> Tensor:
     """The gradient of `x.log_decay`, in its shape and type.
 
     Args:
         x: the inputs of the call.
+        final: whether the final state has a gradient.
         products: pairs of (q, k, v, state) and their gradients, over whose products the formula sums: one for the
             gradient itself; for its derivative along a direction, the direction's with the gradients and the inputs'
             with the change of these. None is zero.
@@ -43,12 +44,16 @@ def gradient(x: RetentionInputs, *products: tuple[Parts, Parts]) -> Tensor:
             tokens = tokens - (k * dk).sum(-1)
         if state is not None and d_state is not None:
             first = first + (state * d_state).sum((-2, -1))
-    found = _sums(tokens)[:, :-1]
+    sums = _sums(tokens.flip(1)).flip(1)  # of each token and those after it, [B,T+1,H]
     if x.cu_seqlens is None:
-        found = first[:, None] - found
+        found, rest = sums[:, :-1], (first - sums[:, 0])[:, None]
     else:
-        document, begins = documents_of(shape[1], x.cu_seqlens)
-        found = first[document] - (found - found[:, begins])
+        document, _ = documents_of(shape[1], x.cu_seqlens)
+        bounds = x.cu_seqlens.long()
+        found = sums[:, :-1] - sums[:, bounds[document + 1]]
+        rest = (first + sums[0, bounds].diff(dim=0))[document]
+    if final:
+        found = found + rest
     return (found if x.gated else found.sum((0, 1))).to(x.log_decay.dtype)
 
 

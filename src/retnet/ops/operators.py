@@ -128,10 +128,6 @@ class _Call(NamedTuple):
         d_state_or_none = None if self.inputs.state is None else d_state
         return [_times(dq, beta) - less_dq, more_dk - _times(dk, beta), more_dv - less_dv, d_state_or_none]
 
-    def decay_gradient(self, *products: tuple[Gradients, Gradients]) -> Tensor:
-        """The gradient of the decays, from pairs of q, k, v, state, or directions of them, and their gradients."""
-        return decay_derivatives.gradient(self.inputs, *products)
-
 
 def _times(x: Tensor, beta: Tensor) -> Tensor:
     """β ⊙ x of β [...] and x [...,·], in the type of x."""
@@ -175,7 +171,10 @@ def _define(
         q, k, v, _, state, *_ = run.inputs
         d_out, wide = torch.zeros_like(v) if d_out is None else d_out, ctx.needs_input_grad[3]
         dq, dk, dv, d_state = run.backward(d_out, d_final, snapshots, wide)
-        d_log_decay = run.decay_gradient(((q, k, v, state), (dq, dk, dv, d_state))) if wide else None
+        d_log_decay = None
+        if wide:
+            pair = (q, k, v, state), (dq, dk, dv, d_state)
+            d_log_decay = decay_derivatives.gradient(run.inputs, d_final is not None, pair)
         dq, dk = dq.to(q.dtype), dk.to(k.dtype)
         return dq, dk, dv, d_log_decay, None if state is None else d_state, *[None] * 4
 
@@ -203,7 +202,8 @@ def _define(
         if ctx.needs_input_grad[3]:
             values = (*run.inputs[:3], run.inputs.state)
             base = run.backward(d_out, d_final, wide=True)
-            d_log_decay = run.decay_gradient((along, base), (values, tuple(changes)))
+            pairs = (along, base), (values, tuple(changes))
+            d_log_decay = decay_derivatives.gradient(run.inputs, d_final is not None, *pairs)
         final = None if d_final is None else final
         return dq, dk, dv, d_log_decay, d_state, None, None, None, out, final, None, None
 
