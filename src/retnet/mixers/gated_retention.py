@@ -136,8 +136,8 @@ class GatedRetention(Mixer):
         kv: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        options = {"chunk_size": self.config.chunk_size, "backend": self.config.backend}
-        return retention(q, k, v, log_decay, kv, cu_seqlens, **options)
+        c = self.config
+        return retention(q, k, v, log_decay, kv, cu_seqlens, chunk_size=c.chunk_size, backend=c.backend)
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
         """Normalises the heads o [...,H,V] of x [...,D], gates them and projects back to [...,D]."""

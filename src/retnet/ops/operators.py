@@ -197,13 +197,14 @@ def _define(
         run, (d_out, d_final) = call(ctx)
         along = _narrowed(cotangents, run.inputs)
         out, final = run.forward_along(along)
-        dq, dk, dv, d_state = changes = run.backward_along(d_out, d_final, along)
+        dq, dk, dv, d_state = run.backward_along(d_out, d_final, along)
         d_log_decay = None
         if ctx.needs_input_grad[3]:
             values = (*run.inputs[:3], run.inputs.state)
             base = run.backward(d_out, d_final, wide=True)
-            pairs = (along, base), (values, tuple(changes))
-            d_log_decay = decay_derivatives.gradient(run.inputs, d_final is not None, *pairs)
+            d_log_decay = decay_derivatives.gradient(
+                run.inputs, d_final is not None, (along, base), (values, (dq, dk, dv, d_state))
+            )
         final = None if d_final is None else final
         return dq, dk, dv, d_log_decay, d_state, None, None, None, out, final, None, None
 
