@@ -14,7 +14,8 @@ from torch import Tensor
 from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width
 from retnet.nn import Linear, Positions, Rotary, Rotation, linear_of, widened
 from retnet.ops import CHUNK, head_norm, retention, retention_step
-from retnet.settings import At, Count
+from retnet.ops.dispatch import check_backend
+from retnet.settings import At, Count, UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,14 @@ class GatedRetentionConfig(MixerConfig):
     rotary_base: Annotated[float, At(above=0)] = 10000.0
     head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
     chunk_size: Count | None = None  # that of the op
-    backend: Literal["reference", "torch", "numba", "triton", "auto"] = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            check_backend(self.backend)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 class GatedRetentionState(NamedTuple):

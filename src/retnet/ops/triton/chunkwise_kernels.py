@@ -320,7 +320,7 @@ def retention_chunkwise_out_triton(
             between = own[:, None] - theirs[None, :]
             if REVERSED:
                 between = -between
-            exponent = tl.where(distance >= 0, between, 0.0)
+            exponent = tl.where((distance >= 0) & real_i & real_j[None, :], between, 0.0)
         else:
             exponent = log2 * tl.maximum(distance, 0)
         weight = tl.exp2(exponent) * scale
