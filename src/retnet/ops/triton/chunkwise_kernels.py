@@ -23,8 +23,8 @@ Rules that keep compiled code right, whatever the version of Triton:
 * No block pointers: Triton 3.9 has none.
 * What can grow past 2³¹ (a token's, row's, head's or state's offset) is multiplied in 64 bits; places inside a tile are
   32 bits.
-* Decays by token come as sums: log2 of the product of the γ from the begin of a token's chunk up to it
-  (`launch.decay_sums`). Weights are exp2 of differences of sums, which are ≤ 0.
+* Decays by token come as sums: log2 of the product of the γ from the begin of a token's chunk up to it, in two fp32 numbers
+  each, for a large sum would round what is between two tokens (`launch.decay_sums`). Weights are exp2 of differences.
 * An argument that makes no sense and cannot be checked without waiting for the GPU (γ > 1, a slot that is not there)
   gives NaN, never a plausible number.
 """
@@ -45,6 +45,14 @@ def log2_decay(log_decay, head):
 
 
 @triton.jit
+def _sums(sums, place, mask):
+    """The sum that lies at a place, as two numbers; 0 where masked."""
+    return tl.load(sums + 2 * place, mask=mask, other=0.0), tl.load(
+        sums + 2 * place + 1, mask=mask, other=0.0
+    )
+
+
+@triton.jit
 def _within(i, size: tl.constexpr, block: tl.constexpr):
     """i < size, known to hold where blocks divide the size, so that no mask is left to carry."""
     if size % block == 0:
@@ -60,7 +68,7 @@ def retention_chunkwise_state_triton(
     snapshots,  # [all chunks,H,A,Z], written: the state before each chunk, or after it when reversed
     initial,  # [rows,H,A,Z] fp32: the state to start from
     final,  # [rows,H,A,Z] fp32, written
-    log_decay,  # [H]; by token, sums [rows,T,H] fp32
+    log_decay,  # [H]; by token, sums [rows,T,H,2] fp32
     bounds,  # [rows+1] int32: where each packed document begins
     first_chunk,  # [rows] int32: number of its first chunk
     scale,
@@ -112,13 +120,13 @@ def retention_chunkwise_state_triton(
         chunk = tl.load(first_chunk + row).to(tl.int64)
         a += begin * a_token + head * a_head
         z += begin * z_token + head * z_head
-        sums = log_decay + begin * H + head
+        place_sums = begin * H + head
     else:
         length = T
         chunk = row.to(tl.int64) * chunks
         a += row.to(tl.int64) * a_row + head * a_head
         z += row.to(tl.int64) * z_row + head * z_head
-        sums = log_decay + row.to(tl.int64) * T * H + head
+        place_sums = row.to(tl.int64) * T * H + head
 
     whole = (row.to(tl.int64) * H + head) * A * Z  # where this head's state lies
     if FROM_ZERO:
@@ -151,14 +159,17 @@ def retention_chunkwise_state_triton(
             other=0.0,
         )
         if GATED:
-            own = tl.load(sums + (first + t) * H, mask=t < real, other=0.0)
-            last = tl.load(sums + (first + real - 1) * H)
-            before = tl.load(sums + (first - 1) * H, mask=block % per_chunk > 0, other=0.0)
-            kept = tl.exp2(last - before)
+            own, own_low = _sums(log_decay, place_sums + (first + t) * H, t < real)
+            last, last_low = _sums(log_decay, place_sums + (first + real - 1) * H, real > 0)
+            before, before_low = _sums(log_decay, place_sums + (first - 1) * H, block % per_chunk > 0)
+            kept = tl.exp2((last - before) + (last_low - before_low))
             if REVERSED:
-                weight = tl.exp2(tl.where(t < real, own - before, 0.0)) * scale
+                between = (own - before) + (own_low - before_low)
             else:
-                weight = tl.exp2(tl.where(t < real, last - own, 0.0))
+                between = (last - own) + (last_low - own_low)
+            weight = tl.exp2(tl.where(t < real, between, 0.0))
+            if REVERSED:
+                weight *= scale
         else:
             kept = tl.exp2(log2 * real)
             if REVERSED:
@@ -177,7 +188,7 @@ def retention_chunkwise_out_triton(
     z,  # [rows,T,H,Z]: what the scores weigh
     snapshots,  # [all chunks,H,X,Z], or [all chunks,H,Z,X] when transposed
     out,  # [rows,T,H,Z], written
-    log_decay,  # [H]; by token, sums [rows,T,H] fp32
+    log_decay,  # [H]; by token, sums [rows,T,H,2] fp32
     table,  # [all chunks,2] int32: begin and end of each chunk of packed documents
     scale,
     T,
@@ -249,8 +260,8 @@ def retention_chunkwise_out_triton(
     snapshots += (tl.cast(chunk, tl.int64) * H + head) * X * Z
     real_i = (i < length - i0)[:, None]
     if GATED:
-        sums = log_decay + (wide_row * T + first) * H + head
-        own = tl.load(sums + (i0 + i).to(tl.int64) * H, mask=i < length - i0, other=0.0)
+        place_sums = (wide_row * T + first) * H + head
+        own, own_low = _sums(log_decay, place_sums + (i0 + i).to(tl.int64) * H, i < length - i0)
     else:
         log2 = log2_decay(log_decay, head)
 
@@ -270,15 +281,16 @@ def retention_chunkwise_out_triton(
         acc = tl.dot(x_tile.to(s.dtype), s, acc, input_precision=STATE_PRECISION)
     if REVERSED:
         if GATED:
-            last = tl.load(sums + tl.cast(length - 1, tl.int64) * H)
-            acc *= tl.exp2(tl.where(i < length - i0, last - own, 0.0))[:, None]
+            last, last_low = _sums(log_decay, place_sums + tl.cast(length - 1, tl.int64) * H, length > 0)
+            after = (last - own) + (last_low - own_low)
+            acc *= tl.exp2(tl.where(i < length - i0, after, 0.0))[:, None]
         else:
             acc *= tl.exp2(log2 * tl.maximum(length - 1 - i0 - i, 0))[:, None]
         low = i0 // BN * BN
         high = length
     else:
         if GATED:
-            acc *= (tl.exp2(own) * scale)[:, None]
+            acc *= (tl.exp2(own + own_low) * scale)[:, None]
         else:
             acc *= (tl.exp2(log2 * (i0 + i + 1)) * scale)[:, None]
         low = 0
@@ -316,8 +328,8 @@ def retention_chunkwise_out_triton(
         if REVERSED:
             distance = -distance
         if GATED:
-            theirs = tl.load(sums + (j0 + j).to(tl.int64) * H, mask=real_j, other=0.0)
-            between = own[:, None] - theirs[None, :]
+            theirs, theirs_low = _sums(log_decay, place_sums + (j0 + j).to(tl.int64) * H, real_j)
+            between = (own[:, None] - theirs[None, :]) + (own_low[:, None] - theirs_low[None, :])
             if REVERSED:
                 between = -between
             exponent = tl.where((distance >= 0) & real_i & real_j[None, :], between, 0.0)

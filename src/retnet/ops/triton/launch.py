@@ -65,8 +65,8 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
 def decay_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
     """What STATE and OUT read of the decays: ln γ [H] as it is; by token, log2 of the γ's product since its chunk began.
 
-    The sums over a chunk of `length` tokens are differences of fp64 sums over all, [B,T,H] fp32. A γ > 1 makes all later
-    ones NaN.
+    The sums over a chunk of `length` tokens are differences of fp64 sums over all, [B,T,H,2]: in fp32, and what that rounds
+    off. A γ > 1 makes all later ones NaN.
     """
     if log_decay.dim() == 1:
         return log_decay.contiguous()
@@ -77,7 +77,8 @@ def decay_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Ten
         place = place - decay.documents_of(T, cu_seqlens)[1]
     sums = decay.decay_sums(log_decay)
     begins = torch.arange(T, device=device) - place % length
-    return ((sums[:, 1:] - sums[:, begins]) * LOG2_E).float().contiguous()
+    sums = (sums[:, 1:] - sums[:, begins]) * LOG2_E
+    return torch.stack([sums, sums - sums.float()], dim=-1).float()
 
 
 def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, str]:
@@ -201,7 +202,7 @@ def state_pass(
     snapshots = a.new_empty(chunks.total, H, A, Z, dtype=tile_table.snapshot_dtype(a.dtype))
     final = a.new_empty(chunks.rows, H, A, Z, dtype=torch.float32)
     initial = None if initial is None else initial.contiguous()
-    gated = log_decay.dim() == 3
+    gated = log_decay.dim() == 4
     unused = final  # stands in for a pointer that the variant in use never reads
     precision = precisions(a.dtype, torch.version.hip is None)[0]
 
@@ -267,7 +268,7 @@ def out_pass(
     x, y, z = _addressable(x), _addressable(y), _addressable(z)
     H, X, Z = x.shape[2], x.shape[3], z.shape[3]
     out = z.new_empty(z.shape) if out is None else out
-    gated, unused = log_decay.dim() == 3, log_decay
+    gated, unused = log_decay.dim() == 4, log_decay
     precision = precisions(x.dtype, torch.version.hip is None)
     longest = min(chunks.length, chunks.tokens)
 
