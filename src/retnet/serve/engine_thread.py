@@ -11,7 +11,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from retnet.engine import Engine, Event, Request
-from retnet.ops.cpu.openmp import release_team
 from retnet.serve.arrivals import Arrivals
 
 Result = TypeVar("Result")
@@ -63,10 +62,9 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="retnet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to step, for the running event loop, whose thread has no work for many threads from here on."""
+        """Begins to step, for the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.error = ""
-        release_team()
         self._thread.start()
 
     def stop(self, seconds: float) -> bool:

@@ -40,19 +40,6 @@ def launch(kernel: Any, table: ctypes.Array[ctypes.c_int64], threads: int | None
     parallel()(kernel.address, table, 1 if _forked else threads or torch.get_num_threads(), 0)
 
 
-def release_team() -> None:
-    """Ends the threads that wait for more work of the calling thread; they are made again when it has some.
-
-    GNU OpenMP keeps a team for every thread that has run something in parallel. While all teams together have no more
-    threads than there are cores, one that waits at a barrier spins for a while. Beyond that it sleeps at once, and waking it
-    takes microseconds at every barrier of every kernel. So where another thread decodes from now on, this team must go.
-    """
-    pause = getattr(_libc(), "omp_pause_resource_all", None)  # of OpenMP 5.0
-    if pause is not None and parallel() is not None and not _forked:
-        pause(_SOFT)
-
-
-_SOFT = 1  # omp_pause_soft: what is thread-private stays
 _forked = False  # whether this process is the child of a fork: it has none of the team's threads, and would wait for them
 
 
