@@ -28,7 +28,7 @@ from retnet.tables import Table, print_table
 from retnet.train.config import ParallelConfig, RunConfig
 
 MODEL = "vocab_size = 257\nd_model = 32\nnum_layers = 2\n[model.mixer]\nname = 'retention'\nnum_heads = 2"
-SHORTAGE = ("not enough memory", "can't allocate memory")  # what a process says that may have no more
+SHORTAGE = ("memory ran out", "not enough memory")  # what a process says that may have no more
 
 
 def configuration(folder: Path, tokens: int) -> Path:
