@@ -1,9 +1,11 @@
 """What attempts of torchrun leave for the next ones; its environment is played."""
 
+import signal
+
 import pytest
 
 from retnet.settings import UserError
-from retnet.train import elastic
+from retnet.train import elastic, signals
 from retnet.train.trainer import train
 from tests.train.runs import tiny
 
@@ -46,3 +48,19 @@ def test_only_torchruns_own_folder_is_written_to(tmp_path, monkeypatch, again):
     assert not elastic.said()  # another process of this attempt may have said it just now, and must be heard
     again(1)
     assert elastic.said()
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_a_signal_that_torchrun_hands_on_is_no_second_one(number, monkeypatch):
+    with signals.signals() as received:
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    with signals.signals() as received:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert received == [number]
+        monkeypatch.setattr(signals, "TOGETHER", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
