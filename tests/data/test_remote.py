@@ -93,6 +93,45 @@ def test_what_is_lost_on_the_way_is_no_end_of_a_corpus(config, memory, monkeypat
     assert prepare(config).manifest.train.documents > 200
 
 
+def test_what_is_lost_in_any_read_is_said_and_not_remembered(config, memory, monkeypatch, tmp_path):
+    """Also while files are read to be known: what a network loses is no damage of theirs."""
+    table = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.table({"text": ["row"]}), table)
+    contents = {
+        "a.txt": b"a text\n" * 20,
+        "b.txt.gz": gzip.compress(b"b"),
+        "c.jsonl.zst": zstandard.compress(RECORDS),
+        "d.parquet": table.read_bytes(),
+    }
+    for name, content in contents.items():
+        memory.pipe(f"/all/{name}", content)
+    file, reads = type(memory.open("/all/a.txt")), 0
+    read = file.read
+
+    def lost(self, size=-1):
+        nonlocal reads
+        reads += 1
+        if reads == lost_at:
+            raise TimeoutError("the network is gone")
+        return read(self, size)
+
+    config, said = replace(config, corpus="memory://all", validation_fraction=0.1), []
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "read", lost)
+        for lost_at in range(1, 100):
+            reads = 0
+            try:
+                found = prepare(replace(config, cache=str(tmp_path / str(lost_at))), verify=True)
+                break
+            except UserError as error:
+                said.append(str(error))
+    assert [words for words in said if "TimeoutError: the network is gone" not in words] == []
+    assert reads < lost_at
+    assert lost_at > 2 * len(contents)
+    again = prepare(replace(config, cache=str(tmp_path / "again")))
+    assert again.manifest.fingerprint == found.manifest.fingerprint
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -100,6 +139,7 @@ def test_what_is_lost_on_the_way_is_no_end_of_a_corpus(config, memory, monkeypat
         ("memory://*.txt", r"no corpus 'memory://\*\.txt': nothing is there"),
         ("nonsense://a", "Protocol not known: nonsense"),
         ("s3://bucket/a.txt", "cannot read s3://bucket/a.txt: .*s3fs"),
+        ("nonsense://me:word@a/b?key=word", "^no corpus 'nonsense://…@a/b[?]…': Protocol not known"),
     ],
 )
 def test_urls_that_lead_nowhere(memory, spec, said):
@@ -112,15 +152,23 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_file_behind_http(config, tmp_path):
+def test_files_behind_http(config, tmp_path):
+    """One, and those of a page of links, which says nothing of their sizes or times; keys in a URL are not told."""
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(RECORDS))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/a.jsonl.gz"
+        url = f"http://127.0.0.1:{server.server_port}"
         config = replace(config, validation_fraction=0.1)
-        found = prepare(replace(config, corpus=url))
+        found = [
+            prepare(replace(config, corpus=f"{url}/{name}"), verify=True)
+            for name in ("a.jsonl.gz", "a.jsonl.gz?signature=word", "*.gz")
+        ]
+        with pytest.raises(
+            UserError, match=r"no corpus 'http://127[^']*/none\.txt\?…': FileNotFoundError"
+        ) as error:
+            prepare(replace(config, corpus=f"{url}/none.txt?signature=word"))
         server.shutdown()
-    assert (
-        found.train.fingerprint
-        == prepare(replace(config, corpus=str(tmp_path / "a.jsonl.gz"))).train.fingerprint
-    )
+    assert "word" not in str(error.value)
+    assert "word" not in str(found[1].manifest)
+    local = prepare(replace(config, corpus=str(tmp_path / "a.jsonl.gz")))
+    assert {one.train.fingerprint for one in found} == {local.train.fingerprint}

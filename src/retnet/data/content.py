@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from retnet.data.remote import is_url, open_bytes, tells_changes
+from retnet.data.remote import is_url, open_bytes, tells_changes, without_keys
 from retnet.data.sources import TEXT, Source, current_stamp
 from retnet.io import BOM, cache_folder, foreign_encoding, lfs_pointer, nul_byte, sha256
 from retnet.settings import UserError
@@ -250,14 +250,18 @@ def require_unchanged(source: Source) -> None:
     """Makes sure that a file is what it was when the corpus was listed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or a network does not say.
     """
     try:
         same = source.kind == "hf" or current_stamp(source.path) == source.stamp
-    except OSError:
+    except OSError as error:
+        if is_url(source.path):
+            raise UserError(str(error)) from None
         same = False
     if not same:
-        raise UserError(f"{source.path} changed while it was read; try again when nobody writes to it")
+        raise UserError(
+            f"{without_keys(source.path)} changed while it was read; try again when nobody writes to it"
+        )
 
 
 def _settled(source: Source, now: int) -> bool:
@@ -287,6 +291,8 @@ def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
             if on_bytes:
                 on_bytes(len(chunk))
         text.add(mender.decode(b"", final=True), final=True)
+    except UserError:  # of a network: what was lost is no damage to be remembered
+        raise
     except BROKEN as error:  # reading it for its documents will report this; it is the same as no other file
         place = os.path.abspath(source.path) if local else source.path
         text.add_bytes(f"\0{place}: {error}".encode("utf-8", "replace"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -30,6 +31,7 @@ _TELLING: tuple[str, ...] = (
     "versionid",
 )
 _TELLING += ("lastmodified", "modified", "mtime", "created")
+_KEYS = re.compile(r"(\w://)([^\s/?'\"@]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?")
 
 
 class RemoteFile(NamedTuple):
@@ -53,6 +55,11 @@ def is_url(spec: str) -> bool:
     return "://" in spec and not os.path.lexists(spec)
 
 
+def without_keys(text: str) -> str:
+    """A text to be shown or stored, in which URLs have no user, no password and no query, where signatures stand."""
+    return _KEYS.sub(lambda f: f"{f[1]}{'…@' if f[2] else ''}{f[3]}{'?…' if f[4] else ''}", text)
+
+
 def open_bytes(path: str) -> IO[bytes]:
     """A local file or one at a URL, to read.
 
@@ -70,6 +77,7 @@ def files(spec: str) -> Iterator[RemoteFile]:
         UserError: nothing is there, or it cannot be reached.
     """
     system, root = _system(spec)
+    shown = repr(without_keys(spec))
     try:
         system.invalidate_cache()
         if "*" in root or "[" in root:
@@ -82,14 +90,14 @@ def files(spec: str) -> Iterator[RemoteFile]:
             found = system.find(root, detail=True) if folder else {root: info}
             start = f"{root.rstrip('/')}/" if folder else root[: root.rfind("/") + 1]
     except Exception as error:  # every file system has errors of its own
-        raise UserError(f"no corpus {spec!r}: {_said(error)}") from None
+        raise UserError(f"no corpus {shown}: {_said(error)}") from None
     if not found:
-        raise UserError(f"no corpus {spec!r}: nothing is there")
+        raise UserError(f"no corpus {shown}: nothing is there")
     for path, info in sorted(found.items()):
         if info["type"] != "directory":
             url = system.unstrip_protocol(path)
             name = path.removeprefix(start).partition("?")[0]
-            yield RemoteFile(url, name, int(info.get(_SIZE) or 0), _stamp(url, info))
+            yield RemoteFile(url, name, *_size_and_stamp(system, path, url, info))
 
 
 def stamp(url: str) -> str:
@@ -109,6 +117,16 @@ def stamp(url: str) -> str:
 def tells_changes(stamp: str) -> bool:
     """Whether a stamp has more than a size, which another content may have too."""
     return "=" in stamp.rpartition("\n")[2]
+
+
+def _size_and_stamp(system: Any, path: str, url: str, listed: Mapping[str, Any]) -> tuple[int, str]:  # noqa: ANN401
+    """Of a file in a listing; where that tells no changes, as a page of links, the file is asked for, as `stamp` asks."""
+    if not tells_changes(_stamp(url, listed)):
+        try:
+            listed = system.info(path)
+        except Exception as error:
+            raise UserError(_cannot(url, error)) from None
+    return int(listed.get(_SIZE) or 0), _stamp(url, listed)
 
 
 class _Remote(io.RawIOBase):
@@ -160,9 +178,11 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise UserError(f"cannot read {url}: {error}") from None  # "Install s3fs to access S3"
+        # "Install s3fs to access S3"
+        raise UserError(f"cannot read {without_keys(url)}: {error}") from None
     except Exception as error:
-        raise UserError(f"no corpus {url!r}: {' '.join(str(error).split())}") from None
+        why = without_keys(" ".join(str(error).split()))
+        raise UserError(f"no corpus {without_keys(url)!r}: {why}") from None
     return system, path
 
 
@@ -176,8 +196,8 @@ def _stamp(url: str, info: Mapping[str, Any]) -> str:
 
 
 def _cannot(url: str, error: Exception) -> str:
-    return f"cannot read {url}: {_said(error)}"
+    return f"cannot read {without_keys(url)}: {_said(error)}"
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'it cannot be reached'}"
+    return f"{type(error).__name__}: {without_keys(' '.join(str(error).split())) or 'it cannot be reached'}"

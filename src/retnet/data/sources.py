@@ -49,8 +49,9 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
-        return one_line(f"{place}: {self.kind}: {self.message}" if self.message else f"{place}: {self.kind}")
+        file, message = map(remote.without_keys, (self.file, self.message))
+        place = f"{file}:{self.line}" if self.line else file
+        return one_line(f"{place}: {self.kind}: {message}" if message else f"{place}: {self.kind}")
 
 
 class Source(NamedTuple):
@@ -132,7 +133,7 @@ def find(spec: str) -> CorpusFiles:
     if not found.sources:
         has = _counted(found.left_out) + "".join(f"; {problem}" for problem in found.problems[:1])
         raise UserError(
-            f"the corpus {spec!r} has no file of the kinds {KINDS}{f'; it has {has}' if has else ''}"
+            f"the corpus {remote.without_keys(spec)!r} has no file of the kinds {KINDS}{f'; it has {has}' if has else ''}"
         )
     return found
 

@@ -12,6 +12,7 @@ from retnet.data import content, sources
 from retnet.data.config import DataConfig, as_tuple
 from retnet.data.content import Contents
 from retnet.data.manifest import CorpusEntry
+from retnet.data.remote import without_keys
 from retnet.data.sources import TEXT, Problem, Source
 from retnet.errors import UserError, printable, reason_of
 
@@ -74,7 +75,8 @@ def gather(
     ):
         if not side and specs is not None:
             first = f": {problems[0]}" if problems else ""
-            raise UserError(f"no text is left in data.{name} ({', '.join(as_tuple(specs))}){first}")
+            named = without_keys(", ".join(as_tuple(specs)))
+            raise UserError(f"no text is left in data.{name} ({named}){first}")
     if config.validation is None:
         found = hold_out(sides[0], config.validation_fraction)
     else:
@@ -146,7 +148,7 @@ def hold_out(found: list[Source], fraction: float) -> list[Source]:
     largest = max(found, key=lambda s: s.size)
     if not largest.size and (why := _broken(largest)):
         raise UserError(
-            f"no text can be read in {len(found)} files; the first: {printable(largest.path)}: {why}"
+            f"no text can be read in {len(found)} files; the first: {without_keys(printable(largest.path))}: {why}"
         )
     wanted = min(int(fraction * sum(s.size for s in found)), largest.size // 2)
     cut = _line_start(largest, largest.size - wanted)
@@ -208,7 +210,7 @@ def _listed(spec: str, contents: Contents, taken: Taken) -> _Listed:
     every = [contents.of(source) for source in found.sources]
     left_out = found.left_out + Counter(p.kind for p in problems if p.kind != "left out")
     corpus = CorpusEntry(
-        name=spec,
+        name=without_keys(spec),
         files=len(kept),
         bytes=sum(source.size for source in kept),
         sha256=hashlib.sha256("\n".join(held.digest for held in every).encode()).hexdigest(),
@@ -238,6 +240,8 @@ def _broken(source: Source) -> str:
     try:
         for _ in content.chunks(source):
             break
+    except UserError:
+        raise
     except content.BROKEN as error:
         return reason_of(error)
     return ""
@@ -251,6 +255,8 @@ def _line_start(source: Source, offset: int) -> int:
             line += chunk
             if b"\n" in line or len(line) > 1 << 20:
                 break
+    except UserError:
+        raise
     except content.BROKEN:
         return 0
     line = line[: line.find(b"\n") + 1] or line

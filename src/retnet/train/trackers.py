@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Protocol
 
+from retnet.data.remote import without_keys
 from retnet.errors import UserError, reason_of, told
+from retnet.settings import dump
 from retnet.train.config import RunConfig
 from retnet.train.run_dir import RunDirectory
 from retnet.train.run_summary import read_launches
@@ -82,7 +84,7 @@ class WandB:
                 id=hashlib.sha256(place.encode()).hexdigest()[:16],
                 resume="allow",
                 dir=run.path,
-                config=asdict(config),
+                config=tomllib.loads(without_keys(dump(config))),
             )
         except wandb.Error as error:
             raise UserError(
