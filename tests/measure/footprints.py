@@ -120,9 +120,9 @@ def main() -> None:
     train(replace(base, train=replace(base.train, steps=1)), folder / "warm")  # libraries are loaded
     for name, config in cases(base, folder).items():
         received.clear()
+        expected = footprint(config, world)  # reads the teacher
         watch = Watch(torch.device("cpu"))
         train(config, folder / name)
-        expected = footprint(config, world)
         found[name] = {
             "held": watch.peak(),
             "expected": expected.memory.peak,

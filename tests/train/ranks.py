@@ -16,12 +16,12 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from retnet.data import Batches
 from retnet.mixers import MIXERS
 from retnet.settings import UserError, load
 from retnet.train.config import ParallelConfig, RunConfig
 from retnet.train.objective import Objective
 from retnet.train.pace import Pace, fitted
+from retnet.train.passes import Passes
 from retnet.train.trainer import train
 from tests.train.driver import wrap
 
@@ -110,24 +110,25 @@ def plan_by_rank() -> None:
 
 
 def note_batches(note, put=setattr) -> None:
-    """Makes training tell of every batch its place in the order of the data, and its documents."""
-    plain = Batches.batch
+    """Makes training tell of every batch that it computes its place in the order of the data, and its documents."""
+    plain = Passes._read
 
-    def batch(self, place):
-        found = plain(self, place)
-        note([place, list(found.documents)])
+    def read(self, places):
+        found = plain(self, places)
+        for place, batch in zip(places, found, strict=True):
+            note([place, list(batch.documents)])
         return found
 
-    put(Batches, "batch", batch)
+    put(Passes, "_read", read)
 
 
 @contextmanager
 def batches_noted(folder: Path, name: str) -> Iterator[None]:
     """Leaves in a file of this rank what `note_batches` tells."""
-    plain, found = Batches.batch, []
+    plain, found = Passes._read, []
     note_batches(found.append)
     yield
-    Batches.batch = plain
+    Passes._read = plain
     (folder / f"{name}.{dist.get_rank()}.batches").write_text(json.dumps(found))
 
 

@@ -85,7 +85,7 @@ def test_sizes_of_heads_are_those_over_all_documents_of_a_batch():
     embedded = block.mixer_norm(teacher.model().embedding(tokens.flatten()))
     for begin, end in itertools.pairwise(bounds.tolist()):
         x = embedded[None, begin:end]
-        o = block.mixer._causal(*block.mixer._project(x, block.mixer.positions(x)))
+        o = block.mixer._causal(*block.mixer.project(x, block.mixer.positions(x)))
         squares = squares + o.square().sum((0, 1, 3)).detach()
     assert list(sizes) == [0]
     assert torch.allclose(sizes[0], (squares / (24 * 8)).sqrt(), rtol=1e-5)

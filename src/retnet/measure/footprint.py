@@ -199,7 +199,7 @@ def logit_bytes(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
 
 
 def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
-    """Of a teacher's weights, in the type of products, and of its logits or what each of its mixers reads and answers.
+    """Of a teacher's weights in the type of products, its answers (logits, or by mixer), and the block that computes.
 
     Raises:
         UserError: it cannot be read.
@@ -212,7 +212,9 @@ def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
     if distill.match == "logits":
         assert teacher.vocab_size is not None
         said = WIDE * teacher.vocab_size
-    return narrow * size + tokens * said
+    kinds = {replace(teacher.of_layer(number), vocab_size=1) for number in range(teacher.num_layers)}
+    computing = max(inference_bytes(kind, c.seq_len) for kind in kinds) * narrow // WIDE
+    return narrow * size + tokens * said + c.batch_size * computing
 
 
 @lru_cache
@@ -243,6 +245,17 @@ def kept_bytes(model: ModelConfig, length: int, tp: int = 1) -> tuple[int, int, 
 
     most = most_alive(differentiated)
     return kept, shared, max(most - kept - sum(p.nbytes for p in block.parameters()), 0)
+
+
+@lru_cache
+def inference_bytes(model: ModelConfig, length: int) -> int:
+    """What is alive at most while a block computes a sequence and keeps nothing, in fp32, weights left out."""
+    with torch.device("meta"):
+        block = cast(Block, LanguageModel(model).blocks[0])
+        x = torch.empty(1, length, model.d_model)
+        positions: Positions | None = block.mixer.positions(x)
+    with torch.no_grad():
+        return most_alive(lambda: block(x, None, positions))
 
 
 def _traffic(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: int) -> Traffic:

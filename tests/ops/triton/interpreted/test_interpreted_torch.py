@@ -185,8 +185,8 @@ def test_tuning_measures_keeps_and_reuses(monkeypatch, tmp_path):
     assert relative(out, want) < 1e-6  # the last candidate ran before the chosen one, which overwrites it
     stored = json.loads((tmp_path / "new" / "triton.json").read_text())
     state, out_key = sorted(stored, reverse=True)
-    assert "state/sm_90/16/32/False/torch.float32" in state
-    assert "out/sm_90/16/32/False/False/torch.float32" in out_key
+    assert "state/sm_90/16/32/False/False/torch.float32" in state
+    assert "out/sm_90/16/32/False/False/False/torch.float32" in out_key
     assert stored[state] == list(measured[2])
     seen = len(measured)
     monkeypatch.setattr(autotune, "_known", {})  # another process: the file is read
