@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from retnet.data.config import MixturePhase
 from retnet.settings import UserError
+from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
 from tests.train.runs import Fails, equal, tiny, weights
 
@@ -17,7 +20,12 @@ def test_a_mixture_is_resumed_across_a_phase(config_file, tmp_path):
     run = replace(
         run, data=replace(run.data, corpus=corpora, weights=(3.0, 1.0), phases=(MixturePhase(3, (0.0, 1.0)),))
     )
-    train(run, tmp_path / "whole")
+    said = StringIO()
+    late = replace(run.data, phases=(*run.data.phases, MixturePhase(5, (1.0, 0.0))))
+    train(
+        replace(run, data=late), tmp_path / "whole", progress=TrainingProgress(Console(file=said, width=400))
+    )
+    assert "the data.phases from step 5 on never begin, since there are 5 steps" in said.getvalue()
     with pytest.raises(RuntimeError, match="a bug"):
         train(run, tmp_path / "run", progress=Fails(3))
     other = replace(run, data=replace(run.data, weights=(1.0, 1.0)))

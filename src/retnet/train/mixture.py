@@ -17,7 +17,10 @@ def epochs(config: RunConfig, prepared: Prepared, batches: Batches, step: int) -
     return {PREFIX + name: times for name, times in zip(names, read, strict=False)}
 
 
-def in_words(found: dict[str, float]) -> str:
-    """The same for people, of a whole run."""
+def in_words(found: dict[str, float], config: RunConfig) -> str:
+    """The same for people, of a whole run; and which phases it ends before."""
     read = ", ".join(f"{name.removeprefix(PREFIX)} {times:.2f} ×" for name, times in found.items())
-    return f"all steps together read {read}"
+    steps = config.train.steps
+    late = [str(phase.step) for phase in config.data.phases or () if phase.step >= steps]
+    never = f"; the data.phases from step {', '.join(late)} on never begin, since there are {steps} steps"
+    return f"all steps together read {read}{never if late else ''}"

@@ -260,7 +260,7 @@ class _Trainer:
 
     def _say_epochs(self) -> None:
         if read := self._epochs(self.config.train.steps):
-            self.progress.say(in_words(read))
+            self.progress.say(in_words(read, self.config))
 
     def _learn(self) -> tuple[float, float]:
         """One step; returns the loss in nats per token and the norm of the gradient before clipping.
