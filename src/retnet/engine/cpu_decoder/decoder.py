@@ -117,6 +117,6 @@ _NUMBERS = {torch.float32: np.float32, torch.int8: np.int8}
 
 @optional
 def _kernel(made: Compiler, number: torch.dtype) -> Any:  # noqa: ANN401
-    """For weights of this type. Compiled on first use, a few seconds, and kept on disk."""
+    """For weights of this type. Compiled on first use, some 20 seconds, and kept on disk."""
     gemm = compile_skinny_gemm(made, _NUMBERS[number])
     return compile_model_step(made, gemm, compile_update(made), compile_activations(made))
