@@ -80,6 +80,7 @@ def _compiler() -> tuple[Compiler | None, str | None]:
 def _make_compiler() -> Compiler:
     import numba
 
+    numba_private.take_enums_as_places()
     compiled = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
     pointer, real, prefetch = _intrinsics()
 

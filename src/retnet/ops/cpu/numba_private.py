@@ -45,6 +45,26 @@ def has_feature(name: str) -> bool:
     return f"+{name}" in features.split(",")
 
 
+def take_enums_as_places() -> None:
+    """Lets members of an IntEnum be places of arrays: numba 0.68 knows them, 0.65, which vLLM wants, does not."""
+    import operator
+
+    import numba
+    from numba import types
+    from numba.extending import overload
+
+    if tuple(int(part) for part in numba.__version__.split(".")[:2]) >= (0, 68):
+        return
+
+    @overload(operator.getitem)
+    def at(table: Any, place: Any) -> Any:  # noqa: ANN401
+        def member(table: Any, place: Any) -> Any:  # noqa: ANN401
+            return table[place.value]
+
+        fits = isinstance(table, types.Array) and isinstance(place, types.IntEnumMember)
+        return member if fits else None
+
+
 def keep_on_disk(compiled: Any, key: Sequence[str]) -> None:  # noqa: ANN401
     """Has `compile()` look for the machine code on disk first, and put it there: in NUMBA_CACHE_DIR or beside the source.
 
