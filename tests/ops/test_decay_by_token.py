@@ -139,6 +139,22 @@ def test_narrow_types(dtype):
         assert relative(got["state"], want["state"]) < 2e-6
 
 
+def test_tangents_of_decays_in_narrow_types():
+    """They are differences of what grows with the length: of rounded numbers nothing but rounding would be left."""
+    q, k, v, _ = (x.detach() for x in random_inputs(1, 300, 2, 16, 16, dtype=torch.bfloat16))
+    decays = token_decays(1, 300, 2, dtype=torch.float32).detach()
+
+    def along(backend, dtype, decays):
+        def run(log_decay):
+            return retention(*(x.to(dtype) for x in (q, k, v)), log_decay, chunk_size=32, backend=backend)[0]
+
+        return jvp(run, (decays,), (torch.ones_like(decays),))[1]
+
+    want = along("reference", torch.float64, decays.double())
+    for backend in ("torch", "numba"):
+        assert relative(along(backend, torch.bfloat16, decays), want) < 6e-3
+
+
 @pytest.mark.parametrize(("backend", "form"), PATHS)
 def test_however_much_is_forgotten(backend, form):
     """−∞ forgets all and leaves the rest of the chunk as it is; NaN stays NaN, from its token on."""

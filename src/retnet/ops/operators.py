@@ -110,23 +110,33 @@ class _Call(NamedTuple):
 
     def forward_along_decay(self, direction: Tensor) -> list[Tensor | None]:
         """The change of output and final state, when the decays change in this direction: that of b_n − b_m."""
+        run, v = self._wide(), self.inputs.v
         beta, last = decay_derivatives.running(self.inputs, direction)
-        out, final = self.forward()
-        less_out, less_final = self.forward(k=_times(self.inputs.k, beta), state=None)
-        return [_times(out, beta) - less_out, _times(final, last[..., None]) - less_final]
+        out, final = run.forward()
+        less_out, less_final = run.forward(k=_times(run.inputs.k, beta), state=None)
+        return [(_times(out, beta) - less_out).to(v.dtype), _times(final, last[..., None]) - less_final]
 
     def backward_along_decay(
         self, d_out: Tensor, d_final: Tensor | None, direction: Tensor
     ) -> list[Tensor | None]:
         """The change of the gradients of q, k, v and the state, when the decays change in this direction."""
-        q, k, *_ = self.inputs
+        run = self._wide()
+        q, k, v, *_ = run.inputs
         beta, last = decay_derivatives.running(self.inputs, direction)
-        dq, dk, _, _ = self.backward(d_out, d_final)
+        d_out = d_out.to(v.dtype)
+        dq, dk, _, _ = run.backward(d_out, d_final)
         later = None if d_final is None else _times(d_final, last[..., None])
-        _, more_dk, more_dv, d_state = self.backward(d_out, later, q=_times(q, beta))
-        less_dq, _, less_dv, _ = self.backward(d_out, d_final, k=_times(k, beta), state=None)
+        _, more_dk, more_dv, d_state = run.backward(d_out, later, q=_times(q, beta))
+        less_dq, _, less_dv, _ = run.backward(d_out, d_final, k=_times(k, beta), state=None)
+        dv = (more_dv - less_dv).to(self.inputs.v.dtype)
         d_state_or_none = None if self.inputs.state is None else d_state
-        return [_times(dq, beta) - less_dq, more_dk - _times(dk, beta), more_dv - less_dv, d_state_or_none]
+        return [_times(dq, beta) - less_dq, more_dk - _times(dk, beta), dv, d_state_or_none]
+
+    def _wide(self) -> _Call:
+        """The same call in the type of the state: what is left of two large numbers would be their rounding else."""
+        x = self.inputs
+        wide = torch.promote_types(x.q.dtype, torch.float32)
+        return self._replace(inputs=x._replace(q=x.q.to(wide), k=x.k.to(wide), v=x.v.to(wide)))
 
 
 def _times(x: Tensor, beta: Tensor) -> Tensor:
