@@ -13,7 +13,18 @@ import pytest
 
 from retnet import settings
 from retnet.data import DataConfig
-from retnet.settings import Checked, Choice, UserError, build, config_path, dump, load, merge, parse_overrides
+from retnet.settings import (
+    Checked,
+    Choice,
+    UserError,
+    build,
+    config_path,
+    dump,
+    dump_changed,
+    load,
+    merge,
+    parse_overrides,
+)
 from retnet.studies.study import Study
 from retnet.train.config import RunConfig, TrainConfig
 
@@ -95,6 +106,29 @@ def test_what_is_dumped_loads_equal(config, tmp_path):
 def test_mistakes_name_place_value_and_what_is_allowed(data, message):
     with pytest.raises(UserError, match=message):
         build(Outer, data)
+
+
+def test_what_was_changed_is_told_alike_by_versions_with_more_settings():
+    """Fingerprints of models are made of it: sessions that were kept outlive a setting that is added."""
+    from retnet.mixers import GatedRetentionConfig, RetentionConfig
+    from retnet.model import ModelConfig
+
+    @dataclass(frozen=True)
+    class Later(ModelConfig):
+        added: int = 3
+
+    for options in (
+        {},
+        {"d_model": 64},
+        {"layers": ("retention", "x"), "mixers": {"x": RetentionConfig(decay=0.5)}},
+    ):
+        now = dump_changed(ModelConfig(**options))
+        assert now == dump_changed(Later(**options)) != dump_changed(Later(**options, added=4))
+        assert now != dump_changed(ModelConfig(**{**options, "num_layers": 8}))
+    told = {dump_changed(ModelConfig(mixer=mixer)) for mixer in (
+        RetentionConfig(), RetentionConfig(scale=1.0), RetentionConfig(decay=0.5), GatedRetentionConfig()
+    )}  # fmt: skip
+    assert len(told) == 4
 
 
 def test_overrides(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retnet.engine.slots import SlotPool, rows_of
 from retnet.model import Block, LanguageModel, ModelState
-from retnet.settings import dump
+from retnet.settings import dump_changed
 
 
 class Decoder(ABC):
@@ -220,8 +220,8 @@ class ComposedDecoder(Decoder):
             pool.write(rows_of(slots, self.device), type(layer)(*(part.to(self.device) for part in layer)))
 
     def fingerprint(self) -> str:
-        """See `Decoder.fingerprint`; reads all weights."""
-        found = hashlib.sha256(dump(self._model.config).encode())
+        """See `Decoder.fingerprint`; reads all weights. A version that knows of more settings finds the same."""
+        found = hashlib.sha256(dump_changed(self._model.config).encode())
         for name, part in sorted(self._model.state_dict().items()):
             found.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
             found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -79,6 +80,11 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 def dump(config: object) -> str:
     """The TOML text of a configuration, complete: loading it gives an equal object. Absent (None) values are left out."""
     return tomli_w.dumps(_plain(config))
+
+
+def dump_changed(config: object) -> str:
+    """The JSON text of what is not left at its default: the same text in versions to come that have more fields."""
+    return json.dumps(_plain(config, whole=False), sort_keys=True)
 
 
 def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN401
@@ -168,12 +174,20 @@ def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:  # no
     return None
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any, whole: bool = True) -> Any:  # noqa: ANN401
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(item) for name, item in pairs if item is not None}
+        pairs = (
+            (f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if whole or _set(value, f)
+        )
+        return {name: _plain(item, whole) for name, item in pairs if item is not None or not whole}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items() if item is not None}
+        return {name: _plain(item, whole) for name, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, whole) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _set(config: Any, field: dataclasses.Field[Any]) -> bool:  # noqa: ANN401
+    """Whether a field is not at its default; the name of a table's kind, and what is a table itself, always count."""
+    value = getattr(config, field.name)
+    return field.name == "name" or dataclasses.is_dataclass(value) or value != field.default
