@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from retnet.engine import Request
 from retnet.engine.storage import open_storage
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, state_size
+from retnet.engine.store import (
+    BLOCK,
+    StateStore,
+    from_tensors,
+    kept_positions,
+    keys_of,
+    state_size,
+    to_tensors,
+)
+from retnet.errors import UserError
+from retnet.mixers.softmax import SoftmaxState
 from tests.helpers.sessions import GREEDY, engine, make, words
 
 
@@ -174,3 +184,14 @@ def test_a_storage_that_fails_costs_time_alone(place, caplog):
     store.hold("me", ())
     assert store.sweep(0) == 0
     assert caplog.text.count("no answer") == 1
+
+
+@pytest.mark.parametrize("length", [[], [2.0], [-3], [3], [[2]]])
+def test_a_cache_that_is_not_as_long_as_it_says_is_refused(length):
+    def state(tokens, length):
+        return SoftmaxState(torch.zeros(1, tokens, 2, 4), torch.zeros(1, tokens, 2, 4), length)
+
+    template = (state(0, torch.zeros(1, dtype=torch.int64)),)
+    length = torch.tensor(length) if length else torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"the state.s 0\.(length|keys) has shape"):
+        from_tensors(to_tensors((state(2, length),)), template)

@@ -134,7 +134,7 @@ class SessionArchive:
 def _header_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata[_HEADER])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):  # of brackets in brackets without end
         raise UserError("this is no session, or part of one: it cannot be read") from None
     marks = header.get("marks") if isinstance(header, dict) else None
     if not (isinstance(marks, list) and all(isinstance(mark, int) for mark in marks)) or not isinstance(

@@ -317,13 +317,12 @@ def from_tensors(tensors: dict[str, Tensor], template: Any) -> Any:  # noqa: ANN
     want = to_tensors(template)
     if want.keys() != tensors.keys():
         raise UserError("the state has other layers than the model's; it is of another model")
-    for name, like in want.items():
-        part = tensors[name]
+    for name in sorted(want, key=lambda name: not name.endswith(".length")):  # caches are as long as it says
+        part, like = tensors[name], want[name]
         fits = part.dtype is like.dtype and part.shape == like.shape
-        layer = template[int(name.split(".")[0])]
-        if not fits and hasattr(layer, "length") and part.dtype is like.dtype and part.dim() == like.dim():
-            places = int(tensors[f"{name.split('.')[0]}.length"].max())
-            fits = part.shape == (1, places, *like.shape[2:])
+        length = f"{name.split('.')[0]}.length"
+        if not fits and length in want and part.dtype is like.dtype and part.dim() == like.dim() > 1:
+            fits = part.shape == (1, int(tensors[length]), *like.shape[2:])
         if not fits:
             raise UserError(
                 f"the state's {name} has shape {tuple(part.shape)} and type {part.dtype}, the model's "
