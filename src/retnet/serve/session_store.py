@@ -280,9 +280,9 @@ class SessionStore:
 def _warn_of_old(url: str, names: Sequence[str]) -> None:
     if old := sum(name.endswith(OLD) for name in names):
         _log.warning(
-            "%s has %d sessions of an older format (files *%s) that this version does not read, and leaves as they are: let "
-            "the version that wrote them export each (GET /v1/sessions/ID/export) and import the bytes here (POST "
-            "/v1/sessions/import), or delete the files",
+            "%s has %d sessions of an older format (files *%s) that this version does not read, and leaves as they are: ask "
+            "the version that wrote them for the tokens of each (GET /v1/sessions/ID) and create it here of these (POST "
+            "/v1/sessions), or delete the files",
             url,
             old,
             OLD,
