@@ -161,6 +161,7 @@ WRONG = [
     ({"scale": 1.0, "score_norm": "torchscale"}, "leave out scale"),
     ({"rotary_dim": 3}, "rotary_dim is 3; rotation turns pairs of the 4"),
     ({"rotary_dim": 6}, "so make it even and at most 4"),
+    ({"rotary_dim": 2, "rotary": "none"}, "rotary = 'none' turns nothing"),
 ]
 
 

@@ -56,6 +56,10 @@ class Rotary(nn.Module):
         turned: int | None = None,
     ) -> None:
         super().__init__()
+        if turned is not None and layout == "none":
+            raise UserError(
+                f"rotary_dim is {turned}, but rotary = 'none' turns nothing; leave out one of them"
+            )
         if turned is not None and (turned % 2 or not 0 < turned <= key_dim):
             raise UserError(
                 f"rotary_dim is {turned}; rotation turns pairs of the {key_dim} numbers of a head, so make it even and at "
