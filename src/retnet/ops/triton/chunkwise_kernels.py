@@ -24,7 +24,7 @@ Rules that keep compiled code right, whatever the version of Triton:
 * What can grow past 2³¹ (a token's, row's, head's or state's offset) is multiplied in 64 bits; places inside a tile are
   32 bits.
 * Decays by token come as sums: log2 of the product of the γ from the begin of a token's chunk up to it, in two fp32 numbers
-  each, for a large sum would round what is between two tokens (`launch.decay_sums`). Weights are exp2 of differences.
+  each, for a large sum would round what is between two tokens (`launch.log2_sums`). Weights are exp2 of differences.
 * An argument that makes no sense and cannot be checked without waiting for the GPU (γ > 1, a slot that is not there)
   gives NaN, never a plausible number.
 """

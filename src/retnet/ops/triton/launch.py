@@ -62,7 +62,7 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     return Chunks(length, documents, T, total, total, bounds.int(), first.int(), table.int())
 
 
-def decay_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+def log2_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
     """What STATE and OUT read of the decays: ln γ [H] as it is; by token, log2 of the γ's product since its chunk began.
 
     The sums over a chunk of `length` tokens are differences of fp64 sums over all, [B,T,H,2]: in fp32, and what that rounds
@@ -195,7 +195,7 @@ def state_pass(
     """STATE: snapshots [total,H,A,Z] at the chunk boundaries, and the state at the far end [rows,H,A,Z] fp32.
 
     Forward, a is k and z is v. Reversed, a is q and z the gradient of the output, and the far end is the beginning.
-    `log_decay` is what `decay_sums` makes of it.
+    `log_decay` is what `log2_sums` makes of it.
     """
     a, z = _addressable(a), _addressable(z)
     H, A, Z = a.shape[2], a.shape[3], z.shape[3]
@@ -258,7 +258,7 @@ def out_pass(
         y: what a column of scores belongs to.
         z: what the scores weigh.
         snapshots: [total,H,X,Z], or [total,H,Z,X] when `transposed`.
-        log_decay: what `decay_sums` makes of it.
+        log_decay: what `log2_sums` makes of it.
         scale: of the scores.
         chunks: as `cut` made them.
         reverse: sums over later tokens instead of earlier ones.

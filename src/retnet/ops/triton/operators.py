@@ -16,7 +16,7 @@ def forward(x: RetentionInputs, chunk: int, keep_states: bool) -> tuple[Tensor, 
     from retnet.ops.triton import launch
 
     q, k, v, log_decay, state, cu_seqlens, scale = x
-    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.decay_sums(log_decay, cu_seqlens, chunk)
+    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.log2_sums(log_decay, cu_seqlens, chunk)
     snapshots, final = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)
     out = launch.out_pass(q, k, v, snapshots, log_decay, scale, chunks, reverse=False, transposed=False)
     return out, final, snapshots if keep_states else snapshots.new_empty(0)
@@ -37,7 +37,7 @@ def backward(
     from retnet.ops.triton import launch
 
     q, k, v, log_decay, state, cu_seqlens, scale = x
-    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.decay_sums(log_decay, cu_seqlens, chunk)
+    chunks, log_decay = launch.cut(q, cu_seqlens, chunk), launch.log2_sums(log_decay, cu_seqlens, chunk)
     to_dq, to_dk = (torch.empty_like(y, dtype=torch.float32) if wide else None for y in (q, k))
     if snapshots is None:
         snapshots = launch.state_pass(k, v, state, log_decay, chunks, reverse=False)[0]
