@@ -8,7 +8,7 @@ from their tensors, and beside it what a process of its own really holds.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -205,7 +205,7 @@ def _model(config: ModelConfig, device: torch.device) -> LanguageModel:
 
 def _warm(config: ModelConfig, device: torch.device) -> None:
     """Loads what a first step loads (kernels, libraries), with a model of one layer and the same widths."""
-    model = _model(replace(config, num_layers=1), device)
+    model = _model(config.of_layer(0), device)
     contexts = Contexts(model, config.d_model, room=8)
     contexts.read((64,))
     contexts.seconds(64, 1, 1e-9)

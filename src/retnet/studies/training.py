@@ -284,7 +284,7 @@ def memory(steps: TrainingGrid, size: ModelSize, kind: str, length: int, tell: T
     if reason := why_not(steps, size, kind, length, device, models=1):
         return {"skipped": reason}
     config = steps.config(size, kind)
-    small = replace(config, num_layers=1)
+    small = config.of_layer(0)
     short = replace(steps, tokens=SHORT, lengths=(SHORT,))
     _TrainedModel(small, short, device).seconds(SHORT, small)  # loads kernels and libraries
     tell(0.1)
