@@ -108,6 +108,17 @@ def test_mistakes_name_place_value_and_what_is_allowed(data, message):
         build(Outer, data)
 
 
+def test_words_that_stand_beside_numbers_are_told_too():
+    from retnet.mixers import RetentionConfig
+
+    with pytest.raises(
+        UserError, match="allowed: 'paper', 'experiments', 'alibi', 'none'; did you mean \"paper\""
+    ):
+        build(RetentionConfig, {"decay": "papper"})
+    with pytest.raises(UserError, match=r"decay\[1\] 'x': Expected `float`, got `str`"):
+        build(RetentionConfig, {"decay": [0.5, "x"]})
+
+
 def test_what_was_changed_is_told_alike_by_versions_with_more_settings():
     """Fingerprints of models are made of it: sessions that were kept outlive a setting that is added."""
     from retnet.mixers import GatedRetentionConfig, RetentionConfig

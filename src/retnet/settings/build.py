@@ -128,7 +128,8 @@ def _chosen(kind: type[Choice], value: Any, where: str) -> type:  # noqa: ANN401
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    unions = (types.UnionType, typing.Union)  # which of them `|` makes depends on what stands beside it
+    return typing.get_args(kind) if typing.get_origin(kind) in unions else (kind,)
 
 
 def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: ANN401
