@@ -177,6 +177,7 @@ def test_a_generation_goes_on_through_its_blocks():
         ("AMD Ryzen 7 5800X 8-Core Processor", 16, "amd-ryzen-7-5800x-16c"),
         ("Apple M2", 8, "apple-m2-8c"),
         ("AMD EPYC as AVX2", 2, "amd-epyc-as-avx2-2c"),
+        ("AMD EPYC with AVX2", 2, "amd-epyc-with-avx2-2c"),
         ("", None, "unknown-0c"),
     ],
 )
@@ -184,11 +185,14 @@ def test_names_of_machines(cpu, cores, slug):
     assert machine_slug(cpu, cores) == slug
 
 
-def test_a_machine_kept_to_older_instructions_says_so(monkeypatch):
+def test_a_machine_without_newer_instructions_says_so(monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     cpu = host.describe()["cpu"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert host.describe()["cpu"] == f"{cpu} with AVX2"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    assert host.describe()["cpu"] == f"{cpu} as {torch.backends.cpu.get_cpu_capability()}"
+    assert host.describe()["cpu"] == f"{cpu} as AVX2"
 
 
 @pytest.mark.parametrize(
