@@ -91,17 +91,35 @@ def test_states_are_admitted_by_their_bytes(toy, tokenizer):
         Engine(toy, tokenizer, max_state_bytes=999).submit(Request("a"))
 
 
-def test_a_cache_that_grows_counts_as_long_as_it_may_become(tokenizer):
-    decoder = ComposedDecoder(model("softmax"), 8)
-    size = decoder.state_bytes(2 + 30)
-    assert size > decoder.state_bytes(2 + 29)
+@pytest.mark.parametrize("name", ["softmax", "retention+softmax"])
+def test_a_cache_counts_as_long_as_it_may_become_and_holds_no_more(name, tokenizer):
+    decoder = ComposedDecoder(model(name), 8)
+    size = decoder.state_bytes(64)  # there is room for multiples of that
     engine = Engine(decoder, tokenizer, max_state_bytes=3 * size)
+
+    def step():
+        """How many streams got a token."""
+        count = len({event.request for event in engine.step()})
+        lists = [part for pool in decoder.pools for part in pool.state if isinstance(part, list)]
+        held = sum(cache.nbytes for caches in lists for cache in caches)
+        used = decoder.slots - len(engine._free)
+        assert (held > 0) == (used > 0)
+        assert held + used * decoder.state_bytes(0) <= engine._bytes <= 3 * size
+        return count
+
     for prompt in "abcdefgh":
         engine.submit(Request(prompt, max_tokens=30, min_tokens=30))
-    together = [len({event.request for event in engine.step()}) for _ in range(89)]
-    assert together == [3] * 60 + [2] * 29
-    assert [event.finish for event in finished(engine.step()).values()] == ["length"] * 2
+    assert [step() for _ in range(90)] == [3] * 60 + [2] * 30
     assert not engine.busy
+    long = max(n for n in range(64, 1024, 64) if decoder.state_bytes(n) <= 3 * size) - 2
+    for prompt, count in (
+        ("a", long),
+        ("b" * 100, 26),
+        ("c", 62),
+    ):  # these two wait for the first, and are read together
+        engine.submit(Request(prompt, max_tokens=count, min_tokens=count))
+    assert [step() for _ in range(long + 62)] == [1] * long + [2] * 26 + [1] * 36
+    assert engine._bytes == 0
 
 
 # -- a text depends on its request alone ----------------------------------------------------------------------

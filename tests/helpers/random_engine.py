@@ -129,10 +129,13 @@ class RandomUse:
     # -- what must be true ------------------------------------------------------------------------------------
 
     def check(self):
-        """After each verb; free slots are then filled with NaN."""
+        """After each verb; free slots have no caches, and are then filled with NaN."""
         for pool in self.decoder.pools:
             for part in pool.state:
-                part[self.engine._free] = float("nan") if part.is_floating_point() else 12345
+                if isinstance(part, list):
+                    assert not any(len(part[slot]) for slot in self.engine._free)
+                else:
+                    part[self.engine._free] = float("nan") if part.is_floating_point() else 12345
         assert self.engine.store.bytes <= self.budget
 
     def end(self):

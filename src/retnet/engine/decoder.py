@@ -82,6 +82,9 @@ class Decoder(ABC):
     def reset(self, slots: Tensor) -> None:
         """Makes slots what they are before the first token."""
 
+    def free(self, slots: Tensor) -> None:  # noqa: B027 (a state of one size has nothing to give back)
+        """Gives back what the caches of slots hold that nobody uses any more."""
+
     @abstractmethod
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Forks sequences: slot target[i] becomes what slot source[i] is. A source may be named several times."""
@@ -190,6 +193,12 @@ class ComposedDecoder(Decoder):
         self._check_slots(slots)
         for pool in self.pools:
             pool.reset(rows_of(slots, self.device))
+
+    def free(self, slots: Tensor) -> None:
+        """See `Decoder.free`."""
+        for pool in self.pools:
+            if pool.grows:
+                pool.free(slots)
 
     @torch.no_grad()
     def copy(self, source: Tensor, target: Tensor) -> None:

@@ -55,7 +55,7 @@ class Engine:
         slots: the most streams at once; of a decoder, all it has.
         prefill_tokens: the most tokens of prompts read in a step while streams run.
         max_state_bytes: what the states of running streams may take; None is what `slots` come to. A stream with a growing
-            cache counts as long as it may become.
+            cache counts as long as it may become, and holds no more; what it held is given back when it ends.
         exact: whether the bits of an outcome must not depend on other requests.
         cache_bytes: what states kept for later requests may take in memory; 0 keeps none. See `StateStore`.
         state_directory: where states go that sessions hold and memory has no room for; a directory, or a URL of fsspec.
@@ -319,6 +319,7 @@ class Engine:
         return heapq.heappop(self._free)
 
     def _give_back(self, slot: int, size: int) -> None:
+        self._decoder.free(index(slot))
         self._bytes -= size
         heapq.heappush(self._free, slot)
 
@@ -350,4 +351,5 @@ class Engine:
             self._remove(prompt, finish, error)
         self._outbox += [stream.end(finish, error) for stream in self._live if stream.finish is None]
         self._live, self._slots = [], index()
+        self._decoder.free(torch.arange(self.slots))
         self._free, self._bytes = list(range(self.slots)), 0

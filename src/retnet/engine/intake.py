@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from retnet.engine.prompts import Prompt
 from retnet.engine.requests import Request
+from retnet.engine.slots import room_for
 from retnet.engine.streams import Stream
 from retnet.settings import UserError
 
@@ -68,7 +69,7 @@ class Intake:
         """What a state may come to, where that counts."""
         if self._max_bytes is None:
             return 0
-        need = self._decoder.state_bytes(prompt + more)
+        need = self._decoder.state_bytes(room_for(prompt + more))
         if need > self._max_bytes:
             raise UserError(
                 f"a state of {need:,} bytes for {prompt} + {more} tokens is more than the "

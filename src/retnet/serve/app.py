@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retnet import __version__
 from retnet.engine import Decoder, Engine, Run
+from retnet.engine.slots import room_for
 from retnet.engine.storage import open_storage
 from retnet.serve import (
     completion_routes,
@@ -74,7 +75,7 @@ def make_app(
         cache_bytes=settings.cache_bytes,
         state_directory=None if sessions is None else f"{str(sessions).rstrip('/')}/{STATES}",
     )
-    least = engine.state_bytes(2)
+    least = engine.state_bytes(room_for(2))
     if settings.max_state_bytes is not None and settings.max_state_bytes < least:
         raise UserError(
             f"max_state_bytes is {settings.max_state_bytes:,}, but one state takes {least:,}; allow at least that"

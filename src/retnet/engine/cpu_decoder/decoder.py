@@ -15,7 +15,7 @@ from retnet.engine.cpu_decoder.kernel import CallTable, StateTable, compile_mode
 from retnet.engine.cpu_decoder.model_weights import read_model
 from retnet.engine.cpu_decoder.table import ModelTable, NotCompiledError, WeightTable
 from retnet.engine.decoder import ComposedDecoder
-from retnet.engine.slots import SlotPool, rows_of
+from retnet.engine.slots import SlotPool
 from retnet.mixers.softmax import SoftmaxState
 from retnet.model import LanguageModel
 from retnet.ops.cpu.activations import compile_activations
@@ -69,35 +69,24 @@ class CompiledSteps:
         self._weights, self._pools, self._kernel = weights, pools, kernel
         self._logits = weights.numbers[ModelTable.LOGITS]
         self._table = table([0] * (CallTable.LAYERS + len(StateTable) * len(pools)))
-        self._table[CallTable.MODEL], self._table[CallTable.POOL] = weights.address, len(pools[0].state[0])
-        self._states: list[Any] = [None] * len(pools)  # those whose addresses are in the table
+        self._table[CallTable.MODEL], self._table[CallTable.POOL] = weights.address, pools[0].slots
+        for number, pool in enumerate(pools):
+            at, (state, values) = CallTable.LAYERS + len(StateTable) * number, pool.addresses[:2]
+            softmax = isinstance(pool.state, SoftmaxState)
+            self._table[at + StateTable.STATE] = (state if softmax else pool.state.kv).data_ptr()
+            self._table[at + StateTable.VALUES] = values.data_ptr()
+            position = pool.state.length if softmax else pool.state.position
+            self._table[at + StateTable.POSITION] = position.data_ptr()
         self._memory = torch.empty(0)
-
-    def _find_states(self, slots: Tensor) -> None:
-        """Writes down where states lie, with room in caches for one more token: making it has moved them."""
-        rows = None
-        for number, pool in enumerate(self._pools):
-            if pool.grows:
-                rows = rows_of(slots, slots.device) if rows is None else rows
-                pool.reserve(rows, 1)
-            if (state := pool.state) is self._states[number]:
-                continue
-            self._states[number] = state
-            at = CallTable.LAYERS + len(StateTable) * number
-            if isinstance(state, SoftmaxState):
-                parts = (state.keys.data_ptr(), state.values.data_ptr(), state.length, state.keys.shape[1])
-            else:
-                parts = (state.kv.data_ptr(), 0, state.position, 0)
-            self._table[at + StateTable.STATE], self._table[at + StateTable.VALUES] = parts[:2]
-            self._table[at + StateTable.POSITION] = parts[2].data_ptr()
-            self._table[at + StateTable.ROOM] = parts[3]
 
     def __call__(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Tokens in the vocabulary and their slots, int64 [B], B at most `MAX_ROWS` → logits [B,vocabulary]."""
         B, threads = len(tokens), torch.get_num_threads()
         if (need := memory_of(B, self._weights.sizes, threads)) > len(self._memory):
             self._memory = torch.empty(need)
-        self._find_states(slots)
+        for pool in self._pools:
+            if pool.grows:
+                pool.reserve(slots, 1)
         tokens, slots, logits = tokens.contiguous(), slots.contiguous(), torch.empty(B, self._logits)
         entries = {
             CallTable.ROWS: B,

@@ -44,10 +44,9 @@ class CallTable(IntEnum):
 class StateTable(IntEnum):
     """Where the states of a layer lie."""
 
-    STATE = 0  # of retention [slots,H,K,V]; the keys of softmax [slots,S,G,K]
-    VALUES = 1  # of softmax [slots,S,G,V]
+    STATE = 0  # of retention [slots,H,K,V]; of softmax the addresses of keys [S,G,K], int64 [slots]
+    VALUES = 1  # of softmax the addresses of values [S,G,V], int64 [slots]
     POSITION = 2  # int64 [slots], tokens seen, which move on by one
-    ROOM = 3  # S, places of a cache
 
 
 def memory_of(rows: int, sizes: Sizes, threads: int) -> int:
@@ -117,12 +116,8 @@ def compile_model_step(
         turned_by = -1  # the layer whose angles are there
         for number in range(count):
             layer, at = layers[number], call_layers + state_size * number
-            state, values, room = (
-                pointer[at + StateTable.STATE],
-                pointer[at + StateTable.VALUES],
-                pointer[at + StateTable.ROOM],
-            )
-            position = array(pointer[at + StateTable.POSITION], (table[CallTable.POOL],), np.int64)
+            state, pool = pointer[at + StateTable.STATE], (table[CallTable.POOL],)
+            position = array(pointer[at + StateTable.POSITION], pool, np.int64)
             N, width = layer[LayerTable.N], layer[LayerTable.H] * layer[LayerTable.V]
             normed(x, layer[LayerTable.MIXER_NORM], layer[LayerTable.MIXER_BIAS], eps, z, packed)
             turned = layer[LayerTable.LAYOUT] != 0 and (turned_by < 0 or new_angles(layer, layers[turned_by]))
@@ -133,7 +128,9 @@ def compile_model_step(
             if layer[LayerTable.KIND] == 0:
                 retain(layer, (state, position, slots), (projected, heads), angles, turned)
             else:
-                attend(layer, (state, values, room, position, slots), (projected, heads), angles)
+                keys = array(state, pool, np.int64)
+                values = array(pointer[at + StateTable.VALUES], pool, np.int64)
+                attend(layer, (keys, values, position, slots), (projected, heads), angles)
             barrier()
             rows(heads, B, matrix(layer[LayerTable.OUT], layer[LayerTable.OUT_SCALES], D, width), sums, 0)
             barrier()

@@ -206,7 +206,7 @@ def compile_retention(
 def compile_softmax(
     compiler: Compiler, gemm: SkinnyGemm, activations: Activations, rotation: RotationFunctions
 ) -> Callable[..., None]:
-    """attend(layer, (keys, values, room, positions, slots), (projected, heads), (cos, sin))."""
+    """attend(layer, (keys, values, positions, slots), (projected, heads), (cos, sin)); caches are addresses, by slot."""
     array, thread, threads = compiler.array, compiler.thread, compiler.threads
     barrier, real = compiler.barrier, compiler.real
     pack = gemm.pack
@@ -262,17 +262,17 @@ def compile_softmax(
     @compiler.function
     def remember(layer: Any, memory: Any, projected: Any, angles: Any) -> None:
         """Appends keys and values to the caches: this thread's share of their heads."""
-        (keys_at, values_at, room, positions, slots), (cos, sin) = memory, angles
+        (keys, values, positions, slots), (cos, sin) = memory, angles
         H, G, K, V = layer[LayerTable.H], layer[LayerTable.G], layer[LayerTable.K], layer[LayerTable.V]
         B, i, n = len(slots), thread(), threads()
         for task in range(B * G * i // n, B * G * (i + 1) // n):
             g, b = task // B, task % B
-            row, place = projected[b], ((slots[b] * room + positions[slots[b]]) * G + g) * 4
-            key = array(keys_at + place * K, (K,), np.float32)
+            row, place = projected[b], (positions[slots[b]] * G + g) * 4
+            key = array(keys[slots[b]] + place * K, (K,), np.float32)
             key[:] = row[(H + g) * K : (H + g + 1) * K]
             prepare(layer, key, g, layer[LayerTable.K_BIAS], layer[LayerTable.K_NORM], cos[b], sin[b])
             first = (H + G) * K + g * V
-            value = array(values_at + place * V, (V,), np.float32)
+            value = array(values[slots[b]] + place * V, (V,), np.float32)
             value[:] = row[first : first + V]
             if layer[LayerTable.V_BIAS]:
                 bias = array(layer[LayerTable.V_BIAS] + 4 * g * V, (V,), np.float32)
@@ -282,7 +282,7 @@ def compile_softmax(
     @compiler.function
     def attend(layer: Any, memory: Any, shared: Any, angles: Any) -> None:
         """softmax(q Kᵀ / √K) V but for the last product: this thread's share of the heads, packed."""
-        (keys_at, values_at, room, positions, slots), (projected, heads), (cos, sin) = memory, shared, angles
+        (keys, values, positions, slots), (projected, heads), (cos, sin) = memory, shared, angles
         H, G, K, V = layer[LayerTable.H], layer[LayerTable.G], layer[LayerTable.K], layer[LayerTable.V]
         B, i, n = len(slots), thread(), threads()
         scale = np.float32(real(layer[LayerTable.SCALE]))
@@ -296,10 +296,10 @@ def compile_softmax(
             prepare(layer, query, h, layer[LayerTable.Q_BIAS], layer[LayerTable.Q_NORM], cos[b], sin[b])
             for j in range(K):
                 query[j] *= scale
-            first, g, scores = 4 * slots[b] * room * G, h // (H // G), np.empty(S, np.float32)
-            score(query, array(keys_at + first * K, (S, G, K), np.float32), g, scores)
+            g, scores = h // (H // G), np.empty(S, np.float32)
+            score(query, array(keys[slots[b]], (S, G, K), np.float32), g, scores)
             weigh(scores)
-            gather(scores, array(values_at + first * V, (S, G, V), np.float32), g, o)
+            gather(scores, array(values[slots[b]], (S, G, V), np.float32), g, o)
             pack(heads, B, H * V, b, h * V, o)
 
     return attend
