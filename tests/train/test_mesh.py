@@ -89,8 +89,8 @@ class TestHeads:
             (
                 2,
                 {"layers": ("retention", "rwkv4"), "num_layers": 2},
-                "the mixer 'rwkv4' has no heads that stand by themselves; set it to 1, and parallel.shard cuts its weights "
-                "(mixers that can be cut by heads: retention, gated_retention, softmax, linear)",
+                "the mixer 'rwkv4' has no heads that stand by themselves; set it to 1 (in training parallel.shard cuts any "
+                "weights), or take mixers that can be cut by heads: retention, gated_retention, softmax, linear",
             ),
             (
                 4,
@@ -106,7 +106,7 @@ class TestHeads:
             (
                 4,
                 {"ffn_dim": 30},
-                "an FFN is 30 wide, which is no multiple of it; set another tp, or model.ffn_dim to 32",
+                "an FFN is 30 wide, which is no multiple of it; set another number, or model.ffn_dim to 32",
             ),
             (4, {"vocab_size": 6}, "a vocabulary of 6 leaves the last rank without any; lower it"),
         ],

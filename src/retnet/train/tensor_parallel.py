@@ -32,8 +32,8 @@ class Cut(NamedTuple):
     size: int  # of the whole, along it
 
 
-def check_heads(model: ModelConfig, tp: int) -> None:
-    """Says what cannot be cut over so many ranks.
+def check_heads(model: ModelConfig, tp: int, setting: str = "parallel.tp") -> None:
+    """Says what cannot be cut over so many ranks, by the name that the number has where it was set.
 
     Raises:
         UserError: a mixer whose heads do not stand by themselves; heads, of keys too, or widths that are no multiple of
@@ -45,13 +45,13 @@ def check_heads(model: ModelConfig, tp: int) -> None:
     for mixer in model.mixers_by_layer:
         if mixer.name not in able:
             raise UserError(
-                f"parallel.tp is {tp}, but the mixer {mixer.name!r} has no heads that stand by themselves; set it to 1, and "
-                f"parallel.shard cuts its weights (mixers that can be cut by heads: {', '.join(able)})"
+                f"{setting} is {tp}, but the mixer {mixer.name!r} has no heads that stand by themselves; set it to 1 (in "
+                f"training parallel.shard cuts any weights), or take mixers that can be cut by heads: {', '.join(able)}"
             )
         groups = getattr(mixer, "head_norm_groups", None)
         if groups is not None and groups % tp:
             raise UserError(
-                f"parallel.tp is {tp}, and the mixer {mixer.name!r} normalises its heads in {groups} groups, which is no "
+                f"{setting} is {tp}, and the mixer {mixer.name!r} normalises its heads in {groups} groups, which is no "
                 "multiple of it; set it to 1 or a divisor of head_norm_groups"
             )
     for what, numbers in (
@@ -63,18 +63,18 @@ def check_heads(model: ModelConfig, tp: int) -> None:
             if number % tp:
                 fits = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 raise UserError(
-                    f"parallel.tp is {tp}, and the mixer {name!r} has {number} {what}, which is no multiple of it; "
+                    f"{setting} is {tp}, and the mixer {name!r} has {number} {what}, which is no multiple of it; "
                     f"set it to {fits}"
                 )
     for _, width in model.ffns_by_layer:
         if width % tp:
             raise UserError(
-                f"parallel.tp is {tp}, and an FFN is {width} wide, which is no multiple of it; set another tp, or "
+                f"{setting} is {tp}, and an FFN is {width} wide, which is no multiple of it; set another number, or "
                 f"model.ffn_dim to {math.ceil(width / tp) * tp}"
             )
     if model.vocab_size is not None and (tp - 1) * -(-model.vocab_size // tp) >= model.vocab_size:
         raise UserError(
-            f"parallel.tp is {tp}, and a vocabulary of {model.vocab_size} leaves the last rank without any; lower it"
+            f"{setting} is {tp}, and a vocabulary of {model.vocab_size} leaves the last rank without any; lower it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,9 @@ from retnet.model.config import ModelConfig
 from retnet.model.language_model import Backbone, Block
 from retnet.nn import Linear
 from retnet.settings import UserError
-from retnet.train.tensor_parallel import Cut, cut_block, cuts
+from retnet.train.tensor_parallel import Cut, check_heads, cut_block, cuts
 from retnet_vllm.pages import StatePages, Step, TokenPages, largest_page, pages_of
-from retnet_vllm.refusals import refuse_mixers, refuse_ranks, refuse_settings
+from retnet_vllm.refusals import refuse_mixers, refuse_settings
 
 
 class PagedBlock(Block):
@@ -60,7 +61,8 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         refuse_settings(vllm_config)
         refuse_mixers(config)
         ranks = get_tensor_model_parallel_world_size()
-        refuse_ranks(config, ranks)
+        # the vocabulary is on each
+        check_heads(replace(config, vocab_size=None), ranks, "tensor_parallel_size")
         self.config, self.rank = config, get_tensor_model_parallel_rank()
         device = torch.empty(0).device
         with torch.device("meta"), set_default_torch_dtype(torch.float32):
@@ -70,7 +72,6 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         if ranks > 1:
             for block in self._blocks():
                 cut_block(block, self.rank, ranks)
-            # of blocks: each rank has the whole vocabulary
             self._cuts = {name: cut for name, cut in cuts(self).items() if name.startswith("blocks.")}
         # Moves of a whole module, so that mixers keep in fp32 what they do, and compute their constants.
         self.to(vllm_config.model_config.dtype).to_empty(device=device)

@@ -48,35 +48,3 @@ def refuse_mixers(config: ModelConfig) -> None:
                 f"layer {layer} is {kind.name!r}, whose state grows with every token and has no place in vLLM's pages; "
                 "`retnet serve` serves it"
             )
-
-
-def refuse_ranks(config: ModelConfig, ranks: int) -> None:
-    """Refuses models that cannot be cut over so many ranks.
-
-    Raises:
-        UserError: a mixer whose heads do not stand by themselves, or heads or widths that are no multiple of `ranks`.
-    """
-    if ranks == 1:
-        return
-    for layer, (kind, (_, width)) in enumerate(
-        zip(config.mixers_by_layer, config.ffns_by_layer, strict=True)
-    ):
-        shared = [name for name in ("kv_heads", "qk_norm") if getattr(kind, name, None)]
-        if shared or not MIXERS[kind.name].head_axes:
-            why = f"which share {' and '.join(shared)}" if shared else "which do not stand by themselves"
-            raise UserError(
-                f"tensor_parallel_size is {ranks}, and layer {layer} is {kind.name!r}, whose heads, {why}, cannot be on "
-                "several devices; allowed: 1"
-            )
-        groups = getattr(kind, "head_norm_groups", None) or kind.num_heads
-        cut = {
-            "heads": kind.num_heads,
-            "groups of its head norm": groups,
-            "numbers in the width of its FFN": width,
-        }
-        for what, number in cut.items():
-            if number % ranks:
-                raise UserError(
-                    f"tensor_parallel_size is {ranks}, and layer {layer} has {number} {what}, no multiple of it; "
-                    f"allowed: divisors of {number}"
-                )
