@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from retnet.mixers import MIXERS, Mixer, MultiScaleRetention, RetentionState, SoftmaxAttention
 from retnet.model.config import ModelConfig
 from retnet.nn import Positions
+from retnet.settings import UserError
 from retnet_vllm import BACKEND
 from retnet_vllm.backend import StepBatch
 
@@ -137,6 +138,9 @@ class TokenPages:
         mixer: of the layer.
         name: of the layer, by which vLLM finds it.
         config: where vLLM looks for it.
+
+    Raises:
+        UserError: vLLM's attention has no kernel for heads of such a width.
     """
 
     def __init__(self, mixer: SoftmaxAttention, name: str, config: VllmConfig) -> None:
@@ -144,6 +148,12 @@ class TokenPages:
         heads, width = mixer.num_heads, mixer.key_dim
         groups, cache = heads // mixer.group, config.cache_config
         self.attention = Attention(heads, width, width**-0.5, groups, cache_config=cache, prefix=name)
+        backend = self.attention.get_attn_backend()
+        if not backend.supports_head_size(width):  # on a CPU vLLM itself does not ask
+            raise UserError(
+                f"{name} is 'softmax' with heads of width {width}, for which vLLM's attention here ({backend.get_name()}) "
+                f"has no kernel; allowed: {', '.join(map(str, backend.get_supported_head_sizes()))}"
+            )
 
     def mix(self, x: Tensor, step: Step) -> Tensor:
         """The mixer's output for the tokens of a step, [T,D] → [T,D]."""
