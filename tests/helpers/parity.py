@@ -1,5 +1,6 @@
 """One place for the comparisons every fast path has to pass."""
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -62,6 +63,34 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
     assert got.keys() == want.keys()
     errors = {name: relative(got[name], want[name]) for name in want}
     assert max(errors.values()) <= tolerance, errors
+
+
+def assert_confined(backend, dtype, tolerance) -> None:
+    """NaN among the decays or keys of one packed document changes nothing in those before and after it.
+
+    It spoils what is later in its own, over chunks too, and the gradients of the decays there.
+    """
+    lengths, own, at = [9, 1, 30, 0, 12, 33], slice(10, 40), 13
+    T, bounds = sum(lengths), torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.tensor([t for t in range(T) if not own.start <= t < own.stop])
+    rows = torch.tensor([0, 1, 3, 4, 5])
+    inputs = random_inputs(1, T, 2, 5, 3, rows=len(lengths), dtype=dtype)
+    decays = token_decays(1, T, 2, dtype=torch.promote_types(dtype, torch.float32))
+    wide = [x.detach().double().requires_grad_() for x in (*inputs, decays)]
+    want = outputs_and_gradients(
+        wide[:4], wide[4], cu_seqlens=bounds, form="recurrent", backend="reference"
+    )
+    for poisoned in (1, 4):  # the keys, the decays
+        broken = [x.detach().clone() for x in (*inputs, decays)]
+        broken[poisoned][:, at] = torch.nan
+        *four, last = (x.requires_grad_() for x in broken)
+        got = outputs_and_gradients(four, last, cu_seqlens=bounds, chunk_size=16, backend=backend)
+        assert got["out"][:, at : own.stop].isnan().all()
+        assert got["dlog_decay"][:, own].isnan().any()
+        for name, x in got.items():
+            dim, kept = (0, rows) if "state" in name else (1, tokens)
+            error = relative(x.index_select(dim, kept), want[name].index_select(dim, kept))
+            assert error <= tolerance, (poisoned, name)
 
 
 @contextmanager

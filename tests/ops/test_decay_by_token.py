@@ -9,7 +9,14 @@ from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 
 from retnet.ops import FORMS, retention, retention_step, retention_steps
-from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs, relative, token_decays
+from tests.helpers.parity import (
+    assert_confined,
+    assert_same,
+    outputs_and_gradients,
+    random_inputs,
+    relative,
+    token_decays,
+)
 
 BACKENDS = ("reference", "torch", "numba")
 PATHS = [(backend, form) for backend in BACKENDS for form in FORMS]
@@ -172,6 +179,11 @@ def test_however_much_is_forgotten(backend, form):
     broken[:, 30] = torch.nan
     out, _ = retention(q, k, v, broken, state, form=form, chunk_size=16, backend=backend)
     assert out[:, 30:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_number_stays_in_its_document(backend):
+    assert_confined(backend, torch.float64, 1e-10)
 
 
 def test_a_constant_decay_is_one_of_every_token():

@@ -84,6 +84,19 @@ def decay_sums(log_decay: Tensor) -> Tensor:
     return F.pad(wide.cumsum(-2), (0, 0, 1, 0))
 
 
+def sums_between(x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
+    """Σ_{a≤t<b} x_t for pairs a, b of begins and ends, int64 [J]: of x [B,T,H], [B,J,H] in `wide_type`.
+
+    They are differences of sums over all tokens, so a number that is not finite would spoil all after it; it makes those
+    NaN that it is in.
+    """
+    x = x.to(wide_type(x.device))
+    finite = x.isfinite()
+    sums, broken = (F.pad(y.cumsum(1), (0, 0, 1, 0)) for y in (x.where(finite, 0.0), ~finite))
+    found = sums[:, ends] - sums[:, begins]
+    return found.masked_fill(broken[:, ends] != broken[:, begins], torch.nan)
+
+
 def documents_of(length: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Of each of T tokens the document that it is packed in, and where that begins: int64 [T]."""
     bounds = cu_seqlens.long()

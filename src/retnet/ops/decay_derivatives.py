@@ -15,10 +15,9 @@ adds zeros, and has no gradient of it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.ops.decay import documents_of, wide_type
+from retnet.ops.decay import documents_of, sums_between, wide_type
 from retnet.ops.inputs import RetentionInputs
 
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of q, k, v and the state
@@ -44,28 +43,26 @@ def gradient(x: RetentionInputs, final: bool, *products: tuple[Parts, Parts]) ->
             tokens = tokens - (k * dk).sum(-1)
         if state is not None and d_state is not None:
             first = first + (state * d_state).sum((-2, -1))
-    sums = _sums(tokens.flip(1)).flip(1)  # of each token and those after it, [B,T+1,H]
-    if x.cu_seqlens is None:
-        found, rest = sums[:, :-1], (first - sums[:, 0])[:, None]
-    else:
-        document, _ = documents_of(shape[1], x.cu_seqlens)
-        bounds = x.cu_seqlens.long()
-        found = sums[:, :-1] - sums[:, bounds[document + 1]]
-        rest = (first + sums[0, bounds].diff(dim=0))[document]
+    bounds, document, _ = _documents(x)
+    left = shape[1] - bounds  # tokens after each bound
+    backwards, own = tokens.flip(1), shape[1] - torch.arange(shape[1], device=x.device)
+    found = sums_between(backwards, left[document + 1], own)  # of each token and those after it
     if final:
-        found = found + rest
+        whole = sums_between(backwards, left[1:], left[:-1])
+        found = found + (first.reshape(whole.shape) - whole)[:, document]
     return (found if x.gated else found.sum((0, 1))).to(x.log_decay.dtype)
 
 
 def running(x: RetentionInputs, direction: Tensor) -> tuple[Tensor, Tensor]:
     """The change of b when the decays change in a direction: β [B,T,H] of each token, [N,H] at the end of each document."""
-    sums = _sums(direction.to(wide_type(x.device)).expand(x.v.shape[:3]))
-    if x.cu_seqlens is None:
-        return sums[:, 1:], sums[:, -1]
-    _, begins = documents_of(x.v.shape[1], x.cu_seqlens)
-    return sums[:, 1:] - sums[:, begins], sums[0, x.cu_seqlens.long()].diff(dim=0)
+    direction = direction.expand(x.v.shape[:3])
+    bounds, _, begins = _documents(x)
+    up_to = sums_between(direction, begins, torch.arange(1, x.v.shape[1] + 1, device=x.device))
+    return up_to, sums_between(direction, bounds[:-1], bounds[1:]).flatten(0, 1)
 
 
-def _sums(x: Tensor) -> Tensor:
-    """Σ_{i<t} x_i for t = 0 … T: [B,T,H] → [B,T+1,H]."""
-    return F.pad(x.cumsum(1), (0, 0, 1, 0))
+def _documents(x: RetentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of documents, int64 [N+1], and of each token its document and where that begins; a row is one document."""
+    T = x.v.shape[1]
+    bounds = torch.arange(2, device=x.device) * T if x.cu_seqlens is None else x.cu_seqlens.long()
+    return bounds, *documents_of(T, bounds)

@@ -66,18 +66,15 @@ def log2_sums(log_decay: Tensor, cu_seqlens: Tensor | None, length: int) -> Tens
     """What STATE and OUT read of the decays: ln γ [H] as it is; by token, log2 of the γ's product since its chunk began.
 
     The sums over a chunk of `length` tokens are differences of fp64 sums over all, [B,T,H,2]: in fp32, and what that rounds
-    off. A γ > 1 makes all later ones NaN.
+    off. A γ > 1 makes those NaN that it is in.
     """
     if log_decay.dim() == 1:
         return log_decay.contiguous()
     T, device = log_decay.shape[1], log_decay.device
     log_decay = torch.where(log_decay <= 0, log_decay, torch.nan)
-    place = torch.arange(T, device=device)
-    if cu_seqlens is not None:
-        place = place - decay.documents_of(T, cu_seqlens)[1]
-    sums = decay.decay_sums(log_decay)
-    begins = torch.arange(T, device=device) - place % length
-    sums = (sums[:, 1:] - sums[:, begins]) * LOG2_E
+    token = torch.arange(T, device=device)
+    place = token if cu_seqlens is None else token - decay.documents_of(T, cu_seqlens)[1]
+    sums = decay.sums_between(log_decay.clamp(min=decay.LEAST), token - place % length, token + 1) * LOG2_E
     return torch.stack([sums, sums - sums.float()], dim=-1).float()
 
 

@@ -7,7 +7,14 @@ import torch
 
 from retnet.ops import reference
 from retnet.ops.triton import tile_table
-from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs, relative, token_decays
+from tests.helpers.parity import (
+    assert_confined,
+    assert_same,
+    outputs_and_gradients,
+    random_inputs,
+    relative,
+    token_decays,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +35,10 @@ def test_it_is_the_law(dtype, unit, lengths, seed, monkeypatch):
     want = outputs_and_gradients(exact, law, backend="reference", form="recurrent", **options)
     got = outputs_and_gradients(inputs, decays, backend="triton", chunk_size=48, **options)
     assert_same(got, want, unit)
+
+
+def test_what_is_no_number_stays_in_its_document():
+    assert_confined("triton", torch.float32, 3e-6)
 
 
 def test_steps(seed):
