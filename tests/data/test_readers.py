@@ -53,7 +53,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "pack"),
+    ("suffix", "compress"),
     [
         (".jsonl", bytes),
         (".jsonl.gz", gzip.compress),
@@ -61,8 +61,8 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, suffix):
         (".jsonl.zst", lambda b: zstandard.compress(b[:100]) + zstandard.compress(b[100:])),  # two frames
     ],
 )
-def test_json_lines(tmp_path, suffix, pack):
-    (tmp_path / f"a{suffix}").write_bytes(pack(lines(TEXTS)))
+def test_json_lines(tmp_path, suffix, compress):
+    (tmp_path / f"a{suffix}").write_bytes(compress(lines(TEXTS)))
     assert read_all(tmp_path / f"a{suffix}") == (TEXTS, [])
 
 
@@ -193,19 +193,19 @@ def test_files_without_records_are_told(tmp_path):
     assert [(p.kind, p.message) for p in problems] == [("no text", "it holds no records")] * 4
 
 
-def packed(kind):
+def compressed(kind):
     if kind == ".parquet":
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({"text": [f"text number {i}" * 9 for i in range(500)]}), sink)
         return sink.getvalue().to_pybytes()
-    pack = {
+    compress = {
         "": bytes,
         ".gz": gzip.compress,
         ".zst": zstandard.compress,
         ".bz2": bz2.compress,
         ".xz": lzma.compress,
     }
-    return pack[kind.removeprefix(".jsonl").removeprefix(".txt")](
+    return compress[kind.removeprefix(".jsonl").removeprefix(".txt")](
         lines([f"text number {i}" for i in range(500)])
     )
 
@@ -221,13 +221,13 @@ def packed(kind):
 )
 def test_damage_is_told_and_never_more_than_that(tmp_path_factory, kind, place, change, cut):
     path = tmp_path_factory.mktemp("damaged") / f"a{kind}"
-    whole = packed(kind)
+    whole = compressed(kind)
     at = int(place * (len(whole) - 1))
     damaged = whole[:at] + (b"" if cut else change + whole[at + len(change) :])
     path.write_bytes(damaged)
     documents, problems = read_all(path)
     assert all(isinstance(text, str) and text for text in documents)
-    if cut and kind not in (".txt", ".jsonl"):  # what is not packed does not know its length
+    if cut and kind not in (".txt", ".jsonl"):  # what is not compressed does not know its length
         assert [problem.kind for problem in problems][-1] in ("unreadable", "empty document", "no text")
 
 
@@ -271,10 +271,10 @@ def test_parquet_rows_that_are_no_text(tmp_path):
 
 
 def broken(tmp_path):
-    packed = gzip.compress(lines([str(i) for i in range(5000)]))
-    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    packed = zstandard.compress(lines([str(i) for i in range(50000)]))
-    (tmp_path / "b.jsonl.zst").write_bytes(packed[: len(packed) - 50])
+    compressed = gzip.compress(lines([str(i) for i in range(5000)]))
+    (tmp_path / "a.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
+    compressed = zstandard.compress(lines([str(i) for i in range(50000)]))
+    (tmp_path / "b.jsonl.zst").write_bytes(compressed[: len(compressed) - 50])
     (tmp_path / "c.jsonl.gz").write_bytes(b"not gzip at all")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "e.txt").symlink_to(tmp_path / "gone")

@@ -27,7 +27,7 @@ def memory():
 
 
 def fill(folder):
-    """One file of each kind, some packed, and what is not read."""
+    """One file of each kind, some compressed, and what is not read."""
     folder.joinpath("sub").mkdir()
     (folder / "a.txt").write_bytes(
         "ein Text, Zeile für Zeile\n".encode() * 99 + b"\xff broken\n" + b"\xef\xbb\xbfend"

@@ -117,7 +117,7 @@ def test_known_kinds_whatever_their_case(tmp_path, name, kind):
     (tmp_path / name).touch()
     for spec in (tmp_path, tmp_path / name, tmp_path / "*"):
         (source,) = find(spec)
-        assert source.kind + source.packing == kind
+        assert source.kind + source.compression == kind
 
 
 def test_everything_that_is_not_read_is_counted_by_kind(tmp_path, monkeypatch):

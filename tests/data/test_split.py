@@ -62,8 +62,8 @@ def test_too_little_text_to_split_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.txt.gz", "a.jsonl.xz", "a.md.bz2"])
-def test_one_file_that_is_not_packed_as_it_says_is_not_called_short(name, tmp_path):
-    (tmp_path / name).write_bytes(b"not packed")
+def test_one_file_that_is_not_compressed_as_it_says_is_not_called_short(name, tmp_path):
+    (tmp_path / name).write_bytes(b"not compressed")
     with pytest.raises(UserError) as error:
         prepare(DataConfig(corpus=str(tmp_path / name), cache=str(tmp_path / "cache")))
     assert "too little" not in str(error.value)
@@ -381,7 +381,7 @@ def test_latin1_is_kept_and_told(config, corpus):
     assert [problem.kind for problem in seen] == ["invalid UTF-8"]
 
 
-def test_one_packed_file_is_split_like_an_unpacked_one(config, corpus):
+def test_one_compressed_file_is_split_like_a_plain_one(config, corpus):
     (corpus / "a.txt").write_text(TEXT)
     plain = prepare(config)
     (corpus / "a.txt").unlink()

@@ -77,9 +77,7 @@ def assert_confined(backend, dtype, tolerance) -> None:
     inputs = random_inputs(1, T, 2, 5, 3, rows=len(lengths), dtype=dtype)
     decays = token_decays(1, T, 2, dtype=torch.promote_types(dtype, torch.float32))
     wide = [x.detach().double().requires_grad_() for x in (*inputs, decays)]
-    want = outputs_and_gradients(
-        wide[:4], wide[4], cu_seqlens=bounds, form="recurrent", backend="reference"
-    )
+    want = outputs_and_gradients(wide[:4], wide[4], cu_seqlens=bounds, form="recurrent", backend="reference")
     for poisoned in (1, 4):  # the keys, the decays
         broken = [x.detach().clone() for x in (*inputs, decays)]
         broken[poisoned][:, at] = torch.nan

@@ -25,7 +25,7 @@ _SHOWN = 20  # problems printed one by one
 def command() -> None:
     """Train a tokenizer, prepare token shards, check a prepared folder.
 
-    A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl (also packed: .gz .zst .bz2 .xz)
+    A CORPUS is 'stdlib', package:NAME, a file, folder or glob of .txt .md .py .jsonl (also compressed: .gz .zst .bz2 .xz)
     and .parquet, a URL of these (s3://, https://, …), or hf:NAME[:CONFIG[:SPLIT]].
     """
 

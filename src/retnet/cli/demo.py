@@ -77,9 +77,9 @@ def _report(bits: float, text: bytes) -> None:
     import gzip
     import lzma
 
-    packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     click.echo(f"\nBits per byte of {len(text):,} bytes of held-out text (fewer is better)")
-    for name, content in packed.items():
+    for name, content in compressed.items():
         click.echo(f"  {name:12} {8 * len(content) / len(text):.3f}")
     click.echo(f"  {'this RetNet':12} {bits:.3f}")
 

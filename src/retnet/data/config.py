@@ -37,7 +37,7 @@ class DataConfig(Checked):
 
     A corpus is ``stdlib`` (source and documentation of the running Python), ``package:NAME`` (those of an installed
     Python package, which is not imported), a file, a folder or a glob of ``.txt .md .py .jsonl .parquet`` (all but the
-    last also packed: ``.gz .zst .bz2 .xz``), a URL of such files that fsspec reads (``s3://…``, ``https://…``,
+    last also compressed: ``.gz .zst .bz2 .xz``), a URL of such files that fsspec reads (``s3://…``, ``https://…``,
     ``hf://datasets/…``; a folder or a pattern with ``*`` too), or ``hf:NAME[:CONFIG[:SPLIT]]`` (a Hugging Face dataset,
     or a local folder of data files, streamed); a list joins several, in order. A folder that `prepare` wrote stands for
     itself.

@@ -1,7 +1,7 @@
 """Content of a file: decompressed bytes without byte order mark, SHA-256 of their text, and whether they are text at all.
 
 The hash is what a file is known by: two files of the same text are the same, wherever they lie and however they are named,
-linked, packed or mended when they are read, and a corpus is the same corpus under another path.
+linked, compressed or mended when they are read, and a corpus is the same corpus under another path.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from retnet.io import BOM, cache_folder, foreign_encoding, lfs_pointer, nul_byte
 from retnet.settings import UserError
 
 CHUNK = 1 << 20  # bytes read at a time
-# What files and the libraries that unpack them raise; pyarrow's own errors are OSError or ValueError.
+# What files and the libraries that decompress them raise; pyarrow's own errors are OSError or ValueError.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 _MOST_INVALID = (
     0.25  # of a file's bytes; texts in Latin-1 have fewer, those in other alphabets and no texts more
@@ -44,9 +44,9 @@ class Content(NamedTuple):
     """What one file holds.
 
     Attributes:
-        digest: SHA-256 of what is trained on: its text, unpacked and mended; of tables, its bytes.
+        digest: SHA-256 of what is trained on: its text, decompressed and mended; of tables, its bytes.
         identity: of the same with all line endings alike: what twins have in common.
-        size: how many bytes it has, unpacked, without a byte order mark.
+        size: how many bytes it has, decompressed, without a byte order mark.
         refused: why they are no text; empty when they may be.
     """
 
@@ -120,21 +120,21 @@ class _ContentHash:
 
 
 def chunks(source: Source) -> Iterator[bytes]:
-    """The bytes of a file between `source.start` and `source.stop`, unpacked, without a byte order mark.
+    """The bytes of a file between `source.start` and `source.stop`, decompressed, without a byte order mark.
 
     What stands before the place where a file breaks off is given before the error is raised.
 
     Raises:
-        OSError: or another of `BROKEN`: the file cannot be read, or is not packed as its name says.
+        OSError: or another of `BROKEN`: the file cannot be read, or is not compressed as its name says.
     """
     with open_bytes(source.path) as raw:
-        file = _unpacked(raw, source.packing)
+        file = _decompressed(raw, source.compression)
         head = b""
         while len(head) < len(BOM) and (more := file.read1(CHUNK)):
             head += more
         skip, left = source.start, (source.stop or 1 << 62) - source.start
         content = head.removeprefix(BOM)
-        if skip and not source.packing:
+        if skip and not source.compression:
             file.seek(len(head) - len(content) + skip)
             skip, content = 0, file.read1(CHUNK)
         while content and left > 0:
@@ -162,15 +162,15 @@ def lines(source: Source) -> Iterator[tuple[bytes, int]]:
         yield last, position + len(last)
 
 
-def _unpacked(raw: IO[bytes], packing: str) -> io.BufferedReader:
+def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
     file: object = raw
-    if packing == ".gz":
+    if compression == ".gz":
         file = gzip.GzipFile(fileobj=raw)
-    elif packing == ".bz2":
+    elif compression == ".bz2":
         file = bz2.BZ2File(raw)
-    elif packing == ".xz":
+    elif compression == ".xz":
         file = lzma.LZMAFile(raw)  # noqa: SIM115
-    elif packing == ".zst":
+    elif compression == ".zst":
         import pyarrow
 
         # zstandard's own reader takes a truncated file for a complete one; this one raises OSError.
@@ -224,7 +224,7 @@ class Contents:
         if source.kind == "hf":
             name = hashlib.sha256(source.stamp.encode()).hexdigest()
             return Content(name, name, 0)
-        key = f"{source.kind}{source.packing} {source.stamp}"  # the kind decides what is refused
+        key = f"{source.kind}{source.compression} {source.stamp}"  # the kind decides what is refused
         if (known := self._known(key)) is not None:
             return known
         now = time.time_ns()
@@ -273,7 +273,7 @@ def _settled(source: Source, now: int) -> bool:
 
 def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
     local = not is_url(source.path)
-    if local and (pointer := lfs_pointer(Path(source.path))):  # whatever it should be, packed or not
+    if local and (pointer := lfs_pointer(Path(source.path))):  # whatever it should be, compressed or not
         name = sha256(Path(source.path))
         return Content(name, name, source.size, pointer)
     text, mender, size, refused = _ContentHash(), Mender(), 0, ""
@@ -281,7 +281,7 @@ def _examine(source: Source, on_bytes: Callable[[int], None] | None) -> Content:
         for chunk in _whole(source) if source.kind == ".parquet" else chunks(source):
             if refused := _foreign(source, chunk, size):
                 break
-            if local and not source.packing and size > source.size:
+            if local and not source.compression and size > source.size:
                 break  # somebody goes on writing; see `require_unchanged`
             if source.kind == ".parquet":
                 text.add_bytes(chunk)

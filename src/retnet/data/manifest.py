@@ -55,7 +55,7 @@ class CorpusEntry(msgspec.Struct, frozen=True):
     Attributes:
         name: as it was given.
         files: how many of its files were read.
-        bytes: of these, unpacked.
+        bytes: of these, decompressed.
         sha256: of the contents of its files, in order.
         left_out: what was not read, by kind (an ending, ``duplicate``, ``not text``, ``hidden``, …) → how many.
     """

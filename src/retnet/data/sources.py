@@ -23,8 +23,8 @@ from retnet.io import not_a_file
 
 TEXT = (".txt", ".md", ".py")  # one document each
 RECORDS = (".jsonl", ".parquet")
-PACKED = (".gz", ".zst", ".bz2", ".xz")  # may follow any of them but .parquet, which packs itself
-KINDS = f"{' '.join((*TEXT, *RECORDS))} (all but the last also with {' '.join(PACKED)} behind)"
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")  # may follow any of them but .parquet, which compresses itself
+KINDS = f"{' '.join((*TEXT, *RECORDS))} (all but the last also with {' '.join(COMPRESSIONS)} behind)"
 # Of the standard library: what belongs to others, caches, test suites, and records of how this Python was built.
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _NOT_STDLIB |= {"encodings"}  # tables that are nearly copies of each other, so held-out ones would be known
@@ -61,8 +61,8 @@ class Source(NamedTuple):
         kind: a suffix of `TEXT` or `RECORDS`, or ``hf``.
         path: of the file, a URL, or the name of the dataset.
         name: the path below its corpus; its hash decides the split of text files.
-        packing: a suffix of `PACKED`, or empty.
-        size: bytes of the file; once `content.examine` has read it, those of what is packed in it. 0 where unknown.
+        compression: a suffix of `COMPRESSIONS`, or empty.
+        size: bytes of the file; once `content.examine` has read it, those of what is compressed in it. 0 where unknown.
         stamp: changes whenever the file is written.
         digest: SHA-256 of the text (of tables, the bytes); empty until it has been read.
         identity: of the text whatever its line endings, likewise.
@@ -75,7 +75,7 @@ class Source(NamedTuple):
     kind: str
     path: str
     name: str
-    packing: str = ""
+    compression: str = ""
     size: int = 0
     stamp: str = ""
     digest: str = ""
@@ -161,13 +161,13 @@ def current_stamp(path: str) -> str:
 
 def _at_url(spec: str, found: CorpusFiles) -> None:
     for file in remote.files(spec):
-        kind, packing = _kind(file.name)
+        kind, compression = _kind(file.name)
         if any(part.startswith(".") for part in PurePath(file.name).parts):
             found.left_out["hidden"] += 1
         elif not kind:
             found.left_out[_ending(file.name)] += 1
         else:
-            found.sources.append(Source(kind, file.url, file.name, packing, file.size, file.stamp))
+            found.sources.append(Source(kind, file.url, file.name, compression, file.size, file.stamp))
 
 
 def _one_file(spec: str, path: Path, found: CorpusFiles) -> None:
@@ -193,7 +193,7 @@ def _python(spec: str) -> CorpusFiles:
         name = file.relative_to(root)
         if spec != "stdlib" or not str(name).startswith(_BUILD_RECORDS):
             _add(every, file, name)
-    ours = [source for source in every.sources if source.kind in TEXT and not source.packing]
+    ours = [source for source in every.sources if source.kind in TEXT and not source.compression]
     return CorpusFiles(ours, Counter(), every.problems)
 
 
@@ -219,7 +219,7 @@ def package_folder(name: str) -> Path | None:
 
 def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
     """Puts a file where it belongs: sources, problems, or the counts of what is left out."""
-    kind, packing = _kind(path.name)
+    kind, compression = _kind(path.name)
     try:
         status = path.stat()
     except OSError as error:
@@ -230,7 +230,7 @@ def _add(found: CorpusFiles, path: Path, name: PurePath) -> None:
     elif not kind:
         found.left_out[_ending(path.name)] += 1
     else:
-        source = Source(kind, str(path), name.as_posix(), packing, status.st_size, stamp_of(status))
+        source = Source(kind, str(path), name.as_posix(), compression, status.st_size, stamp_of(status))
         found.sources.append(source)
 
 
@@ -242,19 +242,19 @@ def _link(path: Path) -> str:
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """A suffix of `TEXT` or `RECORDS` and one of `PACKED`, whatever their case; empty for a file of no known kind."""
+    """A suffix of `TEXT` or `RECORDS` and one of `COMPRESSIONS`, whatever their case; empty for a file of no known kind."""
     name = name.lower()
-    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
-    name = name.removesuffix(packing)
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
     kind = next((suffix for suffix in (*TEXT, *RECORDS) if name.endswith(suffix)), "")
-    return (kind, packing) if kind and not (packing and kind == ".parquet") else ("", "")
+    return (kind, compression) if kind and not (compression and kind == ".parquet") else ("", "")
 
 
 def _ending(name: str) -> str:
     """What files of no known kind are counted by: ``.png``, ``.tar.gz``, ``no ending``."""
     suffixes = PurePath(name.lower()).suffixes
-    packed = len(suffixes) > 1 and suffixes[-1] in PACKED
-    return printable("".join(suffixes[-2:] if packed else suffixes[-1:])) or "no ending"
+    compressed = len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS
+    return printable("".join(suffixes[-2:] if compressed else suffixes[-1:])) or "no ending"
 
 
 def _matching(pattern: Path, found: CorpusFiles) -> list[Path]:

@@ -19,7 +19,7 @@ FORMAT = 2  # 1 had one hash of everything
 _HEADER = "retnet_session"
 
 
-def packed(
+def session_bytes(
     tokens: Sequence[int], marks: Sequence[int], states: Mapping[int, Any], names: Mapping[str, str]
 ) -> bytes:
     """A session as bytes.
@@ -41,7 +41,7 @@ def packed(
 
 
 class SessionArchive:
-    """A session that was packed: what the header says and its ids, checked; states where they lie until they are asked for.
+    """A session that was written: what the header says and its ids, checked; states where they lie until they are asked for.
 
     Args:
         names: of all tensors.
@@ -75,7 +75,7 @@ class SessionArchive:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> SessionArchive:
-        """Of what `packed` has made."""
+        """Of what `session_bytes` has made."""
         try:
             tensors, metadata = load_tensors(content)
         except UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet.engine.requests import Completion, Request, require_whole
-from retnet.engine.session_archive import SessionArchive, packed
+from retnet.engine.session_archive import SessionArchive, session_bytes
 from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
 from retnet.errors import UserError, told
 from retnet.io import write_bytes
@@ -152,7 +152,7 @@ class Session:
         Args:
             every: all states that are kept along the text, for rewinding as fast as here; else the last one.
         """
-        return packed(
+        return session_bytes(
             self.tokens, self.marks, self._kept(every), {**_made_with(self._engine), "name": self.name}
         )
 
