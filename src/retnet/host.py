@@ -14,13 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from retnet.settings import UserError, nearest
 
 Result = TypeVar("Result")
+Precision = Literal["fp32", "bf16"]  # of products
 
 DTYPES = {
     "float32": torch.float32,
@@ -120,7 +121,7 @@ def choose_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """``"fp32"`` or ``"bf16"``; ``"auto"`` takes bf16 on GPUs that have it, and on CPUs whose bf16 products are faster.
 
     CPUs are measured, since torch reports bf16 as supported where it is emulated and several times slower.

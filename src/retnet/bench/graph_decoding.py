@@ -28,6 +28,7 @@ from retnet.measure.memory import free_memory, in_bytes
 from retnet.measure.records import Record, lines_of, measured, said, table_of
 from retnet.measure.summary import Panel
 from retnet.model import LanguageModel, ModelConfig
+from retnet.model.cost import cost
 from retnet.progress import Say
 from retnet.settings import Checked, Count, UserError
 from retnet.tables import MISSING, Table
@@ -191,7 +192,7 @@ def _contenders(
         rows.append(row)
         contenders.append(Contender(row.label, lambda: _seconds(run, bench.steps, device)))
 
-    states = sum(block.mixer.state_bytes(1) for block in ours.blocks) * batch  # type: ignore[union-attr,operator]
+    states = cost(ours.config).state_bytes * batch
     add(
         GraphRow(OURS, batch, 0, weight_bytes(ours), states),
         partial(_captured, partial(_stepper, ours, batch, device), device),

@@ -245,7 +245,7 @@ def _run(
     records.prepare(out)
     with shown() as say:
         measured = measure(say)
-    configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]
+    configuration = {**settings, "quick": quick, **dataclasses.asdict(bench)}  # type: ignore[call-overload]  # a dataclass
     record = report.complete(f"{name}-quick" if quick else name, configuration, measured)
     summary = report.summarise(record)
     report.show(summary, Console(highlight=False))  # first: it is there when nothing can be written any more

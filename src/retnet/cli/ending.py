@@ -38,7 +38,7 @@ class _StandardOutput(io.FileIO):
 
 def run(command: Callable[[], object]) -> NoReturn:
     """Runs the whole command line, says what went wrong in one line, and ends the process."""
-    status: object = 0
+    status: str | int | None = 0
     try:
         _streams()
         command()
@@ -54,7 +54,7 @@ def run(command: Callable[[], object]) -> NoReturn:
     except BrokenPipeError:  # nobody reads any more, and whoever closed the pipe knows
         _forget_output()
         status = status or MISTAKE
-    sys.exit(status)  # type: ignore[arg-type]
+    sys.exit(status)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
     if sys.stderr is None:  # closed: progress goes nowhere
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  until the process ends
     if sys.stdout is None:
         raise UserError("standard output is closed; send it to a file, or to /dev/null")
     with suppress(OSError, ValueError):  # no file of the system: that of a test

@@ -81,7 +81,7 @@ def command(
 
     from retnet.engine import SLOTS, Engine, Request, Sampling, open_run
 
-    sampling = Sampling(**chances)  # type: ignore[arg-type]
+    sampling = Sampling(**chances)  # type: ignore[arg-type]  # click has their types
     opened = open_run(run, checkpoint=checkpoint, device=device, dtype=dtype, weights=weights)
     if checkpoint is None and opened.chosen == "last":
         click.echo(f"no best checkpoint yet: using last ({opened.checkpoint.name})", err=True)

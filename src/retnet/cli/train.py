@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +12,8 @@ from retnet.cli.options import FiniteRange, HomePath, HomeText
 from retnet.settings import UserError, config_path, load, parse_overrides
 
 if TYPE_CHECKING:
+    from retnet.host import Precision
     from retnet.train.config import RunConfig
-
-Precision = Literal["fp32", "bf16"]
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
@@ -176,7 +175,7 @@ def _here(config: RunConfig, processes: int) -> tuple[Precision, float, float]:
         device = host.choose_device(config.train.device)
     except UserError as error:
         raise UserError(f"{error}; a plan for another machine takes its --memory") from None
-    precision = cast("Precision", host.choose_precision(config.train.precision, device))
+    precision = host.choose_precision(config.train.precision, device)
     rate = host.matrix_rate(device, precision)
     sharing = processes if device.type == "cpu" else 1  # the cores are of all; a GPU is of one
     return precision, float(host.memory_of(device)), rate / sharing / 1e12

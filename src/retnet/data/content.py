@@ -169,7 +169,7 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
     elif compression == ".bz2":
         file = bz2.BZ2File(raw)
     elif compression == ".xz":
-        file = lzma.LZMAFile(raw)  # noqa: SIM115
+        file = lzma.LZMAFile(raw)  # noqa: SIM115  whoever reads closes it
     elif compression == ".zst":
         import pyarrow
 

@@ -57,7 +57,7 @@ class FastBpe:
         """The encoder of a tokenizer, given its JSON; None without tiktoken, or where it may not give the same ids."""
         pattern = _pattern(plan)
         try:
-            import tiktoken  # noqa: F401
+            import tiktoken  # noqa: F401  only whether it is there
         except ImportError:
             return None
         if pattern is None or not all(token["special"] for token in plan["added_tokens"]):

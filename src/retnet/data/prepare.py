@@ -297,7 +297,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
     """
     with told(f"write to {directory}", "set data.cache to another folder"):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
+        lock = open(directory / ".lock", "w")  # noqa: SIM115  `with lock` below
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

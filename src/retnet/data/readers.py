@@ -203,7 +203,7 @@ def _json_lines(source: Source, field: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = decoder.decode(line).text  # type: ignore[attr-defined]
+            value = decoder.decode(line).text  # type: ignore[attr-defined]  # a field of `spec`
         except (msgspec.DecodeError, UnicodeDecodeError):
             value, kind, message = _parse(line, field)
             if kind:

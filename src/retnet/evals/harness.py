@@ -109,7 +109,7 @@ def language_model(candidate: Candidate, batch_size: int | str = "auto") -> HFLM
         )
 
 
-class _HarnessModel(HFLM):  # type: ignore[misc]
+class _HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """`HFLM`, which finds its batch size by running out of a GPU's memory; a CPU's is not to be run out of."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -307,7 +307,8 @@ def _part(model: ModelConfig, tp: int) -> LanguageModel:
 def _parameters(model: ModelConfig, tp: int) -> tuple[int, int]:
     """Of one of so many parts of heads, and those inside its blocks."""
     made = _part(model, tp)
-    return tuple(sum(p.numel() for p in module.parameters()) for module in (made, made.blocks))  # type: ignore[return-value]
+    every, inside = (sum(p.numel() for p in module.parameters()) for module in (made, made.blocks))
+    return every, inside
 
 
 def _shared_norms(model: ModelConfig, tp: int) -> int:

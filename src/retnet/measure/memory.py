@@ -87,7 +87,7 @@ class _Alive(TorchDispatchMode):
     """Counts storages from the operator that made them until nobody has them any more."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.most = self._now = 0
         self._known: set[int] = set()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def cost(config: ModelConfig, length: int = 2048) -> Cost:
     config = with_bytes(config)
     with torch.device("meta"):
         model = LanguageModel(config)
-    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+    blocks = [cast(Block, block) for block in model.blocks]
     norms = [m for b in blocks for m in (b.mixer_norm, b.ffn_norm)] + [model.norm, model.embedding_norm]
     parameters = {
         "embedding": _count(model.embedding),

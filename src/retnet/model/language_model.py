@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
+        return cast("list[Block]", list(self.blocks))
 
     def _positions(
         self,

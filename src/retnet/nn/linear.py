@@ -96,6 +96,6 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Moves like any module, but `.to(bfloat16)` must not round the scales."""
         scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         self.scale = scale.to(self.codes.device)
         return self

@@ -31,4 +31,4 @@ class Precise(nn.Module):
             narrowed = y.is_floating_point() and y.dtype.itemsize < min(x.dtype.itemsize, 4)
             return x.to(y.device) if narrowed else y
 
-        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]  # torch has no types here

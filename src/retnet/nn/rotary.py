@@ -26,7 +26,7 @@ class Positions(NamedTuple):
 
     def first(self, length: int) -> Positions:
         """Those of the first tokens of every row."""
-        return Positions(*(None if x is None else x[:, :length] for x in self))  # type: ignore[arg-type]
+        return Positions(*(None if x is None else x[:, :length] for x in self))  # type: ignore[arg-type]  # `position` is there
 
 
 class Rotary(nn.Module):
@@ -83,7 +83,7 @@ class Rotary(nn.Module):
         self.register_buffer("theta", self._frequencies().to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         self._set_angles(self.theta.device)
         return self
 

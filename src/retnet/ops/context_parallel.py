@@ -208,15 +208,15 @@ def begin_exchange(
     if not stretch.crossed:
         return lambda: state
     begin = stretch.starts[-1] if stretch.starts else 0  # of the document that may go on
-    leaving = _LastState.apply(k[:, begin:], v[:, begin:], log_decay)  # type: ignore[no-untyped-call]
+    leaving = _LastState.apply(k[:, begin:], v[:, begin:], log_decay)  # type: ignore[no-untyped-call]  # torch has no types here
     if state is not None and rows:
         kept = _powers(log_decay, stretch.length - begin).to(state.dtype)
         leaving = leaving + kept[:, None, None] * (state if stretch.starts is None else state[-1:])
     gathers = _Gathers(stretch.group)
-    every = _Leaving.apply(leaving, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+    every = _Leaving.apply(leaving, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def entering_state() -> Tensor:
-        entering: Tensor = _Entering.apply(every, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]
+        entering: Tensor = _Entering.apply(every, log_decay, stretch, gathers)  # type: ignore[no-untyped-call]  # torch has no types here
         if stretch.starts is not None:
             fresh = entering.new_zeros(max(rows - 1, 0), *entering.shape[1:])
             entering = torch.cat([entering[:rows], fresh])

@@ -46,7 +46,7 @@ def gemm(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         and onednn_linear is not None
         and torch.backends.mkldnn.enabled
     ):
-        return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]
+        return _ManyRows.apply(x, weight)  # type: ignore[no-untyped-call]  # torch has no types here
     return F.linear(x, weight)
 
 

@@ -67,7 +67,7 @@ def product_of(
         else:
             makers.append((None, 1))
             inputs.append(x)
-    return _ProductOf.apply(_Plan(function, makers, lead), weight, *inputs, *shared)  # type: ignore[no-untyped-call]
+    return _ProductOf.apply(_Plan(function, makers, lead), weight, *inputs, *shared)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 class _Plan(NamedTuple):

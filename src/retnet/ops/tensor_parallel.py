@@ -36,12 +36,12 @@ class TensorParallel:
 
     def replicated(self, x: Tensor) -> Tensor:
         """x, which all ranks have alike and go on from with their own weights: gradients are summed over them."""
-        y: Tensor = _Replicated.apply(x, self.group)  # type: ignore[no-untyped-call]
+        y: Tensor = _Replicated.apply(x, self.group)  # type: ignore[no-untyped-call]  # torch has no types here
         return y
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, on all of them, each of which goes on in the same way: gradients stay as they are."""
-        y: Tensor = _Summed.apply(x, self.group)  # type: ignore[no-untyped-call]
+        y: Tensor = _Summed.apply(x, self.group)  # type: ignore[no-untyped-call]  # torch has no types here
         return y
 
     def scores(self, logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class TensorParallel:
             Two tensors [N], the same on all ranks.
         """
         begin, _ = self.part(vocabulary)
-        found: tuple[Tensor, Tensor] = _VocabularyScores.apply(logits, targets - begin, self.group)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _VocabularyScores.apply(logits, targets - begin, self.group)  # type: ignore[no-untyped-call]  # torch has no types here
         return found
 
 

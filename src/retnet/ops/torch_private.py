@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What `torch.autograd.Function` is without its detour around torch.func, which an operator's autograd key must not take.
 SingleLevelFunction: Any = _SingleLevelFunction
-allow_single_level: Any = autograd_function.enable_single_level_autograd_function  # type: ignore[attr-defined]
+allow_single_level: Any = autograd_function.enable_single_level_autograd_function  # type: ignore[attr-defined]  # no name of its public module
 
 
 def below_autograd() -> AbstractContextManager[Any]:
@@ -109,7 +109,7 @@ if torch.backends.mkldnn.is_available():
 
 def constant_in_traces(function: F) -> F:
     """What `torch.compiler.assume_constant_result` does; that imports the whole compiler, seconds for everybody."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions may have any
     return function
 
 

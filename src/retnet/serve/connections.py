@@ -13,7 +13,7 @@ from retnet.serve.errors import ApiError
 try:
     import resource
 except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # a module, or None
 
 STILL_SECONDS = (
     90.0  # that a connection may stand still; longer than uvicorn keeps one that waits for a request
@@ -56,7 +56,7 @@ class WatchedConnection(HttpToolsProtocol):
         self._seen = 0, 0, 0
         self._watch: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's transport
         """See asyncio."""
         super().connection_made(transport)
         if len(self.connections) > self._most:

@@ -67,7 +67,7 @@ async def embed(service: Service, tokens: list[int]) -> Tensor:
         if service.gate.ended:
             raise shut_down("the server is shutting down and had no time left for this; ask again")
         ids = tokens[start : start + PREFILL_TOKENS]
-        await service.engine.call(lambda engine, ids=ids: piece(ids))  # type: ignore[misc]
+        await service.engine.call(lambda engine, ids=ids: piece(ids))  # type: ignore[misc]  # mypy infers no lambda with a default
     if not bool(torch.isfinite(total).all()):
         raise ApiError(500, "the model's numbers are not finite; its weights may be damaged")
     vector: Tensor = total / total.norm().clamp_min(1e-30)

@@ -55,7 +55,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async with asyncio.timeout(self._seconds), aclosing(self._events) as events:  # type: ignore[type-var]
+            async with asyncio.timeout(self._seconds), aclosing(self._events) as events:  # type: ignore[type-var]  # they can be
                 try:
                     async for event in events:
                         await send({"type": "http.response.body", "body": event, "more_body": True})

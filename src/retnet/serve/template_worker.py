@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 
+from jinja2 import Template
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -26,9 +27,9 @@ def _as_json(value: object, ensure_ascii: bool = False, indent: int | None = Non
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
-def _answer(template: object, variables: dict[str, object]) -> dict[str, str]:
+def _answer(template: Template, variables: dict[str, object]) -> dict[str, str]:
     try:
-        text = template.render(**variables)  # type: ignore[attr-defined]
+        text = template.render(**variables)
     except MemoryError:
         return {"error": "the chat template takes too much memory for these messages"}
     except RecursionError:

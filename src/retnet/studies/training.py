@@ -313,7 +313,7 @@ class _TrainedModel:
         """Of one step on sequences of this length, all or so many, computed as the configuration of the mixer says."""
         for module in self.model.modules():
             if isinstance(module, SoftmaxAttention):
-                module.config = config.mixer  # type: ignore[assignment]
+                module.config = config.mixer  # type: ignore[assignment]  # of one mixer, computed in another form
         tokens, targets = self.text[:, : rows and rows * length].unflatten(1, (-1, length))
         return self.learner.seconds(tokens, targets)
 

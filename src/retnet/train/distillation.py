@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from retnet.convert import Found, folder_of, read
 from retnet.convert.native import TOKENIZER
@@ -174,7 +175,7 @@ def watched(
     """
     seen: dict[int, Seen] = {}
 
-    def note(layer: int) -> object:
+    def note(layer: int) -> RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             seen[layer] = (inputs[0], output)
 
@@ -185,5 +186,5 @@ def watched(
         model.features(tokens, cu_seqlens)
     finally:
         for hook in hooks:
-            hook.remove()  # type: ignore[attr-defined]
+            hook.remove()
     return seen

@@ -128,10 +128,10 @@ class Ranks:
         disable: Callable[..., Any] = torch.compiler.disable
         if self.context is not None:
             begin = self.context.begin
-            self.context.begin = disable(lambda *x: disable(begin(*x)))  # type: ignore[method-assign]
+            self.context.begin = disable(lambda *x: disable(begin(*x)))  # type: ignore[method-assign]  # of this object alone
         if self.tp is not None:
-            self.tp.replicated = disable(self.tp.replicated)  # type: ignore[method-assign]
-            self.tp.summed = disable(self.tp.summed)  # type: ignore[method-assign]
+            self.tp.replicated = disable(self.tp.replicated)  # type: ignore[method-assign]  # of this object alone
+            self.tp.summed = disable(self.tp.summed)  # type: ignore[method-assign]  # of this object alone
 
     def new_group(self) -> dist.ProcessGroup:
         """Another group for words on the CPU, for a thread that speaks while others do; all ranks must ask for it."""
@@ -176,7 +176,7 @@ class Ranks:
 
     def tell(self, value: T) -> T:
         """What the first rank gives here; what others give is not looked at."""
-        return self.gather(value if self.first else None)[0]  # type: ignore[return-value]
+        return self.gather(value if self.first else None)[0]  # type: ignore[return-value]  # the first's, which is no None
 
     def together(self, act: Callable[[], T]) -> T:
         """Does what may end in a mistake of the user on all ranks, and waits for all.
@@ -195,7 +195,7 @@ class Ranks:
         mistakes = [found for found in self.gather(mistake) if found is not None]
         if mistakes:
             raise UserError(mistakes[0])
-        return result  # type: ignore[return-value]
+        return result  # type: ignore[return-value]  # there was no mistake
 
     def lead(self, act: Callable[[], T]) -> T | None:
         """Lets the first rank do something, however long it takes; the others wait, and get None.

@@ -65,7 +65,7 @@ def own_store() -> Store | None:
 
 def connection(prefix: str) -> Store:
     """A connection of its own to the store where the processes met; `prefix` is of its keys, the same on all of them."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # where torch was built with them
 
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Store = PrefixStore(prefix, TCPStore(*place, is_master=False))

@@ -267,7 +267,7 @@ def _filled_in(
         )
     precision = config.train.precision
     if precision == "auto":
-        precision = old.train.precision if old else host.choose_precision(precision, device)  # type: ignore[assignment]
+        precision = old.train.precision if old else host.choose_precision(precision, device)
     return replace(
         config,
         model=replace(config.model, vocab_size=vocab_size),

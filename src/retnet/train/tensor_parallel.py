@@ -92,7 +92,7 @@ def cuts(model: LanguageModel) -> dict[str, Cut]:
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         mixer = block.mixer
-        all_heads = config.mixers_by_layer[number].num_heads  # type: ignore[attr-defined]
+        all_heads = config.mixers_by_layer[number].num_heads  # type: ignore[attr-defined]  # what has `head_axes` has heads
         widths = {f"ffn.{name}": axis for name, axis in block.ffn.width_axes.items()}
         heads = {f"mixer.{name}": axis for name, axis in mixer.head_axes.items()}
         own = dict(block.named_parameters())

@@ -142,7 +142,7 @@ class _Trainer:
         self.meter = StepMeter(config, device, ranks.world)
         self.objective: nn.Module = objective(config, run, self.model, prepared.tokenizer, device, ranks)
         if c.compile and ranks.alone:
-            self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]
+            self.objective = torch.compile(self.objective, dynamic=True)  # type: ignore[assignment]  # a module, which torch calls a function
         elif c.compile:  # between the hooks that bring a block its weights
             ranks.leave_uncompiled()
             change_blocks(self.model, functools.partial(torch.compile, dynamic=True))

@@ -49,7 +49,7 @@ def use_retention(model: M) -> M:
     return model
 
 
-class RetentionLightningAttention(MiniMaxLightningAttention):  # type: ignore[misc]
+class RetentionLightningAttention(MiniMaxLightningAttention):  # type: ignore[misc]  # transformers has no types
     """transformers' layer, its weights as they are, with the op in place of loops over blocks and tokens."""
 
     def forward(

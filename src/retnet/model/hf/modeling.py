@@ -30,7 +30,7 @@ _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 class RetNetBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]  # transformers has no types
     """A `Block` whose call is all three of its forms, so that hooks and gradient checkpointing see every one of them."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # a call of all three forms
         self,
         x: Tensor,
         state: Any = None,  # noqa: ANN401
@@ -73,7 +73,7 @@ class RetNetModel(RetNetPreTrainedModel, Backbone):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the embedding."""
-        self.embedding = value  # type: ignore[assignment]
+        self.embedding = value  # type: ignore[assignment]  # whatever embeds
 
     @can_return_tuple
     def forward(
@@ -201,7 +201,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces the head."""
-        self.lm_head = new_embeddings  # type: ignore[assignment]
+        self.lm_head = new_embeddings  # type: ignore[assignment]  # whatever makes logits
 
     @can_return_tuple
     def forward(

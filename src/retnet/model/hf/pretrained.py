@@ -18,7 +18,7 @@ from retnet.model.wrapped import ReadsWrapped
 from retnet.settings import UserError
 
 
-class RetNetPreTrainedModel(ReadsWrapped, PreTrainedModel):  # type: ignore[misc]
+class RetNetPreTrainedModel(ReadsWrapped, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
     """Loading, saving and filling of weights."""
 
     config: RetNetConfig

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202, SIM108, RET505
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108, RET505 (Triton compiles it)
 """Chunkwise retention, forward and backward, as two Triton kernels.
 
 All of it is compiled for a GPU, or interpreted; Python never runs it as written.

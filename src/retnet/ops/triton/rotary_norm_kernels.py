@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202, SIM108
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108 (Triton compiles it)
 """Rotary position embedding, and fused head norm with gate, as Triton kernels.
 
 Both are bounded by memory: every number is read once and written once, and what lies between stays in registers. A program

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201 (Triton compiles it)
 """Decoding step of retention as a Triton kernel: the recurrent form on slots of state.
 
 The rules of `chunkwise_kernels` hold here as well.
