@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,6 +30,9 @@ _SWITCHES = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
     ("false", "no", "off", "0"), False
 )
 
+# evaluating annotations took nine tenths of making a ModelConfig
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
 
 class Choice(Checked):
     """Base of configurations of which one is chosen by its ``name`` key: a subclass is an option once it is imported."""
@@ -36,9 +40,7 @@ class Choice(Checked):
     @classmethod
     def options(cls) -> Mapping[str, type]:
         """Name → dataclass of everything that may stand here: the direct subclasses, by their ``name: Literal["…"]``."""
-        return {
-            typing.get_args(typing.get_type_hints(kind)["name"])[0]: kind for kind in cls.__subclasses__()
-        }
+        return {typing.get_args(_hints(kind)["name"])[0]: kind for kind in cls.__subclasses__()}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -90,7 +92,7 @@ def dump_changed(config: object) -> str:
 def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN401
     if not isinstance(data, Mapping):
         raise UserError(f"{where or 'the configuration'} must be a table of settings, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
     for key, value in data.items():
         place = f"{where}.{key}" if where else key
@@ -138,7 +140,7 @@ def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: AN
     kind, value = cls, data
     for key, number in _STEPS.findall(place):
         if key:
-            kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+            kind = _hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
             value = value.get(key) if isinstance(value, Mapping) else value
         elif isinstance(value, Sequence):
             tuples = [k for k in _alternatives(kind) if typing.get_origin(k) is tuple]
