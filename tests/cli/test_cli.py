@@ -110,11 +110,11 @@ ALL_MISTAKES = [
     (["train", "smoke", "--train.seed", "1e30"], "train.seed 1e+30: Expected `int`"),
     (["demo", "smoke", "--train.seq_len", "1000000000000"], "training needs"),
     (
-        ["study", "architectures", "--dry-run", "--measure.settings.train.steps", "abc"],
+        ["study", "scaling", "--dry-run", "--measure.settings.train.steps", "abc"],
         "error: command line: row '",
     ),
     (
-        ["study", "architectures", "--dry-run", "--measure.settings.train.stepz", "9"],
+        ["study", "scaling", "--dry-run", "--measure.settings.train.stepz", "9"],
         "error: command line: row '",
     ),
     (["generate", "nowhere", "--prompt", "x"], "no run at nowhere"),
