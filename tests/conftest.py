@@ -15,6 +15,8 @@ from tests.helpers.forks import shared
 os.fsync = os.fstat
 # A shell starts what runs in the background deaf to Ctrl-C, and what that starts; here it is pressed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Files whose tests import transformers (see tests/helpers/lazily.py), which takes seconds: one worker does it.
+TRANSFORMERS = ("tests/convert/", "tests/engine/test_opening", "tests/evals/", "tests/model/test_hf_")
 
 
 def pytest_configure(config):
@@ -22,11 +24,24 @@ def pytest_configure(config):
     gc.disable()  # modules are no garbage: importing some thousands, the collector would look through all, again and again
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "transformers" if nodeid.startswith(TRANSFORMERS) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)  # before slow ones are deselected: both sets have one order
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: begun last, one of them would keep one worker busy when the other has nothing to do."""
+    """What takes longest first: begun last, it would keep one worker busy when the other has nothing to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (not item.nodeid.startswith(TRANSFORMERS), item.path not in slow))
 
 
 def pytest_collection_finish():

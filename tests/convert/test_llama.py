@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-import transformers
 
 from retnet.convert import read
 from retnet.settings import UserError
+from tests.helpers.lazily import transformers
 
 SIZES = {
     "vocab_size": 50,
@@ -20,15 +20,15 @@ SIZES = {
 }
 KINDS = {
     "llama": (
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
     "mistral": (
-        transformers.MistralConfig,
+        "MistralConfig",
         {"sliding_window": None, "head_dim": 8, "tie_word_embeddings": True},
     ),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 10, "eos_token_id": [3, 4]}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 10, "eos_token_id": [3, 4]}),
 }
 
 
@@ -38,8 +38,9 @@ def folder(tmp_path_factory):
 
     def make(kind):
         torch.manual_seed(0)
-        config, settings = KINDS[kind]
-        model = transformers.AutoModelForCausalLM.from_config(config(**SIZES, **settings)).eval()
+        name, settings = KINDS[kind]
+        config = getattr(transformers, name)(**SIZES, **settings)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for x in model.parameters():
                 x.add_(0.2 * torch.randn_like(x))

@@ -5,8 +5,6 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from retnet.convert import convert, folder_of, read
 from retnet.data import Tokenizer
 from retnet.engine import Sampling, find_checkpoint, generate, open_run
@@ -24,7 +22,10 @@ from tests.helpers.checkpoints import (
     save_torchscale,
     torchscale_weights,
 )
+from tests.helpers.lazily import hf, needs
 from tests.model.hf_helpers import causal_lm, tokens
+
+pytestmark = needs("transformers")
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a2146' * 8}\nsize 12345\n"
 
@@ -173,8 +174,6 @@ class TestWrappers:
     def test_a_folder_of_ours_is_named_and_converted(self, prefix, folder, tmp_path):
         from safetensors.torch import load_file, save_file
 
-        from retnet.model.hf import RetNetForCausalLM
-
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
         (copy / "manifest.json").unlink()
@@ -184,7 +183,7 @@ class TestWrappers:
         with pytest.raises(
             UserError, match=rf"inside a wrapper, by names such as {prefix}\S+; `retnet convert "
         ):
-            RetNetForCausalLM.from_pretrained(copy)
+            hf.RetNetForCausalLM.from_pretrained(copy)
         convert(copy, tmp_path / "mended")
         assert text(tmp_path / "mended") == text(folder) == text(copy)
 

@@ -7,21 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evals.local_tasks import COUNT, SPLITS, examples, write_tasks
-
-pytest.importorskip("lm_eval")
-import datasets
-import huggingface_hub
-import lm_eval
-from lm_eval.api.instance import Instance
-from lm_eval.tasks._yaml_loader import load_yaml
-
 from retnet import paper
-from retnet.evals.harness import evaluate, language_model, load_tasks
 from retnet.evals.models import open_model
 from retnet.settings import UserError
+from tests.evals.local_tasks import COUNT, SPLITS, examples, write_tasks
+from tests.helpers.lazily import Lazy, needs
 
-HARNESS = Path(lm_eval.__file__).parent / "tasks"
+pytestmark = needs("lm_eval")
+harness = Lazy("retnet.evals.harness")
 DEFINITIONS = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "boolq": "super_glue/boolq/default.yaml",
@@ -42,8 +35,8 @@ def _no_network(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def candidate(checkpoint):
 
 @pytest.fixture(scope="module")
 def outcome(candidate, local):
-    return evaluate(candidate, list(paper.TASKS), num_fewshot=(0, 4), batch_size=4, local=local)
+    return harness.evaluate(candidate, list(paper.TASKS), num_fewshot=(0, 4), batch_size=4, local=local)
 
 
 def test_all_seven_tasks_run_on_local_files(outcome, local):
@@ -80,8 +73,11 @@ def plain(value):
 
 @pytest.mark.parametrize("task", paper.TASKS)
 def test_a_local_task_is_the_harness_s_own_but_for_its_files(task, local, tmp_path):
-    loaded = load_tasks([task], local, str(tmp_path))[task]
-    theirs = load_yaml(HARNESS / DEFINITIONS[task])
+    from lm_eval.tasks import __file__ as definitions
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    loaded = harness.load_tasks([task], local, str(tmp_path))[task]
+    theirs = load_yaml(Path(definitions).parent / DEFINITIONS[task])
     for key in theirs.keys() - {"dataset_path", "dataset_name", "tag", "metadata"}:
         assert plain(getattr(loaded.config, key)) == plain(theirs[key]), key
     assert theirs["metadata"]["version"] == loaded.VERSION
@@ -129,6 +125,8 @@ def test_accuracies_are_those_of_the_model_itself(outcome, candidate):
 
 
 def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
     return [Instance(kind, {}, words, i) for i, words in enumerate(arguments)]
 
 
@@ -144,7 +142,8 @@ PAIRS = [
 def test_batches_score_as_one_by_one(candidate):
     """The harness pads on the right, without a mask."""
     one, four = (
-        language_model(candidate, size).loglikelihood(requests("loglikelihood", *PAIRS)) for size in (1, 4)
+        harness.language_model(candidate, size).loglikelihood(requests("loglikelihood", *PAIRS))
+        for size in (1, 4)
     )
     for (nats, greedy), (batched, batched_greedy), pair in zip(one, four, PAIRS, strict=True):
         assert batched == pytest.approx(nats, rel=1e-5)
@@ -157,7 +156,7 @@ def test_batches_generate_as_one_by_one(candidate):
     options = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
     prompts = [(context or "A", options) for context, _ in PAIRS]
     one, four = (
-        language_model(candidate, size).generate_until(requests("generate_until", *prompts))
+        harness.language_model(candidate, size).generate_until(requests("generate_until", *prompts))
         for size in (1, 4)
     )
     assert one == four
@@ -166,13 +165,15 @@ def test_batches_generate_as_one_by_one(candidate):
 
 @pytest.mark.parametrize("size", [1, "auto"])
 def test_the_batch_size_changes_no_number(outcome, candidate, local, size):
-    again = evaluate(candidate, ["hellaswag", "wsc273"], num_fewshot=(4,), batch_size=size, local=local)
+    again = harness.evaluate(
+        candidate, ["hellaswag", "wsc273"], num_fewshot=(4,), batch_size=size, local=local
+    )
     for task, metrics in again.scores[0].tasks.items():
         assert metrics == pytest.approx(outcome.scores[1].tasks[task])
 
 
 def test_an_automatic_batch_fits_the_longest_request(candidate):
-    model = language_model(candidate)
+    model = harness.language_model(candidate)
     short, long, endless = (("", ""), [0] * 9, [0]), (("", ""), [0] * 999, [0]), (("", ""), [0] * 99_999, [0])
     assert model._detect_batch_size([short]) == 64
     assert model._detect_batch_size([short, long], 1) == 8192 // 1000
@@ -180,12 +181,14 @@ def test_an_automatic_batch_fits_the_longest_request(candidate):
 
 
 def test_a_foreign_model(llama_folder, local):
-    scores = evaluate(open_model(llama_folder), ["piqa"], num_fewshot=(0,), batch_size=4, local=local).scores
+    scores = harness.evaluate(
+        open_model(llama_folder), ["piqa"], num_fewshot=(0,), batch_size=4, local=local
+    ).scores
     assert scores[0].samples == {"piqa": COUNT}
 
 
 def test_the_first_questions_only(candidate, local):
-    scores = evaluate(candidate, ["copa"], num_fewshot=(0,), limit=1, local=local).scores[0]
+    scores = harness.evaluate(candidate, ["copa"], num_fewshot=(0,), limit=1, local=local).scores[0]
     assert scores.samples == {"copa": 1}
     assert all(map(math.isfinite, scores.tasks["copa"].values()))
 
@@ -208,7 +211,7 @@ def test_the_paper_s_table():
 def test_mistakes_end_in_one_sentence(candidate, local, tmp_path):
     def fails(message, *tasks, **options):
         with pytest.raises(UserError, match=message):
-            evaluate(candidate, tasks, **options)
+            harness.evaluate(candidate, tasks, **options)
 
     fails("unknown task 'helaswag'; did you mean 'hellaswag'", "piqa", "helaswag", local=local)
     fails(
@@ -250,8 +253,8 @@ def test_mistakes_end_in_one_sentence(candidate, local, tmp_path):
 
 
 def test_without_a_network_and_without_files(candidate, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match=r"cannot load the data of storycloze_2016: .*give --local DIR"):
-        evaluate(candidate, ["storycloze_2016"])
+        harness.evaluate(candidate, ["storycloze_2016"])

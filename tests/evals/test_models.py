@@ -10,17 +10,17 @@ from retnet.evals.models import check_model, open_model
 from retnet.evals.readers import CachedReader, RecurrentReader
 from retnet.model import LanguageModel
 from retnet.settings import UserError
+from tests.helpers.lazily import hf, needs
 
-pytest.importorskip("transformers")
-from retnet.model.hf import RetNetForCausalLM, hf_tokenizer, write_folder
+pytestmark = needs("transformers")
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoint, byte_tokenizer, tmp_path_factory):
     """The checkpoint as a Hugging Face folder."""
     path = tmp_path_factory.mktemp("hf") / "ours"
-    model = RetNetForCausalLM.from_language_model(open_model(checkpoint).model)
-    write_folder(model, path, tokenizer=byte_tokenizer)
+    model = hf.RetNetForCausalLM.from_language_model(open_model(checkpoint).model)
+    hf.write_folder(model, path, tokenizer=byte_tokenizer)
     return path
 
 
@@ -61,7 +61,7 @@ def test_the_hash_is_that_of_weights_and_configuration(llama_folder, tmp_path):
 def test_a_tokenizer_without_bos_starts_documents_with_eos(llama_folder, tmp_path, documents):
     copy = tmp_path / "gpt"
     shutil.copytree(llama_folder, copy)
-    trained = hf_tokenizer(Tokenizer.train(documents, 258))
+    trained = hf.hf_tokenizer(Tokenizer.train(documents, 258))
     trained.bos_token = None
     trained.save_pretrained(copy)
     candidate = open_model(copy)
@@ -98,7 +98,7 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(llama_folder, checkpoint,
     assert "cannot open" in broken("cut", lambda copy: (copy / "model.safetensors").write_bytes(b"x" * 100))
     assert "cannot open" in broken("no-model", lambda copy: (copy / "config.json").write_text("{}"))
     big = Tokenizer.train(["a b c"], 290)
-    big_ids = hf_tokenizer(big)
+    big_ids = hf.hf_tokenizer(big)
     big_ids.add_tokens([f"<{i}>" for i in range(50)])
     assert "do not belong together" in broken("vocabulary", lambda copy: big_ids.save_pretrained(copy))
     with pytest.raises(UserError, match="leave out the checkpoint name 'best'"):

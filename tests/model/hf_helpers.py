@@ -4,7 +4,7 @@ import torch
 
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.hf import RetNetForCausalLM
+from tests.helpers.lazily import hf
 from tests.helpers.parity import relative
 
 V = 41
@@ -55,8 +55,8 @@ def language_model(dialect="paper", dtype=torch.float64) -> LanguageModel:
     return model.to(dtype).eval()
 
 
-def causal_lm(dialect="paper", dtype=torch.float64, **options) -> RetNetForCausalLM:
-    return RetNetForCausalLM.from_language_model(language_model(dialect, dtype), **options)
+def causal_lm(dialect="paper", dtype=torch.float64, **options):
+    return hf.RetNetForCausalLM.from_language_model(language_model(dialect, dtype), **options)
 
 
 def tokens(*shape, seed=0):
@@ -96,7 +96,8 @@ def beam(model, row, new, beams):
     return kept
 
 
-open_folder = RetNetForCausalLM.from_pretrained
+def open_folder(path, **options):
+    return hf.RetNetForCausalLM.from_pretrained(path, **options)
 
 
 def logits(model, ids):

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from retnet.settings import UserError
+from tests.helpers.lazily import transformers
 from tests.model.hf_helpers import V, flip, logits, open_folder, same, tokens
 
 
@@ -106,7 +106,7 @@ def test_a_configuration_that_contradicts_the_weights(single, changes, message):
 def test_the_auto_class_checks_as_well(single):
     flip(single / "model.safetensors")
     with pytest.raises(UserError, match="was changed"):
-        AutoModelForCausalLM.from_pretrained(single)
+        transformers.AutoModelForCausalLM.from_pretrained(single)
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])

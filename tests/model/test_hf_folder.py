@@ -8,31 +8,31 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from retnet.data import Tokenizer
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig, checkpoint
-from retnet.model.hf import RetNetForCausalLM, RetNetModel, hf_tokenizer, write_folder
 from retnet.settings import UserError
+from tests.helpers.fast import few_fast
+from tests.helpers.lazily import hf, transformers
 from tests.model.hf_helpers import DIALECTS, V, causal_lm, flip, logits, open_folder, same, tokens
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("size", ["5GB", 4000])
+@pytest.mark.parametrize("size", few_fast(["5GB", 4000], 4000))
 def test_a_written_folder_opens_as_the_same_model(dialect, size, tmp_path):
     model, ids = causal_lm(dialect), tokens(2, 9)
-    write_folder(model, tmp_path / "m", max_shard_size=size)
+    hf.write_folder(model, tmp_path / "m", max_shard_size=size)
     assert (tmp_path / "m/model.safetensors.index.json").exists() == (size == 4000)
-    for kind in (RetNetForCausalLM, AutoModelForCausalLM):
+    for kind in (hf.RetNetForCausalLM, transformers.AutoModelForCausalLM):
         found = kind.from_pretrained(tmp_path / "m")
-        assert type(found) is RetNetForCausalLM
+        assert type(found) is hf.RetNetForCausalLM
         assert not found.training
         assert found.dtype == torch.float64
         assert same(logits(found, ids), logits(model, ids))
         assert (found.lm_head.weight is found.model.embedding.weight) == DIALECTS[dialect].tie_embeddings
-    base = AutoModel.from_pretrained(tmp_path / "m")
-    assert type(base) is RetNetModel
+    base = transformers.AutoModel.from_pretrained(tmp_path / "m")
+    assert type(base) is hf.RetNetModel
     with torch.no_grad():
         want = model.to_language_model().features(ids)
         assert same(base(ids).last_hidden_state, want)
@@ -41,16 +41,18 @@ def test_a_written_folder_opens_as_the_same_model(dialect, size, tmp_path):
 def test_weight_names(single, tmp_path):
     names = load_file(single / "model.safetensors").keys()
     assert names == {f"model.{name}" for name in checkpoint.weights(causal_lm().to_language_model())}
-    write_folder(causal_lm("fla"), tmp_path / "untied")
+    hf.write_folder(causal_lm("fla"), tmp_path / "untied")
     names = load_file(tmp_path / "untied/model.safetensors").keys()
     assert {"lm_head.weight", "model.embedding.weight", "model.blocks.1.ffn.gate.weight"} < names
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", few_fast([torch.bfloat16, torch.float16, torch.float32, torch.float64], torch.bfloat16)
+)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_constants_are_exact_in_every_type(dialect, dtype, tmp_path):
     """Weights are made on the meta device and cast; γ and angles are what they are in a model made at once."""
-    write_folder(causal_lm(dialect), tmp_path / "m")
+    hf.write_folder(causal_lm(dialect), tmp_path / "m")
     found = open_folder(tmp_path / "m", dtype=dtype)
     made = LanguageModel(DIALECTS[dialect]).to(dtype)
     assert {p.dtype for p in found.parameters()} == {dtype}
@@ -71,7 +73,7 @@ def test_any_mixer_in_bf16_keeps_what_it_keeps(name, tmp_path):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=V, d_model=16, num_layers=2, mixer=MIXERS[name].Config())
     model = LanguageModel(config).eval()
-    write_folder(RetNetForCausalLM.from_language_model(model), tmp_path / "m")
+    hf.write_folder(hf.RetNetForCausalLM.from_language_model(model), tmp_path / "m")
     found, want = open_folder(tmp_path / "m", dtype=torch.bfloat16), model.to(torch.bfloat16)
     got = dict((*found.model.named_parameters(), *found.model.named_buffers()))
     for name, x in (*want.named_parameters(), *want.named_buffers()):
@@ -82,7 +84,7 @@ def test_any_mixer_in_bf16_keeps_what_it_keeps(name, tmp_path):
 
 def test_the_same_tensors_not_copies():
     model = LanguageModel(DIALECTS["fla"]).train()
-    theirs = RetNetForCausalLM.from_language_model(model)
+    theirs = hf.RetNetForCausalLM.from_language_model(model)
     back = theirs.to_language_model()
     assert theirs.training
     assert back.training
@@ -101,7 +103,7 @@ def test_save_pretrained_writes_a_manifest_and_replaces_what_stood_there(tmp_pat
     assert same(logits(open_folder(tmp_path), ids), logits(second, ids))
     second.model.save_pretrained(tmp_path / "base")
     with torch.no_grad():
-        base = RetNetModel.from_pretrained(tmp_path / "base")
+        base = hf.RetNetModel.from_pretrained(tmp_path / "base")
         assert same(base(ids).last_hidden_state, second.model(ids).last_hidden_state)
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
         open_folder(tmp_path / "base")
@@ -111,7 +113,7 @@ def test_save_pretrained_writes_a_manifest_and_replaces_what_stood_there(tmp_pat
 
 def test_a_folder_without_a_manifest_opens_too(tmp_path):
     model = causal_lm("fla")
-    PreTrainedModel.save_pretrained(model, tmp_path)
+    transformers.PreTrainedModel.save_pretrained(model, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
     assert same(logits(open_folder(tmp_path), tokens(1, 5)), logits(model, tokens(1, 5)))
 
@@ -144,7 +146,7 @@ def test_the_base_of_adapters_is_checked(single, tmp_path):
 
 
 def test_provenance_and_every_file_are_in_the_manifest(tmp_path):
-    write_folder(causal_lm(), tmp_path / "m", provenance={"source": {"sha256": "abc"}})
+    hf.write_folder(causal_lm(), tmp_path / "m", provenance={"source": {"sha256": "abc"}})
     listed = json.loads((tmp_path / "m/manifest.json").read_text())["files"]
     assert listed.keys() | {"manifest.json"} == {file.name for file in (tmp_path / "m").iterdir()}
     assert json.loads((tmp_path / "m/provenance.json").read_text()) == {"source": {"sha256": "abc"}}
@@ -160,12 +162,12 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "flush", fail)
         with pytest.raises(UserError, match=r"cannot write .*m: disk full"):
-            write_folder(causal_lm(), tmp_path / "m")
+            hf.write_folder(causal_lm(), tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    write_folder(causal_lm(), tmp_path / "m")
+    hf.write_folder(causal_lm(), tmp_path / "m")
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
     with pytest.raises(UserError, match=r"m exists; choose another name"):
-        write_folder(causal_lm(), tmp_path / "m")
+        hf.write_folder(causal_lm(), tmp_path / "m")
 
 
 # ---- tokenizers
@@ -179,8 +181,8 @@ def test_tokenizers_give_our_ids(kind, tmp_path):
     ours = Tokenizer.load("bytes") if kind == "bytes" else Tokenizer.train(TEXTS * 20, 300)
     model = causal_lm()
     model.resize_token_embeddings(ours.vocab_size)
-    write_folder(model, tmp_path / "m", tokenizer=ours)
-    for theirs in (hf_tokenizer(ours), AutoTokenizer.from_pretrained(tmp_path / "m")):
+    hf.write_folder(model, tmp_path / "m", tokenizer=ours)
+    for theirs in (hf.hf_tokenizer(ours), transformers.AutoTokenizer.from_pretrained(tmp_path / "m")):
         assert len(theirs) == ours.vocab_size
         assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == ours.bos_id
         for text in TEXTS:

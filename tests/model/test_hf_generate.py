@@ -5,14 +5,13 @@ from functools import cache as memo
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from retnet.data import Tokenizer
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.hf import RetNetCache, RetNetForCausalLM, hf_tokenizer
 from retnet.settings import UserError
 from tests.helpers.kinds import KINDS, configured
+from tests.helpers.lazily import hf, transformers
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import DIALECTS, V, beam, causal_lm, greedy, language_model, left_padded, tokens
 
@@ -149,7 +148,7 @@ def test_steps_and_prefills_are_the_whole_sequence():
         model, law = pair(dialect)
         ids = tokens(2, 12)
         with torch.no_grad():
-            want, cache, got = law(ids), RetNetCache(), []
+            want, cache, got = law(ids), hf.RetNetCache(), []
             for piece in ids.split((1, 4, 1, 1, 5), dim=1):
                 got.append(model(piece, past_key_values=cache).logits)
         assert relative(torch.cat(got, dim=1), want) < 1e-12
@@ -161,7 +160,7 @@ def test_any_mixer(name):
     """The cache knows no mixer: rows are padded, chosen, repeated and continued alike."""
     torch.manual_seed(0)
     law = LanguageModel(configured(name, vocab_size=V, d_model=16, num_layers=2)).double().eval()
-    model = RetNetForCausalLM.from_language_model(law)
+    model = hf.RetNetForCausalLM.from_language_model(law)
     rows = [tokens(length, seed=length) for length in (4, 9)]
     ids, mask = left_padded(rows)
     got = generate(model, ids, attention_mask=mask, num_beams=2, length_penalty=0.0)
@@ -210,7 +209,7 @@ def test_a_mixer_that_no_state_can_carry_runs_without_a_cache():
     torch.manual_seed(0)
     mixer = RetentionConfig(num_heads=2, head_norm="rms", score_norm="torchscale")
     law = LanguageModel(ModelConfig(vocab_size=V, d_model=16, num_layers=2, mixer=mixer)).double().eval()
-    model = RetNetForCausalLM.from_language_model(law)
+    model = hf.RetNetForCausalLM.from_language_model(law)
     row = tokens(6)
     with torch.no_grad():
         out = model(row[None])
@@ -237,7 +236,7 @@ def test_what_a_recurrent_state_cannot_do_is_said():
         with pytest.raises(UserError, match=f"cache_implementation is '{kind}'.*leave it unset"):
             generate(model, ids, cache_implementation=kind)
     with pytest.raises(UserError, match="past_key_values is a DynamicCache"):
-        generate(model, ids, past_key_values=DynamicCache())
+        generate(model, ids, past_key_values=transformers.DynamicCache())
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(model, ids, assistant_model=model)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
@@ -289,7 +288,7 @@ def test_mistakes_are_answered():
 def test_generation_settings_come_from_the_configuration():
     model = causal_lm(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     found = model.generation_config
-    assert isinstance(found, GenerationConfig)
+    assert isinstance(found, transformers.GenerationConfig)
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 3)
 
 
@@ -298,13 +297,13 @@ def test_generation_settings_come_from_the_configuration():
 )
 def test_stop_strings_as_for_a_llama(options, tmp_path):
     """What `generate` hands on beside the model's own arguments is accepted, as any model of transformers does."""
-    tokenizer = hf_tokenizer(Tokenizer.load("bytes"))
+    tokenizer = hf.hf_tokenizer(Tokenizer.load("bytes"))
     sizes = {"vocab_size": 257, "num_hidden_layers": 1}
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(**sizes, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, hidden_size=16, intermediate_size=16, num_attention_heads=2)
     )
-    ours = RetNetForCausalLM.from_language_model(
+    ours = hf.RetNetForCausalLM.from_language_model(
         LanguageModel(
             ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=RetentionConfig(num_heads=2))
         )
@@ -325,12 +324,12 @@ def test_stop_strings_as_for_a_llama(options, tmp_path):
 
 def test_everything_that_generate_has_to_hand_on():
     """A streamer, token healing, guidance, constraints on tokens: asked of the model, they end in text, not in an error."""
-    model = RetNetForCausalLM.from_language_model(
+    model = hf.RetNetForCausalLM.from_language_model(
         LanguageModel(
             ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=RetentionConfig(num_heads=2))
         )
     )
-    tokenizer = hf_tokenizer(Tokenizer.load("bytes"))
+    tokenizer = hf.hf_tokenizer(Tokenizer.load("bytes"))
     ids = tokenizer(["ab"], return_tensors="pt").input_ids
     seen = []
 

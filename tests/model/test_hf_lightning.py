@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 import torch
-from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from retnet.mixers import MultiScaleRetention, RetentionConfig
-from retnet.model.hf.lightning import use_retention
 from retnet.settings import UserError
+from tests.helpers.lazily import Lazy, transformers
 from tests.helpers.parity import relative
+
+lightning = Lazy("retnet.model.hf.lightning")
 
 V = 61
 
@@ -19,7 +20,7 @@ V = 61
 def pair():
     """transformers' own model and the same with our op; three linear layers to one of softmax."""
     torch.manual_seed(0)
-    config = MiniMaxConfig(
+    config = transformers.MiniMaxConfig(
         vocab_size=V,
         hidden_size=32,
         intermediate_size=24,
@@ -36,8 +37,8 @@ def pair():
         pad_token_id=0,
         initializer_range=0.2,
     )
-    theirs = MiniMaxForCausalLM(config).eval()
-    return theirs, use_retention(copy.deepcopy(theirs))
+    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    return theirs, lightning.use_retention(copy.deepcopy(theirs))
 
 
 def tokens(rows, length):
@@ -65,10 +66,10 @@ def test_weights_and_buffers_are_the_same(pair, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     pair[1].save_pretrained(tmp_path)
-    again = MiniMaxForCausalLM.from_pretrained(tmp_path).eval()
+    again = transformers.MiniMaxForCausalLM.from_pretrained(tmp_path).eval()
     want, got = both((pair[0], again), tokens(1, 20))
     assert torch.equal(want.logits, got.logits)  # what is saved is transformers' own
-    assert use_retention(pair[1]) is pair[1]  # a second time changes nothing
+    assert lightning.use_retention(pair[1]) is pair[1]  # a second time changes nothing
 
 
 def test_prefill_in_chunks_and_steps(pair):
@@ -191,4 +192,4 @@ def test_fields_of_retention_say_the_same_layer(pair):
 
 def test_a_model_without_such_layers():
     with pytest.raises(UserError, match=r"Linear has no layer of lightning attention; give transformers'"):
-        use_retention(torch.nn.Linear(2, 2))
+        lightning.use_retention(torch.nn.Linear(2, 2))

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import pipeline
 
 from retnet.data import Tokenizer
 from retnet.mixers import RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
-from retnet.model.hf import RetNetCache, RetNetForCausalLM, write_folder
 from tests.helpers.fast import few_fast
+from tests.helpers.lazily import hf, transformers
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import V, causal_lm, greedy, language_model, left_padded, tokens
 
@@ -21,8 +20,8 @@ def texts(tmp_path):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=257, d_model=16, num_layers=2, mixer=RetentionConfig(num_heads=2))
     model = LanguageModel(config).double().eval()
-    write_folder(
-        RetNetForCausalLM.from_language_model(model), tmp_path / "m", tokenizer=Tokenizer.load("bytes")
+    hf.write_folder(
+        hf.RetNetForCausalLM.from_language_model(model), tmp_path / "m", tokenizer=Tokenizer.load("bytes")
     )
     return tmp_path / "m", model
 
@@ -32,7 +31,7 @@ def test_pipeline(texts, batch_size):
     folder, law = texts
     ours = Tokenizer.load("bytes")
     prompts = ["once upon a time", "é", "def f():"]
-    generator = pipeline("text-generation", model=str(folder))
+    generator = transformers.pipeline("text-generation", model=str(folder))
     found = generator(prompts, max_new_tokens=5, do_sample=False, batch_size=batch_size)
     for prompt, (answer,) in zip(prompts, found, strict=True):
         row = torch.tensor([ours.bos_id, *ours.encode(prompt)])
@@ -59,7 +58,7 @@ def test_pipeline(texts, batch_size):
 def test_device_maps(dialect, device_map, tmp_path):
     pytest.importorskip("accelerate")
     model = causal_lm(dialect)
-    write_folder(model, tmp_path / "m")
+    hf.write_folder(model, tmp_path / "m")
     if isinstance(device_map, dict) and len(device_map) > 1:
         rest = {"model.norm": "disk", "lm_head": "disk"}
         device_map = {
@@ -67,7 +66,7 @@ def test_device_maps(dialect, device_map, tmp_path):
             **rest,
             **({"model.embedding_norm": "cpu"} if dialect == "torchscale" else {}),
         }
-    found = RetNetForCausalLM.from_pretrained(
+    found = hf.RetNetForCausalLM.from_pretrained(
         tmp_path / "m", device_map=device_map, offload_folder=tmp_path / "offloaded"
     )
     ids, mask = left_padded([tokens(4), tokens(7)])
@@ -93,7 +92,7 @@ def wide_model():
     config = ModelConfig(
         vocab_size=V, d_model=128, num_layers=2, mixer=RetentionConfig(num_heads=2), tie_embeddings=False
     )
-    return RetNetForCausalLM.from_language_model(LanguageModel(config).eval())
+    return hf.RetNetForCausalLM.from_language_model(LanguageModel(config).eval())
 
 
 def check_quantised(found, model):
@@ -103,7 +102,7 @@ def check_quantised(found, model):
     with torch.no_grad():
         want, got = model(ids).logits, found(ids).logits
         assert 0 < relative(got, want) < 0.05
-        cache = RetNetCache()
+        cache = hf.RetNetCache()
         pieces = [found(piece, past_key_values=cache).logits for piece in ids.split((80, 1, 1, 8), dim=1)]
         assert relative(torch.cat(pieces, dim=1), got) < 1e-5
     out = found.generate(ids[:, :5], max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -125,13 +124,13 @@ def test_int8_weights_from_a_folder_and_back(int8, tmp_path):
     from transformers import TorchAoConfig
 
     model = wide_model()
-    write_folder(model, tmp_path / "m")
-    found = RetNetForCausalLM.from_pretrained(
+    hf.write_folder(model, tmp_path / "m")
+    found = hf.RetNetForCausalLM.from_pretrained(
         tmp_path / "m", quantization_config=TorchAoConfig(int8[1]), device_map="cpu"
     )
     check_quantised(found, model)
     found.save_pretrained(tmp_path / "int8")
-    again = RetNetForCausalLM.from_pretrained(tmp_path / "int8", device_map="cpu")
+    again = hf.RetNetForCausalLM.from_pretrained(tmp_path / "int8", device_map="cpu")
     ids = tokens(1, 9)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, found(ids).logits)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
 
 from retnet.mixers import RetentionConfig
 from retnet.model import ModelConfig
-from retnet.model.hf import RetNetCache, RetNetConfig, RetNetForCausalLM
+from tests.helpers.lazily import hf, transformers
 from tests.helpers.parity import relative
 from tests.model.hf_helpers import V, causal_lm, language_model, left_padded, tokens
 
@@ -85,7 +84,7 @@ def test_gradients_flow_through_a_cache():
     """Training over long texts in pieces: the state carries gradients, one token at a time included."""
     pieces, whole = causal_lm("torchscale").train(), causal_lm("torchscale").train()
     ids = tokens(2, 9)
-    cache = RetNetCache()
+    cache = hf.RetNetCache()
     logits = [pieces(piece, past_key_values=cache).logits for piece in ids.split((4, 1, 4), dim=1)]
     torch.cat(logits, dim=1).square().sum().backward()
     whole(ids).logits.square().sum().backward()
@@ -124,7 +123,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(reentrant, padd
     found, kept = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = RetNetForCausalLM(RetNetConfig.from_model_config(config)).double().train()
+        model = hf.RetNetForCausalLM(hf.RetNetConfig.from_model_config(config)).double().train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             assert all(block.gradient_checkpointing for block in model.model.blocks)
@@ -146,7 +145,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(reentrant, padd
 
 def trained(folder, data, **options):
     """Six steps on tiny data with dropout, a checkpoint after three."""
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=6,
         per_device_train_batch_size=4,
@@ -164,8 +163,8 @@ def trained(folder, data, **options):
     config = ModelConfig(
         vocab_size=V, d_model=16, num_layers=2, mixer=RetentionConfig(num_heads=2), dropout=0.1
     )
-    model = RetNetForCausalLM(RetNetConfig.from_model_config(config))
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    model = hf.RetNetForCausalLM(hf.RetNetConfig.from_model_config(config))
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train(**options)
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -180,7 +179,7 @@ def test_trainer_resumes_exactly(tmp_path):
     want = whole.state_dict()
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, want[name]), name
-    opened = RetNetForCausalLM.from_pretrained(tmp_path / "checkpoint-6").state_dict()
+    opened = hf.RetNetForCausalLM.from_pretrained(tmp_path / "checkpoint-6").state_dict()
     for name, tensor in opened.items():
         assert torch.equal(tensor, want[name]), name
     assert (tmp_path / "checkpoint-6/manifest.json").exists()
@@ -224,7 +223,7 @@ def test_lora_trains_saves_and_merges(peft, tmp_path):
         want = model(ids).logits
         assert torch.equal(loaded(ids).logits, want)
         merged = loaded.merge_and_unload()
-        assert type(merged) is RetNetForCausalLM
+        assert type(merged) is hf.RetNetForCausalLM
         assert relative(merged(ids).logits, want) < 1e-5
         assert relative(merged.to_language_model()(ids), want) < 1e-5
         assert relative(causal_lm("fla", torch.float32)(ids).logits, want) > 1e-3
@@ -238,10 +237,12 @@ def test_decoding_does_not_bypass_adapters(peft):
         vocab_size=V, d_model=128, num_layers=1, mixer=RetentionConfig(num_heads=2), ffn="geglu"
     )
     for targets in (["q_proj", "v_proj"], ["out_proj"], ["fc1"], ["gate"], ["fc2"]):
-        model = adapted(peft, "", targets, RetNetForCausalLM(RetNetConfig.from_model_config(config)).eval())
+        model = adapted(
+            peft, "", targets, hf.RetNetForCausalLM(hf.RetNetConfig.from_model_config(config)).eval()
+        )
         ids = tokens(2, 6)
         with torch.no_grad():
-            want, cache = model(ids).logits, RetNetCache()
+            want, cache = model(ids).logits, hf.RetNetCache()
             got = [model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
         assert relative(torch.cat(got, dim=1), want) < 1e-5, targets
 

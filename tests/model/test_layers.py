@@ -13,10 +13,10 @@ from retnet.measure.sizes import transformer
 from retnet.mixers import GatedRetentionConfig, RetentionConfig, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.cost import cost
-from retnet.model.hf import RetNetForCausalLM
 from retnet.settings import UserError, build, config_path, dump, load, shipped_configs
 from retnet.train.config import RunConfig
 from tests.helpers.kinds import HYBRIDS, configured
+from tests.helpers.lazily import hf
 from tests.helpers.parity import assert_rows_independent, assert_three_ways_agree, relative
 
 TEXT = {
@@ -172,8 +172,8 @@ def test_it_survives_a_hugging_face_folder(tmp_path, dtype):
     )
     law = LanguageModel(config).to(dtype).eval()
     tokens = torch.randint(61, (2, 20))
-    RetNetForCausalLM.from_language_model(law).save_pretrained(tmp_path)
-    back = RetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    hf.RetNetForCausalLM.from_language_model(law).save_pretrained(tmp_path)
+    back = hf.RetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert back.config.model_config == config
     assert torch.equal(back(tokens).logits, law(tokens))
     assert {n: p.dtype for n, p in back.to_language_model().named_parameters()} == {
