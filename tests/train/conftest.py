@@ -14,7 +14,7 @@ num_heads = 2
 
 [data]
 corpus = "CORPUS"
-validation_fraction = 0.3
+validation_fraction = 0.15
 cache = "CACHE"
 
 [train]
