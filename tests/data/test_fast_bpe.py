@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from retnet.data import Tokenizer
 from retnet.data.byte_level import byte_characters
 from retnet.data.fast_bpe import _OTHER_PATTERNS, FastBpe
+from tests.helpers.fast import few_fast
 
 BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
 WORDS = [
@@ -77,7 +78,7 @@ def trained(texts, pattern=None):
     return Tokenizer(inner, "<|begin_of_text|>")
 
 
-@pytest.mark.parametrize("pattern", [None, *_OTHER_PATTERNS])
+@pytest.mark.parametrize("pattern", few_fast([None, *_OTHER_PATTERNS], None))
 def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
     tokenizer = trained(texts, pattern)
     fast = FastBpe.of(plan_of(tokenizer))
@@ -89,6 +90,7 @@ def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
     assert [ids.tolist() for ids in together[:-1]] == [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.slow
 def test_every_character_is_divided_alike_or_left():
     """Whatever tables of Unicode the two libraries have; planes without characters are left out."""
     tokenizer = trained(["a b 1"])

@@ -46,6 +46,7 @@ print(watch.peak() // MIB)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is told")
+@pytest.mark.slow
 def test_gaps_between_tensors_do_not_count():
     done = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True)
     assert 125 < int(done.stdout) < 145, done

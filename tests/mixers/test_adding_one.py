@@ -118,6 +118,7 @@ def test_it_has_its_row_in_a_study(tmp_path):
     assert "0.00" in cells["state: exponent"]
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_written_with(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -11,7 +11,6 @@ import torch
 from retnet.ops import log_decays
 from retnet.ops.cpu import chunkwise_numba, jit
 from retnet.ops.cpu.gemm import ALL, LOWER_LEFT, LOWER_RESULT, UPPER_LEFT, compile_packed_gemm
-from tests.helpers.fast import few_fast
 from tests.helpers.parity import assert_same, outputs_and_gradients, random_inputs
 
 pytest.importorskip("numba")
@@ -43,7 +42,8 @@ def test_a_result_does_not_depend_on_the_number_of_threads():
         assert all(torch.equal(other[name], x) for name, x in results[0].items())
 
 
-@pytest.mark.parametrize("number", few_fast([np.float32, np.float64], np.float32))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [np.float32, np.float64])
 def test_products_of_panels(number):
     compiler = jit.compiler()
     assert compiler is not None

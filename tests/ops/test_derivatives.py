@@ -139,7 +139,7 @@ def test_every_backend_has_the_derivatives_of_a_decay_of_heads(backend):
 
 
 @pytest.mark.parametrize("slots", [None, torch.tensor([2, -1])], ids=["rows", "slots"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", few_fast(["auto", "reference"], "auto"))
 def test_steps_are_differentiated_by_the_reference(backend, slots):
     """Also through the state, which each step changes in place."""
     g = torch.Generator().manual_seed(0)

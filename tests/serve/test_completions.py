@@ -208,6 +208,7 @@ def test_errors_of_the_framework_have_the_envelope(http):
     assert http.get("/v1/models", headers={"Origin": str(http.base_url).rstrip("/")}).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_openai_client(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

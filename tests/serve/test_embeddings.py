@@ -47,6 +47,7 @@ def test_vectors_are_what_they_are_said_to_be(http, law, given):
         np.testing.assert_array_equal(np.frombuffer(base64.b64decode(text), "<f4"), np.float32(vector))
 
 
+@pytest.mark.slow
 def test_the_official_client(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")

@@ -89,6 +89,7 @@ def test_bad_requests(http, url, body, message):
     assert message in refused(http.post(f"/v1/{url}", json=body))
 
 
+@pytest.mark.slow
 def test_the_openai_client_goes_on(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -102,6 +103,7 @@ def test_the_openai_client_goes_on(server):
     client.close()
 
 
+@pytest.mark.slow
 def test_the_anthropic_client(server):
     """Streams, counts tokens, and is told what is missing."""
     anthropic = pytest.importorskip("anthropic")

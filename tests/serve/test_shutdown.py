@@ -123,6 +123,7 @@ def test_a_session_keeps_what_was_sent(serving, whole, tmp_path):
         assert server.http.get(place).json()["tokens"] == more
 
 
+@pytest.mark.slow
 def test_a_session_keeps_what_a_reader_that_stands_still_has_not_taken(serving, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_thread, "TOGETHER", 0.0)  # many events, which no buffer has room for
     monkeypatch.setattr(server_module, "GRACE", 1)
@@ -202,6 +203,7 @@ def test_a_server_that_is_not_ready_yet_ends_at_once(tiny, tokenizer, tmp_path):
     until(lambda: not engine.alive)
 
 
+@pytest.mark.slow
 def test_official_clients_ask_again_until_the_server_is_back(serving, monkeypatch):
     """By their own retries, of a whole answer; of a stream, half of which has been read, they raise the error."""
     openai = pytest.importorskip("openai")

@@ -65,6 +65,7 @@ def test_scores_shared_by_all_columns_compile_for_hopper(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_kernels_around_retention_spill_nothing():
     """They are bounded by memory, so registers must be left for many programs at once: the widest, most laden variant."""
     for name, kernel, constants, options, _ in report.kernels_of("sm_90", 60, 1024, torch.float32, False):
