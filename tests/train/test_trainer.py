@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from retnet.data import Batches, prepare
@@ -16,8 +22,10 @@ from retnet.model.checkpoint import load_model, verify
 from retnet.settings import UserError, load
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.objective import Objective, evaluate
-from retnet.train.run_dir import differences
+from retnet.train.progress import TrainingProgress
+from retnet.train.run_dir import RunDirectory, differences
 from retnet.train.step_meter import MEASURED
+from retnet.train.trackers import TensorBoard
 from retnet.train.trainer import train
 
 
@@ -286,6 +294,37 @@ class TestEquivalences:
         self.weights(config_file, tmp_path / "a", wandb=True)
         (kept,) = (tmp_path / "a/wandb").glob("offline-run-*/run-*.wandb")
         assert b"validation_bits_per_byte" in kept.read_bytes()
+
+    @pytest.mark.parametrize(("end", "code"), [("", 0), ("a signal", 1), ("an error", 1)])
+    def test_trackers_are_told_how_a_run_ends(self, end, code, config_file, tmp_path, monkeypatch):
+        told = []
+        calls = SimpleNamespace(
+            log=lambda values, step: told.append(step), finish=lambda exit_code: told.append((exit_code,))
+        )
+        fake = SimpleNamespace(init=lambda **settings: calls, Error=OSError)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+
+        class Ending(TrainingProgress):
+            def step(self, step, *measured):
+                if end == "a signal":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif end:
+                    raise RuntimeError(end)
+
+        changed = config(config_file, steps=2, log_every=1, wandb=True)
+        with pytest.raises(RuntimeError) if end == "an error" else nullcontext():
+            train(changed, tmp_path / "a", progress=Ending(Console(quiet=True)))
+        assert told[-1] == (code,)
+        assert told.count((code,)) == 1
+        assert told[-2] == (1 if end else 2)
+
+    def test_tensorboard_has_what_was_measured_before_a_kill(self, config_file, tmp_path):
+        run = RunDirectory(tmp_path)
+        board = TensorBoard(run, 0)
+        board.add(1, {"loss": 2.5})
+        (kept,) = (tmp_path / "tensorboard").glob("events.*")
+        assert b"loss" in kept.read_bytes()
+        board.close(finished=False)
 
 
 def test_activation_checkpointing_is_felt(config_file):

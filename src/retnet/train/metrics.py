@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Self
 
 from retnet.errors import told
 from retnet.io import write_bytes
@@ -19,9 +20,12 @@ _log = logging.getLogger("retnet.train")
 
 
 class Metrics:
-    """`metrics.jsonl`, one object a line, in the order of steps; other trackers hear the same.
+    """`metrics.jsonl`, one object a line, in the order of steps; other trackers hear the same. Closed by ``with``.
 
     Every line has its step and the seconds that the run has taken up to it, in all calls together.
+
+    Attributes:
+        finished: whether the run has taken its last step. Trackers are told at the end, where no error says otherwise.
     """
 
     def __init__(self, run: RunDirectory, step: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -34,6 +38,7 @@ class Metrics:
             write_bytes(path, b"".join(lines))  # a continued run repeats the steps after its checkpoint
             self._file = path.open("a", encoding="utf-8")
         self._trackers = trackers
+        self.finished = False
 
     def write(self, step: int, **values: float) -> None:
         """Appends what was measured at the end of a step; the line is with the system before this returns.
@@ -51,7 +56,10 @@ class Metrics:
             for tracker in self._trackers:
                 tracker.add(step, values)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Ends the files.
 
         Raises:
@@ -59,7 +67,7 @@ class Metrics:
         """
         with ExitStack() as stack:
             for tracker in self._trackers:
-                stack.callback(tracker.close)
+                stack.callback(tracker.close, self.finished and error is None)
             with suppress(OSError):  # of a line that could not be written, which was said
                 self._file.close()
 

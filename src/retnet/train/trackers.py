@@ -22,8 +22,8 @@ class Tracker(Protocol):
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Takes what was measured at the end of a step."""
 
-    def close(self) -> None:
-        """Ends it, well or badly.
+    def close(self, finished: bool) -> None:
+        """Ends it, all of it written; not `finished`: the run failed, or was stopped before its last step.
 
         Raises:
             UserError: what it kept back cannot be written.
@@ -54,12 +54,14 @@ class TensorBoard:
         self._board: Any = SummaryWriter(str(self._path), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """As of any tracker."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        """As of any tracker; it is with the system before this returns, as a killed process closes nothing."""
+        with told(f"write {self._path}", self._run.whole):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
-    def close(self) -> None:
-        """As of any tracker."""
+    def close(self, finished: bool) -> None:
+        """As of any tracker; event files have no word for how a run ended."""
         with told(f"write {self._path}", self._run.whole):
             self._board.close()
 
@@ -95,6 +97,6 @@ class WandB:
         """As of any tracker."""
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        """As of any tracker."""
-        self._run.finish()
+    def close(self, finished: bool) -> None:
+        """As of any tracker; a run that is not finished is "failed" there until it goes on."""
+        self._run.finish(exit_code=0 if finished else 1)

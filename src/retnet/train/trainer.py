@@ -186,7 +186,7 @@ class _Trainer:
         if not self.open:
             self._say_epochs()
         with (
-            closing(metrics) if metrics else nullcontext(),
+            metrics or nullcontext(),
             self.hangs.on(),
             closing(self.checkpoints),
             self.progress.training(self.config, self.device, self.step),
@@ -223,10 +223,13 @@ class _Trainer:
             if saved != self.step:
                 self._save()
             self._wait()
-        steps = self.config.train.steps
+            steps = self.config.train.steps
+            finished = self.step == steps
+            if metrics:
+                metrics.finished = finished
         if received := self.notices.signals:
             self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
-        return Outcome(self.run.path, self.step, self.step == steps, self.quality, self.prepared)
+        return Outcome(self.run.path, self.step, finished, self.quality, self.prepared)
 
     def _profiled(self, wanted: bool) -> AbstractContextManager[Callable[[], None]]:
         """What traces steps: yields what is called after each."""
