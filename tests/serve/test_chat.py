@@ -1,5 +1,6 @@
 """/v1/chat/completions, templates, tokens and the API's description."""
 
+import asyncio
 import json
 
 import pytest
@@ -56,6 +57,19 @@ def test_the_plain_template(http, tiny, tokenizer):
     assert events[0]["object"] == "chat.completion.chunk"
     lengths = {count(http, {"role": "assistant", "content": text}) for text in ("yes", " yes")}
     assert lengths == {1 + len("Assistant: yes\n\nAssistant:")}
+
+
+def test_a_turn_encodes_only_what_is_new(tokenizer, tmp_path, monkeypatch):
+    encoded, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    template = chat_template.ChatTemplate(tokenizer, tmp_path)
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d" * chat_template.SHORT)]
+    turns = [chat_template.ChatTurn(*each) for each in said]
+    tokens = [asyncio.run(template.render(turns[:count])).tokens for count in (1, 3, 1, 4, 4)]
+    new = ["User: a\n\n", "Assistant:", "Assistant: b\n\n", "User: c\n\n"]
+    assert encoded == [*new, f"User: {turns[3].text}\n\n", f"User: {turns[3].text}\n\n"]
+    assert tokens[0] == tokens[2] == [tokenizer.bos_id, *encode("User: a\n\nAssistant:")]
+    assert tokens[3] == tokens[4]
 
 
 def test_logprobs(http):

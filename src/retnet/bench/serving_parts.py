@@ -36,11 +36,15 @@ class ChatRow:
     name: str
     turns: int
     seconds: list[list[float]] = field(default_factory=list)  # round by round
+    anew: list[list[float]] = field(default_factory=list)  # of the first turns of another one, right after it
 
     @property
     def growth(self) -> Spread:
-        """The last turn ÷ the second, each the median of those beside it."""
-        return spread(_near(each, self.turns - 1) / _near(each, 1) for each in self.seconds)
+        """The last turn ÷ the second, before and after it, each the median of those beside it."""
+        return spread(
+            2 * _near(each, self.turns - 1) / (_near(each, 1) + _near(anew, 1))
+            for each, anew in zip(self.seconds, self.anew, strict=True)
+        )
 
     def record(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -95,12 +99,14 @@ def measure_chats(
     }
     for number in range(bench.rounds):
         random = np.random.default_rng(number)  # nobody has heard the beginning before
-        said = [bytes(random.integers(97, 123, bench.said).tolist()).decode() for _ in range(bench.turns)]
+        count = bench.turns + NEAR + 2
+        said = [bytes(random.integers(97, 123, bench.said).tolist()).decode() for _ in range(count)]
         for row, one in zip(rows, entered, strict=True):
             say(f"a chat of {bench.turns} turns, {number + 1} of {bench.rounds}: {row.name}")
             url = f"{one.place.url}/v1/chat/completions"
-            answers = load.conversation(url, body, said, bench.tokens, row.name)
-            row.seconds.append([each.arrivals[-1] - each.begin for each in answers])
+            for turns, seconds in ((said[: bench.turns], row.seconds), (said[bench.turns :], row.anew)):
+                answers = load.conversation(url, body, turns, bench.tokens, row.name)
+                seconds.append([each.arrivals[-1] - each.begin for each in answers])
     return rows
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from retnet.settings import UserError
 SECONDS = 2.0  # for a rendering
 STARTUP_SECONDS = 20.0
 LIMIT = 64 << 20  # bytes of an answer's line
+PIECES = 1024  # of texts, whose ids are remembered: a conversation's next turn has all that were said
+SHORT = 8192  # characters that they have at most
 GUARD = "\ufdd0"  # a noncharacter of Unicode, for internal use by its definition
 PLAIN = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
@@ -62,7 +65,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._remembered = tokenizer, lru_cache(PIECES)(tokenizer.encode)
         added = json.loads(tokenizer.content)["added_tokens"]
         self._special = {each["content"]: each["id"] for each in added if each["special"]}
         config = _read_config(folder / "tokenizer_config.json")
@@ -104,9 +107,9 @@ class ChatTemplate:
         for turn in turns:
             # an answer begins with its own space: given back with it, it is the text that was generated
             space = "" if turn.text[:1].isspace() else " "
-            tokens += self._tokenizer.encode(f"{PLAIN[turn.role]}:{space}{turn.text}\n\n")
+            tokens += self._ids(f"{PLAIN[turn.role]}:{space}{turn.text}\n\n")
             marks.append(len(tokens))
-        tokens += self._tokenizer.encode("Assistant:")
+        tokens += self._ids("Assistant:")
         return Rendered(tokens, marks, ("\n\nUser:",), ())
 
     def _guarded(self, text: str) -> str:
@@ -127,8 +130,12 @@ class ChatTemplate:
             if isinstance(piece, int):
                 ids.append(piece)
             elif piece:
-                ids += self._tokenizer.encode(piece.replace(GUARD, ""))
+                ids += self._ids(piece.replace(GUARD, ""))
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text, which nobody changes."""
+        return self._remembered(text) if len(text) <= SHORT else self._tokenizer.encode(text)
 
     async def _ask(self, variables: dict[str, Any]) -> str:
         """The text that the worker makes; a worker that is late, or gone, is replaced at the next call."""
