@@ -39,6 +39,6 @@ def said(monkeypatch):
     return Said
 
 
-@pytest.fixture
-def tiny_study(said):
-    return study.Study("A <tiny> study", 'First\nlines.\n\n\nSecond & "last".\n', said("said"), hours=0.5)
+@pytest.fixture(scope="session")
+def tiny_study():
+    return study.Study("A <tiny> study", 'First\nlines.\n\n\nSecond & "last".\n', Said("said"), hours=0.5)

@@ -81,11 +81,9 @@ class Page(HTMLParser):
         return " ".join("".join(self.text).split())
 
 
-@pytest.fixture
-def out(tmp_path, said, tiny_study):
-    """A study with two jobs finished, one failed and one interrupted."""
-    said.said = FULL
-    folder = StudyFolder(tmp_path / "out")
+def begun(place, study):
+    """The folder of a study with two jobs finished, one failed and one interrupted."""
+    folder = StudyFolder(place / "out")
     environment = {
         "cpu": "CPU " + HOSTILE,
         "cores": 2,
@@ -93,7 +91,7 @@ def out(tmp_path, said, tiny_study):
         "dirty": True,
         "commit": "abc123",
     }
-    folder.create(tiny_study, {**environment, "versions": {"torch": "2"}, "gpu": None, "room": "cold"})
+    folder.create(study, {**environment, "versions": {"torch": "2"}, "gpu": None, "room": "cold"})
     folder.note(started="2026-11-22T14:03:11+00:00", finished="2026-11-23T15:00:00+00:00", seconds=11532.3)
     folder.write_result("a", {"loss": 1.0, "seconds": {"training": 60.0, "measuring": 61.0}})
     folder.write_result("b", {"loss": math.nan})
@@ -102,9 +100,24 @@ def out(tmp_path, said, tiny_study):
     return folder.path
 
 
-def page(out):
-    report.write_report(out)
-    return Page((out / "report.html").read_text(encoding="utf-8"))
+@pytest.fixture
+def out(tmp_path, said, tiny_study):
+    said.said = FULL
+    return begun(tmp_path, tiny_study)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory, tiny_study):
+    """The same with its report, which nobody changes: drawing figures takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tiny_study.measure), "said", FULL)
+        path = begun(tmp_path_factory.mktemp("reported"), tiny_study)
+        report.write_report(path)
+    return path
+
+
+def page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_files(out):
@@ -114,8 +127,8 @@ def test_files(out):
     assert [path.read_bytes() for path in report.write_report(out)] == before
 
 
-def test_every_cell_stands_on_the_page_as_it_is(out):
-    found = page(out)
+def test_every_cell_stands_on_the_page_as_it_is(reported):
+    found = page(reported)
     rows = [[("–" if cell in ("", "-") else cell) for cell in row] for row in TABLE.rows]
     assert found.cells(0) == [list(TABLE.columns), *rows]
     assert found.cells(1) == [["name", "what"]]
@@ -124,18 +137,19 @@ def test_every_cell_stands_on_the_page_as_it_is(out):
     assert not found.named("script", "img", "iframe", "object", "b")
 
 
-def test_numbers_stand_right_and_published_ones_apart(out):
-    table = page(out).tables[0]
+def test_numbers_stand_right_and_published_ones_apart(reported):
+    found = page(reported)
+    table = found.tables[0]
     kinds = [[attributes.get("class") for _, attributes in row] for row in table]
     assert kinds == [[None, "number", None, "number", "number published"]] + kinds[2:3] * 3
     assert kinds[1][1:] == kinds[0][1:]
-    rows = [a.get("class") for a in page(out).named("tr")][:4]
+    rows = [a.get("class") for a in found.named("tr")][:4]
     assert rows == [None, None, None, "published"]
-    assert "Shaded: published in the paper" in page(out).said()
+    assert "Shaded: published in the paper" in found.said()
 
 
-def test_the_page_is_sound_and_accessible(out):
-    found = page(out)
+def test_the_page_is_sound_and_accessible(reported):
+    found = page(reported)
     everything = [attributes for _, attributes in found.elements]
     ids = [a["id"] for a in everything if "id" in a]
     assert len(set(ids)) == len(ids)
@@ -151,8 +165,8 @@ def test_the_page_is_sound_and_accessible(out):
     assert all(labels)
 
 
-def test_the_page_asks_nothing_of_any_network(out):
-    text = (out / "report.html").read_text(encoding="utf-8") if report.write_report(out) else ""
+def test_the_page_asks_nothing_of_any_network(reported):
+    text = (reported / "report.html").read_text(encoding="utf-8")
     found = Page(text)
     for tag, attributes in found.elements:
         for name, value in attributes.items():
@@ -166,8 +180,8 @@ def test_the_page_asks_nothing_of_any_network(out):
     assert policy.startswith("default-src 'none'")
 
 
-def test_what_is_missing_is_said_first(out):
-    said = page(out).said()
+def test_what_is_missing_is_said_first(out, reported):
+    said = page(reported).said()
     at = [
         said.index(words) for words in ("is not complete", "Of 4 jobs, 2 finished, 1 failed, 1 not done yet.")
     ]
@@ -177,13 +191,14 @@ def test_what_is_missing_is_said_first(out):
     folder = StudyFolder(out)
     folder.write_result("c", {})
     folder.write_result("d", {})
+    report.write_report(out)
     said = page(out).said()
     assert "is not complete" not in said
     assert "all 4 jobs finished" in said
 
 
-def test_what_was_run_and_where(out):
-    found = page(out)
+def test_what_was_run_and_where(reported):
+    found = page(reported)
     rows = [tuple(row) for number in range(2, len(found.tables)) for row in found.cells(number)]
     for row in (
         ("measure", "said"),
@@ -219,19 +234,19 @@ def test_a_study_that_has_only_begun(out, said):
             file.unlink()
         job.rmdir()
     StudyFolder(out).environment_file.unlink()
+    report.write_report(out)
     found = page(out)
     assert "Of 4 jobs, 0 finished, 4 not done yet." in found.said()
     assert not found.named("svg")
     assert not {"Findings", "Tables", "Figures", "Jobs"} & set(found.text)
 
 
-def test_the_record_is_json_of_everything(out):
-    report.write_report(out)
+def test_the_record_is_json_of_everything(reported):
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    record = json.loads((out / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    record = json.loads((reported / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert record["title"] == "A <tiny> study"
     assert record["settings"]["measure"]["inner"] == {"width": 20000, "decay": 1e-05, "on": True}
     assert record["environment"]["commit"] == "abc123"
