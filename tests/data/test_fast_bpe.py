@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -82,12 +83,23 @@ def trained(texts, pattern=None):
 def test_ids_are_those_of_tokenizers_on_any_characters(texts, pattern):
     tokenizer = trained(texts, pattern)
     fast = FastBpe.of(plan_of(tokenizer))
-    found = [fast.encode(text) for text in texts]
+    texts = [*texts, "", "a\0b", "", "a "]  # the second holds what is put between texts
+    found = fast.encode(texts)
     assert sum(ids is not None for ids in found) > 150
+    assert found[-3] is None
     for text, ids in zip(texts, found, strict=True):
         assert ids is None or ids.tolist() == tokenizer.encode(text)
+    assert fast.encode([]) == []
     together = tokenizer.encode_batch([*texts, "word " * 200_000])
     assert [ids.tolist() for ids in together[:-1]] == [tokenizer.encode(text) for text in texts]
+
+
+def test_threads_make_one_encoder(texts, monkeypatch):
+    tokenizer, made = trained(texts), []
+    monkeypatch.setattr(FastBpe, "of", lambda plan: made.append(plan))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(tokenizer.encode_batch, [["word " * 120_000]] * 4))) == 4
+    assert len(made) == 1
 
 
 @pytest.mark.slow
@@ -99,7 +111,8 @@ def test_every_character_is_divided_alike_or_left():
     kept = [c for c in every if not fast._left.search(c)]
     assert len(kept) > len(every) - 20_000
     text = "".join(f"a{c}1 " for c in kept)
-    assert fast.encode(text).tolist() == tokenizer.encode(text)
+    (found,) = fast.encode([text])
+    assert found.tolist() == tokenizer.encode(text)
 
 
 def test_what_a_token_does_not_tell_is_left_to_tokenizers(texts):
@@ -110,7 +123,8 @@ def test_what_a_token_does_not_tell_is_left_to_tokenizers(texts):
         tokens = vocab | {"".join(m): 256 + i for i, m in enumerate(merges)}
         return {**plan, "model": {**plan["model"], "vocab": tokens, "merges": merges, **more}}
 
-    assert FastBpe.of(changed([["a", "b"], ["ab", "c"]])).encode("abc").tolist() == [257]
+    (found,) = FastBpe.of(changed([["a", "b"], ["ab", "c"]])).encode(["abc"])
+    assert found.tolist() == [257]
     # bc is joined first, so that no text ever has ab and c: tiktoken would make abc of a and bc
     assert FastBpe.of(changed([["b", "c"], ["a", "b"], ["ab", "c"]])) is None
     for different in ({"dropout": 0.1}, {"continuing_subword_prefix": "##"}, {"type": "Unigram"}):
@@ -123,5 +137,6 @@ def test_what_a_token_does_not_tell_is_left_to_tokenizers(texts):
 def test_a_stretch_of_white_space_that_stops_tiktoken_is_left(texts):
     tokenizer = trained(texts)
     text = " " * 2_000_000 + "x"
-    fast = FastBpe.of(plan_of(tokenizer)).encode(text)
+    before, fast, after = FastBpe.of(plan_of(tokenizer)).encode(["a b", text, "b  "])
     assert fast is None or fast.tolist() == tokenizer.encode(text)
+    assert (before.tolist(), after.tolist()) == (tokenizer.encode("a b"), tokenizer.encode("b  "))

@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 
 from retnet.data.byte_level import byte_characters
 
-_MARK = "<|bos|>"  # a name that tiktoken looks for and never finds allowed; with none it looks at every byte
+_MARK = "\0"  # stands between texts, as a special token; texts that have it are left to `tokenizers`
 # How a text is divided before merges: GPT-2's pattern, which ByteLevel has, as tiktoken writes it.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _OTHER_PATTERNS = (
@@ -49,7 +49,8 @@ class FastBpe:
         self._encoding = tiktoken.Encoding(
             "retnet", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
-        self._ids = None if np.array_equal(ids, np.arange(len(ids))) else ids
+        self._ids = np.append(ids, ids[:1])  # of the mark too, whichever
+        self._mark = len(ranks)
         self._left = _unlike()
 
     @classmethod
@@ -65,19 +66,33 @@ class FastBpe:
         found = _ranks(plan["model"])
         return None if found is None else cls(pattern, *found)
 
-    def encode(self, text: str) -> NDArray[np.uint32] | None:
-        """The ids of a text, without BOS; None for one that is to be left to `tokenizers`."""
-        if self._left.search(text):
-            return None
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32] | None]:
+        """The ids of texts, without BOS; None for each that is to be left to `tokenizers`.
+
+        They go to tiktoken as one: each call waits for Python's lock at its end, while other threads work.
+        """
+        left = [bool(self._left.search(text)) for text in texts]
+        chosen = [text for text, apart in zip(texts, left, strict=True) if not apart]
+        parts = iter(
+            self._together(chosen) or [ids for text in chosen for ids in self._together([text]) or [None]]
+        )
+        return [None if apart else next(parts) for apart in left]
+
+    def _together(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The ids of each text; nothing at all where tiktoken gives up on one of them."""
         try:
-            ranks: NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ranks: NDArray[np.uint32] = self._encoding.encode_to_numpy(
+                _MARK.join(texts), allowed_special={_MARK}, disallowed_special=()
+            )
         except (
             BaseException
         ) as error:  # what panics in Rust, such as a stretch of a million spaces, is no Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
-            return None
-        return ranks if self._ids is None else self._ids[ranks]
+            return []
+        bounds = [-1, *np.flatnonzero(ranks == self._mark).tolist(), len(ranks)]
+        ids = self._ids[ranks]
+        return [ids[a + 1 : b] for a, b in pairwise(bounds)]
 
 
 def _pattern(plan: dict[str, Any]) -> str | None:
@@ -153,16 +168,16 @@ def _joined(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def _unlike() -> re.Pattern[str]:
     """The characters that `tokenizers` takes for a letter, a number or a space and tiktoken does not, or the other way.
 
-    Each has tables of a Unicode of its own, so newer letters are known to one of them alone.
+    Each has tables of a Unicode of its own, so newer letters are known to one of them alone. The mark is among them.
     """
     # Unicode keeps letters to the planes 0 to 3, and has marks in plane 14; the others are empty or private
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]))
-    found = set[str]()
-    for kind in (r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmtrevl])"):
+    found = {_MARK}
+    for kind in (r"\p{L}+", r"\p{N}+", r"\s+", r"(?i:[sdmtrevl])+"):
         split = pre_tokenizers.Split(tokenizers.Regex(kind), "removed", invert=True)
         theirs = "".join(part for part, _ in split.pre_tokenize_str(every))
         found |= set(theirs) ^ set(_kept(kind, every))
-    return re.compile(f"[{''.join(map(re.escape, sorted(found)))}]" if found else "(?!)")
+    return re.compile(f"[{''.join(map(re.escape, sorted(found)))}]")
 
 
 def _kept(pattern: str, text: str) -> str:

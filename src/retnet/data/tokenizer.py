@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,6 +34,7 @@ from retnet.model.text_ends import end_ids
 BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
 _WORTH_IT = 1 << 19  # characters of a batch, from which on the fast encoder is made, which takes a second
+_making = threading.Lock()  # of it: since Python 3.12 each thread would make one
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 
@@ -172,17 +174,17 @@ class Tokenizer:
             len(self._divided(text)) > 1 or bool(end and self.marks_beginnings)
             for text, end in zip(texts, ends, strict=True)
         ]
-        fast = self._fast if sum(map(len, texts)) >= _WORTH_IT else None
-        found = [
-            fast.encode(text) if fast and not apart else None
-            for text, apart in zip(texts, alone, strict=True)
-        ]
-        left = [i for i, apart in enumerate(alone) if found[i] is None and not apart]
+        whole = [i for i, apart in enumerate(alone) if not apart]
+        with _making:
+            fast = self._fast if sum(map(len, texts)) >= _WORTH_IT else None
+        by_fast = fast.encode([texts[i] for i in whole]) if fast else [None] * len(whole)
+        found = {i: ids for i, ids in zip(whole, by_fast, strict=True) if ids is not None}
+        left = [i for i in whole if i not in found]
         with self._said():
             encodings = self._inner.encode_batch_fast([texts[i] for i in left], add_special_tokens=False)
         others = {i: encoding.ids for i, encoding in zip(left, encodings, strict=True)}
         others |= {i: self.encode(texts[i], ends[i]) for i, apart in enumerate(alone) if apart}
-        return [np.asarray(others[i] if ids is None else ids, dtype) for i, ids in enumerate(found)]
+        return [np.asarray(found[i] if i in found else others[i], dtype) for i in range(len(texts))]
 
     @cached_property
     def _fast(self) -> FastBpe | None:
