@@ -124,6 +124,18 @@ def test_a_file_that_changes_while_it_is_read(file):
         contents.of(find(str(file)).sources[0])
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/mem"), reason="a file that cannot be read after it was opened"
+)
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.txt.zst", "b.parquet"])
+def test_a_disk_that_fails_is_no_property_of_a_file(file, name):
+    """What it lost is neither remembered nor left out."""
+    (file.parent / name).symlink_to("/proc/self/mem")
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"cannot read .*{name}: Input/output error; try again"):
+            prepare(DataConfig(corpus=str(file.parent), cache=str(file.parent / "cache")))
+
+
 @pytest.mark.parametrize("harm", ["damaged", "read-only", "no home"])
 def test_without_a_memory_files_are_read_again(file, harm, monkeypatch):
     first = bytes_read(file)

@@ -137,6 +137,7 @@ def test_what_is_lost_in_any_read_is_said_and_not_remembered(config, memory, mon
     [
         ("memory://nothing/here", "no corpus 'memory://nothing/here': FileNotFoundError"),
         ("memory://*.txt", r"no corpus 'memory://\*\.txt': nothing is there"),
+        ("zip://a.txt::memory://b.zip", "URLs within URLs"),
         ("nonsense://a", "Protocol not known: nonsense"),
         ("s3://bucket/a.txt", "cannot read s3://bucket/a.txt: .*s3fs"),
         ("nonsense://me:word@a/b?key=word", "^no corpus 'nonsense://…@a/b[?]…': Protocol not known"),

@@ -5,6 +5,7 @@ Which protocols there are is fsspec's business: a library for each (s3fs, gcsfs,
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -13,9 +14,10 @@ from contextlib import suppress
 from datetime import datetime
 from typing import IO, Any, NamedTuple
 
-from retnet.errors import UserError
+from retnet.errors import UserError, printable
 
 BUFFER = 1 << 20  # bytes asked for at a time
+_OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 _SIZE = "size"
 # What tells one content of a file from another, as file systems name it, in lower case without signs. The first that there
 # is counts, since a listing may say less than a question for one file.
@@ -64,10 +66,15 @@ def open_bytes(path: str) -> IO[bytes]:
     """A local file or one at a URL, to read.
 
     Raises:
-        OSError: a local file cannot be opened.
-        UserError: one at a URL cannot, now or while it is read; what a network lost is not left out of a corpus.
+        OSError: nobody may open a local file, or it is none.
+        UserError: one at a URL cannot be opened or read, or a disk fails; what was lost so is not left out of a corpus.
     """
-    return io.BufferedReader(_Remote(path), BUFFER) if is_url(path) else open(path, "rb")
+    try:
+        return io.BufferedReader(_Remote(path) if is_url(path) else _Local(path), BUFFER)
+    except OSError as error:
+        if error.errno in _OF_THE_FILE:
+            raise
+        raise UserError(_failed(path, error)) from None
 
 
 def files(spec: str) -> Iterator[RemoteFile]:
@@ -129,6 +136,16 @@ def _size_and_stamp(system: Any, path: str, url: str, listed: Mapping[str, Any])
     return int(listed.get(_SIZE) or 0), _stamp(url, listed)
 
 
+class _Local(io.FileIO):
+    """A local file; a disk that fails while it is read is no damage of it."""
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise UserError(_failed(os.fspath(self.name), error)) from None
+
+
 class _Remote(io.RawIOBase):
     """A file at a URL with a position of its own: file systems in memory have one for all readers of a file."""
 
@@ -175,6 +192,10 @@ def _system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and what it calls the file."""
     from fsspec.core import url_to_fs
 
+    if "::" in url:
+        raise UserError(
+            f"no corpus {without_keys(url)!r}: URLs within URLs (::) are not read; unpack the archive, and name its files"
+        )
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
@@ -193,6 +214,10 @@ def _stamp(url: str, info: Mapping[str, Any]) -> str:
     value = value.timestamp() if isinstance(value, datetime) else value  # listings and answers differ in form
     first = f"{name}={value}" if name else ""
     return f"{url}\n{told.get(_SIZE)} {first}"
+
+
+def _failed(path: str, error: OSError) -> str:
+    return f"cannot read {printable(path)}: {error.strerror}; try again, or take the file out of the corpus"
 
 
 def _cannot(url: str, error: Exception) -> str:
