@@ -126,6 +126,16 @@ def test_a_prepared_folder_knows_its_corpora(prepared):
         Batches(prepared.train, seq_len=8, batch_size=4, seed=0, mixture=Mixture([Phase(0, (1, 1))]))
 
 
+def test_a_corpus_that_another_holds_already_is_named(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "the same text"}\n')
+    (tmp_path / "v.txt").write_text("v")
+    a, b, validation = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "v.txt"))
+    found = prepare(DataConfig(corpus=(a, b), validation=validation, cache=str(tmp_path / "cache")))
+    with pytest.raises(UserError, match=r"data\.corpus number 2 has 0 tokens to train on, and a weight"):
+        Batches(found.train, seq_len=8, batch_size=4, seed=0, mixture=Mixture([Phase(0, (1, 1))]))
+
+
 def test_mixtures_that_cannot_be_are_said(tmp_path):
     config = DataConfig(corpus=("a", "b"), weights=(0.7, 0.3), phases=(MixturePhase(5, (1.0, 0.0)),))
     import tomllib
@@ -139,6 +149,10 @@ def test_mixtures_that_cannot_be_are_said(tmp_path):
         (
             {"corpus": ("a", "b"), "weights": (1.0, 1.0), "phases": (MixturePhase(5, (1.0,)),)},
             "1 numbers for 2",
+        ),
+        (
+            {"weights": (1.0, 1.0), "phases": (MixturePhase(5, (1.0,)),)},
+            "the phase from step 5 on has 1 numbers for 2",
         ),
         (
             {"weights": (1.0,), "phases": (MixturePhase(9, (1.0,)), MixturePhase(5, (1.0,)))},

@@ -31,7 +31,11 @@ def test_a_mixture_is_resumed_across_a_phase(config_file, tmp_path):
     other = replace(run, data=replace(run.data, weights=(1.0, 1.0)))
     with pytest.raises(UserError, match=r"data\.weights"):
         train(other, tmp_path / "run", begin="resume")
-    train(run, tmp_path / "run", begin="resume")
+    early = replace(run.data, phases=(MixturePhase(1, (1.0, 0.0)), *run.data.phases))
+    with pytest.raises(UserError, match=r"data\.phases"):
+        train(replace(run, data=early), tmp_path / "run", begin="resume")
+    later = replace(run, data=replace(run.data, phases=(*run.data.phases, MixturePhase(4, (0.0, 2.0)))))
+    train(later, tmp_path / "run", begin="resume")
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, second = ([line[f"epochs/{corpus}"] for line in lines if "loss" in line] for corpus in corpora)

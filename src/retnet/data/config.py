@@ -88,13 +88,14 @@ class DataConfig(Checked):
             return
         _require_weights(self.weights)
         phases = self.phases or ()
-        corpora, steps = len(as_tuple(self.corpus)), [phase.step for phase in phases]
-        for weights in (self.weights, *(phase.weights for phase in phases)):
-            # one name may be a prepared folder of several corpora
-            if len(weights) != (len(self.weights) if corpora == 1 else corpora):
-                raise UserError(
-                    f"weights has {len(weights)} numbers for {corpora} corpora; give one for each"
-                )
+        steps = [phase.step for phase in phases]
+        named = len(as_tuple(self.corpus))
+        corpora = named if named > 1 else len(self.weights)  # one may be a prepared folder of several corpora
+        given = [("weights", self.weights)]
+        given += [(f"the phase from step {phase.step} on", phase.weights) for phase in phases]
+        for name, weights in given:
+            if len(weights) != corpora:
+                raise UserError(f"{name} has {len(weights)} numbers for {corpora} corpora; give one for each")
         if steps != sorted(set(steps)):
             raise UserError(f"phases must be in the order of their steps, got steps {steps}")
 

@@ -59,6 +59,7 @@ OWN = {
 PLAN = "plan.json"
 _STEP = re.compile(r"step-\d{8,}")  # a copy that somebody keeps beside them is none of ours
 LENGTH = "train.steps"  # may change too: the run then ends earlier or later, and its schedule with it
+PHASES = "data.phases"  # those that have not begun may change too
 
 
 class RunDirectory:

@@ -23,7 +23,7 @@ from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
 from retnet.train.optimizer import bytes_per_parameter
 from retnet.train.progress import TrainingProgress
-from retnet.train.run_dir import LENGTH, RunDirectory, differences
+from retnet.train.run_dir import LENGTH, PHASES, RunDirectory, differences
 from retnet.train.run_summary import last_mesh, mesh_words
 from retnet.train.tensor_parallel import check_heads
 
@@ -237,13 +237,15 @@ def resolve(
             run.create(new, environment, RunData.of(prepared))
             return new
         changed.extend(differences(old, new))
-        fixed = [change for change in changed if not change.startswith(f"{LENGTH}:")]
+        done = run.steps_done()
+        begun = [[phase for phase in one.data.phases or () if phase.step < done] for one in (old, new)]
+        free = {LENGTH, PHASES} if begun[0] == begun[1] else {LENGTH}
+        fixed = [change for change in changed if change.partition(":")[0] not in free]
         if fixed:
             raise UserError(
                 f"{run.path} was begun with other settings: {'; '.join(fixed)}. Start a new run in another --run-dir; "
                 f"--init {run.path} begins it with these weights"
             )
-        done = run.steps_done()
         if new.train.steps < done:
             raise UserError(
                 f"{run.path} has made {done} steps already; train.steps {new.train.steps} is less"

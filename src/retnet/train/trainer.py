@@ -114,7 +114,7 @@ def train(
         ranks.lead(lambda: run.note_launch(trainer.step, ranks.world, ranks.axes, elastic.restarts()))
         if changed := ranks.tell(changed):
             ranks.lead(lambda: run.change(config, trainer.step, changed))
-            progress.say(f"{'; '.join(changed)}: the learning rate goes on as the new schedule has it")
+            progress.say(f"{'; '.join(changed)}: learning rate and mixture go on as these have them")
         with signals() as stopped:
             return trainer.loop(stopped, profile)
 
