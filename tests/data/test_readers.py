@@ -295,6 +295,18 @@ def test_files_that_cannot_be_read_are_reported_and_what_stands_before_the_break
     assert "after line " in problems[1].message
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_almost_all_that_stands_before_garbage_is_kept(tmp_path, pack):
+    """Also of a file that is read in one go."""
+    path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
+    path.write_bytes(
+        pack(lines([str(i) for i in range(1000)])) + pack(lines([str(i) for i in range(1000)])) + b"no more"
+    )
+    documents, problems = read_all(path)
+    assert [problem.kind for problem in problems] == ["unreadable"]
+    assert 1850 < len(documents) <= 2000
+
+
 def test_empty_files_are_reported(tmp_path):
     (tmp_path / "a.txt").touch()
     assert places(read_all(tmp_path / "a.txt")[1]) == [("a.txt", 0, "empty document")]

@@ -148,6 +148,14 @@ def test_urls_that_lead_nowhere(memory, spec, said):
         sources.find(spec)
 
 
+def test_hf_urls_are_urls(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources.remote, "files", lambda spec: asked.append(spec) or [])
+    with pytest.raises(UserError, match="has no file of the kinds"):
+        sources.find("hf://datasets/name/data")
+    assert asked == ["hf://datasets/name/data"]
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass

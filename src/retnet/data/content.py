@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from retnet.data.remote import is_url, open_bytes, tells_changes, without_keys
 from retnet.data.sources import TEXT, Source, current_stamp
@@ -36,6 +36,7 @@ _MOST_INVALID = (
 _SETTLED = (
     2.0  # seconds after which a file's times tell a later change apart; file systems have clocks this coarse
 )
+_STEP = 4096  # bytes of a packed text, which are lost before damage at most
 _SURROGATES = re.compile("[\udc80-\udcff]")
 MARK = "\ufeff"  # a byte order mark
 
@@ -174,8 +175,32 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
         import pyarrow
 
         # zstandard's own reader takes a truncated file for a complete one; this one raises OSError.
-        file = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), CHUNK)
+        file = io.BufferedReader(_InSteps(pyarrow.input_stream(raw, compression="zstd")), CHUNK)
     return file  # type: ignore[return-value]  # all of them have read1
+
+
+class _InSteps(io.RawIOBase):
+    """A stream that gives what it has read when it breaks off, to within a step, before it raises the error."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401
+        if self._error is not None:
+            raise self._error
+        into, done = memoryview(buffer), 0
+        try:
+            while done < len(into) and (count := self._stream.readinto(into[done : done + _STEP])):  # type: ignore[attr-defined]
+                done += count
+        except BROKEN as error:
+            if not done:
+                raise
+            self._error = error
+        return done
 
 
 class Contents:

@@ -110,7 +110,7 @@ def find(spec: str) -> CorpusFiles:
     """
     if spec == "stdlib" or spec.startswith("package:"):
         return _python(spec)
-    if spec.startswith("hf:"):
+    if spec.startswith("hf:") and not spec.startswith("hf://"):
         from retnet.data.hub import identity
 
         return CorpusFiles([Source("hf", spec, spec, stamp=identity(spec))], Counter(), [])
