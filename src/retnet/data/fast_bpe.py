@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers
 
 from retnet.data.byte_level import byte_characters
 
@@ -174,10 +174,16 @@ def _unlike() -> re.Pattern[str]:
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]))
     found = {_MARK}
     for kind in (r"\p{L}+", r"\p{N}+", r"\s+", r"(?i:[sdmtrevl])+"):
-        split = pre_tokenizers.Split(tokenizers.Regex(kind), "removed", invert=True)
-        theirs = "".join(part for part, _ in split.pre_tokenize_str(every))
-        found |= set(theirs) ^ set(_kept(kind, every))
+        others = normalizers.Replace(tokenizers.Regex(kind), "").normalize_str(
+            every
+        )  # ten times as fast as a Split
+        theirs = np.setdiff1d(_codes(every), _codes(others), assume_unique=True)
+        found.update(map(chr, np.setxor1d(theirs, _codes(_kept(kind, every))).tolist()))
     return re.compile(f"[{''.join(map(re.escape, sorted(found)))}]")
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _kept(pattern: str, text: str) -> str:
