@@ -36,7 +36,7 @@ _MOST_INVALID = (
 _SETTLED = (
     2.0  # seconds after which a file's times tell a later change apart; file systems have clocks this coarse
 )
-_STEP = 4096  # bytes of a packed text, which are lost before damage at most
+_STEP = 4096  # bytes of a compressed text, which are lost before damage at most
 _SURROGATES = re.compile("[\udc80-\udcff]")
 MARK = "\ufeff"  # a byte order mark
 

@@ -73,10 +73,11 @@ class FastBpe:
         """
         left = [bool(self._left.search(text)) for text in texts]
         chosen = [text for text, apart in zip(texts, left, strict=True) if not apart]
-        parts = iter(
-            self._together(chosen) or [ids for text in chosen for ids in self._together([text]) or [None]]
-        )
-        return [None if apart else next(parts) for apart in left]
+        parts: list[NDArray[np.uint32] | None] = [*self._together(chosen)]
+        if not parts:
+            parts = [next(iter(self._together([text])), None) for text in chosen]
+        found = iter(parts)
+        return [None if apart else next(found) for apart in left]
 
     def _together(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text; nothing at all where tiktoken gives up on one of them."""
