@@ -100,6 +100,7 @@ def test_decode(tmp_path, monkeypatch):
     assert "llama.cpp is not measured: it is not here" in shown
 
 
+@pytest.mark.slow
 def test_engine(tmp_path):
     record, shown = quick("engine", tmp_path, "--minutes", 0.001)
     check(record, "engine")
