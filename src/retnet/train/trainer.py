@@ -21,12 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from retnet.data import Batch, Batches, Mixture, Prepared
-from retnet.model.checkpoint import weights
+from retnet.data import Batches, Mixture, Prepared
 from retnet.settings import UserError
 from retnet.train import elastic
 from retnet.train.blocks import change_blocks, recompute_blocks
-from retnet.train.checkpoints import Checkpoints, Standing, spoiled
+from retnet.train.checkpoints import Checkpoints, Standing
 from retnet.train.config import RunConfig
 from retnet.train.distillation import objective
 from retnet.train.distributed import Ranks, processes
@@ -46,8 +45,6 @@ from retnet.train.start import Begin, change_of_mesh, check, owned, prepare_data
 from retnet.train.step_filter import StepFilter
 from retnet.train.step_meter import StepMeter
 from retnet.train.trackers import trackers
-
-NAMED = 8  # documents of a skipped step, in its message
 
 
 class Outcome(NamedTuple):
@@ -137,7 +134,8 @@ class _Trainer:
         c = config.train
         self.checkpoints = Checkpoints(config, run, prepared, device, ranks)
         self.learned, standing = self.checkpoints.begin()
-        self.model, self.step, self.best = self.learned.model, standing.step, standing.best
+        self.model, self.best = self.learned.model, standing.best
+        self.step = self.saved = standing.step
         self.filter = StepFilter(c, standing.norms, standing.skipped, standing.skipped_in_a_row)
         self.meter = StepMeter(config, device, ranks.world)
         self.objective: nn.Module = objective(config, run, self.model, prepared.tokenizer, device, ranks)
@@ -160,7 +158,6 @@ class _Trainer:
         self.held_out = read(prepared.validation)
         self.metrics: Metrics | None = None  # the first rank has them
         self.quality: Quality | None = None
-        self.problem = ""  # of the last step that was skipped
         held_out = prepared.validation.num_tokens
         self.pace = Pace(began, held_out if c.eval_tokens is None else min(c.eval_tokens, held_out))
         self.open = c.minutes is not None and not ranks.tell(run.has_plan)  # steps are not decided yet
@@ -179,7 +176,7 @@ class _Trainer:
 
     def loop(self, stopped: Sequence[signal.Signals], profile: bool) -> Outcome:
         """Trains until the last step, or until a signal has arrived at any of the processes."""
-        self.notices.stopped, saved = stopped, self.step
+        self.notices.stopped = stopped
         metrics = self.metrics = self.ranks.lead(
             lambda: Metrics(self.run, self.step, trackers(self.run, self.config, self.step))
         )
@@ -210,18 +207,14 @@ class _Trainer:
                     improved = self._validate()
                 if last or improved or self.filter.ended or self.step % c.checkpoint_every == 0:
                     self._save()
-                    saved = self.step
                 if self.filter.ended:
                     self._wait()
-                    self._end_skipping(last)
+                    raise UserError(self.filter.ending(self.step, c))
                 if self.open and not last and self.ranks.tell(self.pace.ready(c)):
-                    if saved != self.step:
-                        self._save()
-                        saved = self.step
+                    self._save()
                     self._wait()
                     self._plan()
-            if saved != self.step:
-                self._save()
+            self._save()
             self._wait()
             steps = self.config.train.steps
             finished = self.step == steps
@@ -274,7 +267,8 @@ class _Trainer:
         with torch.profiler.record_function("forward and backward"):
             found = self.passes.gradients(self.step, c)
         if problem := self.filter.problem(found.loss, found.norm):
-            self._skip(problem, found.batches)
+            said = self.filter.said(problem, self.step + 1, self.model, found.batches, self.ranks, self.run)
+            self.progress.say(f"skipped: {said}")
         else:
             clip = min(1.0, c.clip / (found.norm + 1e-6)) if c.clip else 1.0
             scale(list(self.model.parameters()), found.mean * clip, self.ranks)
@@ -291,41 +285,6 @@ class _Trainer:
         self.pace.step(seconds, passes)
         self.step += 1
         return found.loss, found.norm
-
-    def _skip(self, problem: str, batches: Sequence[Batch]) -> None:
-        """Says which step is skipped, why, and where it began: in which tensor, with which documents, of all ranks.
-
-        Raises:
-            UserError: a weight is not finite, so that there will never be a step to take.
-        """
-        step = self.step + 1
-        if (bad := spoiled(weights(self.model), self.ranks)) is not None:  # not the documents' doing
-            raise UserError(
-                f"{problem} at step {step}, since {bad} is not finite after step {self.step}; "
-                f"{self.run.whole}. Try a lower train.learning_rate or more train.warmup_steps"
-            )
-        # backwards: a gradient that is not finite spoils those of all layers below
-        named = reversed(list(self.model.named_parameters()))
-        first = spoiled({name: p.grad for name, p in named if p.grad is not None}, self.ranks)
-        where = f"; its gradient is not finite from {first} on down" if first else ""
-        mine = [d for batch in batches for d in batch.documents if d >= 0]
-        documents = sorted({d for found in self.ranks.gather(mine) for d in found})
-        more = f" and {len(documents) - NAMED:,} more" if len(documents) > NAMED else ""
-        self.problem = f"{problem} at step {step}, in documents {documents[:NAMED]}{more}{where}"
-        self.progress.say(f"skipped: {self.problem}")
-
-    def _end_skipping(self, last: bool) -> None:
-        """Ends a run whose last steps were all skipped; its checkpoint is written."""
-        on = (
-            f"step {self.step} was the last, and the run is complete without them. If that is not enough"
-            if last
-            else f"saved at step {self.step}, and --resume goes on with the documents after it. If that happens again"
-        )
-        raise UserError(
-            f"{self.filter.in_a_row} steps in a row were skipped, the last since {self.problem}. Their steps changed no "
-            f"weight; {on}, begin a run with a lower train.learning_rate, more train.warmup_steps, a smaller train.clip "
-            f"(now {self.config.train.clip}), another train.spike or train.precision = 'fp32', or look at those documents"
-        )
 
     def _validate(self) -> bool:
         """Measures the validation split; True if it never was better. Where weights are averaged, the average counts."""
@@ -381,10 +340,14 @@ class _Trainer:
         self._note_written()
 
     def _save(self) -> None:
+        """Begins a checkpoint, after the one before; nothing where this step has one."""
+        if self.saved == self.step:
+            return
         begin = time.perf_counter()
         self._wait()
         # whoever goes on after a run ended of them has been told
         in_a_row = 0 if self.filter.ended else self.filter.in_a_row
         standing = Standing(self.step, self.best, self.filter.skipped, in_a_row, self.filter.norms)
         self.checkpoints.save(self.learned, standing)
+        self.saved = self.step
         self.pace.save(time.perf_counter() - begin)
