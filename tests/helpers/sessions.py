@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from retnet.engine import Engine, Request, Sampling
-from retnet.engine.store import digest_of, load_tensors
+from retnet.engine.store import digest_of, parse_tensors
 from retnet.model import LanguageModel
 from tests.helpers.kinds import configured
 
@@ -41,7 +41,7 @@ def fresh(model, tokenizer, tokens, **options):
 
 def altered(content, change):
     """An exported session after `change(header, tensors)`, with hashes that fit."""
-    tensors, metadata = load_tensors(content)
+    tensors, metadata = parse_tensors(content)
     header = json.loads(metadata["retnet_session"])
     change(header, tensors)
     parts = {}

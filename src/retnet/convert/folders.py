@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from retnet.convert.torch_files import load_tensors
+from retnet.convert.torch_files import load_weights
 from retnet.convert.weights import TOKENS, Found, Wanted, fit
 from retnet.io import sha256
 from retnet.model import ModelConfig
@@ -157,8 +157,8 @@ class Folder:
     def shard(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file."""
         path = self.file(name)
-        self.hashes[name] = self._verified[name]["sha256"] if name in self._verified else sha256(path)
-        return load_tensors(path)
+        self.hashes[name] = self._listed[name]["sha256"] if name in self._listed else sha256(path)
+        return load_weights(path)
 
     def _sharded(self, index: str) -> dict[str, Tensor]:
         places = self.json(index).get("weight_map")

@@ -11,11 +11,11 @@ from pickle import UnpicklingError  # the name of an error alone: nothing is unp
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from retnet.errors import UserError, told
 from retnet.io import require_fetched
+from retnet.model.safetensors_files import load_tensors
 from retnet.model.wrapped import unwrapped
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -40,25 +40,14 @@ def checkpoint_file(path: Path) -> Path:
     )
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Name → tensor of one file, mapped, not copied, into memory.
-
-    Raises:
-        UserError: it cannot be read, or is cut short.
-    """
-    require_fetched(path)
-    with told(f"read {path}"), safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
+def load_weights(file: Path) -> dict[str, Tensor]:
     """Name → tensor of one file of weights, safetensors or a state dict of torch.
 
     Raises:
         UserError: as `load`, or it holds anything but named tensors.
     """
     if file.suffix == ".safetensors":
-        return load_safetensors(file)
+        return load_tensors(file)
     content = load(file)
     others = [str(key) for key, x in content.items() if not (isinstance(key, str) and isinstance(x, Tensor))]
     if others:
@@ -73,7 +62,7 @@ def load(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds objects other than tensors, plain data and argparse's namespaces.
     """
     if file.suffix == ".safetensors":
-        return {"model": load_safetensors(file)}
+        return {"model": load_tensors(file)}
     with told(f"read {file}"):
         file.open("rb").close()
     require_fetched(file)

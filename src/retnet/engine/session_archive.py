@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from retnet.engine.store import BLOCK, digest_of, from_tensors, load_tensors, to_tensors
+from retnet.engine.store import BLOCK, digest_of, from_tensors, parse_tensors, to_tensors
 from retnet.errors import UserError, told
 
 FORMAT = 2  # 1 had one hash of everything
@@ -77,7 +77,7 @@ class SessionArchive:
     def from_bytes(cls, content: bytes) -> SessionArchive:
         """Of what `session_bytes` has made."""
         try:
-            tensors, metadata = load_tensors(content)
+            tensors, metadata = parse_tensors(content)
         except UserError:
             raise UserError("this is no session, or part of one: it cannot be read") from None
         return cls(tensors, metadata, tensors.__getitem__)

@@ -244,7 +244,7 @@ class StateStore:
             content = self._files.read(_file(key))
             if content is None:
                 return None
-            tensors, metadata = load_tensors(content)
+            tensors, metadata = parse_tensors(content)
             if metadata.get("sha256") != digest_of(tensors):
                 raise UserError("the state is damaged")
             return from_tensors(tensors, self.template)
@@ -266,7 +266,7 @@ def _file(key: str) -> str:
     return f"{key}.safetensors"
 
 
-def load_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+def parse_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:

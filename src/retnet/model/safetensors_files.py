@@ -43,10 +43,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, 
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What `save_tensors` wrote.
+    """Name → tensor of one safetensors file, mapped, not copied, into memory.
 
     Raises:
-        UserError: no readable safetensors file.
+        UserError: it cannot be read, or is cut short.
     """
     require_fetched(path)
     with told(f"read {path}"):
