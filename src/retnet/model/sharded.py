@@ -11,10 +11,12 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from threading import Event
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -118,8 +120,15 @@ class SavedTensors:
         return found
 
 
+class PartWriting(NamedTuple):
+    """A checkpoint that `PartWriter` writes."""
+
+    copied: Event  # until then its tensors must stay as they are; set too where it fails
+    complete: Future[Any]  # its error is for `failure`
+
+
 class PartWriter:
-    """Writes checkpoints of several processes while they go on: copied at once, written by a thread of each.
+    """Writes checkpoints of several processes while they go on: a thread of each copies what it writes, and writes that.
 
     Args:
         group: of all of them, on the CPU, that nothing else uses: DCP speaks over it from its threads.
@@ -130,6 +139,7 @@ class PartWriter:
         gpu = torch.cuda.is_available()
         # keeps its copies' memory for the next checkpoint
         self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        self._stream = torch.Stream() if gpu else None  # beside that which computes
 
     def write(
         self,
@@ -139,29 +149,40 @@ class PartWriter:
         begin: Callable[[], None],
         check: Callable[[Mapping[str, Tensor]], None],
         finish: Callable[[Mapping[str, Entry]], None],
-    ) -> Future[Any]:
-        """Copies what this process holds, and begins to write it; all must call it, none before the last is written.
+    ) -> PartWriting:
+        """Begins to write what this process holds; all must call it, none before the last is written.
 
         Args:
             path: the folder that files are written into.
-            held: by kind and name. What several hold alike, one of them writes.
+            held: by kind and name. What several hold alike, one of them copies and writes.
             begin: makes the folder; called in the first process.
             check: raises an error if the tensors that this process is about to write, by ``KIND/NAME``, are not to be saved.
             finish: completes the checkpoint, of which it is given the files with sizes and hashes; called in the first
                 process when all have written.
-
-        Returns:
-            Done when all is complete; its error is for `failure`.
         """
         parts = {f"{kind}/{name}": part for kind, named in held.items() for name, part in named.items()}
-        found = async_save(
+        ready = None if self._stream is None else torch.accelerator.current_stream().record_event()
+        copied = Event()
+
+        def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            with self._stream or nullcontext():
+                if ready is not None:
+                    ready.wait()  # the step that was made last
+                copies = cast("dict[str, Tensor]", self._stager.stage(tensors))
+            copied.set()
+            return copies
+
+        thread = ThreadPoolExecutor(1, "retnet-checkpoint")  # for this one: its OpenMP team ends with it
+        complete = thread.submit(
+            save,
             {name: part.tensor for name, part in parts.items()},
-            storage_writer=_PartFilesWriter(path, begin, check, finish),
+            storage_writer=_PartFilesWriter(path, copy, begin, check, finish),
             planner=_PartSavePlanner(parts),
             process_group=self._group,
-            async_stager=self._stager,
         )
-        return cast("Future[Any]", found)
+        complete.add_done_callback(lambda _: copied.set())
+        thread.shutdown(wait=False)
+        return PartWriting(copied, complete)
 
     def close(self) -> None:
         """Gives back the memory of copies; nothing may be under way."""
@@ -213,7 +234,7 @@ class _PartSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return cast(Tensor, self.state_dict[index.fqn])  # the copy
+        return cast(Tensor, self.state_dict[index.fqn])
 
 
 def _item(name: str, part: TensorPart) -> WriteItem:
@@ -227,7 +248,7 @@ def _chunk(part: TensorPart) -> ChunkStorageMetadata:
 
 
 class _PartFilesWriter(StorageWriter):
-    """Writes and hashes one file of each kind, in the layout of DCP's `HuggingFaceStorageWriter`.
+    """Copies, writes and hashes one file of each kind, in the layout of DCP's `HuggingFaceStorageWriter`.
 
     That one first lays out a whole file in memory, under the interpreter lock: training stood still for 0.75 s a GB, and
     each process needed as much memory again. The first process ends with what it is given to do.
@@ -236,11 +257,13 @@ class _PartFilesWriter(StorageWriter):
     def __init__(
         self,
         path: Path,
+        copy: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         begin: Callable[[], None],
         check: Callable[[Mapping[str, Tensor]], None],
         finish: Callable[[Mapping[str, Entry]], None],
     ) -> None:
-        self._path, self._begin, self._check, self._finish = path, begin, check, finish
+        self._path, self._copy = path, copy
+        self._begin, self._check, self._finish = begin, check, finish
 
     def reset(self, checkpoint_id: object = None) -> None:
         pass
@@ -260,7 +283,9 @@ class _PartFilesWriter(StorageWriter):
         return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+        tensors = self._copy(
+            {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+        )
         self._check(tensors)
         begins = {
             item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items if item.tensor_data

@@ -1,7 +1,8 @@
 """Checkpoints of training: weights, optimiser, loader, randomness. They do not know on how many processes they are read.
 
 One process writes whole tensors, and waits until they are on the disk. Several go on while each writes what it holds
-(`retnet.model.sharded`): a step waits only for the copy of that, and for the checkpoint before if it is still under way.
+(`retnet.model.sharded`): what is learned is copied while the next step computes, which waits for the copy before it changes
+anything, and a checkpoint waits for the one before if it is still under way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from retnet.train.run_dir import RunDirectory
 from retnet.train.tensor_parallel import global_tensors
 
 if TYPE_CHECKING:
-    from retnet.model.sharded import PartWriter
+    from retnet.model.sharded import PartWriter, PartWriting
 
 
 class Standing(NamedTuple):
@@ -75,7 +76,7 @@ class Written(NamedTuple):
     """A checkpoint that several processes wrote while they went on."""
 
     step: int
-    stall: float  # seconds that training waited for it: for the copy, and where it was wanted complete, for the rest
+    stall: float  # seconds that training waited for it: before a step that needed its copy, and where it was wanted complete
     seconds: float  # until it was complete
 
 
@@ -85,9 +86,9 @@ class _Writing:
 
     step: int
     began: float
-    future: Future[Any]
+    parts: PartWriting
     stall: float = 0.0
-    ended: float = 0.0  # once its future is done
+    ended: float = 0.0  # once it is complete
 
 
 class Checkpoints:
@@ -152,16 +153,28 @@ class Checkpoints:
                 files[f"{kind}.safetensors"] = functools.partial(save_tensors, tensors)
             self._run.save(step, best, files, keep=keep)
             return
-        future = self._writer.write(
+        parts = self._writer.write(
             self._run.partial(step),
             {kind: self._parts(tensors, model) for kind, tensors in held.items()},
             begin=lambda: self._run.begin_save(step),
             check=functools.partial(self._require_finite, step),
             finish=lambda written: self._run.save(step, best, files, keep=keep, written=written),
         )
-        writing = self._writing = _Writing(step, begin, future)
-        future.add_done_callback(lambda _: setattr(writing, "ended", time.perf_counter()))
+        writing = self._writing = _Writing(step, begin, parts)
+        parts.complete.add_done_callback(lambda _: setattr(writing, "ended", time.perf_counter()))
         writing.stall = time.perf_counter() - begin
+
+    @property
+    def copied(self) -> bool:
+        """Whether what was learned is no longer wanted as it was when the last checkpoint was begun."""
+        return self._writing is None or self._writing.parts.copied.is_set()
+
+    def wait_for_copy(self) -> None:
+        """Waits until `copied`: before that, nothing that is learned may change."""
+        if self._writing is not None:
+            begin = time.perf_counter()
+            self._writing.parts.copied.wait()
+            self._writing.stall += time.perf_counter() - begin
 
     def written(self) -> Written | None:
         """The checkpoint that was completed since the last call, if one was. It does not wait.
@@ -170,7 +183,7 @@ class Checkpoints:
             UserError: it could not be written; other ranks may not know of it yet.
         """
         writing = self._writing
-        if writing is None or not writing.future.done():
+        if writing is None or not writing.parts.complete.done():
             return None
         self._require_written(writing)
         self._writing = None
@@ -190,7 +203,7 @@ class Checkpoints:
     def close(self) -> None:
         """Ends what is under way, well or badly: who calls it has been told, or has something worse to say."""
         if self._writing is not None:
-            wait([self._writing.future])
+            wait([self._writing.parts.complete])
             with suppress(BaseException):
                 self._require_written(self._writing)
         if self._writer is not None:
@@ -200,9 +213,8 @@ class Checkpoints:
         from retnet.model.sharded import failure
 
         begin = time.perf_counter()
-        error = failure(
-            writing.future, f"write the checkpoint of step {writing.step}", lambda: self._run.whole
-        )
+        doing = f"write the checkpoint of step {writing.step}"
+        error = failure(writing.parts.complete, doing, lambda: self._run.whole)
         writing.stall += time.perf_counter() - begin
         if error is None:
             return

@@ -27,6 +27,7 @@ PLACES = (
     "reads its batches",
     "computes",
     "agrees with the others",
+    "waits for the copy of a checkpoint",
     "validates",
     "saves",
 )  # in a step, in this order

@@ -266,6 +266,9 @@ class _Trainer:
         begin, c = time.perf_counter(), self.config.train
         with torch.profiler.record_function("forward and backward"):
             found = self.passes.gradients(self.step, c)
+        if not self.checkpoints.copied:
+            self.hangs.at(self.step + 1, "waits for the copy of a checkpoint")
+            self.checkpoints.wait_for_copy()
         if problem := self.filter.problem(found.loss, found.norm):
             said = self.filter.said(problem, self.step + 1, self.model, found.batches, self.ranks, self.run)
             self.progress.say(f"skipped: {said}")
