@@ -136,11 +136,12 @@ def _plan(
     p = config.parallel
     processes = gpus or p.replicate * (p.shard or 1) * p.tp * p.cp
     if memory is None:
-        precision, there, rate = _here(config, processes)
+        device, precision, there, rate = _here(config, processes)
     else:
-        precision, there, rate = _elsewhere(config), memory * 1e9, 989.0  # an H100's
+        device, precision = config.train.device, _elsewhere(config)
+        there, rate = memory * 1e9, 989.0  # an H100's
     peak = peak or rate
-    config = replace(config, train=replace(config.train, precision=precision))
+    config = replace(config, train=replace(config.train, device=device, precision=precision))
     given, config = config, replace(config, model=with_vocabulary(config))  # read once
     found, console = footprint(config, processes), Console(highlight=False)
     axes = " × ".join(f"{name} {size}" for name, size in asdict(found.axes).items())
@@ -167,8 +168,8 @@ def _plan(
     click.echo(f"fits: {footprint(run, number).memory.peak / 1e9:,.3g} GB with {words}")
 
 
-def _here(config: RunConfig, processes: int) -> tuple[Precision, float, float]:
-    """Precision of a run on this machine, as `train` decides it, bytes of its device, Tflop/s of each process's products."""
+def _here(config: RunConfig, processes: int) -> tuple[str, Precision, float, float]:
+    """Device and precision of a run on this machine, as `train` decides; bytes there, Tflop/s of a process's products."""
     from retnet import host
 
     try:
@@ -178,7 +179,7 @@ def _here(config: RunConfig, processes: int) -> tuple[Precision, float, float]:
     precision = host.choose_precision(config.train.precision, device)
     rate = host.matrix_rate(device, precision)
     sharing = processes if device.type == "cpu" else 1  # the cores are of all; a GPU is of one
-    return precision, float(host.memory_of(device)), rate / sharing / 1e12
+    return device.type, precision, float(host.memory_of(device)), rate / sharing / 1e12
 
 
 def _elsewhere(config: RunConfig) -> Precision:

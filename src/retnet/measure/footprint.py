@@ -48,14 +48,17 @@ class RankMemory(NamedTuple):
     states: int  # that enter a stretch in all layers and are exchanged, under context parallelism
     logits: int  # of a pass, with what their gradient needs
     teacher: int  # weights of a model that is learned from, and what it says of a pass
+    copies: int  # that several processes write checkpoints from, kept from the first on
     accumulates: (
         bool  # whether a step has several passes, so that gradients are there while the next one computes
     )
+    on_cpu: bool  # so that copies are in the same memory; those of a GPU's tensors are in that of the machine
 
     @property
     def peak(self) -> int:
         """At most: logits go before blocks are differentiated, and activations as gradients come."""
         lasting = self.weights + self.optimiser + self.average + self.gathered + self.teacher
+        lasting += self.copies if self.on_cpu else 0
         passing = self.activations + self.states + max(self.logits, self.work)
         if self.accumulates:
             return lasting + self.gradients + passing
@@ -88,8 +91,10 @@ class Footprint(NamedTuple):
 
     def tables(self) -> tuple[Table, Table]:
         """Memory and traffic of one process, to be printed."""
-        parts = {**self.memory._asdict(), "at most at once": self.memory.peak}
-        del parts["accumulates"]
+        parts = self.memory._asdict()
+        del parts["accumulates"], parts["on_cpu"]
+        copies = {} if self.memory.on_cpu else {"copies, on the CPU": parts.pop("copies")}
+        parts |= {"at most at once": self.memory.peak, **copies}
         kept = Table("memory of a process", ("part", "GB"), _rows(parts))
         sent = Table("received by a process in a step", ("kind", "GB"), _rows(self.traffic._asdict()))
         return kept, sent
@@ -100,7 +105,7 @@ def _rows(sizes: dict[str, int]) -> tuple[tuple[str, str], ...]:
 
 
 def footprint(config: RunConfig, processes: int) -> Footprint:
-    """Counts a run on so many processes.
+    """Counts a run on so many processes. Where its device is "auto", it is taken for a GPU.
 
     Raises:
         UserError: processes that cannot share the run so, as `retnet train` has it; or an unreadable tokenizer.
@@ -134,6 +139,7 @@ def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: in
     parts, (left, blocks) = axes.parts, _parameters(model, axes.tp)
     own, each = -(-left // parts), bytes_per_parameter(c)
     gathered, states = 0, _state_numbers(model, axes.tp) if axes.cp > 1 else [0]
+    several = parts * axes.replicate * axes.tp > 1
     if parts > 1 or axes.replicate > 1:
         gathered = 2 * WIDE * (left - blocks + 2 * blocks // model.num_layers)
     return RankMemory(
@@ -147,7 +153,9 @@ def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: in
         states=WIDE * (sum(states) + max(states) * axes.cp),
         logits=logit_bytes(model, c, axes.tp) // axes.cp,
         teacher=0,
+        copies=(each.total - each.gradient) * own // axes.replicate if several else 0,
         accumulates=passes > 1,
+        on_cpu=c.device == "cpu",
     )
 
 
