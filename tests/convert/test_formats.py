@@ -64,6 +64,11 @@ def test_golden_checkpoints_through_hugging_face_and_runs(name, tmp_path):
     again = read(tmp_path / "again")
     assert (again.kind, again.config) == ("hf", found.config)
     assert all(torch.equal(again.tensors[key], x) for key, x in found.tensors.items())
+    for folder in (tmp_path / "hf", tmp_path / "run"):  # what says which model it is
+        whole = read(folder)
+        (folder / "model.safetensors").write_bytes(b"")
+        assert read(folder, weights=False) == replace(whole, tensors={})
+    assert read(GOLDEN / name, weights=False).config == found.config
 
 
 @pytest.mark.parametrize("name", SOURCES[:3])

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from retnet.convert import convert
 from retnet.mixers import MIXERS
 from retnet.model import sharded
 from retnet.settings import UserError, load
@@ -157,6 +158,18 @@ def copies_late() -> Iterator[None]:
     sharded.DefaultStager.stage = plain
 
 
+def started(run: RunConfig, folder: Path) -> None:
+    """Runs that learn nothing and begin with the weights of others, which no process reads as a whole."""
+    if dist.get_rank() == 0:
+        convert(folder / "plain", folder / "narrow", to="run", dtype="bfloat16")
+    dist.barrier()
+    whole, sharded.SavedTensors.whole = sharded.SavedTensors.whole, None
+    for source in ("plain", "narrow"):
+        still = changed(run, {}, steps=1, learning_rate=0.0, start_from=str(folder / source))
+        train(still, folder / f"from {source}")
+    sharded.SavedTensors.whole = whole
+
+
 def faulty(run: RunConfig, folder: Path) -> None:
     """Runs that cannot go on, because of what happens to one process."""
     rank, short = dist.get_rank(), changed(run, {}, eval_every=0, checkpoint_every=2)
@@ -192,6 +205,7 @@ def main() -> None:
     for name, case in cases(run).items():
         with copies_late() if name == "plain" else nullcontext():
             train(case, folder / name)
+    started(run, folder)
     for name, (_, case) in meshes(run).items():
         train(case, folder / name)
     with batches_noted(folder, "from one"):

@@ -106,6 +106,16 @@ def test_the_same_first_weights(shared, config_file):
     assert all(torch.equal(got.state_dict()[name], want) for name, want in fresh.state_dict().items())
 
 
+def test_weights_of_other_runs(shared):
+    """Of several processes, and of one in a narrower type; what was read of them is noted as one process notes it."""
+    for source in ("plain", "narrow"):
+        want = read(shared / source)
+        got = read(shared / f"from {source}").tensors
+        assert got.keys() == want.tensors.keys()
+        assert all(torch.equal(got[name], x.float()) for name, x in want.tensors.items())
+        assert json.loads((shared / f"from {source}/origin.json").read_text())["sha256"] == want.hashes
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer(name, shared, alone):
     assert_same(shared / f"mixer {name}", alone / f"mixer {name}")

@@ -68,7 +68,7 @@ def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
     from retnet.measure.footprint import footprint
     from retnet.train.student import student_config
 
-    found = read(config.teacher)
+    found = read(config.teacher, weights=False)
     student = student_config(found.config, config.how.mixer, config.how.keep_every)
     stages = [replace(run, model=student) for run in config.stages(dest).values()]
     most = max((footprint(stage, 1).memory for stage in stages), key=lambda memory: memory.peak)

@@ -85,13 +85,13 @@ _WITHOUT_EFFECT = {
 }
 
 
-def read(path: Path) -> Found:
-    """The model of a folder.
+def read(path: Path, *, weights: bool = True) -> Found:
+    """The model of a folder; weights: whether with them.
 
     Raises:
         UserError: options that this library does not compute, or weights that do not fit the configuration.
     """
-    folder = Folder(path)
+    folder = Folder(path, weights=weights)
     args, notes = folder.arguments(FlaArguments, _WITHOUT_EFFECT)
     config = model_config(args, str(path))
     tensors = folder.tensors()

@@ -44,17 +44,23 @@ TOKENIZER_FILES = (
 class Folder:
     """One model folder. Every file is looked up through `file`, which leads nowhere else, and its hash is kept.
 
+    Args:
+        path: the folder.
+        weights: False where its weights are not wanted: then it has none, and what a manifest says is believed.
+
     Raises:
         UserError: there is a manifest, and a file is not what it says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, weights: bool = True) -> None:
         self.path = path
         self.hashes: dict[str, str] = {}
-        self._verified: dict[str, Entry] = {}
+        self._weights = weights
+        self._listed: dict[str, Entry] = {}
         if (path / MANIFEST).is_file():
-            verify(path)
-            self._verified = listed(path)
+            if weights:
+                verify(path)
+            self._listed = listed(path)
 
     def file(self, name: str) -> Path:
         """The path of a file of this folder.
@@ -114,16 +120,21 @@ class Folder:
         Raises:
             UserError: weights that do not fit.
         """
-        given, weights = self.json("config.json"), fit(tensors, wanted, str(self.path))
+        given = self.json("config.json")
+        weights = self.fitted(tensors, wanted)
         tokenizer, tokens = self.tokenizer(), {key: given.get(key) for key in TOKENS}
         return Found(kind, config, weights, self.hashes, tokenizer, tokens, notes)
+
+    def fitted(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
+        """What `fit` makes of weights; of none, where none are wanted, none."""
+        return fit(tensors, wanted, str(self.path)) if self._weights else {}
 
     def tokenizer(self) -> dict[str, bytes]:
         """The files of its tokenizer, as they are."""
         return {name: self.read(name) for name in TOKENIZER_FILES if (self.path / name).is_file()}
 
     def tensors(self, *, pickles: bool = False) -> dict[str, Tensor]:
-        """All its weights, one file or shards with their index; read from the disk when first used.
+        """All its weights, if they are wanted, one file or shards with their index; read from the disk when first used.
 
         Args:
             pickles: where there are no safetensors, read ``pytorch_model.bin`` as data.
@@ -131,12 +142,16 @@ class Folder:
         Raises:
             UserError: no weights, two sets of them, or shards that are missing, damaged or at odds with the index.
         """
-        if self._verified and is_sharded(self.path):  # of a run on several processes
+        self.hashes |= {
+            name: entry["sha256"]
+            for name, entry in self._listed.items()
+            if name == WEIGHTS or name.startswith("shard-")
+        }
+        if not self._weights:
+            return {}
+        if self._listed and is_sharded(self.path):  # of a run on several processes
             from retnet.model.sharded import SavedTensors
 
-            self.hashes |= {
-                name: entry["sha256"] for name, entry in self._verified.items() if name.startswith("shard-")
-            }
             return SavedTensors(self.path, "model").whole()
         for whole, index in LAYOUTS if pickles else LAYOUTS[:1]:
             single, sharded = (self.path / whole).exists(), (self.path / index).exists()

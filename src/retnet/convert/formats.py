@@ -107,13 +107,21 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def read(source: str | Path, kind: str | None = None, *, config: str | Path | None = None) -> Found:
+def read(
+    source: str | Path,
+    kind: str | None = None,
+    *,
+    config: str | Path | None = None,
+    weights: bool = True,
+) -> Found:
     """The model of a checkpoint.
 
     Args:
         source: a file or folder.
         kind: a key of `READERS`; None recognises it.
         config: a JSON with torchscale's arguments.
+        weights: False reads what says which model it is alone, and no hashes are computed or compared; torchscale's
+            checkpoints say it by their weights, and are read as always.
 
     Raises:
         UserError: it cannot be read, is damaged, asks for what this library does not compute, or its tensors do not fit.
@@ -138,7 +146,7 @@ def read(source: str | Path, kind: str | None = None, *, config: str | Path | No
         "hf": native.read_hf,
         "run": native.read_run,
     }
-    return readers[kind](path)
+    return readers[kind](path, weights=weights)
 
 
 def write(

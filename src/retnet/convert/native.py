@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet.convert.folders import Folder
-from retnet.convert.weights import Found, Wanted, expected, fit, same
+from retnet.convert.weights import Found, Wanted, expected, same
 from retnet.model import ModelConfig
 from retnet.model.checkpoint import model_files, write_checkpoint
 from retnet.model.checkpoint_layout import Files
@@ -46,14 +46,14 @@ def special_ids(tokenizer: SavedTokenizer) -> dict[str, int | list[int]]:
     return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else bos, "pad_token_id": bos}
 
 
-def read_run(path: Path) -> Found:
-    """The model of a checkpoint directory, or of the best (else last) one of a run.
+def read_run(path: Path, *, weights: bool = True) -> Found:
+    """The model of a checkpoint directory, or of the best (else last) one of a run; weights: whether with them.
 
     Raises:
         UserError: no such checkpoint, or it is damaged.
     """
     where, _ = find_checkpoint(path)
-    folder = Folder(where)
+    folder = Folder(where, weights=weights)
     folder.read("model.toml")
     config = load(ModelConfig, where / "model.toml")
     wanted = {name: Wanted(name, shape) for name, shape in expected(config).items()}
@@ -66,7 +66,7 @@ def read_run(path: Path) -> Found:
             raise UserError(
                 f"{where / TOKENIZER} was not written by this library; give another with --tokenizer"
             ) from None
-    tensors = fit(folder.tensors(), wanted, str(where))
+    tensors = folder.fitted(folder.tensors(), wanted)
     return Found("run", config, tensors, folder.hashes, tokenizer=tokenizer, tokens=tokens)
 
 
@@ -80,8 +80,8 @@ def run_files(found: Found, tokenizer: SavedTokenizer | None) -> Files:
     return files
 
 
-def read_hf(path: Path) -> Found:
-    """The model of a folder that `RetNetForCausalLM.save_pretrained` wrote.
+def read_hf(path: Path, *, weights: bool = True) -> Found:
+    """The model of a folder that `RetNetForCausalLM.save_pretrained` wrote; weights: whether with them.
 
     Raises:
         UserError: weights that are quantised, or do not fit the configuration.
@@ -89,7 +89,7 @@ def read_hf(path: Path) -> Found:
     _need_transformers()
     from retnet.model.hf import RetNetConfig
 
-    folder = Folder(path)
+    folder = Folder(path, weights=weights)
     given = folder.json("config.json")
     if given.get("quantization_config"):
         raise UserError(f"{path} holds quantised weights; convert the model they were made from")

@@ -228,8 +228,8 @@ def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
 @lru_cache
 def _teacher(source: str) -> tuple[int, ModelConfig]:
     """Parameters and configuration of a model that lies somewhere."""
-    found = read(source)
-    return sum(x.numel() for x in found.tensors.values()), found.config
+    config = read(source, weights=False).config
+    return _cost(config).total, config
 
 
 @lru_cache

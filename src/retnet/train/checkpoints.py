@@ -37,7 +37,7 @@ from retnet.settings import dump
 from retnet.train.averaging import AveragedWeights
 from retnet.train.config import RunConfig
 from retnet.train.distributed import Ranks, broadcast_weights, own_part, shard, take_parts
-from retnet.train.initial_weights import starting_weights
+from retnet.train.initial_weights import own_checkpoint, starting_weights
 from retnet.train.optimizer import empty_memory, optimizer_tensors, optimizers
 from retnet.train.run_dir import RunDirectory
 from retnet.train.tensor_parallel import global_tensors
@@ -107,7 +107,7 @@ class Checkpoints:
         """The model and its optimisers on the device, and where they stand: as the newest checkpoint says, or fresh.
 
         Of several ranks each draws all fresh weights, one at a time, and keeps its parts; of a checkpoint it reads these.
-        Only what `train.start_from` names is read whole, by the first.
+        Only what `train.start_from` names and no run or checkpoint is, is read whole, by the first.
 
         Raises:
             UserError: the checkpoint is damaged, or the run was begun with another corpus or tokenizer.
@@ -264,23 +264,32 @@ class Checkpoints:
 
     def _model(self, fresh: bool) -> LanguageModel:
         """On the device, or this rank's part of it there; if not fresh, with any numbers as weights."""
-        ranks, c, model_config = self._ranks, self._config.train, self._config.model
-        torch.manual_seed(c.seed)
-        if not ranks.alone:
-            model = shard(model_config, self._device, ranks)
-            if fresh and c.start_from is None:
-                take_parts(model, fresh_weights(model_config), ranks)
-            elif fresh:
-                found = ranks.lead(lambda: starting_weights(self._config, self._run))
-                take_parts(model, broadcast_weights(found, model, ranks), ranks)
-            return model
-        model = LanguageModel(model_config)
-        if fresh and c.start_from is not None:
-            found = starting_weights(self._config, self._run)
+        ranks, source, model_config = self._ranks, self._config.train.start_from, self._config.model
+        torch.manual_seed(self._config.train.seed)
+        device = self._device
+        model = LanguageModel(model_config).to(device) if ranks.alone else shard(model_config, device, ranks)
+        if fresh and source is not None:
+            self._start(model, source)
+        elif fresh and not ranks.alone:
+            take_parts(model, fresh_weights(model_config), ranks)
+        return model
+
+    def _start(self, model: LanguageModel, source: str) -> None:
+        """Copies the weights that a run starts from into its model: each rank reads its part, or the first reads for all."""
+        ranks = self._ranks
+        own = ranks.tell(str(ranks.lead(lambda: own_checkpoint(source)) or ""))
+        found = ranks.lead(lambda: starting_weights(source, self._run, weights=not own))
+        if own:
+            path = Path(own)
+            ranks.together(lambda: verify(path, ranks.rank, ranks.world))
+            ranks.together(lambda: load_into(self._held(model, weights(model)), path))
+        elif ranks.alone:
+            assert found is not None
             with torch.no_grad():
                 for name, x in weights(model).items():
                     x.copy_(found[name])
-        return model.to(self._device)
+        else:
+            take_parts(model, broadcast_weights(found, model, ranks), ranks)
 
     def _restore(self, path: Path, learned: Learned) -> dict[str, Any]:
         """Reads what was learned, this rank's part of it, and the random state; returns where training stands, as JSON."""

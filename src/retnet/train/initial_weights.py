@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from retnet.convert import Found, read
+from retnet.convert import Found, folder_of, read, recognise
 from retnet.convert.native import TOKENIZER
 from retnet.data.config import DataConfig
 from retnet.io import write_bytes, write_text
 from retnet.model import ModelConfig
+from retnet.model.runs import find_checkpoint
 from retnet.settings import UserError
 from retnet.train.config import RunConfig
 from retnet.train.run_dir import RunDirectory
@@ -65,7 +66,7 @@ def of_weights(config: RunConfig) -> tuple[RunConfig, bytes | None]:
     source = config.train.start_from
     if source is None:
         return config, None
-    found = read(source)
+    found = read(source, weights=False)
     if config.model != ModelConfig():
         asked = replace(config.model, vocab_size=config.model.vocab_size or found.config.vocab_size)
         other = _differences(asked, found.config)
@@ -86,15 +87,22 @@ def of_weights(config: RunConfig) -> tuple[RunConfig, bytes | None]:
     return config, tokenizer
 
 
-def starting_weights(config: RunConfig, run: RunDirectory) -> Mapping[str, Tensor]:
-    """The weights that a run starts from, which `train.start_from` names; `origin.json` says which they were.
+def own_checkpoint(source: str) -> Path | None:
+    """The checkpoint of this library that a run starts from; None where its weights lie in another form.
+
+    Raises:
+        UserError: nothing that can be read is there.
+    """
+    return find_checkpoint(folder_of(source))[0] if recognise(source) == "run" else None
+
+
+def starting_weights(source: str, run: RunDirectory, *, weights: bool) -> Mapping[str, Tensor]:
+    """The weights that a run starts from, none where they are not wanted; `origin.json` says which they were.
 
     Raises:
         UserError: they are not what they were when the run was begun.
     """
-    source = config.train.start_from
-    assert source is not None
-    found = read(source)
+    found = read(source, weights=weights)
     note_source(run, ORIGIN, source, found)
     return found.tensors
 
