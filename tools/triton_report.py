@@ -69,21 +69,17 @@ class KernelNeeds(NamedTuple):
     faults: tuple[str, ...]
 
 
-def kernels_of(
-    architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
-) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
+# name, kernel, constants, options, tiles
+Entry = tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]
+
+
+def kernels_of(architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool) -> Iterator[Entry]:
     """(name, kernel, constants, options, tiles) of everything that a head [K,V] runs, forward, backward and decoding."""
     yield from _retention_kernels(architecture, K, V, dtype, packed)
     for name, interleaved in (("ROTARY i", True), ("ROTARY h", False)):  # interleaved, halves
         if K % 2 == 0:
             constants, rows = rotary_norm_launch.rotary_constants(K, interleaved)
-            yield (
-                name,
-                rotary_norm_kernels.rotary_triton,
-                constants,
-                launch.options(rows.warps),
-                _written(rows),
-            )
+            yield _tiled(name, rotary_norm_kernels.rotary_triton, constants, rows)
     for name, kernel, more in (
         ("NORM", rotary_norm_kernels.head_norm_triton, {"SUMS": True}),
         ("NORM dx", rotary_norm_kernels.head_norm_backward_triton, {}),
@@ -91,25 +87,19 @@ def kernels_of(
         constants, rows = rotary_norm_launch.norm_constants(
             V, "group", gated=True, weighed=True, shifted=True
         )
-        yield name, kernel, constants | more, launch.options(rows.warps), _written(rows)
+        yield _tiled(name, kernel, constants | more, rows)
 
 
 def _retention_kernels(
     architecture: str, K: int, V: int, dtype: torch.dtype, packed: bool
-) -> Iterator[tuple[str, JITFunction, dict[str, Any], dict[str, Any], str]]:
+) -> Iterator[Entry]:
     precision = launch.precisions(dtype, architecture.startswith("sm"))
     state = tile_table.fit_state(tile_table.state_tiles(architecture, K, V, dtype), tile_table.CHUNK)
     for name, reverse in (("STATE h", False), ("STATE dh", True)):
         constants = launch.state_constants(
             K, V, state, precision[0], reverse=reverse, from_zero=not reverse, packed=packed
         )
-        yield (
-            name,
-            retention_chunkwise_state_triton,
-            constants,
-            launch.options(state.warps, state.stages),
-            _written(state),
-        )
+        yield _tiled(name, retention_chunkwise_state_triton, constants, state)
     passes = (
         ("OUT o", K, V, False, False),
         ("OUT dq", V, K, False, True),
@@ -123,22 +113,23 @@ def _retention_kernels(
         constants = launch.out_constants(
             X, Z, out, precision, reverse=reverse, transposed=transposed, packed=packed
         )
-        yield (
-            name,
-            retention_chunkwise_out_triton,
-            constants,
-            launch.options(out.warps, out.stages),
-            _written(out),
-        )
+        yield _tiled(name, retention_chunkwise_out_triton, constants, out)
     keys, values, warps = tile_table.step_tiles(architecture, K, V)
     constants = {"K": K, "V": V, "BK": keys, "BV": values, "SLOTS": True, "GATED": False}
     yield "STEP", retention_step_triton, constants, launch.options(warps), f"{keys}×{values} w{warps}"
 
 
-def _written(tiles: tile_table.StateTiles | tile_table.OutTiles | tile_table.RowTiles) -> str:
+def _tiled(
+    name: str,
+    kernel: JITFunction,
+    constants: dict[str, Any],
+    tiles: tile_table.StateTiles | tile_table.OutTiles | tile_table.RowTiles,
+) -> Entry:
     if isinstance(tiles, tile_table.RowTiles):
-        return f"{tiles.rows}×{tiles.columns} w{tiles.warps}"
-    return "×".join(map(str, tiles[:-2])) + f" w{tiles.warps} s{tiles.stages}"
+        words = f"{tiles.rows}×{tiles.columns} w{tiles.warps}"
+        return name, kernel, constants, launch.options(tiles.warps), words
+    words = "×".join(map(str, tiles[:-2])) + f" w{tiles.warps} s{tiles.stages}"
+    return name, kernel, constants, launch.options(tiles.warps, tiles.stages), words
 
 
 _NARROW = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

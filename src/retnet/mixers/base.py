@@ -53,6 +53,13 @@ def head_width(d_model: int, num_heads: int) -> int:
     return d_model // num_heads
 
 
+def state_place(
+    weight: Tensor, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device | str, torch.dtype]:
+    """Device and type of a constant state, as `Mixer.init_state` has them: by default the weights', but at least fp32."""
+    return device or weight.device, torch.promote_types(dtype or weight.dtype, torch.float32)
+
+
 class TrainingForm(NamedTuple):
     """One of the ways in which a mixer computes whole sequences, where studies tell them apart."""
 

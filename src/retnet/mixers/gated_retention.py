@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width
+from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width, state_place
 from retnet.nn import Linear, Positions, Rotary, Rotation, linear_of, widened
 from retnet.ops import CHUNK, head_norm, retention, retention_step
 from retnet.ops.dispatch import check_backend
@@ -86,9 +86,7 @@ class GatedRetention(Mixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GatedRetentionState:
         """Zeros: nothing seen. fp32 unless `dtype` is fp64."""
-        weight = self.q_proj.weight
-        device = weight.device if device is None else device
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        device, wide = state_place(self.q_proj.weight, device, dtype)
         kv = torch.zeros(batch, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=wide)
         return GatedRetentionState(kv, torch.zeros(batch, dtype=torch.int64, device=device))
 

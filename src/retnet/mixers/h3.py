@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import MixerConfig
+from retnet.mixers.base import MixerConfig, state_place
 from retnet.mixers.packing import SequenceMixer
 from retnet.mixers.s4d import S4D, Spectrum, Step, check_state_space
 from retnet.nn import Linear, Positions, ShortConvolution, fft_flops, widened
@@ -78,9 +78,7 @@ class H3(SequenceMixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> H3State:
         """Zeros. fp32 unless `dtype` is fp64."""
-        weight = self.k_proj.weight
-        device = weight.device if device is None else device
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        device, wide = state_place(self.k_proj.weight, device, dtype)
         keys = torch.zeros(batch, self.shift.taps - 1, self.d_model, device=device, dtype=wide)
         return H3State(keys, self.ssm.init_state(batch, self.width**2, device, wide))
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig
+from retnet.mixers.base import MixerConfig, state_place
 from retnet.mixers.cache import append, right_aligned
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Precise, ShortConvolution, exactly, fft_convolution, fft_flops
@@ -80,9 +80,8 @@ class Hyena(SequenceMixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> HyenaState:
         """Nothing seen: no inputs, in `dtype`."""
-        weight = self.out_proj.weight
-        device, dtype = weight.device if device is None else device, dtype or weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        dtype = dtype or self.out_proj.weight.dtype
+        device, wide = state_place(self.out_proj.weight, device, dtype)
         return HyenaState(
             torch.zeros(batch, self.short.taps - 1, (ORDER + 1) * self.d_model, device=device, dtype=wide),
             torch.zeros(batch, 0, ORDER, self.d_model, device=device, dtype=dtype),

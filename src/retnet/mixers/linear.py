@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width
+from retnet.mixers.base import PROJECTION_AXES, Mixer, MixerConfig, head_width, state_place
 from retnet.nn import Linear, Positions, Rotary, Rotation, widened
 from retnet.ops import CHUNK, retention, retention_step
 from retnet.settings import At, Count
@@ -113,9 +113,7 @@ class LinearAttention(Mixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LinearState:
         """Zeros: nothing seen. fp32 unless `dtype` is fp64."""
-        weight = self.q_proj.weight
-        device = weight.device if device is None else device
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        device, wide = state_place(self.q_proj.weight, device, dtype)
         H, K = self.num_heads, self.key_dim
         kv = torch.zeros(batch, H, K, K, device=device, dtype=wide)
         normaliser = torch.zeros(batch, H, K, device=device, dtype=wide)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig
+from retnet.mixers.base import MixerConfig, state_place
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import exactly, needs_formula, once_differentiable, widened
 
@@ -54,11 +54,8 @@ class LSTM(SequenceMixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LstmState:
         """Zeros. fp32 unless `dtype` is fp64."""
-        weight = next(self.lstm.parameters())
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        zero = torch.zeros(
-            batch, self.d_model, device=weight.device if device is None else device, dtype=wide
-        )
+        device, wide = state_place(next(self.lstm.parameters()), device, dtype)
+        zero = torch.zeros(batch, self.d_model, device=device, dtype=wide)
         return LstmState(zero, zero.clone())
 
     def mixing_flops(self, length: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import PROJECTION_AXES, Mixer
+from retnet.mixers.base import PROJECTION_AXES, Mixer, state_place
 from retnet.mixers.retention_config import RetentionConfig
 from retnet.nn import Linear, Norm, Positions, Rotary, linear_of
 from retnet.ops import (
@@ -117,7 +117,7 @@ class MultiScaleRetention(Mixer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleRetention:
         """Moves like any module, but `.to(bfloat16)` must not round γ to 1, nor leave meta tensors uncomputed."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         self._set_decay(self.q_proj.weight.device)
         return self
 
@@ -199,10 +199,9 @@ class MultiScaleRetention(Mixer):
             UserError: `score_norm` is "torchscale", which no state can carry.
         """
         weight = self.q_proj.weight
-        device = weight.device if device is None else device
         if not weight.is_meta:  # there nothing is computed: somebody counts bytes
             self._refuse_if_stateless()
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        device, wide = state_place(weight, device, dtype)
         values = self.value_dim + (self.config.score_norm == "paper")
         kv = torch.zeros(batch, self.num_heads, self.key_dim, values, device=device, dtype=wide)
         return RetentionState(kv, torch.zeros(batch, dtype=torch.int64, device=device))

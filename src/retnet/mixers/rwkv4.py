@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig
+from retnet.mixers.base import MixerConfig, state_place
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Precise, widened
 
@@ -55,11 +55,8 @@ class TimeMix(SequenceMixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Rwkv4State:
         """Nothing seen. fp32 unless `dtype` is fp64."""
-        weight = self.k_proj.weight
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        zero = torch.zeros(
-            batch, self.d_model, device=weight.device if device is None else device, dtype=wide
-        )
+        device, wide = state_place(self.k_proj.weight, device, dtype)
+        zero = torch.zeros(batch, self.d_model, device=device, dtype=wide)
         return Rwkv4State(zero, zero.clone(), zero.clone(), torch.full_like(zero, -math.inf))
 
     def mixing_flops(self, length: int) -> int:
@@ -116,7 +113,7 @@ class Weighted(NamedTuple):
         scales = [torch.exp(term.exponent - largest) for term in terms]
         numerator = sum(s * t.numerator for s, t in zip(scales, terms, strict=True))
         denominator = sum(s * t.denominator for s, t in zip(scales, terms, strict=True))
-        return Weighted(numerator, denominator, largest)  # type: ignore[arg-type]
+        return Weighted(numerator, denominator, largest)  # type: ignore[arg-type]  # there is a first term
 
 
 def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor, past: Weighted) -> tuple[Tensor, Weighted]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.mixers.base import MixerConfig
+from retnet.mixers.base import MixerConfig, state_place
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Positions, Precise, exactly, fft_convolution, fft_flops, widened
 from retnet.settings import At, UserError
@@ -177,9 +177,7 @@ class S4DMixer(SequenceMixer):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> S4DState:
         """Zeros. fp32 unless `dtype` is fp64."""
-        weight = self.glu_proj.weight
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        return S4DState(self.ssm.init_state(batch, 1, weight.device if device is None else device, wide))
+        return S4DState(self.ssm.init_state(batch, 1, *state_place(self.glu_proj.weight, device, dtype)))
 
     def mixing_flops(self, length: int) -> int:
         """The kernel and one convolution a channel."""

@@ -18,7 +18,7 @@ from retnet.serve.completion_routes import chat_request
 from retnet.serve.conversation_bodies import CountBody, MessagesBody
 from retnet.serve.documents import documented, read
 from retnet.serve.errors import ApiError
-from retnet.serve.service import Service, running, service_of
+from retnet.serve.service import Service, completion_of, running, service_of
 from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter(prefix="/v1/messages")
@@ -51,10 +51,7 @@ async def messages(request: HttpRequest) -> Response:
 
     async def whole() -> bytes:
         async with stack:
-            done = None
-            async for _, piece in pieces:
-                done = piece.completion
-            assert done is not None
+            done = await completion_of(pieces)
             content = [{"type": "text", "text": done.text}]
             return msgspec.json.encode(
                 _message(service, name, content, *_reason(service, body, done), _usage(done))

@@ -20,7 +20,7 @@ from retnet.serve.conversation_bodies import ResponsesBody
 from retnet.serve.documents import documented, read
 from retnet.serve.errors import ApiError
 from retnet.serve.response_store import StoredResponse
-from retnet.serve.service import Service, owner_of, running, service_of
+from retnet.serve.service import Service, completion_of, owner_of, running, service_of
 from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter(prefix="/v1/responses")
@@ -83,10 +83,7 @@ async def respond_to(request: HttpRequest) -> Response:
 
     async def whole() -> bytes:
         async with stack:
-            done = None
-            async for _, piece in pieces:
-                done = piece.completion
-            assert done is not None
+            done = await completion_of(pieces)
             return msgspec.json.encode(keep(done))
 
     if body.stream:

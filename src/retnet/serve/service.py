@@ -189,6 +189,13 @@ async def running(
                     service.engine.cancel(feed)
 
 
+async def completion_of(pieces: AsyncIterator[tuple[int, Delta]]) -> Completion:
+    """What a single text is at its end."""
+    done = [piece.completion async for _, piece in pieces][-1]
+    assert done is not None
+    return done
+
+
 class _Deltas:
     """What is new of texts until all have ended: no generator, which a cancelled wait would end with pieces unread.
 
