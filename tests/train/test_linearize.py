@@ -15,12 +15,13 @@ from retnet.engine import open_run
 from retnet.mixers import SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
+from retnet.ops import log_decays
 from retnet.settings import UserError
 from retnet.train import linearize as linearize_module
 from retnet.train.config import DistillConfig, RunConfig, TrainConfig
 from retnet.train.distillation import LogitDistillation, MixerAlignment, objective
 from retnet.train.distributed import ALONE
-from retnet.train.linearize import Linearization, LinearizeConfig, linearize
+from retnet.train.linearize import Linearization, LinearizeConfig, answers, linearize
 from retnet.train.objective import Objective
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import RunDirectory
@@ -51,7 +52,8 @@ def test_a_student_has_its_teachers_weights(mixer):
     teacher = found()
     config = student_config(TEACHER, mixer, keep_every=2)
     assert [kind.name for kind in config.mixers_by_layer] == [mixer, "softmax"]
-    student = transfer(teacher, config, {0: torch.tensor([1.0, 2.0, 3.0, 4.0])}, seed=0)
+    wanted = answers(teacher, Batch(*batch(), None), torch.device("cpu"), config.mixers_by_layer)
+    student = transfer(teacher, config, wanted, seed=0)
     model = student.model()  # all weights are there, and fit
     same = [name for name, x in weights(model).items() if torch.equal(x, teacher.tensors.get(name, x[:0]))]
     assert {"embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.1.mixer.q_bias", "norm.weight"} <= set(
@@ -75,20 +77,47 @@ def test_a_student_has_its_teachers_weights(mixer):
     )
 
 
-def test_sizes_of_heads_are_those_over_all_documents_of_a_batch():
+def test_answers_are_of_each_document_by_itself():
     teacher, (tokens, targets, bounds) = found(), batch()
     layers = student_config(TEACHER, "retention", keep_every=2).mixers_by_layer
-    sizes = linearize_module.head_sizes(
-        teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), layers
-    )
-    block, squares = teacher.model().blocks[0], 0
+    wanted = answers(teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), layers)
+    block = teacher.model().blocks[0]
     embedded = block.mixer_norm(teacher.model().embedding(tokens.flatten()))
+    assert list(wanted) == [0]
+    assert torch.equal(wanted[0].x[0], embedded)
     for begin, end in itertools.pairwise(bounds.tolist()):
         x = embedded[None, begin:end]
         o = block.mixer._causal(*block.mixer.project(x, block.mixer.positions(x)))
-        squares = squares + o.square().sum((0, 1, 3)).detach()
-    assert list(sizes) == [0]
-    assert torch.allclose(sizes[0], (squares / (24 * 8)).sqrt(), rtol=1e-5)
+        assert torch.allclose(wanted[0].heads[begin:end], o[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["retention", "gated_retention"])
+def test_a_student_begins_no_farther_from_its_teacher_than_silence(mixer):
+    """Each head has the size that is nearest to the teacher's, where it was fitted to it; gates and decays are constant."""
+    teacher, (tokens, targets, bounds) = found(), batch()
+    targets = tokens.clone()  # all count
+    config = student_config(TEACHER, mixer, None)
+    wanted = answers(
+        teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), config.mixers_by_layer
+    )
+    student = transfer(teacher, config, wanted, seed=0).model()
+    if mixer == "gated_retention":
+        own = student.blocks[0].mixer
+        gate = torch.nn.functional.silu(own.gate_proj(wanted[0].x))
+        gamma = own.decay_proj(wanted[0].x).sigmoid().pow(1 / 16)
+        assert (gate - 1).abs().mean() < 0.3
+        assert (gamma[0].mean(0) - log_decays("experiments", 4).exp()).abs().max() < 5e-3
+    for layer, (x, heads, bounds) in wanted.items():
+        own = student.blocks[layer].mixer
+        size = own.out_proj
+        own.out_proj = torch.nn.Identity()
+        o = own(x, cu_seqlens=bounds)[0].view_as(heads)
+        first = teacher.tensors[f"blocks.{layer}.mixer.out_proj.weight"]
+        factor = (size.weight / first).mean(0).view(4, 8, 1).mean(1)[None]  # [1,H,1]
+        silent, error = heads.square().sum((0, 2)), (o * factor - heads).square().sum((0, 2))
+        assert (error <= silent * (1 + 1e-5)).all()
+        near = (o * factor * 1.1 - heads).square().sum((0, 2))
+        assert (error <= near).all()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class GatedRetentionConfig(MixerConfig):
     temperature: Annotated[float, At(above=0)] = 16.0
     rotary: Rotation = "interleaved"
     rotary_base: Annotated[float, At(above=0)] = 10000.0
+    head_norm: Literal["group", "rms"] = "group"
     head_norm_eps: Annotated[float, At(least=0, most=1)] = 1e-6
     chunk_size: Count | None = None  # that of the op
     backend: str = "auto"
@@ -147,5 +148,6 @@ class GatedRetention(Mixer):
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
         """Normalises the heads o [...,H,V] of x [...,D], gates them and projects back to [...,D]."""
-        normed = partial(head_norm, eps=self.config.head_norm_eps, dtype=x.dtype, backend=self.config.backend)
+        c = self.config
+        normed = partial(head_norm, norm=c.head_norm, eps=c.head_norm_eps, dtype=x.dtype, backend=c.backend)
         return linear_of(self.out_proj, normed, o, self.gate_proj(x), lead=x.dim() - 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retnet import host
 from retnet.convert import Found, read, write
@@ -31,7 +31,7 @@ from retnet.train.distillation import tokenizer_of, watched
 from retnet.train.objective import Objective, Quality, evaluate
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import differences
-from retnet.train.student import student_config, transfer
+from retnet.train.student import Answers, student_config, transfer
 from retnet.train.trainer import train
 
 SETTINGS, TOKENIZER = "linearize.toml", "tokenizer.json"  # in the folder, beside the stages
@@ -189,8 +189,8 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
             c = config.data(folder).train
             batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
             device = host.choose_device(c.device)
-            sizes = head_sizes(teacher, batches.batch(0), device, student.mixers_by_layer)
-            found = transfer(teacher, student, sizes, c.seed)
+            wanted = answers(teacher, batches.batch(0), device, student.mixers_by_layer)
+            found = transfer(teacher, student, wanted, c.seed)
             write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
         runs = config.stages(folder)
         if config.how.scratch:
@@ -251,10 +251,10 @@ def _tokenizer(source: str, teacher: Found, folder: Path) -> Tokenizer:
     return Tokenizer.load(file)
 
 
-def head_sizes(
+def answers(
     teacher: Found, batch: Batch, device: torch.device, student: tuple[Any, ...]
-) -> dict[int, Tensor]:
-    """Layer → root mean square of what each head of the teacher hands to the output projection, [H], over one batch.
+) -> dict[int, Answers]:
+    """Layer → what the teacher's mixer there reads and what its heads hand to the output projection, over one batch.
 
     Args:
         teacher: a model of softmax layers.
@@ -266,16 +266,15 @@ def head_sizes(
     changed = [layer for layer, (own, other) in enumerate(kinds) if own != other]
     model = teacher.to(torch.float32).model().to(device)
     heads = teacher.config.mixer.num_heads  # type: ignore[attr-defined]  # `student_config` saw to it
-    sizes = {}
+    found = {}
     with torch.no_grad():
         bounds = batch.cu_seqlens.to(device)
         seen = watched(model, changed, batch.tokens.reshape(1, -1).to(device), bounds)
         for layer, (x, _) in seen.items():
             mixer = cast("Block", model.blocks[layer]).mixer
             mixer.out_proj = nn.Identity()  # documents are put together again without what filled them up
-            o = mixer(x, cu_seqlens=bounds)[0]
-            sizes[layer] = o.unflatten(-1, (heads, -1)).square().mean((0, 2)).sqrt().cpu()
-    return sizes
+            found[layer] = Answers(x, mixer(x, cu_seqlens=bounds)[0].unflatten(-1, (heads, -1)), bounds)
+    return found
 
 
 def _measured(

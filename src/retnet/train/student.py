@@ -1,23 +1,27 @@
 """A RetNet out of a Transformer, before it has learned anything: the student's configuration and transferred weights.
 
 As in SUPRA (Mercat et al. 2024, arXiv 2405.06640): queries, keys, values and outputs keep their weights, softmax's
-normalisation becomes a head norm, and every head gets a decay.
+normalisation becomes a head norm, and every head gets a decay. What has no counterpart in the teacher is fitted to it on one
+batch: gate and decay of gated retention to constants, and the size of each head to that of the teacher's.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retnet.convert import Found
-from retnet.mixers import GatedRetentionConfig, MixerConfig, RetentionConfig, SoftmaxConfig
+from retnet.mixers import MIXERS, GatedRetentionConfig, MixerConfig, RetentionConfig, SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
+from retnet.ops import log_decays
 from retnet.settings import UserError
 
+SWISH_OF_ONE = 1.2784645427610738  # swish of it is 1
+RIDGE = 1e-4  # of the mean square of what a mixer reads
 StudentMixer = Literal["retention", "gated_retention"]
 
 
@@ -72,11 +76,23 @@ def _student_mixer(teacher: ModelConfig, mixer: StudentMixer) -> MixerConfig:
     if c.rotary_dim is not None:
         raise UserError("gated_retention rotates whole heads, and the teacher a part; take --mixer retention")
     return GatedRetentionConfig(
-        num_heads=c.num_heads, value_dim=key_dim, rotary=c.rotary, rotary_base=c.rotary_base
+        num_heads=c.num_heads,
+        value_dim=key_dim,
+        rotary=c.rotary,
+        rotary_base=c.rotary_base,
+        head_norm="rms",
     )
 
 
-def transfer(teacher: Found, config: ModelConfig, sizes: dict[int, Tensor], seed: int) -> Found:
+class Answers(NamedTuple):
+    """What a mixer of the teacher reads and what it hands to its output projection, over one batch end to end."""
+
+    x: Tensor  # [1,T,D], fp32
+    heads: Tensor  # [T,H,K]
+    cu_seqlens: Tensor  # bounds of documents
+
+
+def transfer(teacher: Found, config: ModelConfig, answers: dict[int, Answers], seed: int) -> Found:
     """The student before training: the teacher's weights wherever there is a place for them, fresh ones elsewhere.
 
     Keys and values that a group of heads shared are repeated for each; biases of queries, keys and values have no place, and
@@ -85,27 +101,32 @@ def transfer(teacher: Found, config: ModelConfig, sizes: dict[int, Tensor], seed
     Args:
         teacher: the model.
         config: of `student_config`.
-        sizes: layer → root mean square of what each of the teacher's heads hands to the output projection, [H]: columns of
-            that are multiplied with it, since a normalised head has 1.
+        answers: layer → what the student's mixer there is fitted to.
         seed: of fresh weights.
     """
     torch.manual_seed(seed)
     student = {name: x.to(teacher.dtype) for name, x in weights(LanguageModel(config)).items()}
     before = "blocks.{}.mixer.".format
-    mixers = tuple(before(layer) for layer in sizes)
+    mixers = tuple(before(layer) for layer in answers)
     student |= {name: x for name, x in teacher.tensors.items() if not name.startswith(mixers)}
-    for layer, size in sizes.items():
+    for layer, wanted in answers.items():
         theirs = {
             name.removeprefix(before(layer)): x
             for name, x in teacher.tensors.items()
             if name.startswith(before(layer))
         }
-        for name, x in _mixer_weights(theirs, teacher.config, size).items():
+        found = _mixer_weights(theirs, teacher.config)
+        kind = config.mixers_by_layer[layer]
+        if isinstance(kind, GatedRetentionConfig):
+            found |= _constants(wanted.x, kind, teacher.config.d_model)
+        sizes = _sizes(kind, teacher.config.d_model, found, wanted)
+        found["out_proj.weight"] = found["out_proj.weight"] * sizes
+        for name, x in found.items():
             student[before(layer) + name] = x.to(teacher.dtype).contiguous()
     return replace(teacher, config=config, tensors=student)
 
 
-def _mixer_weights(theirs: dict[str, Tensor], teacher: ModelConfig, size: Tensor) -> dict[str, Tensor]:
+def _mixer_weights(theirs: dict[str, Tensor], teacher: ModelConfig) -> dict[str, Tensor]:
     """Weights of one student's mixer, as far as its teacher's say them."""
     c = teacher.mixer
     assert isinstance(c, SoftmaxConfig)
@@ -118,6 +139,34 @@ def _mixer_weights(theirs: dict[str, Tensor], teacher: ModelConfig, size: Tensor
         q = q * theirs["q_norm.weight"].float()[:, None]
         k = k * theirs["k_norm.weight"].float()[:, None]
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
-    out, each = theirs["out_proj.weight"].float(), size.repeat_interleave(key_dim)  # [D,H·K], [H·K]
     found = {f"{name}_proj.weight": x.flatten(0, 1) for name, x in zip("qkv", (q, k, v), strict=True)}
-    return {**found, "out_proj.weight": out * each}
+    return {**found, "out_proj.weight": theirs["out_proj.weight"].float()}
+
+
+def _constants(x: Tensor, kind: GatedRetentionConfig, d_model: int) -> dict[str, Tensor]:
+    """Weights of gate and decay that give nearly the same for every x [1,T,D]: a gate of 1, and γ as `log_decays` has them.
+
+    There are no biases, so 1 is the combination of the x's numbers that is nearest to it (ridge regression).
+    """
+    rows = x[0].double()
+    square = rows.mT @ rows / len(rows)
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(d_model, dtype=rows.dtype, device=rows.device)
+    one = torch.linalg.solve(square + ridge, rows.mean(0)).float().cpu()  # [D]
+    gamma = log_decays("experiments", kind.num_heads, torch.float64).mul(kind.temperature).exp()
+    gates = kind.num_heads * (kind.value_dim or 2 * d_model // kind.num_heads)
+    return {
+        "gate_proj.weight": SWISH_OF_ONE * one.expand(gates, -1),
+        "decay_proj.weight": gamma.logit().float()[:, None] * one,
+    }
+
+
+def _sizes(kind: MixerConfig, d_model: int, found: dict[str, Tensor], wanted: Answers) -> Tensor:
+    """Factors of the columns of the output projection, [H·K], by which each head is nearest to the teacher's."""
+    mixer = MIXERS[kind.name](d_model, kind)
+    mixer.load_state_dict(found)
+    mixer.out_proj = nn.Identity()
+    mixer = mixer.to(wanted.x.device)
+    with torch.no_grad():
+        heads = mixer(wanted.x, cu_seqlens=wanted.cu_seqlens)[0].view_as(wanted.heads)
+    size = (heads * wanted.heads).sum((0, 2)) / heads.square().sum((0, 2)).clamp(min=1e-12)
+    return size.cpu().repeat_interleave(wanted.heads.shape[2])
