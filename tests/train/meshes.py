@@ -23,6 +23,7 @@ from retnet.model.sharded import PartWriter, local_part
 from retnet.ops import context_parallel
 from retnet.train.blocks import change_blocks, recompute_blocks
 from retnet.train.config import ParallelConfig, TrainConfig
+from retnet.train.distillation import LogitDistillation, MixerAlignment
 from retnet.train.distributed import Ranks, complete, own_part, shard, take_parts
 from retnet.train.gradients import scale, share_of_square
 from retnet.train.objective import Objective, count
@@ -161,6 +162,31 @@ def trained(axes: ParallelConfig, config: ModelConfig, steps: int = 30) -> dict[
     return {"losses": max(abs(a / b - 1) for a, b in zip(*curves, strict=True)), "apart": apart}
 
 
+def distilled(axes: ParallelConfig) -> dict[str, float]:
+    """Gradients of a student that learns from a teacher, of which each process has a part as it has of the student."""
+    ranks, errors = arranged(axes), {}
+    of_teacher = with_mixer(SoftmaxConfig(num_heads=4, kv_heads=2))
+    for kind in (MixerAlignment, LogitDistillation):
+        pairs = {}
+        for name, place in (("whole", model_of), ("parts", functools.partial(sharded, ranks=ranks))):
+            student, teacher = place(BASE), place(of_teacher).requires_grad_(False)
+            learn = kind(student, teacher)
+            turns = range(axes.readers) if name == "whole" else [ranks.reader]
+            losses = [learn(*batch(turn)[:3]) for turn in turns]
+            for nats in losses:
+                nats.backward()
+            pairs[name] = student, float(sum(losses))
+        (whole, want), (student, own) = pairs["whole"], pairs["parts"]
+        (got,) = ranks.sum([own], DEVICE)
+        errors[f"{kind.__name__}, loss"] = abs(got / want - 1)
+        found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+        assert found.keys() == wanted.keys()
+        for name, x in global_tensors(found, student, ranks.mesh).items():
+            errors[f"{kind.__name__}, {name}"] = relative(complete(x, ranks), wanted[name])
+    return errors
+
+
 def overlapped(axes: ParallelConfig) -> dict[str, float]:
     """0 if a gate and its gradient are computed while states travel."""
     ranks, model, events = arranged(axes), model_of(replace(BASE, num_layers=1)), []
@@ -256,6 +282,8 @@ def cases() -> dict[str, dict[str, float]]:
         if axes.cp * axes.tp == world:
             for name, config in RETENTION.items():
                 found[f"{axes}, {name}"] = compared(axes, config)
+        if axes.shard == 2 and axes.replicate == 2:
+            found[f"{axes}, distilled"] = distilled(axes)
         if axes.cp == world:
             found[f"{axes}, overlapped"] = overlapped(axes)
         if axes in (ParallelConfig(1, 1, 4, 1), ParallelConfig(1, 2, 2, 1), ParallelConfig(2, 2, 1, 1)):

@@ -18,11 +18,11 @@ from retnet.model.checkpoint import weights
 from retnet.ops import log_decays
 from retnet.settings import UserError
 from retnet.train import linearize as linearize_module
-from retnet.train.config import DistillConfig, RunConfig, TrainConfig
+from retnet.train.config import DistillConfig, ParallelConfig, RunConfig, TrainConfig
 from retnet.train.distillation import LogitDistillation, MixerAlignment, objective
-from retnet.train.distributed import ALONE
+from retnet.train.distributed import ALONE, Ranks
 from retnet.train.linearize import Linearization, LinearizeConfig, answers, linearize
-from retnet.train.objective import Objective
+from retnet.train.objective import POSITIONS, ByPosition, Objective, Repetition
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import RunDirectory
 from retnet.train.student import student_config, transfer
@@ -175,11 +175,12 @@ def test_what_a_run_with_a_teacher_cannot_do(tmp_path):
     with pytest.raises(UserError, match="z_loss is not for runs with"):
         RunConfig(train=TrainConfig(z_loss=1e-4), distill=DistillConfig("x"))
 
-    class Two:
-        alone, world = False, 2
-
-    with pytest.raises(UserError, match="in one process, and there are 2"):
-        objective(RunConfig(distill=DistillConfig("x")), None, None, None, torch.device("cpu"), Two())
+    for axis in ("tp", "cp"):
+        ranks = Ranks(world=2, axes=ParallelConfig(**{"shard": 1, axis: 2}))
+        with pytest.raises(
+            UserError, match=rf"parallel\.{axis} is 2, and \[distill\] shares a teacher by par"
+        ):
+            objective(RunConfig(distill=DistillConfig("x")), None, None, None, torch.device("cpu"), ranks)
 
 
 def test_a_teacher_of_other_tokens_is_refused_and_one_that_changed(tmp_path):
@@ -197,6 +198,28 @@ def test_a_teacher_of_other_tokens_is_refused_and_one_that_changed(tmp_path):
     write(replace(teacher, tensors=other), tmp_path / "teacher", "run", source="x", tokenizer=own)
     with pytest.raises(UserError, match=r"teacher has changed since .* was begun with it; restore it"):
         chosen(own)
+
+
+def test_quality_by_position_and_of_repetitions():
+    model = found().model()
+    tokens, targets, bounds = batch()
+    by_position = ByPosition(model)(tokens, targets, bounds)
+    assert by_position.sum() == pytest.approx(Objective(model)(tokens, targets, bounds).item() + 23, rel=1e-5)
+    assert by_position[: len(POSITIONS) + 1].nonzero().tolist() == [[0]]  # no document has 16 tokens
+    long = torch.randint(257, (1, 70))
+    counts = ByPosition(model)(long, long, torch.tensor([0, 3, 70]))[len(POSITIONS) + 1 :]
+    assert counts[:4].tolist() == [3 + 16, 48, 3, 0]
+
+    class Copies(torch.nn.Module):
+        """Knows what it has read six tokens ago, but for one."""
+
+        def forward(self, tokens, cu_seqlens):
+            assert cu_seqlens.tolist() == [0, 12, 24]
+            wanted = torch.nn.functional.one_hot(tokens.roll(5, 1), 257)
+            wanted[0, 7] = 0
+            return wanted.float()
+
+    assert Repetition(Copies())(1 + tokens % 256, targets, bounds).tolist() == [11, 12]
 
 
 def test_before_the_first_stage_settings_may_change_and_after_it_neither_they_nor_the_teacher(tmp_path):
@@ -253,6 +276,7 @@ def test_stages_are_runs_that_go_on_where_they_were_stopped(tmp_path):
     stages = {stage.name: stage for stage in whole.stages}
     assert list(stages) == ["teacher", "0-transfer", "1-align", "2-distil", "3-longer", "scratch"]
     assert [s.quality for s in cut.stages] == [s.quality for s in whole.stages]
+    assert all(stage.by_position.keys() == {0, 16} and 0 <= stage.recall <= 1 for stage in whole.stages)
     loss = {name: stage.quality.loss for name, stage in stages.items()}
     assert loss["0-transfer"] > loss["1-align"] > loss["2-distil"]
     assert loss["2-distil"] < loss["scratch"]

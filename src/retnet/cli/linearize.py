@@ -92,8 +92,20 @@ def _show(stages: list[StageQuality]) -> None:
             f"{stage.tokens:,}",
             f"{stage.quality.loss:.4f}",
             f"{stage.quality.bits_per_byte:.4f}",
+            f"{stage.recall:.1%}",
         )
         for stage in stages
     )
-    columns = ("stage", "parameters", "tokens learned from", "nats/token", "bits/byte")
-    print_table(Table("Held-out text", columns, rows), Console(highlight=False))
+    columns = (
+        "stage",
+        "parameters",
+        "tokens learned from",
+        "nats/token",
+        "bits/byte",
+        "recall of repeated text",
+    )
+    console, places = Console(highlight=False), list(stages[0].by_position)
+    print_table(Table("Held-out text", columns, rows), console)
+    columns = ("stage", *(f"from token {place + 1:,}" for place in places))
+    rows = tuple((stage.name, *(f"{stage.by_position[p]:.4f}" for p in places)) for stage in stages)
+    print_table(Table("Bits per byte by position in a document", columns, rows), console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -62,6 +62,11 @@ class Block(nn.Module):
         """Whole sequences: x [B,T,D] → [B,T,D]; `positions` are those of the mixer, made here by default."""
         normed = self.mixer_norm(x)
         return self._close(x, normed, self.mixer(normed, cu_seqlens=cu_seqlens, **handed(positions)))
+
+    def mix(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The mixer alone, on what it is to read: x [B,T,D] → [B,T,D]."""
+        mixed: Tensor = self.mixer(x, cu_seqlens=cu_seqlens)
+        return mixed
 
     def prefill(
         self,
@@ -187,6 +192,11 @@ class LanguageModel(ReadsWrapped, Backbone):
         for block, shared in zip(self.blocks, positions, strict=True):
             x = block(x, cu_seqlens, shared)
         return self.norm(x)
+
+    def mix(self, inputs: Mapping[int, Tensor], cu_seqlens: Tensor | None = None) -> dict[int, Tensor]:
+        """What mixers answer to inputs of their own, each by itself: layer → x [B,T,D] to layer → [B,T,D]."""
+        blocks = self._blocks()
+        return {layer: blocks[layer].mix(x, cu_seqlens) for layer, x in inputs.items()}
 
     def prefill(
         self, tokens: Tensor, state: Sequence[Any], *, mask: Tensor | None = None

@@ -6,6 +6,8 @@ each by itself on what the teacher's own reads; then the whole model learns the 
 
 from __future__ import annotations
 
+import tomllib
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from retnet.convert import Found, folder_of, read
 from retnet.convert.native import TOKENIZER
 from retnet.data import IGNORED, Tokenizer
-from retnet.model import Block, LanguageModel
+from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.model.runs import find_checkpoint
-from retnet.settings import UserError
+from retnet.settings import UserError, build, dump
+from retnet.train.distributed import broadcast_weights, shard, take_parts
 from retnet.train.initial_weights import note_source
 from retnet.train.objective import Objective
 
@@ -42,35 +45,56 @@ def objective(
 ) -> Objective:
     """What a run minimises: cross entropy of the text, or the distance from a teacher that its `distill` names.
 
-    `teacher.json` in the run directory says which teacher that was.
+    `teacher.json` in the run directory says which teacher that was. Several processes hold a part of its weights each, as
+    they do of the model's.
 
     Raises:
-        UserError: the teacher cannot be read, does not fit the model, or has changed since the run was begun; or there are
-            several processes, which do not share a teacher.
+        UserError: the teacher cannot be read, does not fit the model, or has changed since the run was begun; or processes
+            share sequences or computations.
     """
     distill = config.distill
     if distill is None:
         return Objective(model, config.train.z_loss, ranks.tp)
-    if not ranks.alone:
-        raise UserError(
-            f"[distill] learns from {distill.teacher} in one process, and there are {ranks.world}; start one"
-        )
+    for axis in ("tp", "cp"):
+        if (size := getattr(ranks.axes, axis)) > 1:
+            raise UserError(
+                f"parallel.{axis} is {size}, and [distill] shares a teacher by parallel.shard and parallel.replicate alone; "
+                "set it to 1"
+            )
+    found = ranks.lead(partial(_read_teacher, distill.teacher, run, model, tokenizer))
     kind = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    found = read(distill.teacher)
-    note_source(run, TEACHER, distill.teacher, found)
+    teacher = shared(found, kind, device, ranks).requires_grad_(False)
+    return {"mixers": MixerAlignment, "logits": LogitDistillation}[distill.match](model, teacher)
+
+
+def _read_teacher(source: str, run: RunDirectory, model: LanguageModel, tokenizer: Tokenizer) -> Found:
+    """The teacher, once it is clear that it is one."""
+    found = read(source)
+    note_source(run, TEACHER, source, found)
     if found.config.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"distill.teacher {distill.teacher} has {found.config.vocab_size} tokens and the model "
+            f"distill.teacher {source} has {found.config.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; they must have the same tokenizer"
         )
-    theirs = tokenizer_of(distill.teacher, found) if TOKENIZER in found.tokenizer else None
+    theirs = tokenizer_of(source, found) if TOKENIZER in found.tokenizer else None
     if theirs is not None and theirs.vocabulary != tokenizer.vocabulary:
         raise UserError(
-            f"distill.teacher {distill.teacher} has as many tokens as the model, but other ones; set data.tokenizer to the "
+            f"distill.teacher {source} has as many tokens as the model, but other ones; set data.tokenizer to the "
             "teacher's tokenizer.json"
         )
-    teacher = found.to(kind).model().to(device).requires_grad_(False)
-    return {"mixers": MixerAlignment, "logits": LogitDistillation}[distill.match](model, teacher)
+    return found
+
+
+def shared(found: Found | None, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> LanguageModel:
+    """A model that the first process has read, on the device; of several, each gets its part of the weights."""
+    if ranks.alone:
+        assert found is not None
+        return found.to(dtype).model().to(device)
+    text = ranks.tell(dump(found.config) if found else "")
+    model = shard(build(ModelConfig, tomllib.loads(text)), device, ranks, dtype)
+    with torch.no_grad():
+        take_parts(model, broadcast_weights(found.tensors if found else None, model, ranks), ranks)
+    return model
 
 
 def tokenizer_of(source: str, teacher: Found) -> Tokenizer | None:
@@ -140,9 +164,9 @@ class MixerAlignment(Distillation):
         with torch.no_grad():
             seen = watched(self.teacher, self.layers, tokens, cu_seqlens)
         total = torch.zeros((), device=tokens.device)
-        for layer, (x, answer) in seen.items():
-            block = cast("Block", self.model.blocks[layer])
-            error = (block.mixer(x, cu_seqlens=cu_seqlens) - answer)[0].float().square().mean(-1)
+        mixed = self.model.mix({layer: x for layer, (x, _) in seen.items()}, cu_seqlens)
+        for layer, (_, answer) in seen.items():
+            error = (mixed[layer] - answer)[0].float().square().mean(-1)
             scale = answer[0].float().square().mean(-1)[counts].mean()
             total = total + (error * counts).sum() / (scale * len(seen))
         return total

@@ -269,17 +269,21 @@ def one_voice() -> Iterator[bool]:
         sys.exit(2)
 
 
-def shard(config: ModelConfig, device: torch.device, ranks: Ranks) -> LanguageModel:
+def shard(
+    config: ModelConfig, device: torch.device, ranks: Ranks, dtype: torch.dtype | None = None
+) -> LanguageModel:
     """A model of which every rank holds its part: block by block, and the rest together. Its weights are any numbers.
 
-    Gradients are summed over ranks, in the type of the weights.
+    Gradients are summed over ranks, in the type of the weights: `dtype`, or torch's default.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     # the logits are one, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     with torch.device("meta"):
         model = LanguageModel(config)
+    if dtype is not None:
+        model.to(dtype)
     if ranks.tp is not None:
         cut(model, ranks.tp.rank, ranks.tp.size)
         connect(model, ranks.tp)
@@ -289,6 +293,9 @@ def shard(config: ModelConfig, device: torch.device, ranks: Ranks) -> LanguageMo
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        for way in ("features", "mix"):  # that it is called in, beside `forward`
+            if hasattr(part, way):
+                register_fsdp_forward_method(part, way)
     model.to_empty(device=device)
     if mesh is None and config.tie_embeddings:
         model.head.weight = model.embedding.weight  # of which `to_empty` makes two, and FSDP one again

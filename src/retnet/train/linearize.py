@@ -8,9 +8,12 @@ if asked for, is the student's architecture with fresh weights and as many token
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -24,13 +27,15 @@ from retnet.data import Batch, Batches, Prepared, Tokenizer, prepare
 from retnet.errors import told
 from retnet.io import write_text
 from retnet.lock import sole_owner
-from retnet.model import Block, LanguageModel
+from retnet.model import Block, LanguageModel, ModelConfig
 from retnet.settings import PATH, At, Checked, Count, UserError, build, dump, load, merge
 from retnet.train.config import RunConfig
-from retnet.train.distillation import tokenizer_of, watched
-from retnet.train.objective import Objective, Quality, evaluate
+from retnet.train.distillation import shared, tokenizer_of, watched
+from retnet.train.distributed import Ranks, processes
+from retnet.train.objective import POSITIONS, ByPosition, Objective, Quality, Repetition, evaluate, summed
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import differences
+from retnet.train.start import prepare_data
 from retnet.train.student import Answers, student_config, transfer
 from retnet.train.trainer import train
 
@@ -88,7 +93,7 @@ class Linearization(Checked):
     Attributes:
         teacher: a run, a checkpoint, or a folder of Llama, Mistral, Qwen2 or Qwen3.
         how: the stages.
-        settings: of all their runs, laid over the defaults of [data] and [train].
+        settings: of all their runs, laid over the defaults of [data], [train] and [parallel].
     """
 
     teacher: Annotated[str, PATH]
@@ -135,9 +140,11 @@ class Linearization(Checked):
                 f"train.{min(own)} cannot be set for all stages; each has its own steps, rate and beginning, see "
                 "`retnet linearize --help`"
             )
-        for section in ("model", "distill", "parallel"):
+        for section in ("model", "distill"):
             if self.settings.get(section):
-                raise UserError(f"[{section}] follows from the teacher; only data and train can be set")
+                raise UserError(
+                    f"[{section}] follows from the teacher; only data, train and parallel can be set"
+                )
         if "tokenizer" in self.settings.get("data", {}):
             raise UserError("data.tokenizer is the teacher's; leave it out")
         return merge(self.settings, {"data": {"tokenizer": str(folder / TOKENIZER)}})
@@ -158,6 +165,8 @@ class StageQuality(NamedTuple):
     parameters: int
     tokens: int  # it has learned from, itself and the stages before it; of the teacher 0
     quality: Quality
+    by_position: dict[int, float]  # bits per byte from that place in a document on, up to the next
+    recall: float  # of the tokens of a repeated stretch of text, the share that is predicted
 
 
 class Linearized(NamedTuple):
@@ -175,33 +184,40 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
         UserError: a teacher that cannot be one, a folder that holds something else or was begun with other settings, or
             what training refuses.
     """
-    progress = progress or TrainingProgress.silent()
-    with sole_owner(folder, "linearisation's", "DEST"):
-        _begin(config, folder)
-        teacher = read(config.teacher)
-        _check_teacher(config.teacher, teacher, folder)
-        student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
-        tokenizer = _tokenizer(config.teacher, teacher, folder)
-        prepared = prepare(
-            config.data(folder).data, on_progress=progress.preparing, on_problem=progress.problem
-        )
-        if not (folder / TRANSFER).is_dir():
-            c = config.data(folder).train
-            batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
-            device = host.choose_device(c.device)
-            wanted = answers(teacher, batches.batch(0), device, student.mixers_by_layer)
-            found = transfer(teacher, student, wanted, c.seed)
-            write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
+    with processes() as ranks, ExitStack() as stack:
+        progress = progress if progress and ranks.first else TrainingProgress.silent()
+        base = config.data(folder)
+        ranks.lead(lambda: stack.enter_context(sole_owner(folder, "linearisation's", "DEST")))
+        ranks.lead(lambda: _transfer(config, folder, progress))
+        prepared = prepare_data(config.data(folder), progress, ranks, verify=False)
         runs = config.stages(folder)
         if config.how.scratch:
-            runs["scratch"] = config.scratch(folder, replace(config.data(folder), model=student))
+            student = load(ModelConfig, folder / TRANSFER / "model.toml")
+            runs["scratch"] = config.scratch(folder, replace(base, model=student))
         for name, run in runs.items():
             progress.say(f"{name}: {run.train.steps:,} steps")
             if not train(run, folder / name, begin="resume-or-start", progress=progress).finished:
                 return Linearized(False, folder / name, [])
         last = [name for name in runs if name != "scratch"][-1]
         progress.say("measuring teacher and stages on held-out text")
-        return Linearized(True, folder / last, list(_measured(config, folder, prepared, runs)))
+        return Linearized(True, folder / last, list(_measured(config, folder, prepared, runs, ranks)))
+
+
+def _transfer(config: Linearization, folder: Path, progress: TrainingProgress) -> None:
+    """Makes the stage before training, if it is not there; makes sure that all is as when that was made."""
+    _begin(config, folder)
+    teacher = read(config.teacher)
+    _check_teacher(config.teacher, teacher, folder)
+    student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
+    tokenizer, base = _tokenizer(config.teacher, teacher, folder), config.data(folder)
+    if (folder / TRANSFER).is_dir():
+        return
+    prepared = prepare(base.data, on_progress=progress.preparing, on_problem=progress.problem)
+    c = base.train
+    batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
+    wanted = answers(teacher, batches.batch(0), host.choose_device(c.device), student.mixers_by_layer)
+    found = transfer(teacher, student, wanted, c.seed)
+    write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
 
 
 def _begin(config: Linearization, folder: Path) -> None:
@@ -278,27 +294,39 @@ def answers(
 
 
 def _measured(
-    config: Linearization, folder: Path, prepared: Prepared, runs: Mapping[str, RunConfig]
+    config: Linearization, folder: Path, prepared: Prepared, runs: Mapping[str, RunConfig], ranks: Ranks
 ) -> Iterator[StageQuality]:
     """Teacher, student after each stage, and the scratch model, on the same batches of held-out text."""
     base, learned = config.data(folder), 0
+    device = ranks.device(base.train.device)
+    ranks = ranks.arranged(base.parallel.of(ranks.world), device)
     places = {"teacher": config.teacher, TRANSFER: str(folder / TRANSFER)}
     for name, path in {**places, **{name: str(folder / name) for name in runs}}.items():
         tokens = runs[name].train.tokens_before(runs[name].train.steps) if name in runs else 0
         learned = tokens if name == "scratch" else learned + tokens
-        model = read(path).to(torch.float32).model()
-        parameters = sum(p.numel() for p in model.parameters())
-        yield StageQuality(name, path, parameters, learned, _quality(model, base, prepared))
+        found = ranks.lead(partial(read, path))
+        model = shared(found, torch.float32, device, ranks)
+        parameters = sum(p.numel() for p in model.parameters())  # of parts, those of the whole
+        yield StageQuality(name, path, parameters, learned, *_quality(model, base, prepared, device, ranks))
 
 
-def _quality(model: LanguageModel, config: RunConfig, prepared: Prepared) -> Quality:
+def _quality(
+    model: LanguageModel, config: RunConfig, prepared: Prepared, device: torch.device, ranks: Ranks
+) -> tuple[Quality, dict[int, float], float]:
+    """Of the whole, by position, and of repetitions."""
     c, shards = config.train, prepared.validation
-    device = host.choose_device(c.device)
-    return evaluate(
-        Objective(model.to(device)),
-        Batches(shards, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed),
-        bytes_per_token=shards.num_bytes / shards.num_tokens,
-        device=device,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=False),
-        max_tokens=c.eval_tokens,
-    )
+    batches = Batches(shards, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
+    how: dict[str, Any] = {
+        "device": device,
+        "autocast": torch.autocast(device.type, torch.bfloat16, enabled=False),
+        "max_tokens": c.eval_tokens,
+        "ranks": ranks,
+    }
+    per_token = shards.num_bytes / shards.num_tokens
+    quality = evaluate(Objective(model), batches, bytes_per_token=per_token, **how)
+    sums, _ = summed(ByPosition(model), batches, **how)
+    nats, counts = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    places = zip((0, *POSITIONS), nats, counts, strict=True)
+    by_position = {place: x / n / math.log(2) / per_token for place, x, n in places if n}
+    (right, asked), _ = summed(Repetition(model), batches, **how)
+    return quality, by_position, right / asked

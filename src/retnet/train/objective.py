@@ -16,6 +16,10 @@ from retnet.nn import widened
 from retnet.ops.tensor_parallel import TensorParallel
 from retnet.train.distributed import ALONE, Ranks
 
+POSITIONS = tuple(
+    16 * 4**i for i in range(8)
+)  # where stretches of a document begin, after the first: 16, 64, 256 …
+
 
 class Objective(nn.Module):
     """Summed cross entropy of the next token, in nats: one module with one forward pass, to be compiled or wrapped.
@@ -90,26 +94,81 @@ def evaluate(
         ranks: the processes that share the objective's weights; they take turns with the batches, or share them.
         on_batch: called after each.
     """
+    (nats,), tokens = summed(
+        objective,
+        batches,
+        device=device,
+        autocast=autocast,
+        max_tokens=max_tokens,
+        ranks=ranks,
+        on_batch=on_batch,
+    )
+    loss = nats / tokens
+    return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)
+
+
+def summed(
+    objective: nn.Module,
+    batches: Batches,
+    *,
+    device: torch.device,
+    autocast: torch.autocast,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[list[float], int]:
+    """What a module of `Objective`'s arguments gives, a scalar or vector, summed over batches; and how many targets counted.
+
+    Arguments are those of `evaluate`.
+    """
     training = objective.training
     objective.eval()
-    total, tokens, turns = 0.0, 0, 0
+    total, tokens, turns = torch.zeros(1, dtype=torch.float64), 0, 0
     readers = ranks.axes.readers
 
-    def nats(batch: Batch) -> float:
-        return float(objective(*(x.to(device) for x in ranks.part(batch))))
+    def measured(batch: Batch) -> Tensor:
+        found: Tensor = objective(*(x.to(device) for x in ranks.part(batch)))
+        return found.detach().to("cpu", torch.float64).flatten()
 
     with torch.no_grad(), autocast:
         for batch in batches.in_order():
             if turns % readers == ranks.reader:
-                total += nats(batch)
+                total = total + measured(batch)
             turns += 1
             on_batch()
             tokens += count(batch.targets)
             if max_tokens is not None and tokens >= max_tokens:
                 break
         if 0 < turns % readers <= ranks.reader:  # the last turn of others: all put shared weights together
-            nats(batch)
-    (total,) = ranks.sum([total if ranks.counts else 0.0], device)
+            total = total + 0 * measured(batch)
+    sums = ranks.sum((total * float(ranks.counts)).tolist(), device)
     objective.train(training)
-    loss = total / tokens
-    return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)
+    return sums, tokens
+
+
+class ByPosition(Objective):
+    """Cross entropy by the place of tokens in their documents: nats of each stretch of `POSITIONS`, then targets of each."""
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """As `Objective.forward`; a vector of two numbers a stretch."""
+        logits = self.model(tokens.reshape(1, -1), cu_seqlens=cu_seqlens).squeeze(0)
+        nats = F.cross_entropy(logits.to(widened(logits)), targets.flatten(), reduction="none")
+        places = torch.arange(len(nats), device=nats.device)
+        begins = cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), places, right=True) - 1]
+        stretch = torch.bucketize(places - begins, torch.tensor(POSITIONS, device=nats.device), right=True)
+        counts = (targets.flatten() != IGNORED).to(nats.dtype)
+        zeros = nats.new_zeros(len(POSITIONS) + 1)
+        return torch.cat([zeros.index_add(0, stretch, nats * counts), zeros.index_add(0, stretch, counts)])
+
+
+class Repetition(Objective):
+    """Recall in context: the first half of each row, twice; how many tokens of the second are predicted, and of how many."""
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """As `Objective.forward`; two numbers."""
+        half = tokens[:, : tokens.shape[1] // 2]
+        rows, length = half.shape
+        bounds = torch.arange(rows + 1, device=half.device, dtype=torch.int32) * 2 * length
+        logits = self.model(half.repeat(1, 2).view(1, -1), cu_seqlens=bounds).view(rows, 2 * length, -1)
+        right = (logits[:, length - 1 : -1].argmax(-1) == half).sum()
+        return torch.stack([right, torch.full_like(right, half.numel())]).float()
