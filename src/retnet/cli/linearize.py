@@ -38,9 +38,10 @@ def command(
     TEACHER is a run or checkpoint whose layers are softmax, or a Hugging Face folder of Llama, Mistral, Qwen2 or Qwen3. Its
     weights are transferred, each mixer is aligned with the teacher's, and the whole is distilled; each stage is a folder or
     run in DEST that every verb opens. Interrupted, the same command goes on. Settings of all stages are changed with
-    --train.field VALUE and --data.field VALUE.
+    --train.field VALUE and --data.field VALUE. Under torchrun several processes share the work.
     """
     from retnet.host import keep_freed_memory
+    from retnet.train.distributed import one_voice
     from retnet.train.linearize import Linearization, LinearizeConfig, linearize
     from retnet.train.progress import TrainingProgress
 
@@ -50,14 +51,17 @@ def command(
         section, _, name = key.partition(".")
         settings = merge(settings, {section: {name: value}})
     config, progress = Linearization(teacher, LinearizeConfig(**how), settings), TrainingProgress()
-    for line in _beforehand(config, dest):
-        progress.say(line)
-    done = linearize(config, dest, progress)
+    with one_voice() as speaks:
+        for line in _beforehand(config, dest) if speaks else ():
+            progress.say(line)
+        done = linearize(config, dest, progress)
     if not done.finished:
-        click.echo("the same command goes on where this one ended", err=True)
+        if speaks:
+            click.echo("the same command goes on where this one ended", err=True)
         raise SystemExit(1)
-    _show(done.stages)
-    click.echo(f"next: retnet generate {done.student} --prompt 'Once upon'")
+    if speaks:
+        _show(done.stages)
+        click.echo(f"next: retnet generate {done.student} --prompt 'Once upon'")
 
 
 def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
