@@ -19,7 +19,7 @@ VARIANTS = [
     {},
     {"num_heads": 1, "chunk_size": 7},
     {"rotary": "none", "value_dim": 3, "temperature": 1.0},
-    {"chunk_size": 1, "backend": "torch"},
+    {"chunk_size": 1, "backend": "torch", "head_norm": "rms"},
 ]
 
 
@@ -44,7 +44,9 @@ def naive(module: GatedRetention, x: torch.Tensor) -> torch.Tensor:
         )
         outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state).real / K**0.5)
     y = torch.stack(outs, dim=1)
-    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + c.head_norm_eps).sqrt()
+    if c.head_norm == "group":
+        y = y - y.mean(-1, keepdim=True)
+    y = y / (y.square().mean(-1, keepdim=True) + c.head_norm_eps).sqrt()
     return module.out_proj(F.silu(module.gate_proj(x)) * y.flatten(2))
 
 

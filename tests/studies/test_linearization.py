@@ -36,7 +36,7 @@ def test_students_wait_for_the_teacher_and_share_its_data(tmp_path):
         share = float(name.split("share-")[1].split(".seed")[0])
         assert made.how.align_steps + made.how.distil_steps == round(teacher.train.steps * share)
         assert made.settings["data"]["corpus"] == teacher.data.corpus
-        runs = [*made.stages(tmp_path).values(), made.scratch(tmp_path, teacher)]
+        runs = [*made.stages(tmp_path).values(), made.scratch(tmp_path, teacher.model)]
         assert {run.train.tokens_per_step for run in runs} == {teacher.train.tokens_per_step}
         assert {run.train.warmup_steps * 20 <= max(run.train.steps, 20) for run in runs} == {True}
     (tmp_path / "study.toml").write_text(dump(SHIPPED), encoding="utf-8")

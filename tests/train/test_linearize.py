@@ -1,6 +1,7 @@
 """`retnet linearize`: stages that are runs, resumed exactly; what is transferred; what each stage learns."""
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -16,17 +17,18 @@ from retnet.mixers import SoftmaxConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.ops import log_decays
-from retnet.settings import UserError
+from retnet.settings import UserError, dump, merge
 from retnet.train import linearize as linearize_module
 from retnet.train.config import DistillConfig, ParallelConfig, RunConfig, TrainConfig
 from retnet.train.distillation import LogitDistillation, MixerAlignment, objective
-from retnet.train.distributed import ALONE, Ranks
-from retnet.train.linearize import Linearization, LinearizeConfig, answers, linearize
+from retnet.train.distributed import ALONE
+from retnet.train.linearize import Linearization, LinearizeConfig, linearize
 from retnet.train.objective import POSITIONS, ByPosition, Objective, Repetition
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import RunDirectory
 from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
+from tests.helpers.ranks import launch
 
 SOFTMAX = SoftmaxConfig(num_heads=4, kv_heads=2, bias=True, qk_norm=True)
 TEACHER = ModelConfig(
@@ -47,13 +49,16 @@ def batch():
     return tokens, targets, torch.tensor([0, 7, 12, 24], dtype=torch.int32)
 
 
+def made(mixer, teacher, text, keep=None):
+    """A student of a teacher, fitted on some text."""
+    return transfer(teacher, student_config(TEACHER, mixer, keep), Batch(*text, None), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("mixer", ["retention", "gated_retention"])
 def test_a_student_has_its_teachers_weights(mixer):
     teacher = found()
-    config = student_config(TEACHER, mixer, keep_every=2)
-    assert [kind.name for kind in config.mixers_by_layer] == [mixer, "softmax"]
-    wanted = answers(teacher, Batch(*batch(), None), torch.device("cpu"), config.mixers_by_layer)
-    student = transfer(teacher, config, wanted, seed=0)
+    student = made(mixer, teacher, batch(), keep=2)
+    assert [kind.name for kind in student.config.mixers_by_layer] == [mixer, "softmax"]
     model = student.model()  # all weights are there, and fit
     same = [name for name, x in weights(model).items() if torch.equal(x, teacher.tensors.get(name, x[:0]))]
     assert {"embedding.weight", "blocks.0.ffn.fc1.weight", "blocks.1.mixer.q_bias", "norm.weight"} <= set(
@@ -77,47 +82,27 @@ def test_a_student_has_its_teachers_weights(mixer):
     )
 
 
-def test_answers_are_of_each_document_by_itself():
-    teacher, (tokens, targets, bounds) = found(), batch()
-    layers = student_config(TEACHER, "retention", keep_every=2).mixers_by_layer
-    wanted = answers(teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), layers)
-    block = teacher.model().blocks[0]
-    embedded = block.mixer_norm(teacher.model().embedding(tokens.flatten()))
-    assert list(wanted) == [0]
-    assert torch.equal(wanted[0].x[0], embedded)
-    for begin, end in itertools.pairwise(bounds.tolist()):
-        x = embedded[None, begin:end]
-        o = block.mixer._causal(*block.mixer.project(x, block.mixer.positions(x)))
-        assert torch.allclose(wanted[0].heads[begin:end], o[0], atol=1e-5)
-
-
 @pytest.mark.parametrize("mixer", ["retention", "gated_retention"])
-def test_a_student_begins_no_farther_from_its_teacher_than_silence(mixer):
-    """Each head has the size that is nearest to the teacher's, where it was fitted to it; gates and decays are constant."""
-    teacher, (tokens, targets, bounds) = found(), batch()
-    targets = tokens.clone()  # all count
-    config = student_config(TEACHER, mixer, None)
-    wanted = answers(
-        teacher, Batch(tokens, targets, bounds, None), torch.device("cpu"), config.mixers_by_layer
-    )
-    student = transfer(teacher, config, wanted, seed=0).model()
+def test_a_student_begins_as_near_to_its_teachers_heads_as_sizes_of_heads_bring_it(mixer):
+    """On the text it is fitted on, each document by itself; gates begin as 1, and decays as constants."""
+    teacher, text = found(), batch()
+    student, taught = made(mixer, teacher, text).model().blocks[0].mixer, teacher.model().blocks[0].mixer
+    sizes = student.out_proj.weight / teacher.tensors["blocks.0.mixer.out_proj.weight"]
+    student.out_proj = torch.nn.Identity()
+    x = teacher.model().blocks[0].mixer_norm(teacher.model().embedding(text[0].view(1, -1)))
+    left = 0  # of the derivative of the squared distance by the size of each head
+    for begin, end in itertools.pairwise(text[2].tolist()):
+        y = x[:, begin:end]
+        wanted = taught._causal(*taught.project(y, taught.positions(y)))
+        own = student(y).view_as(wanted)
+        left = left + ((sizes.view(32, 4, 8).mean((0, 2))[:, None] * own - wanted) * own).sum((0, 1, 3))
+        assert left.abs().max() > 1e-3 or end == 24
+    assert left.abs().max() < 1e-4
     if mixer == "gated_retention":
-        own = student.blocks[0].mixer
-        gate = torch.nn.functional.silu(own.gate_proj(wanted[0].x))
-        gamma = own.decay_proj(wanted[0].x).sigmoid().pow(1 / 16)
+        gate = torch.nn.functional.silu(student.gate_proj(x))
+        gamma = student.decay_proj(x).sigmoid().pow(1 / 16)
         assert (gate - 1).abs().mean() < 0.3
         assert (gamma[0].mean(0) - log_decays("experiments", 4).exp()).abs().max() < 5e-3
-    for layer, (x, heads, bounds) in wanted.items():
-        own = student.blocks[layer].mixer
-        size = own.out_proj
-        own.out_proj = torch.nn.Identity()
-        o = own(x, cu_seqlens=bounds)[0].view_as(heads)
-        first = teacher.tensors[f"blocks.{layer}.mixer.out_proj.weight"]
-        factor = (size.weight / first).mean(0).view(4, 8, 1).mean(1)[None]  # [1,H,1]
-        silent, error = heads.square().sum((0, 2)), (o * factor - heads).square().sum((0, 2))
-        assert (error <= silent * (1 + 1e-5)).all()
-        near = (o * factor * 1.1 - heads).square().sum((0, 2))
-        assert (error <= near).all()
 
 
 @pytest.mark.parametrize(
@@ -176,11 +161,9 @@ def test_what_a_run_with_a_teacher_cannot_do(tmp_path):
         RunConfig(train=TrainConfig(z_loss=1e-4), distill=DistillConfig("x"))
 
     for axis in ("tp", "cp"):
-        ranks = Ranks(world=2, axes=ParallelConfig(**{"shard": 1, axis: 2}))
-        with pytest.raises(
-            UserError, match=rf"parallel\.{axis} is 2, and \[distill\] shares a teacher by par"
-        ):
-            objective(RunConfig(distill=DistillConfig("x")), None, None, None, torch.device("cpu"), ranks)
+        says = rf"parallel\.{axis} is 2, and \[distill\] shares a teacher by parallel\.shard and"
+        with pytest.raises(UserError, match=says):
+            RunConfig(parallel=ParallelConfig(**{axis: 2}), distill=DistillConfig("x"))
 
 
 def test_a_teacher_of_other_tokens_is_refused_and_one_that_changed(tmp_path):
@@ -204,7 +187,9 @@ def test_quality_by_position_and_of_repetitions():
     model = found().model()
     tokens, targets, bounds = batch()
     by_position = ByPosition(model)(tokens, targets, bounds)
-    assert by_position.sum() == pytest.approx(Objective(model)(tokens, targets, bounds).item() + 23, rel=1e-5)
+    assert by_position.sum().item() == pytest.approx(
+        Objective(model)(tokens, targets, bounds).item() + 23, rel=1e-5
+    )
     assert by_position[: len(POSITIONS) + 1].nonzero().tolist() == [[0]]  # no document has 16 tokens
     long = torch.randint(257, (1, 70))
     counts = ByPosition(model)(long, long, torch.tensor([0, 3, 70]))[len(POSITIONS) + 1 :]
@@ -241,41 +226,49 @@ def test_before_the_first_stage_settings_may_change_and_after_it_neither_they_no
     large = replace(teacher, tokenizer={"tokenizer.json": b""}, kind="llama")
     Tokenizer.train([str(list(range(200)))] * 9, 300).save(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="the tokenizer has 300 tokens but the model 257"):
-        linearize_module._tokenizer(str(tmp_path), large, tmp_path)
+        linearize_module._keep_tokenizer(str(tmp_path), large, tmp_path)
 
 
 class Interrupted(TrainingProgress):
-    """Ends the process's work, as Ctrl-C twice would, in the middle of a stage."""
+    """Ends the process's work, as Ctrl-C twice would, in a step of the stage of so many steps."""
 
-    def __init__(self):
+    def __init__(self, steps, at):
         super().__init__(Console(quiet=True))
+        self.place = (steps, at)
 
     def step(self, step, loss, rate, left=None):
-        if (self._steps, step) == (30, 20):
+        if (self._steps, step) == self.place:
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
-def test_stages_are_runs_that_go_on_where_they_were_stopped(tmp_path):
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A folder with a trained teacher, and settings for its students."""
+    home = tmp_path_factory.mktemp("taught")
     for name, numbers in (("corpus", range(3000)), ("validation", range(3000, 3100))):
         lines = [f"{n} and {n + 1} make {2 * n + 1}." for n in numbers]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    corpus = {name: str(tmp_path / f"{name}.txt") for name in ("corpus", "validation")}
-    corpus["cache"] = str(tmp_path / "cache")
+        (home / f"{name}.txt").write_text("\n".join(lines))
+    corpus = {name: str(home / f"{name}.txt") for name in ("corpus", "validation")}
+    corpus["cache"] = str(home / "cache")
     sizes = {"seq_len": 32, "batch_size": 8, "device": "cpu", "eval_every": 0, "eval_tokens": 2000}
     learned = TrainConfig(**sizes, steps=100, learning_rate=1e-2, warmup_steps=10)
     run = RunConfig(model=replace(TEACHER, vocab_size=None), data=DataConfig(**corpus), train=learned)
-    train(run, tmp_path / "teacher")
+    train(run, home / "teacher")
+    return home, {"data": corpus, "train": sizes}
 
+
+@pytest.mark.slow
+def test_stages_are_runs_that_go_on_where_they_were_stopped(taught, tmp_path):
+    home, settings = taught
     how = LinearizeConfig(align_steps=20, distil_steps=30, longer_steps=5, scratch=True, align_rate=1e-2)
-    settings = {"data": corpus, "train": {**sizes, "checkpoint_every": 8}}
-    config = Linearization(str(tmp_path / "teacher"), how, settings)
+    settings = merge(settings, {"train": {"checkpoint_every": 8}})
+    config = Linearization(str(home / "teacher"), how, settings)
     with pytest.raises(KeyboardInterrupt):
-        linearize(config, tmp_path / "cut", Interrupted())
+        linearize(config, tmp_path / "cut", Interrupted(30, 20))
     whole, cut = linearize(config, tmp_path / "whole"), linearize(config, tmp_path / "cut")
     stages = {stage.name: stage for stage in whole.stages}
     assert list(stages) == ["teacher", "0-transfer", "1-align", "2-distil", "3-longer", "scratch"]
-    assert [s.quality for s in cut.stages] == [s.quality for s in whole.stages]
+    assert [stage[2:] for stage in cut.stages] == [stage[2:] for stage in whole.stages]
     assert all(stage.by_position.keys() == {0, 16} and 0 <= stage.recall <= 1 for stage in whole.stages)
     loss = {name: stage.quality.loss for name, stage in stages.items()}
     assert loss["0-transfer"] > loss["1-align"] > loss["2-distil"]
@@ -284,3 +277,39 @@ def test_stages_are_runs_that_go_on_where_they_were_stopped(tmp_path):
     assert open_run(whole.student).model.config.mixer.name == "retention"
     with pytest.raises(UserError, match=r"begun with other settings: how\.align_steps: 20 → 21"):
         linearize(replace(config, how=replace(how, align_steps=21)), tmp_path / "whole")
+
+
+def losses(folder):
+    """(stage, step) → loss."""
+    lines = [
+        (name, json.loads(line))
+        for name in ("1-align", "2-distil")
+        for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {(name, line["step"]): line["loss"] for name, line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_stages_that_one_makes(taught, tmp_path):
+    """Each with a part of teacher and student; stopped and gone on with, by themselves or after one process."""
+    home, settings = taught
+    how = LinearizeConfig("gated_retention", "every:2", align_steps=4, distil_steps=6)
+    fine = {"batch_size": 4, "accumulate": 2, "log_every": 1, "checkpoint_every": 2, "eval_tokens": 300}
+    config = Linearization(str(home / "teacher"), how, merge(settings, {"train": fine}))
+    (tmp_path / "config.toml").write_text(dump(config))
+    one = linearize(config, tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        linearize(config, tmp_path / "begun by one", Interrupted(6, 3))
+    ranks = launch("tests.train.linearized", 2, tmp_path)
+    want = losses(tmp_path / "one")
+    assert len(want) == 10
+    for name in ("two", "begun by one"):
+        got = losses(tmp_path / name)
+        assert got.keys() == want.keys()
+        assert got == pytest.approx(want, rel=1e-5)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "two")
+    for found in ranks:
+        assert found["stopped"] == found["two"]
+        for stages in found.values():
+            for got, stage in zip(stages, one.stages, strict=True):
+                assert got == pytest.approx([stage.parameters, *stage.quality, stage.recall], rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,10 @@ def command(
     run in DEST that every verb opens. Interrupted, the same command goes on. Settings of all stages are changed with
     --train.field VALUE and --data.field VALUE. Under torchrun several processes share the work.
     """
+    from retnet.train import elastic
+
+    if elastic.said():  # torchrun starts again whatever failed
+        sys.exit(2)
     from retnet.host import keep_freed_memory
     from retnet.train.distributed import one_voice
     from retnet.train.linearize import Linearization, LinearizeConfig, linearize
@@ -50,14 +56,13 @@ def command(
     for key, value in parse_overrides(overrides).items():
         section, _, name = key.partition(".")
         settings = merge(settings, {section: {name: value}})
-    config, progress = Linearization(teacher, LinearizeConfig(**how), settings), TrainingProgress()
+    config = Linearization(teacher, LinearizeConfig(**how), settings)
+    progress = TrainingProgress(way_on="the same command goes on")
     with one_voice() as speaks:
         for line in _beforehand(config, dest) if speaks else ():
             progress.say(line)
         done = linearize(config, dest, progress)
     if not done.finished:
-        if speaks:
-            click.echo("the same command goes on where this one ended", err=True)
         raise SystemExit(1)
     if speaks:
         _show(done.stages)
@@ -75,10 +80,11 @@ def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
     found = read(config.teacher, weights=False)
     student = student_config(found.config, config.how.mixer, config.how.keep_every)
     stages = [replace(run, model=student) for run in config.stages(dest).values()]
-    most = max((footprint(stage, 1).memory for stage in stages), key=lambda memory: memory.peak)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    most = max((footprint(stage, processes).memory for stage in stages), key=lambda memory: memory.peak)
     memory = (
-        f"memory: about {most.peak / 1e9:,.2f} GB, of which the teacher takes {most.teacher / 1e9:,.2f} and training the "
-        f"student {(most.peak - most.teacher) / 1e9:,.2f}"
+        f"memory: about {most.peak / 1e9:,.2f} GB{' of each process' if processes > 1 else ''}, of which the teacher takes "
+        f"{most.teacher / 1e9:,.2f} and training the student {(most.peak - most.teacher) / 1e9:,.2f}"
     )
     return (*found.notes, memory)
 

@@ -119,8 +119,12 @@ def footprint(config: RunConfig, processes: int) -> Footprint:
     passes = c.accumulate // axes.readers
     recomputed = counted.flops_per_token - _products_of_head(model) if c.activation_checkpointing else 0
     flops = float(3 * counted.flops_per_token + recomputed) * c.tokens_before(c.steps)
-    memory = _memory(model, c, axes, passes)._replace(teacher=_teacher_bytes(config.distill, c))
-    return Footprint(axes, counted.total, memory, _traffic(model, c, axes, passes), flops)
+    memory, traffic = _memory(model, c, axes, passes), _traffic(model, c, axes, passes)
+    if config.distill is not None:
+        held, received = _of_teacher(config.distill, c, axes)
+        memory = memory._replace(teacher=held)
+        traffic = traffic._replace(weights=traffic.weights + passes * received)
+    return Footprint(axes, counted.total, memory, traffic, flops)
 
 
 def with_vocabulary(config: RunConfig) -> ModelConfig:
@@ -138,16 +142,14 @@ def with_vocabulary(config: RunConfig) -> ModelConfig:
 def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: int) -> RankMemory:
     parts, (left, blocks) = axes.parts, _parameters(model, axes.tp)
     own, each = -(-left // parts), bytes_per_parameter(c)
-    gathered, states = 0, _state_numbers(model, axes.tp) if axes.cp > 1 else [0]
+    states = _state_numbers(model, axes.tp) if axes.cp > 1 else [0]
     several = parts * axes.replicate * axes.tp > 1
-    if parts > 1 or axes.replicate > 1:
-        gathered = 2 * WIDE * (left - blocks + 2 * blocks // model.num_layers)
     return RankMemory(
         weights=each.weight * own,
         gradients=each.gradient * own,
         optimiser=each.moments * own,
         average=each.average * own,
-        gathered=gathered,
+        gathered=2 * WIDE * _whole(left, blocks, model, axes),
         activations=kept_activations(model, c, axes.tp) // axes.cp,
         work=working_bytes(model, c, axes.tp) // axes.cp,
         states=WIDE * (sum(states) + max(states) * axes.cp),
@@ -157,6 +159,12 @@ def _memory(model: ModelConfig, c: TrainConfig, axes: ParallelConfig, passes: in
         accumulates=passes > 1,
         on_cpu=c.device == "cpu",
     )
+
+
+def _whole(left: int, blocks: int, model: ModelConfig, axes: ParallelConfig) -> int:
+    """Parameters that a process has as a whole while a block of a model computes, beside its part of all."""
+    alone = axes.parts == axes.replicate == 1
+    return 0 if alone else left - blocks + 2 * blocks // model.num_layers
 
 
 def kept_activations(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
@@ -206,15 +214,17 @@ def logit_bytes(model: ModelConfig, c: TrainConfig, tp: int = 1) -> int:
     return kinds * c.batch_size * c.seq_len * -(-model.vocab_size // tp) * WIDE
 
 
-def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
-    """Of a teacher's weights in the type of products, its answers (logits, or by mixer), and the block that computes.
+def _of_teacher(distill: DistillConfig, c: TrainConfig, axes: ParallelConfig) -> tuple[int, int]:
+    """Bytes that a process holds of a teacher, and those of its weights that it receives in a pass.
+
+    They are its part of the weights, in the type of products, and those that are whole while a block computes; what the
+    teacher says (logits, or by mixer); and what that block makes.
 
     Raises:
         UserError: it cannot be read.
     """
-    if distill is None:
-        return 0
-    size, teacher = _teacher(distill.teacher)
+    teacher = _teacher(distill.teacher)
+    size, blocks = _parameters(teacher, 1)
     narrow, tokens = 2 if c.precision == "bf16" else WIDE, c.batch_size * c.seq_len
     said = narrow * 2 * teacher.num_layers * teacher.d_model
     if distill.match == "logits":
@@ -222,14 +232,15 @@ def _teacher_bytes(distill: DistillConfig | None, c: TrainConfig) -> int:
         said = WIDE * teacher.vocab_size
     kinds = {replace(teacher.of_layer(number), vocab_size=1) for number in range(teacher.num_layers)}
     computing = max(inference_bytes(kind, c.seq_len) for kind in kinds) * narrow // WIDE
-    return narrow * size + tokens * said + c.batch_size * computing
+    own = -(-size // axes.parts) + _whole(size, blocks, teacher, axes)
+    held = narrow * own + tokens * said + c.batch_size * computing
+    return held, narrow * size * (axes.parts - 1) // axes.parts
 
 
 @lru_cache
-def _teacher(source: str) -> tuple[int, ModelConfig]:
-    """Parameters and configuration of a model that lies somewhere."""
-    config = read(source, weights=False).config
-    return _cost(config).total, config
+def _teacher(source: str) -> ModelConfig:
+    """The configuration of a model that lies somewhere."""
+    return read(source, weights=False).config
 
 
 @lru_cache

@@ -181,12 +181,16 @@ class LanguageModel(ReadsWrapped, Backbone):
             [B,T,vocab_size] in the type of the weights.
         """
         if mask is None:
-            return self.head(self.features(tokens, cu_seqlens))
+            return self.head(self._features(tokens, cu_seqlens))
         cu_seqlens = packing(mask, cu_seqlens)
-        return laid_out(self.head(self.features(tokens[mask][None], cu_seqlens)), mask)
+        return laid_out(self.head(self._features(tokens[mask][None], cu_seqlens)), mask)
 
     def features(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: tokens [B,T] → [B,T,D]."""
+        return self._features(tokens, cu_seqlens)
+
+    def _features(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Apart from `features`, for under FSDP each way to call a model gives its weights back at its end."""
         x = self._embed(tokens)
         positions = self._positions(x, cu_seqlens)
         for block, shared in zip(self.blocks, positions, strict=True):

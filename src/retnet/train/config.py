@@ -221,3 +221,9 @@ class RunConfig(Checked):
         if self.distill and (self.train.z_loss or self.train.compile):
             name = "z_loss" if self.train.z_loss else "compile"
             raise UserError(f"train.{name} is not for runs with [distill]; leave it out")
+        for axis in ("tp", "cp"):
+            if self.distill and (size := getattr(self.parallel, axis)) > 1:
+                raise UserError(
+                    f"parallel.{axis} is {size}, and [distill] shares a teacher by parallel.shard and parallel.replicate "
+                    "alone; set it to 1"
+                )

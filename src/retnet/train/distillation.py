@@ -49,18 +49,11 @@ def objective(
     they do of the model's.
 
     Raises:
-        UserError: the teacher cannot be read, does not fit the model, or has changed since the run was begun; or processes
-            share sequences or computations.
+        UserError: the teacher cannot be read, does not fit the model, or has changed since the run was begun.
     """
     distill = config.distill
     if distill is None:
         return Objective(model, config.train.z_loss, ranks.tp)
-    for axis in ("tp", "cp"):
-        if (size := getattr(ranks.axes, axis)) > 1:
-            raise UserError(
-                f"parallel.{axis} is {size}, and [distill] shares a teacher by parallel.shard and parallel.replicate alone; "
-                "set it to 1"
-            )
     found = ranks.lead(partial(_read_teacher, distill.teacher, run, model, tokenizer))
     kind = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     teacher = shared(found, kind, device, ranks).requires_grad_(False)
@@ -155,8 +148,7 @@ class MixerAlignment(Distillation):
                 f"distill.match = 'mixers' needs a teacher of {mine.num_layers} layers of width {mine.d_model}, and this "
                 f"one has {theirs.num_layers} of {theirs.d_model}; take match = 'logits'"
             )
-        kinds = zip(mine.mixers_by_layer, theirs.mixers_by_layer, strict=True)
-        self.layers = [layer for layer, (own, other) in enumerate(kinds) if own != other]
+        self.layers = other_mixers(mine, theirs)
         if not self.layers:
             raise UserError("distill.match = 'mixers' has nothing to learn: all mixers are the teacher's own")
 
@@ -184,6 +176,12 @@ class LogitDistillation(Distillation):
         )  # what passes in between is as large as both
         nats = torch.cat([F.kl_div(q, p, log_target=True, reduction="none").sum(-1) for q, p in pieces])
         return (nats * counts).sum()
+
+
+def other_mixers(student: ModelConfig, teacher: ModelConfig) -> list[int]:
+    """The layers in which a student has another mixer than its teacher of as many layers."""
+    kinds = zip(student.mixers_by_layer, teacher.mixers_by_layer, strict=True)
+    return [layer for layer, (own, other) in enumerate(kinds) if own != other]
 
 
 def watched(

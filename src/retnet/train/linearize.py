@@ -8,35 +8,33 @@ if asked for, is the student's architecture with fresh weights and as many token
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from retnet import host
 from retnet.convert import Found, read, write
 from retnet.convert.formats import PROVENANCE
-from retnet.data import Batch, Batches, Prepared, Tokenizer, prepare
+from retnet.data import Batches, Prepared
 from retnet.errors import told
 from retnet.io import write_text
 from retnet.lock import sole_owner
-from retnet.model import Block, LanguageModel, ModelConfig
+from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import PATH, At, Checked, Count, UserError, build, dump, load, merge
 from retnet.train.config import RunConfig
-from retnet.train.distillation import shared, tokenizer_of, watched
+from retnet.train.distillation import shared, tokenizer_of
 from retnet.train.distributed import Ranks, processes
-from retnet.train.objective import POSITIONS, ByPosition, Objective, Quality, Repetition, evaluate, summed
+from retnet.train.objective import POSITIONS, ByPosition, Quality, Repetition, summed
 from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import differences
 from retnet.train.start import prepare_data
-from retnet.train.student import Answers, student_config, transfer
+from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
 
 SETTINGS, TOKENIZER = "linearize.toml", "tokenizer.json"  # in the folder, beside the stages
@@ -121,13 +119,13 @@ class Linearization(Checked):
             found["3-longer"] = _run(base, train, None)
         return found
 
-    def scratch(self, folder: Path, student: RunConfig) -> RunConfig:
+    def scratch(self, folder: Path, student: ModelConfig) -> RunConfig:
         """The run with fresh weights: as many tokens, in rows as the first stages have them."""
         stages = self.stages(folder).values()
         tokens = sum(c.train.tokens_before(c.train.steps) for c in stages)
         steps = -(-tokens // self.data(folder).train.tokens_per_step)
         train = {"learning_rate": self.how.scratch_rate, "steps": steps}
-        return replace(_run(self._base(folder), train, None), model=student.model)
+        return replace(_run(self._base(folder), train, None), model=student)
 
     def data(self, folder: Path) -> RunConfig:
         """What all stages read, by the tokenizer of the teacher."""
@@ -186,14 +184,11 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
     """
     with processes() as ranks, ExitStack() as stack:
         progress = progress if progress and ranks.first else TrainingProgress.silent()
-        base = config.data(folder)
         ranks.lead(lambda: stack.enter_context(sole_owner(folder, "linearisation's", "DEST")))
-        ranks.lead(lambda: _transfer(config, folder, progress))
-        prepared = prepare_data(config.data(folder), progress, ranks, verify=False)
+        prepared = _transferred(config, folder, progress, ranks)
         runs = config.stages(folder)
         if config.how.scratch:
-            student = load(ModelConfig, folder / TRANSFER / "model.toml")
-            runs["scratch"] = config.scratch(folder, replace(base, model=student))
+            runs["scratch"] = config.scratch(folder, load(ModelConfig, folder / TRANSFER / "model.toml"))
         for name, run in runs.items():
             progress.say(f"{name}: {run.train.steps:,} steps")
             if not train(run, folder / name, begin="resume-or-start", progress=progress).finished:
@@ -203,21 +198,32 @@ def linearize(config: Linearization, folder: Path, progress: TrainingProgress | 
         return Linearized(True, folder / last, list(_measured(config, folder, prepared, runs, ranks)))
 
 
-def _transfer(config: Linearization, folder: Path, progress: TrainingProgress) -> None:
-    """Makes the stage before training, if it is not there; makes sure that all is as when that was made."""
-    _begin(config, folder)
-    teacher = read(config.teacher)
-    _check_teacher(config.teacher, teacher, folder)
-    student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
-    tokenizer, base = _tokenizer(config.teacher, teacher, folder), config.data(folder)
-    if (folder / TRANSFER).is_dir():
-        return
-    prepared = prepare(base.data, on_progress=progress.preparing, on_problem=progress.problem)
-    c = base.train
-    batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
-    wanted = answers(teacher, batches.batch(0), host.choose_device(c.device), student.mixers_by_layer)
-    found = transfer(teacher, student, wanted, c.seed)
-    write(found, folder / TRANSFER, "run", source=config.teacher, tokenizer=tokenizer)
+def _transferred(config: Linearization, folder: Path, progress: TrainingProgress, ranks: Ranks) -> Prepared:
+    """The data of all stages. Makes the stage before training, if it is not there, else sure that all is as it was then.
+
+    The first process does, with the whole teacher.
+    """
+
+    def begin() -> tuple[Found, ModelConfig]:
+        _begin(config, folder)
+        teacher = read(config.teacher)
+        _check_teacher(config.teacher, teacher, folder)
+        student = student_config(teacher.config, config.how.mixer, config.how.keep_every)
+        _keep_tokenizer(config.teacher, teacher, folder)
+        return teacher, student
+
+    def make() -> None:
+        if found is None or (folder / TRANSFER).is_dir():
+            return
+        c = config.data(folder).train
+        batches = Batches(prepared.train, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
+        made = transfer(*found, batches.batch(0), host.choose_device(c.device))
+        write(made, folder / TRANSFER, "run", source=config.teacher, tokenizer=prepared.tokenizer)
+
+    found = ranks.lead(begin)
+    prepared = prepare_data(config.data(folder), progress, ranks, verify=False)
+    ranks.lead(make)
+    return prepared
 
 
 def _begin(config: Linearization, folder: Path) -> None:
@@ -248,49 +254,22 @@ def _check_teacher(source: str, teacher: Found, folder: Path) -> None:
         )
 
 
-def _tokenizer(source: str, teacher: Found, folder: Path) -> Tokenizer:
-    """The teacher's tokenizer, written beside the stages in this library's form."""
+def _keep_tokenizer(source: str, teacher: Found, folder: Path) -> None:
+    """Writes the teacher's tokenizer beside the stages, in this library's form, unless these are begun."""
+    if (folder / TRANSFER).is_dir():
+        return
+    tokenizer = tokenizer_of(source, teacher)
+    if tokenizer is None:
+        raise UserError(
+            f"{source} has no tokenizer (tokenizer.json); put it beside the weights, for both must read alike"
+        )
+    if tokenizer.vocab_size > (size := teacher.config.vocab_size or 0):
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model {size}; they do not belong together"
+        )
     file = folder / TOKENIZER
-    if not (folder / TRANSFER).is_dir():
-        tokenizer = tokenizer_of(source, teacher)
-        if tokenizer is None:
-            raise UserError(
-                f"{source} has no tokenizer (tokenizer.json); put it beside the weights, for both must read alike"
-            )
-        if tokenizer.vocab_size > (size := teacher.config.vocab_size or 0):
-            raise UserError(
-                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model {size}; they do not belong "
-                "together"
-            )
-        with told(f"write {file}"):
-            tokenizer.save(file)
-    return Tokenizer.load(file)
-
-
-def answers(
-    teacher: Found, batch: Batch, device: torch.device, student: tuple[Any, ...]
-) -> dict[int, Answers]:
-    """Layer → what the teacher's mixer there reads and what its heads hand to the output projection, over one batch.
-
-    Args:
-        teacher: a model of softmax layers.
-        batch: of text.
-        device: that computes.
-        student: its mixers by layer; layers that keep the teacher's are left out.
-    """
-    kinds = zip(student, teacher.config.mixers_by_layer, strict=True)
-    changed = [layer for layer, (own, other) in enumerate(kinds) if own != other]
-    model = teacher.to(torch.float32).model().to(device)
-    heads = teacher.config.mixer.num_heads  # type: ignore[attr-defined]  # `student_config` saw to it
-    found = {}
-    with torch.no_grad():
-        bounds = batch.cu_seqlens.to(device)
-        seen = watched(model, changed, batch.tokens.reshape(1, -1).to(device), bounds)
-        for layer, (x, _) in seen.items():
-            mixer = cast("Block", model.blocks[layer]).mixer
-            mixer.out_proj = nn.Identity()  # documents are put together again without what filled them up
-            found[layer] = Answers(x, mixer(x, cu_seqlens=bounds)[0].unflatten(-1, (heads, -1)), bounds)
-    return found
+    with told(f"write {file}"):
+        tokenizer.save(file)
 
 
 def _measured(
@@ -315,18 +294,18 @@ def _quality(
 ) -> tuple[Quality, dict[int, float], float]:
     """Of the whole, by position, and of repetitions."""
     c, shards = config.train, prepared.validation
-    batches = Batches(shards, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed)
-    how: dict[str, Any] = {
-        "device": device,
-        "autocast": torch.autocast(device.type, torch.bfloat16, enabled=False),
-        "max_tokens": c.eval_tokens,
-        "ranks": ranks,
-    }
+    measured = partial(
+        summed,
+        batches=Batches(shards, seq_len=c.seq_len, batch_size=c.batch_size, seed=c.seed),
+        device=device,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=False),
+        max_tokens=c.eval_tokens,
+        ranks=ranks,
+    )
     per_token = shards.num_bytes / shards.num_tokens
-    quality = evaluate(Objective(model), batches, bytes_per_token=per_token, **how)
-    sums, _ = summed(ByPosition(model), batches, **how)
+    sums, tokens = measured(ByPosition(model))
     nats, counts = sums[: len(sums) // 2], sums[len(sums) // 2 :]
     places = zip((0, *POSITIONS), nats, counts, strict=True)
-    by_position = {place: x / n / math.log(2) / per_token for place, x, n in places if n}
-    (right, asked), _ = summed(Repetition(model), batches, **how)
-    return quality, by_position, right / asked
+    by_position = {place: Quality.of(x, int(n), per_token).bits_per_byte for place, x, n in places if n}
+    (right, asked), _ = measured(Repetition(model))
+    return Quality.of(sum(nats), tokens, per_token), by_position, right / asked

@@ -16,9 +16,7 @@ from retnet.nn import widened
 from retnet.ops.tensor_parallel import TensorParallel
 from retnet.train.distributed import ALONE, Ranks
 
-POSITIONS = tuple(
-    16 * 4**i for i in range(8)
-)  # where stretches of a document begin, after the first: 16, 64, 256 …
+POSITIONS = tuple(16 * 4**i for i in range(8))  # where stretches of a document begin, after the first
 
 
 class Objective(nn.Module):
@@ -70,6 +68,12 @@ class Quality(NamedTuple):
     bits_per_byte: float  # of the text's UTF-8 bytes, document starts paid for
     tokens: int
 
+    @classmethod
+    def of(cls, nats: float, tokens: int, bytes_per_token: float) -> Quality:
+        """That of so many tokens, for which a model pays so many nats in all."""
+        loss = nats / tokens
+        return cls(loss, loss / math.log(2) / bytes_per_token, tokens)
+
 
 def evaluate(
     objective: nn.Module,
@@ -103,8 +107,7 @@ def evaluate(
         ranks=ranks,
         on_batch=on_batch,
     )
-    loss = nats / tokens
-    return Quality(loss, loss / math.log(2) / bytes_per_token, tokens)
+    return Quality.of(nats, tokens, bytes_per_token)
 
 
 def summed(
@@ -128,7 +131,7 @@ def summed(
 
     def measured(batch: Batch) -> Tensor:
         found: Tensor = objective(*(x.to(device) for x in ranks.part(batch)))
-        return found.detach().to("cpu", torch.float64).flatten()
+        return found.flatten().to("cpu", torch.float64)
 
     with torch.no_grad(), autocast:
         for batch in batches.in_order():
@@ -140,8 +143,8 @@ def summed(
             if max_tokens is not None and tokens >= max_tokens:
                 break
         if 0 < turns % readers <= ranks.reader:  # the last turn of others: all put shared weights together
-            total = total + 0 * measured(batch)
-    sums = ranks.sum((total * float(ranks.counts)).tolist(), device)
+            total = total + torch.zeros_like(measured(batch))
+    sums = ranks.sum((total if ranks.counts else torch.zeros_like(total)).tolist(), device)
     objective.train(training)
     return sums, tokens
 

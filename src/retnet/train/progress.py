@@ -22,9 +22,15 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class TrainingProgress:
-    """Tells a person how preparing and training go. All of it goes to stderr; stdout is for results."""
+    """Tells a person how preparing and training go. All of it goes to stderr; stdout is for results.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        console: to print on.
+        way_on: how what was stopped goes on.
+    """
+
+    def __init__(self, console: Console | None = None, way_on: str = "--resume continues") -> None:
+        self.way_on = way_on
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._steps, self._line = 0, 0.0

@@ -8,17 +8,18 @@ batch: gate and decay of gated retention to constants, and the size of each head
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from retnet.convert import Found
+from retnet.data import Batch
 from retnet.mixers import MIXERS, GatedRetentionConfig, MixerConfig, RetentionConfig, SoftmaxConfig
-from retnet.model import LanguageModel, ModelConfig
-from retnet.model.checkpoint import weights
+from retnet.model import Block, ModelConfig
 from retnet.ops import log_decays
 from retnet.settings import UserError
+from retnet.train.distillation import other_mixers, watched
 
 SWISH_OF_ONE = 1.2784645427610738  # swish of it is 1
 RIDGE = 1e-4  # of the mean square of what a mixer reads
@@ -84,16 +85,8 @@ def _student_mixer(teacher: ModelConfig, mixer: StudentMixer) -> MixerConfig:
     )
 
 
-class Answers(NamedTuple):
-    """What a mixer of the teacher reads and what it hands to its output projection, over one batch end to end."""
-
-    x: Tensor  # [1,T,D], fp32
-    heads: Tensor  # [T,H,K]
-    cu_seqlens: Tensor  # bounds of documents
-
-
-def transfer(teacher: Found, config: ModelConfig, answers: dict[int, Answers], seed: int) -> Found:
-    """The student before training: the teacher's weights wherever there is a place for them, fresh ones elsewhere.
+def transfer(teacher: Found, config: ModelConfig, batch: Batch, device: torch.device) -> Found:
+    """The student before training: the teacher's weights wherever there is a place for them, the others fitted to it.
 
     Keys and values that a group of heads shared are repeated for each; biases of queries, keys and values have no place, and
     the norm of queries and keys leaves its weights in the projections.
@@ -101,29 +94,31 @@ def transfer(teacher: Found, config: ModelConfig, answers: dict[int, Answers], s
     Args:
         teacher: the model.
         config: of `student_config`.
-        answers: layer → what the student's mixer there is fitted to.
-        seed: of fresh weights.
+        batch: of text, which the student is fitted on.
+        device: that computes.
     """
-    torch.manual_seed(seed)
-    student = {name: x.to(teacher.dtype) for name, x in weights(LanguageModel(config)).items()}
-    before = "blocks.{}.mixer.".format
-    mixers = tuple(before(layer) for layer in answers)
-    student |= {name: x for name, x in teacher.tensors.items() if not name.startswith(mixers)}
-    for layer, wanted in answers.items():
-        theirs = {
-            name.removeprefix(before(layer)): x
-            for name, x in teacher.tensors.items()
-            if name.startswith(before(layer))
-        }
-        found = _mixer_weights(theirs, teacher.config)
-        kind = config.mixers_by_layer[layer]
-        if isinstance(kind, GatedRetentionConfig):
-            found |= _constants(wanted.x, kind, teacher.config.d_model)
-        sizes = _sizes(kind, teacher.config.d_model, found, wanted)
-        found["out_proj.weight"] = found["out_proj.weight"] * sizes
-        for name, x in found.items():
-            student[before(layer) + name] = x.to(teacher.dtype).contiguous()
-    return replace(teacher, config=config, tensors=student)
+    model, tensors = teacher.to(torch.float32).model().to(device), dict(teacher.tensors)
+    layers, bounds = other_mixers(config, teacher.config), batch.cu_seqlens.to(device)
+    heads = cast("SoftmaxConfig", teacher.config.mixer).num_heads
+    with torch.no_grad():
+        seen = watched(model, layers, batch.tokens.reshape(1, -1).to(device), bounds)
+        for layer in layers:
+            (x, _), kind, place = seen.pop(layer), config.mixers_by_layer[layer], f"blocks.{layer}.mixer."
+            mine = [name for name in tensors if name.startswith(place)]
+            theirs = {name.removeprefix(place): tensors.pop(name).float() for name in mine}
+            found = _mixer_weights(theirs, teacher.config)
+            if isinstance(kind, GatedRetentionConfig):
+                found |= _constants(x, kind)
+            student = MIXERS[kind.name](config.d_model, kind)
+            student.load_state_dict(found)
+            own, wanted = (
+                _heads(mixer, x, bounds, heads)
+                for mixer in (student.to(device), cast("Block", model.blocks[layer]).mixer)
+            )
+            size = (own * wanted).sum((0, 2)) / own.square().sum((0, 2)).clamp(min=1e-12)  # [H], the nearest
+            found["out_proj.weight"] = found["out_proj.weight"] * size.cpu().repeat_interleave(own.shape[2])
+            tensors |= {place + name: y.to(teacher.dtype).contiguous() for name, y in found.items()}
+    return replace(teacher, config=config, tensors=tensors)
 
 
 def _mixer_weights(theirs: dict[str, Tensor], teacher: ModelConfig) -> dict[str, Tensor]:
@@ -133,40 +128,35 @@ def _mixer_weights(theirs: dict[str, Tensor], teacher: ModelConfig) -> dict[str,
     group = c.num_heads // (c.kv_heads or c.num_heads)
     key_dim = c.key_dim or teacher.d_model // c.num_heads
     q, k, v = (
-        theirs[f"{name}_proj.weight"].float().unflatten(0, (-1, key_dim)) for name in "qkv"
+        theirs[f"{name}_proj.weight"].unflatten(0, (-1, key_dim)) for name in "qkv"
     )  # [H,K,D], [G,K,D]
     if c.qk_norm:
-        q = q * theirs["q_norm.weight"].float()[:, None]
-        k = k * theirs["k_norm.weight"].float()[:, None]
+        q = q * theirs["q_norm.weight"][:, None]
+        k = k * theirs["k_norm.weight"][:, None]
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
     found = {f"{name}_proj.weight": x.flatten(0, 1) for name, x in zip("qkv", (q, k, v), strict=True)}
-    return {**found, "out_proj.weight": theirs["out_proj.weight"].float()}
+    return {**found, "out_proj.weight": theirs["out_proj.weight"]}
 
 
-def _constants(x: Tensor, kind: GatedRetentionConfig, d_model: int) -> dict[str, Tensor]:
+def _constants(x: Tensor, kind: GatedRetentionConfig) -> dict[str, Tensor]:
     """Weights of gate and decay that give nearly the same for every x [1,T,D]: a gate of 1, and γ as `log_decays` has them.
 
     There are no biases, so 1 is the combination of the x's numbers that is nearest to it (ridge regression).
     """
-    rows = x[0].double()
+    rows, heads = x[0].double(), kind.num_heads
     square = rows.mT @ rows / len(rows)
-    ridge = RIDGE * square.diagonal().mean() * torch.eye(d_model, dtype=rows.dtype, device=rows.device)
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=rows.dtype, device=rows.device)
     one = torch.linalg.solve(square + ridge, rows.mean(0)).float().cpu()  # [D]
-    gamma = log_decays("experiments", kind.num_heads, torch.float64).mul(kind.temperature).exp()
-    gates = kind.num_heads * (kind.value_dim or 2 * d_model // kind.num_heads)
+    gamma = log_decays("experiments", heads, torch.float64).mul(kind.temperature).exp()
+    gates = heads * (kind.value_dim or 2 * len(one) // heads)
     return {
         "gate_proj.weight": SWISH_OF_ONE * one.expand(gates, -1),
         "decay_proj.weight": gamma.logit().float()[:, None] * one,
     }
 
 
-def _sizes(kind: MixerConfig, d_model: int, found: dict[str, Tensor], wanted: Answers) -> Tensor:
-    """Factors of the columns of the output projection, [H·K], by which each head is nearest to the teacher's."""
-    mixer = MIXERS[kind.name](d_model, kind)
-    mixer.load_state_dict(found)
+def _heads(mixer: nn.Module, x: Tensor, bounds: Tensor, heads: int) -> Tensor:
+    """What a mixer's heads hand to its output projection, which it loses: x [1,T,D], documents by bounds → [T,H,K]."""
     mixer.out_proj = nn.Identity()
-    mixer = mixer.to(wanted.x.device)
-    with torch.no_grad():
-        heads = mixer(wanted.x, cu_seqlens=wanted.cu_seqlens)[0].view_as(wanted.heads)
-    size = (heads * wanted.heads).sum((0, 2)) / heads.square().sum((0, 2)).clamp(min=1e-12)
-    return size.cpu().repeat_interleave(wanted.heads.shape[2])
+    found: Tensor = mixer(x, cu_seqlens=bounds)[0].unflatten(-1, (heads, -1))
+    return found

@@ -221,7 +221,7 @@ class _Trainer:
             if metrics:
                 metrics.finished = finished
         if received := self.notices.signals:
-            self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; --resume continues")
+            self.progress.say(f"{received[0]}: saved at step {self.step} of {steps}; {self.progress.way_on}")
         return Outcome(self.run.path, self.step, finished, self.quality, self.prepared)
 
     def _profiled(self, wanted: bool) -> AbstractContextManager[Callable[[], None]]:
