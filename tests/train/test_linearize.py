@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from retnet.train.progress import TrainingProgress
 from retnet.train.run_dir import RunDirectory
 from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
+from tests.helpers.forks import shared
 from tests.helpers.ranks import launch
 
 SOFTMAX = SoftmaxConfig(num_heads=4, kv_heads=2, bias=True, qk_norm=True)
@@ -248,11 +250,12 @@ def taught(tmp_path_factory):
     for name, numbers in (("corpus", range(3000)), ("validation", range(3000, 3100))):
         lines = [f"{n} and {n + 1} make {2 * n + 1}." for n in numbers]
         (home / f"{name}.txt").write_text("\n".join(lines))
-    corpus = {name: str(home / f"{name}.txt") for name in ("corpus", "validation")}
+    corpus = {"corpus": [str(home / "corpus.txt")], "validation": str(home / "validation.txt")}
     corpus["cache"] = str(home / "cache")
     sizes = {"seq_len": 32, "batch_size": 8, "device": "cpu", "eval_every": 0, "eval_tokens": 2000}
     learned = TrainConfig(**sizes, steps=100, learning_rate=1e-2, warmup_steps=10)
-    run = RunConfig(model=replace(TEACHER, vocab_size=None), data=DataConfig(**corpus), train=learned)
+    data = DataConfig(**{**corpus, "corpus": tuple(corpus["corpus"])})
+    run = RunConfig(model=replace(TEACHER, vocab_size=None), data=data, train=learned)
     train(run, home / "teacher")
     return home, {"data": corpus, "train": sizes}
 
@@ -275,6 +278,24 @@ def test_stages_are_runs_that_go_on_where_they_were_stopped(taught, tmp_path):
     assert loss["2-distil"] < loss["scratch"]
     assert stages["scratch"].tokens == stages["3-longer"].tokens == 55 * 256
     assert open_run(whole.student).model.config.mixer.name == "retention"
+    others = [
+        f"--{section}.{name}={value}"
+        for section in ("data", "train")
+        for name, value in settings[section].items()
+        if name != "corpus"
+    ]
+    chosen = [
+        f"--{name.replace('_', '-')}={getattr(how, name)}" for name in vars(how) if name.endswith("_steps")
+    ]
+    words = ["linearize", home / "teacher", tmp_path / "whole", "--data", home / "corpus.txt", "--scratch"]
+    again = shared().run([*words, *chosen, "--align-rate=0.01", *others], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"memory: about [\d.]+ .iB for the teacher, and [\d.]+ .iB to train", again.stderr)
+    assert "2-distil: 30 steps\nfinished before: 30 steps" in again.stderr
+    for stage in whole.stages:
+        assert f"{stage.name}\t" in again.stdout
+        assert f"\t{stage.quality.bits_per_byte:.4f}\t{stage.recall:.1%}\n" in again.stdout
+    assert f"next: retnet generate {whole.student}" in again.stdout
     with pytest.raises(UserError, match=r"begun with other settings: how\.align_steps: 20 → 21"):
         linearize(replace(config, how=replace(how, align_steps=21)), tmp_path / "whole")
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 @click.argument("teacher", type=HomeText())
 @click.argument("dest", type=HomePath(path_type=Path, file_okay=False))
 @click.option(
-    "--data", "corpus", type=HomeText(), multiple=True, help="Text to learn from, as data.corpus has it."
+    "--data",
+    "corpus",
+    type=HomeText(),
+    multiple=True,
+    help="Text to learn from, as data.corpus has it; default: stdlib, the running Python's own.",
 )
 @options(
     "retnet.train.linearize:LinearizeConfig",
@@ -75,18 +79,20 @@ def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
 
     from retnet.convert import read
     from retnet.measure.footprint import footprint
+    from retnet.measure.memory import in_bytes
     from retnet.train.student import student_config
 
     found = read(config.teacher, weights=False)
-    student = student_config(found.config, config.how.mixer, config.how.keep_every)
-    stages = [replace(run, model=student) for run in config.stages(dest).values()]
+    model = student_config(found.config, config.how.mixer, config.how.keep_every)
+    stages = [replace(run, model=model) for run in config.stages(dest).values()]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     most = max((footprint(stage, processes).memory for stage in stages), key=lambda memory: memory.peak)
-    memory = (
-        f"memory: about {most.peak / 1e9:,.2f} GB{' of each process' if processes > 1 else ''}, of which the teacher takes "
-        f"{most.teacher / 1e9:,.2f} and training the student {(most.peak - most.teacher) / 1e9:,.2f}"
+    teacher, student = in_bytes(most.teacher), in_bytes(most.peak - most.teacher)
+    whose = " of each process" if processes > 1 else ""
+    return (
+        *found.notes,
+        f"memory{whose}: about {teacher} for the teacher, and {student} to train the student",
     )
-    return (*found.notes, memory)
 
 
 def _show(stages: list[StageQuality]) -> None:
@@ -95,27 +101,26 @@ def _show(stages: list[StageQuality]) -> None:
 
     from retnet.tables import Table, print_table
 
-    rows = tuple(
-        (
-            stage.name,
-            f"{stage.parameters / 1e6:,.2f} M",
-            f"{stage.tokens:,}",
-            f"{stage.quality.loss:.4f}",
-            f"{stage.quality.bits_per_byte:.4f}",
-            f"{stage.recall:.1%}",
-        )
-        for stage in stages
+    found = Table(
+        "Held-out text",
+        ("stage", "parameters", "tokens learned from", "nats/token", "bits/byte", "recall of repeated text"),
+        tuple(
+            (
+                stage.name,
+                f"{stage.parameters / 1e6:,.2f} M",
+                f"{stage.tokens:,}",
+                f"{stage.quality.loss:.4f}",
+                f"{stage.quality.bits_per_byte:.4f}",
+                f"{stage.recall:.1%}",
+            )
+            for stage in stages
+        ),
     )
-    columns = (
-        "stage",
-        "parameters",
-        "tokens learned from",
-        "nats/token",
-        "bits/byte",
-        "recall of repeated text",
+    places = stages[0].by_position
+    by_position = Table(
+        "Bits per byte by position in a document",
+        ("stage", *(f"from token {place + 1:,}" for place in places)),
+        tuple((stage.name, *(f"{stage.by_position[p]:.4f}" for p in places)) for stage in stages),
     )
-    console, places = Console(highlight=False), list(stages[0].by_position)
-    print_table(Table("Held-out text", columns, rows), console)
-    columns = ("stage", *(f"from token {place + 1:,}" for place in places))
-    rows = tuple((stage.name, *(f"{stage.by_position[p]:.4f}" for p in places)) for stage in stages)
-    print_table(Table("Bits per byte by position in a document", columns, rows), console)
+    for table in (found, by_position):
+        print_table(table, Console(highlight=False))

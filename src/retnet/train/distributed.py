@@ -290,12 +290,12 @@ def shard(
     mesh = ranks.sharding
     for part in (*model.blocks, model) if mesh is not None else ():
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        assert isinstance(part, FSDPModule)
-        part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
-        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
         for way in ("features", "mix"):  # that it is called in, beside `forward`
             if hasattr(part, way):
                 register_fsdp_forward_method(part, way)
+        assert isinstance(part, FSDPModule)
+        part.set_gradient_divide_factor(1.0)  # the loss is divided already, by the targets of all ranks
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.to_empty(device=device)
     if mesh is None and config.tie_embeddings:
         model.head.weight = model.embedding.weight  # of which `to_empty` makes two, and FSDP one again
