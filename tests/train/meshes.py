@@ -175,7 +175,7 @@ def distilled(axes: ParallelConfig) -> dict[str, float]:
             losses = [learn(*batch(turn)[:3]) for turn in turns]
             for nats in losses:
                 nats.backward()
-            pairs[name] = student, float(sum(losses))
+            pairs[name] = student, float(sum(nats.detach() for nats in losses))
         (whole, want), (student, own) = pairs["whole"], pairs["parts"]
         (got,) = ranks.sum([own], DEVICE)
         errors[f"{kind.__name__}, loss"] = abs(got / want - 1)
