@@ -13,13 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from retnet.convert import Found, write
 from retnet.host import map_large_tensors
 from retnet.measure.footprint import footprint
 from retnet.measure.memory import Watch
 from retnet.mixers import MIXERS
-from retnet.model import LanguageModel
-from retnet.model.checkpoint import weights
 from retnet.settings import load
 from retnet.train.config import DistillConfig, ParallelConfig, RunConfig
 from retnet.train.passes import Passes
@@ -30,7 +27,10 @@ STEPS = 2
 
 
 def cases(base: RunConfig, folder: Path) -> dict[str, RunConfig]:
-    """Runs of which other parts take most of the memory, or of the bytes on the wire, each; in the folder is a teacher."""
+    """Runs of which other parts take most of the memory, or of the bytes on the wire, each.
+
+    What the first leaves in the folder is the teacher of another.
+    """
 
     def case(model: dict, mixer: str = "retention", parallel: ParallelConfig | None = None, **options):
         kind, shown = MIXERS[mixer].Config(), {"eval_tokens": 512, "eval_every": 0, "device": "cpu"}
@@ -42,12 +42,12 @@ def cases(base: RunConfig, folder: Path) -> dict[str, RunConfig]:
             parallel=parallel or ParallelConfig(),
         )
 
-    heavy = case({"d_model": 512, "num_layers": 4}, batch_size=1, seq_len=128, accumulate=2, ema=0.9)
-    teacher = DistillConfig(str(folder / "teacher"))
+    weights = case({"d_model": 512, "num_layers": 4}, batch_size=1, seq_len=128, accumulate=2, ema=0.9)
+    teacher = DistillConfig(str(folder / "weights"))
     if SHARED:
         small = {"model": {"d_model": 64}, "batch_size": 1, "seq_len": 64}  # a cut is in the middle of a row
         return {
-            "weights": heavy,
+            "weights": weights,
             "teacher": replace(case(accumulate=2, **small), distill=teacher),
             "heads": case(
                 {"d_model": 512, "num_layers": 4},
@@ -65,7 +65,7 @@ def cases(base: RunConfig, folder: Path) -> dict[str, RunConfig]:
     once, wide = {"seq_len": 512, "accumulate": 1}, {"d_model": 256, "num_layers": 4, "dropout": 0.0}
     taught = case({"d_model": 64}, batch_size=8, **once)
     return {
-        "weights": heavy,
+        "weights": weights,
         "teacher": replace(taught, distill=teacher),
         "logits": case({"d_model": 64, "vocab_size": 20000}, batch_size=2, **once),
         "activations": case(wide, batch_size=4, **once),
@@ -115,9 +115,6 @@ def main() -> None:
     if SHARED:
         dist.init_process_group()
     rank, world = (dist.get_rank(), dist.get_world_size()) if SHARED else (0, 1)
-    if rank == 0:
-        model = replace(base.model, d_model=512, num_layers=4, vocab_size=257)
-        write(Found("run", model, weights(LanguageModel(model)), {}), folder / "teacher", "run", source="x")
     received, found = Counter(), {}
     count_received(received)
     train(replace(base, train=replace(base.train, steps=1)), folder / "warm")  # libraries are loaded
