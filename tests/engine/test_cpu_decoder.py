@@ -83,8 +83,8 @@ MODELS = [
     {"mixer": {"rotary": "none", "gate": False}, "embedding_norm": True, "norm": "rmsnorm", "ffn": "geglu"},
     {
         "residual": "norm",
-        "residual_alpha": 1.5,
-        "residual_beta": 0.5,
+        "residual_alpha": (1.5, 0.7, 1.0, 1.2),
+        "residual_beta": (0.5, 1.5),
         "mixer": {"decay_by_layer": "lightning"},
     },
 ]

@@ -145,13 +145,28 @@ def test_heads_that_are_normalised_together_stay_together():
 
 
 def test_residual_sums():
-    config = ModelConfig(
-        vocab_size=9, d_model=16, num_layers=1, residual="norm", residual_alpha=2.0, residual_beta=0.5
-    )
-    block, x = filled(config).blocks[0], torch.randn(1, 5, 16, dtype=torch.float64)
-    normed = block.mixer_norm(x)
-    y = block.ffn_norm(2 * normed + 0.5 * block.mixer(normed))
-    assert relative(block(x), 2 * y + 0.5 * block.ffn(y)) < 1e-12
+    """By one α and β for all, or by those of each layer's mixer and FFN."""
+    sizes = {"vocab_size": 9, "d_model": 16, "num_layers": 3, "residual": "norm"}
+    one = ModelConfig(**sizes, residual_alpha=2.0, residual_beta=0.5)
+    each = ModelConfig(**sizes, residual_alpha=(3.0, 2.0, 0.5, 0.25), residual_beta=(0.5, 1.0))
+    for config, layer, (a, b, c, d) in (
+        (one, 1, (2.0, 0.5, 2.0, 0.5)),
+        (each, 0, (3.0, 0.5, 2.0, 1.0)),
+        (each, 1, (0.5, 0.5, 0.25, 1.0)),
+        (each, 2, (3.0, 0.5, 2.0, 1.0)),
+    ):
+        x = torch.randn(1, 5, 16, dtype=torch.float64)
+        for block in (filled(config).blocks[layer], filled(config.of_layer(layer)).blocks[0]):
+            normed = block.mixer_norm(x)
+            y = block.ffn_norm(a * normed + b * block.mixer(normed))
+            assert relative(block(x), c * y + d * block.ffn(y)) < 1e-12
+    assert one.is_uniform
+    assert not each.is_uniform
+    for wrong in ((1.0, 2.0, 3.0), (), (1.0,) * 8):
+        with pytest.raises(
+            UserError, match=f"residual_beta lists {len(wrong)} numbers for 3 layers; give one"
+        ):
+            ModelConfig(**sizes, residual_beta=wrong)
 
 
 WRONG = [

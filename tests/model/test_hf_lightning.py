@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from retnet.mixers import MultiScaleRetention, RetentionConfig
+from retnet.mixers import MultiScaleRetention, RetentionConfig, SoftmaxConfig
+from retnet.model import LanguageModel, ModelConfig
 from retnet.settings import UserError
 from tests.helpers.lazily import Lazy, transformers
 from tests.helpers.parity import relative
@@ -59,6 +60,93 @@ def test_logits_and_states(pair, length):
     for one, other in itertools.islice(zip(*caches, strict=True), 1, None):
         assert one.shape == other.shape
         assert relative(one, other) <= 1e-5
+
+
+def test_residual_sums_of_each_kind_are_lists_of_ours():
+    """With one expert it is a model of ours: its weights give its logits, whatever α and β its kinds of layers have."""
+    torch.manual_seed(0)
+    factors = {"linear_attn": (0.7, 1.3), "full_attn": (1.1, 0.8), "mlp": (0.9, 1.2)}
+    config = transformers.MiniMaxConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=1,
+        num_experts_per_tok=1,
+        head_dim=12,
+        layer_types=["full_attention"] + ["linear_attention"] * 3,
+        initializer_range=0.2,
+        **{f"{name}_alpha_factor": alpha for name, (alpha, _) in factors.items()},
+        **{f"{name}_beta_factor": beta for name, (_, beta) in factors.items()},
+    )
+    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    kinds = [factors[name] for kind in ("full_attn", *["linear_attn"] * 3) for name in (kind, "mlp")]
+    alphas, betas = zip(*kinds, strict=True)
+    linear = RetentionConfig(
+        num_heads=4,
+        key_dim=12,
+        value_dim=12,
+        decay="alibi",
+        decay_by_layer="lightning",
+        scale=1.0,
+        activation="silu",
+        gate_activation="sigmoid",
+        head_norm="rms",
+        head_norm_affine=True,
+        head_norm_groups=1,
+        rotary="none",
+    )
+    full = SoftmaxConfig(
+        num_heads=4, kv_heads=2, key_dim=12, rotary_base=config.rope_parameters["rope_theta"]
+    )
+    ours = LanguageModel(
+        ModelConfig(
+            vocab_size=V,
+            d_model=32,
+            num_layers=4,
+            mixer=linear,
+            mixers={"softmax": full},
+            layers=("softmax", *["retention"] * 3),
+            norm="rmsnorm",
+            norm_eps=config.rms_norm_eps,
+            ffn="swiglu",
+            ffn_dim=24,
+            tie_embeddings=False,
+            residual="norm",
+            residual_alpha=alphas,
+            residual_beta=betas,
+        )
+    ).eval()
+    with torch.no_grad():
+        ours.embedding.weight.copy_(theirs.model.embed_tokens.weight)
+        ours.head.weight.copy_(theirs.lm_head.weight)
+        ours.norm.weight.copy_(theirs.model.norm.weight)
+        for own, layer in zip(ours.blocks, theirs.model.layers, strict=True):
+            attention, mixer = layer.self_attn, own.mixer
+            if isinstance(mixer, MultiScaleRetention):
+                qkv = attention.qkv_proj.weight.view(4, 3, 12, 32).transpose(0, 1).flatten(1, 2)
+                names = {"out_proj": attention.out_proj, "gate_proj": attention.output_gate}
+                mixer.head_norm_weight.copy_(attention.norm.weight)
+            else:
+                qkv = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
+                names = {"out_proj": attention.o_proj}
+            for name, weight in zip("qkv", qkv, strict=True):
+                getattr(mixer, f"{name}_proj").weight.copy_(weight)
+            for name, other in names.items():
+                getattr(mixer, name).weight.copy_(other.weight)
+            own.mixer_norm.weight.copy_(layer.input_layernorm.weight)
+            own.ffn_norm.weight.copy_(layer.post_attention_layernorm.weight)
+            gate, up = layer.mlp.experts.gate_up_proj[0].chunk(2)
+            for own_part, part in (
+                (own.ffn.fc1, gate),
+                (own.ffn.gate, up),
+                (own.ffn.fc2, layer.mlp.experts.down_proj[0]),
+            ):
+                own_part.weight.copy_(part)
+        ids = tokens(2, 40)
+        assert relative(ours(ids), theirs(ids).logits) < 1e-4
 
 
 def test_weights_and_buffers_are_the_same(pair, tmp_path):

@@ -9,6 +9,8 @@ from retnet.mixers import MixerConfig, RetentionConfig
 from retnet.settings import At, Checked, Count, UserError, nearest
 
 FFN = Literal["gelu", "geglu", "swiglu"]
+Summand = Annotated[float, At(least=0)]  # the factor of one
+Residual = tuple[float, float]  # α and β of a residual sum
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class ModelConfig(Checked):
     tie_embeddings: bool = True
     embedding_scale: bool = False  # embeddings × √d_model
     embedding_norm: bool = False
-    # x becomes α·x + β·f(norm(x)), or α·norm(x) + β·f(norm(x)), by every mixer and every FFN
+    # x becomes α·x + β·f(norm(x)), or α·norm(x) + β·f(norm(x)), by every mixer and every FFN; a list has numbers of mixers
+    # and FFNs in turn, repeated
     residual: Literal["input", "norm"] = "input"
-    residual_alpha: Annotated[float, At(least=0)] = 1.0
-    residual_beta: Annotated[float, At(least=0)] = 1.0
+    residual_alpha: Summand | tuple[Summand, ...] = 1.0
+    residual_beta: Summand | tuple[Summand, ...] = 1.0
     dropout: Annotated[float, At(least=0, below=1)] = 0.0
     init: Literal["deepnet", "normal"] = "deepnet"
 
@@ -50,6 +53,15 @@ class ModelConfig(Checked):
             if pattern is not None and not 0 < len(pattern) <= self.num_layers:
                 raise UserError(
                     f"{name} has {len(pattern)} entries for {self.num_layers} layers; allowed: 1 to num_layers, repeated"
+                )
+        for name in ("residual_alpha", "residual_beta"):
+            factors = getattr(self, name)
+            if isinstance(factors, tuple) and (
+                len(factors) % 2 or not 0 < len(factors) <= 2 * self.num_layers
+            ):
+                raise UserError(
+                    f"{name} lists {len(factors)} numbers for {self.num_layers} layers; give one for all, or two for each "
+                    "layer, of its mixer and its FFN, repeated"
                 )
         named, others = self.layers or (self.mixer.name,), self.mixers or {}
         known = {self.mixer.name, *others, *MixerConfig.options()}
@@ -90,9 +102,18 @@ class ModelConfig(Checked):
         kinds, widths = self.ffn_layers or (self.ffn,), self.ffn_dims or (self.ffn_dim or 2 * self.d_model,)
         return tuple((kinds[n % len(kinds)], widths[n % len(widths)]) for n in range(self.num_layers))
 
+    @property
+    def residuals_by_layer(self) -> tuple[tuple[Residual, Residual], ...]:
+        """α and β of each layer's mixer and of its FFN, from the first layer to the last."""
+        lists = [x if isinstance(x, tuple) else (x,) for x in (self.residual_alpha, self.residual_beta)]
+        alphas, betas = ([x[n % len(x)] for n in range(2 * self.num_layers)] for x in lists)
+        sums = list(zip(alphas, betas, strict=True))
+        return tuple(zip(sums[::2], sums[1::2], strict=True))
+
     def of_layer(self, layer: int) -> ModelConfig:
         """The configuration of a model that has only this layer."""
         ffn, width = self.ffns_by_layer[layer]
+        alphas, betas = zip(*self.residuals_by_layer[layer], strict=True)
         return replace(
             self,
             num_layers=1,
@@ -103,13 +124,18 @@ class ModelConfig(Checked):
             ffn_layers=None,
             ffn_dim=width,
             ffn_dims=None,
+            residual_alpha=alphas,
+            residual_beta=betas,
         )
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers are alike: `mixer`, `ffn` and `ffn_dim` say all about them."""
+        """Whether all layers are alike: `mixer`, `ffn` and `ffn_dim` say all about them, but for residual sums."""
         alike = {(self.mixer, (self.ffn, self.ffn_dim or 2 * self.d_model))}
-        return set(zip(self.mixer_kinds_by_layer, self.ffns_by_layer, strict=True)) == alike
+        return (
+            set(zip(self.mixer_kinds_by_layer, self.ffns_by_layer, strict=True)) == alike
+            and len(set(self.residuals_by_layer)) == 1
+        )
 
     @property
     def has_states(self) -> bool:

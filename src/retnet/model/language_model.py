@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retnet.mixers import MIXERS
 from retnet.mixers.packing import handed
-from retnet.model.config import ModelConfig
+from retnet.model.config import ModelConfig, Residual
 from retnet.model.wrapped import ReadsWrapped
 from retnet.nn import FeedForward, Linear, Norm, Positions
 from retnet.settings import UserError
@@ -34,7 +34,8 @@ class Block(nn.Module):
         kind = config.mixers_by_layer[layer]
         kinds = config.mixer_kinds_by_layer
         self.mixer_kind = kinds.index(kinds[layer])  # the first layer with such a mixer
-        self.residual = residual_of(config)
+        self.residuals = config.residuals_by_layer[layer]  # of the mixer and of the FFN
+        self.of_norm = config.residual == "norm"
         self.mixer_norm = Norm(config.d_model, config.norm, config.norm_eps)
         self.mixer = MIXERS[kind.name](config.d_model, kind)
         self.ffn_norm = Norm(config.d_model, config.norm, config.norm_eps)
@@ -42,19 +43,20 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.d_model, width, ffn)
         self.dropout = nn.Dropout(config.dropout)
 
-    def _add(self, x: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, branch: Tensor, residual: Residual) -> Tensor:
         """The residual sum of x, of which the branch read what its norm made."""
         if self.training:  # else a module's call would cost microseconds of every token
             branch = self.dropout(branch)
-        if self.residual == (1, 1, False):
+        if residual == (1, 1) and not self.of_norm:
             return x + branch
-        alpha, beta, of_norm = self.residual
-        return alpha * (normed if of_norm else x) + beta * branch
+        alpha, beta = residual
+        return alpha * (normed if self.of_norm else x) + beta * branch
 
     def _close(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
-        y = self._add(x, normed, mixed)
+        of_mixer, of_ffn = self.residuals
+        y = self._add(x, normed, mixed, of_mixer)
         normed = self.ffn_norm(y)
-        return self._add(y, normed, self.ffn(normed))
+        return self._add(y, normed, self.ffn(normed), of_ffn)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, positions: Positions | None = None
@@ -85,11 +87,6 @@ class Block(nn.Module):
         normed = self.mixer_norm(x)
         mixed, state = self.mixer.step(normed, state, **handed(positions))
         return self._close(x, normed, mixed), state
-
-
-def residual_of(config: ModelConfig) -> tuple[float, float, bool]:
-    """α, β, and whether α multiplies what the norm made of x."""
-    return config.residual_alpha, config.residual_beta, config.residual == "norm"
 
 
 class Backbone(nn.Module):

@@ -137,7 +137,7 @@ def compile_model_step(
             if thread() == 0:
                 for b in range(B):
                     position[slots[b]] += 1
-            add(model, x, z, sums)
+            add(model, real(layer[LayerTable.ALPHA]), real(layer[LayerTable.BETA]), x, z, sums)
             normed(x, layer[LayerTable.FFN_NORM], layer[LayerTable.FFN_BIAS], eps, z, packed)
             rows(packed, B, matrix(layer[LayerTable.FC1], layer[LayerTable.FC1_SCALES], N, D), hidden, 0)
             if layer[LayerTable.FFN_GATE]:
@@ -152,7 +152,7 @@ def compile_model_step(
             barrier()
             rows(active, B, matrix(layer[LayerTable.FC2], layer[LayerTable.FC2_SCALES], D, N), sums, 0)
             barrier()
-            add(model, x, z, sums)
+            add(model, real(layer[LayerTable.FFN_ALPHA]), real(layer[LayerTable.FFN_BETA]), x, z, sums)
         normed(x, model[ModelTable.NORM], model[ModelTable.NORM_BIAS], eps, z, packed)
         logits = array(table[CallTable.LOGITS], (B, model[ModelTable.LOGITS]), np.float32)
         rows(
@@ -212,18 +212,18 @@ def _compile_ends(compiler: Compiler, gemm: SkinnyGemm) -> Any:
             x[:] = z
 
     @compiler.function
-    def add(model: Any, x: Any, z: Any, branch: Any) -> None:
-        """The residual sum: x = α x + β f, or α z + β f, of x [B,D], what its norm made of it and what the branch did."""
-        alpha, beta = np.float32(real(model[ModelTable.ALPHA])), np.float32(real(model[ModelTable.BETA]))
+    def add(model: Any, a: float, b: float, x: Any, z: Any, branch: Any) -> None:
+        """The residual sum: x = a x + b f, or a z + b f, of x [B,D], what its norm made of it and what the branch did."""
+        alpha, beta = np.float32(a), np.float32(b)
         if model[ModelTable.NORMED]:
             x[:] = z
         if alpha == 1 and beta == 1:
             x += branch
         else:
             B, D = x.shape
-            for b in range(B):
+            for i in range(B):
                 for j in range(D):
-                    x[b, j] = alpha * x[b, j] + beta * branch[b, j]
+                    x[i, j] = alpha * x[i, j] + beta * branch[i, j]
 
     return normed, enter, add
 

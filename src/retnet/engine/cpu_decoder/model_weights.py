@@ -17,7 +17,6 @@ from retnet.engine.cpu_decoder.table import (
 )
 from retnet.mixers import MultiScaleRetention, SoftmaxAttention
 from retnet.model import Block, LanguageModel
-from retnet.model.language_model import residual_of
 from retnet.nn import FeedForward, Int8Linear, Linear, Norm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -58,7 +57,7 @@ def read_model(model: nn.Module) -> WeightTable:
         weight,
         scale,
         norm.eps,
-        residual_of(model.config),
+        model.config.residual == "norm",
     )
     return make_table(known, ends)
 
@@ -94,7 +93,7 @@ def _read_block(block: nn.Module) -> tuple[MixerWeights, BlockWeights] | None:
     if core is None or weights is None:
         return None
     norms = (first.weight, first.bias, second.weight, second.bias)
-    return core, BlockWeights(*norms, *weights, first.eps, ffn.act.__name__)
+    return core, BlockWeights(*norms, *weights, first.eps, ffn.act.__name__, block.residuals)
 
 
 def _read_mixer(mixer: nn.Module) -> MixerWeights | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -37,16 +38,14 @@ class ModelTable(IntEnum):
     TOKENS = 7  # in the vocabulary of the embedding
     LOGITS = 8
     SCALE = 9  # of the embedding
-    ALPHA = 10  # a branch f of x makes it α x + β f
-    BETA = 11
-    NORMED = 12  # whether it is α norm(x) + β f
-    EMBEDDING = 13
-    EMBEDDING_NORM = 14
-    EMBEDDING_BIAS = 15
-    NORM = 16
-    NORM_BIAS = 17
-    HEAD = 18
-    HEAD_SCALES = 19
+    NORMED = 10  # whether a branch f of x makes it α norm(x) + β f, else α x + β f
+    EMBEDDING = 11
+    EMBEDDING_NORM = 12
+    EMBEDDING_BIAS = 13
+    NORM = 14
+    NORM_BIAS = 15
+    HEAD = 16
+    HEAD_SCALES = 17
 
 
 class LayerTable(IntEnum):
@@ -72,35 +71,39 @@ class LayerTable(IntEnum):
     SCALE = 14  # of query-key products
     QK_EPS = 15  # of the norm of queries and keys
     HEAD_EPS = 16
-    MIXER_NORM = 17
-    MIXER_BIAS = 18
-    FFN_NORM = 19
-    FFN_BIAS = 20
-    Q = 21
-    KEYS = 22
-    VALUES = 23
-    GATE = 24
-    OUT = 25
-    FC1 = 26
-    FFN_GATE = 27
-    FC2 = 28
-    Q_SCALES = 29
-    K_SCALES = 30
-    V_SCALES = 31
-    GATE_SCALES = 32
-    OUT_SCALES = 33
-    FC1_SCALES = 34
-    FFN_GATE_SCALES = 35
-    FC2_SCALES = 36
-    LOG_DECAY = 37
-    THETA = 38
-    Q_NORM = 39
-    K_NORM = 40
-    Q_BIAS = 41
-    K_BIAS = 42
-    V_BIAS = 43
-    HEAD_WEIGHT = 44
-    HEAD_BIAS = 45
+    ALPHA = 17  # of the residual sums by mixer and by FFN
+    BETA = 18
+    FFN_ALPHA = 19
+    FFN_BETA = 20
+    MIXER_NORM = 21
+    MIXER_BIAS = 22
+    FFN_NORM = 23
+    FFN_BIAS = 24
+    Q = 25
+    KEYS = 26
+    VALUES = 27
+    GATE = 28
+    OUT = 29
+    FC1 = 30
+    FFN_GATE = 31
+    FC2 = 32
+    Q_SCALES = 33
+    K_SCALES = 34
+    V_SCALES = 35
+    GATE_SCALES = 36
+    OUT_SCALES = 37
+    FC1_SCALES = 38
+    FFN_GATE_SCALES = 39
+    FC2_SCALES = 40
+    LOG_DECAY = 41
+    THETA = 42
+    Q_NORM = 43
+    K_NORM = 44
+    Q_BIAS = 45
+    K_BIAS = 46
+    V_BIAS = 47
+    HEAD_WEIGHT = 48
+    HEAD_BIAS = 49
 
 
 class MixerWeights(NamedTuple):
@@ -138,6 +141,7 @@ class BlockWeights(NamedTuple):
     scales: Sequence[Tensor | None]  # [out] fp32 of each weight that is int8
     norm_eps: float
     act: str  # "gelu" or "silu"
+    residuals: Sequence[tuple[float, float]]  # α and β of the mixer's residual sum, and of the FFN's
 
 
 class EndWeights(NamedTuple):
@@ -152,7 +156,7 @@ class EndWeights(NamedTuple):
     head: Tensor  # [logits,D]
     head_scale: Tensor | None  # [logits] fp32 if the head is int8
     norm_eps: float
-    residual: tuple[float, float, bool]  # α, β, and whether α multiplies what the norm made of x
+    normed: bool  # whether α of residual sums multiplies what the norm made of x
 
 
 class Sizes(NamedTuple):
@@ -222,8 +226,8 @@ def make_table(blocks: Sequence[tuple[MixerWeights, BlockWeights]], ends: EndWei
         len(known),
         ends.embedding.shape[0],
         ends.head.shape[0],
-        *map(bits, (ends.scale, *ends.residual[:2])),
-        int(ends.residual[2]),
+        bits(ends.scale),
+        int(ends.normed),
         *_addresses(outer),
     ]
     for block in known:
@@ -271,7 +275,7 @@ def _check(mixer: MixerWeights, outer: BlockWeights) -> _BlockEntry | None:
         _NORMS[mixer.norm],
         *map(int, (mixer.together, mixer.activated, mixer.sigmoid)),
         int(outer.act == "silu"),
-        *map(bits, (mixer.scale or K**-0.5, mixer.qk_eps, mixer.eps)),
+        *map(bits, (mixer.scale or K**-0.5, mixer.qk_eps, mixer.eps, *chain(*outer.residuals))),
     ]
     projected = H * K + G * (K + V) + H * V * (gate is not None)
     sizes = Sizes(D, projected, N, max(D, H * V, N) + LANES, angles)
