@@ -34,10 +34,11 @@ Numbers = Mapping[str, float]
 NAMES = ("tokens/s", "first token, ms", "between tokens, ms")
 
 
-def ours(sample: LoadSample) -> Numbers:
-    """What our generator saw."""
+def ours(sample: LoadSample, waves: int) -> Numbers:
+    """What our generator saw of so many prompts a stream; tokens per second from the first token on, as guidellm counts."""
+    began = min(sample.first[::waves])  # of each stream the first prompt
     seen = (
-        sample.tokens / sample.seconds,
+        sample.tokens / (sample.seconds - began),
         statistics.mean(sample.first) * 1e3,
         statistics.mean(sample.between) * 1e3,
     )
@@ -91,7 +92,8 @@ def main() -> None:
         for number in range(options.rounds + 1):  # the first warms up
             ids = random.integers(97, 123, (2, streams, options.waves, options.context)).tolist()
             bodies = [[server.body(prompt, tokens) for prompt in prompts] for prompts in ids[0]]
-            seen = ours(ask.streams(f"{place.url}/v1/completions", bodies, tokens, served.OURS))
+            sample = ask.streams(f"{place.url}/v1/completions", bodies, tokens, served.OURS)
+            seen = ours(sample, options.waves)
             prompts = Path(folder) / f"{number}.jsonl"
             texts = [bytes(prompt[1:]).decode() for stream in ids[1] for prompt in stream]  # BOS comes before
             rows = [json.dumps({"prompt": text, "output_tokens_count": tokens}) for text in texts]

@@ -241,7 +241,7 @@ class Ticking:
         return [Event(7, 0, "x", 1, None, None if self.left else Completion("", (), "length", 1))]
 
 
-@pytest.mark.parametrize(("seconds", "apart"), [(0.0005, False), (0.02, True)])
+@pytest.mark.parametrize(("seconds", "apart"), [(0.0005, False), (0.03, True)])
 def test_tokens_that_come_soon_after_one_another_are_sent_together(seconds, apart):
     """The first at once; none waits for longer than it may, nor for a step that takes longer."""
     count, found = 40, []

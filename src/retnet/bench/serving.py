@@ -34,7 +34,7 @@ NOTES = (
     "a sample: so many requests sent at the same moment, each with another prompt of random ASCII characters that no server "
     "has seen, and so many tokens to write, greedily. tokens/s: written, of all streams, from the first request to the last "
     "token, so reading the prompts counts. Between tokens: as they arrive at the client, those that come together (this "
-    "server sends what is written within 20 ms at once) sharing the time since those before",
+    "server sends what is written within 50 ms at once) sharing the time since those before",
     "one load generator for all, a process of its own that asks every server by OpenAI's /v1/completions, streamed; an "
     "answer of another length than was asked for ends the measurement",
     "servers run side by side, one is asked at a time, rounds interleaved, each with as many slots as there are streams. "

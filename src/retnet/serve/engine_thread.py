@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger("retnet.serve")
 _MOST_FAILURES = 3  # in a row: then nothing that waits has a chance
-TOGETHER = 0.02  # seconds; fifty times a second is fluent to the eye
+TOGETHER = 0.05  # seconds; twenty times a second is fluent to the eye
 
 
 class Feed:
