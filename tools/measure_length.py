@@ -1,6 +1,6 @@
 """Trains one step on one sequence of a million tokens: cut over four processes, and in one, with what each came to hold.
 
-    python -m tools.measure_length FOLDER [--tokens 1048576] [--processes 4] [--out benchmarks/results]
+    python -m tools.measure_length FOLDER [--tokens 1048576] [--processes 4] [--out benchmarks/results/tools]
 
 The text is one document, so that all of it depends on all before. One process makes the step first, with as much memory as
 it wants. Then both begin again where nobody may hold more than half of that (RLIMIT_DATA, of each process): the processes

@@ -1,6 +1,6 @@
 """Steps of several processes beside those of one: strong and weak scaling over each axis of the mesh, interleaved.
 
-    torchrun --standalone --nproc-per-node=2 -m tools.measure_scaling [--rounds 5] [--out benchmarks/results]
+    torchrun --standalone --nproc-per-node=2 -m tools.measure_scaling [--rounds 5] [--out benchmarks/results/tools]
 
 All contenders take turns in the same processes. A step of one process is made by the first while the others wait; over an
 axis all make the same step together (strong scaling), or one with as many times the passes (weak scaling). Cores share

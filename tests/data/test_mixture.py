@@ -132,7 +132,9 @@ def test_a_corpus_that_another_holds_already_is_named(tmp_path):
     (tmp_path / "v.txt").write_text("v")
     a, b, validation = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "v.txt"))
     found = prepare(DataConfig(corpus=(a, b), validation=validation, cache=str(tmp_path / "cache")))
-    with pytest.raises(UserError, match=r"data\.corpus number 2 has 0 tokens to train on, and a weight"):
+    with pytest.raises(
+        UserError, match=r"data\.weights has 2 numbers.*knows of 1 corpora.*whose text another holds"
+    ):
         Batches(found.train, seq_len=8, batch_size=4, seed=0, mixture=Mixture([Phase(0, (1, 1))]))
 
 

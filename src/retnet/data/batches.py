@@ -71,7 +71,8 @@ class Batches:
         if len(corpora) != self._mixture.num_corpora:
             raise UserError(
                 f"data.weights has {self._mixture.num_corpora} numbers, and the prepared text knows of {len(corpora)} "
-                "corpora; give one weight for each (text of older versions is prepared again from its corpora)"
+                "corpora; give one weight for each, and none to a corpus whose text another holds (text of older versions "
+                "is prepared again from its corpora)"
             )
         self._starts = [0, *accumulate(corpora)]  # of the corpora in the stream
         sizes = [-(-max(tokens - 1, 0) // seq_len) for tokens in corpora]  # in windows

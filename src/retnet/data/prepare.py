@@ -269,11 +269,9 @@ def _fingerprint(config: DataConfig, found: list[Source], given: Tokenizer | Non
         rules.append("pieces know what stands before them")
     if any(s.kind not in TEXT for s in found):  # they were known by another hash before
         rules.append("records are known by SHA-256, whatever their line endings")
-    if (
-        corpora := len(as_tuple(config.corpus))
-    ) > 1:  # older versions did not count the tokens of each corpus
-        files = Counter(s.corpus for s in found if not s.validation)
-        numbers = [files[number] for number in range(corpora)]
+    files = Counter(s.corpus for s in found if not s.validation)
+    if len(files) > 1:  # older versions did not count the tokens of each corpus
+        numbers = [files[number] for number in range(len(as_tuple(config.corpus)))]
         rules.append(f"tokens are counted by corpus {numbers}")
     if DIVISION != 1 and fraction is not None:  # the first rule had no number here
         rules.append(f"divided by rule {DIVISION}")

@@ -154,7 +154,7 @@ class Segments:
         examples = [words for segment in self.done for words in segment.examples][:EXAMPLES]
         train = _split([segment.train for segment in self.done])
         corpora = sum((Counter(segment.corpora) for segment in self.done), Counter[int]())
-        if num_corpora > 1:
+        if len(corpora) > 1:  # a list of one and its twins is that one
             train = msgspec.structs.replace(train, corpora=[corpora[number] for number in range(num_corpora)])
         return train, _split([segment.validation for segment in self.done]), dict(problems), examples
 
