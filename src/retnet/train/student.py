@@ -115,7 +115,9 @@ def transfer(teacher: Found, config: ModelConfig, batch: Batch, device: torch.de
                 _heads(mixer, x, bounds, heads)
                 for mixer in (student.to(device), cast("Block", model.blocks[layer]).mixer)
             )
-            size = (own * wanted).sum((0, 2)) / own.square().sum((0, 2)).clamp(min=1e-12)  # [H], the nearest
+            # the teacher's size, for the nearest one silences heads of which little is kept; [H]
+            size = (wanted.square().sum((0, 2)) / own.square().sum((0, 2)).clamp(min=1e-12)).sqrt()
+            size = torch.where((own * wanted).sum((0, 2)) < 0, -size, size)
             found["out_proj.weight"] = found["out_proj.weight"] * size.cpu().repeat_interleave(own.shape[2])
             tensors |= {place + name: y.to(teacher.dtype).contiguous() for name, y in found.items()}
     return replace(teacher, config=config, tensors=tensors)
