@@ -244,7 +244,7 @@ def resharded(folder: Path) -> dict[str, float]:
             begin=lambda: path.mkdir(),
             check=lambda tensors: None,
             finish=lambda files: (path / "manifest.json").write_text(json.dumps({"files": files})),
-        ).result()
+        ).complete.result()
         writer.close()
     dist.barrier()
     verify(path)
