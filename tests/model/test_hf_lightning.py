@@ -20,6 +20,10 @@ V = 61
 @pytest.fixture(scope="module")
 def pair():
     """transformers' own model and the same with our op; three linear layers to one of softmax."""
+    return made(["full_attention"] + ["linear_attention"] * 3)
+
+
+def made(layer_types):
     torch.manual_seed(0)
     config = transformers.MiniMaxConfig(
         vocab_size=V,
@@ -31,8 +35,7 @@ def pair():
         num_local_experts=2,
         head_dim=12,
         block_size=16,
-        layer_types=["full_attention"]
-        + ["linear_attention"] * 3,  # transformers takes positions from layer 0
+        layer_types=layer_types,
         linear_attn_alpha_factor=0.7,
         linear_attn_beta_factor=1.3,
         pad_token_id=0,
@@ -173,6 +176,24 @@ def test_prefill_in_chunks_and_steps(pair):
         assert relative(torch.cat(logits, 1), want) <= 1e-5
 
 
+def test_a_first_layer_without_keys():
+    """transformers counts the tokens of a cache by layer 0, and masks by that; MiniMax-01 begins with a linear one."""
+    pair = made(["linear_attention", "full_attention"] * 2)
+    ids = tokens(2, 60)
+    want = both(pair[:1], ids)[0].logits
+    for first in pair:
+        with torch.no_grad():
+            cache = first(ids[:, :20]).past_key_values
+            got = [
+                pair[1](piece, past_key_values=cache).logits
+                for piece in ids[:, 20:].split([25, 1, 14], dim=1)
+            ]
+        assert relative(torch.cat(got, 1), want[:, 20:]) <= 1e-5
+    options = {"max_new_tokens": 8, "do_sample": False}
+    pieces = pair[1].generate(ids, past_key_values=lightning.MiniMaxCache(), prefill_chunk_size=16, **options)
+    assert torch.equal(pieces, pair[0].generate(ids, use_cache=False, **options))
+
+
 def test_a_cache_goes_from_one_to_the_other_and_is_not_changed_behind_its_back(pair):
     ids = tokens(1, 60)
     want = both(pair[:1], ids)[0].logits[:, 50:]
@@ -228,11 +249,9 @@ def test_gradients(pair):
 def test_generation(pair, options):
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
-    found = [
-        model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
-        for model in pair
-    ]
-    assert torch.equal(*found)
+    options = options | {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    want = pair[0].generate(ids, use_cache=False, **options)  # with one, transformers' beams change states
+    assert torch.equal(pair[1].generate(ids, **options), want)
 
 
 def test_bfloat16_keeps_states_in_fp32(pair):

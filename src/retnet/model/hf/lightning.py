@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import (
     MiniMaxCache,
     MiniMaxLightningAttention,
+    MiniMaxModel,
     apply_mask_to_padding_states,
 )
 
@@ -27,7 +28,8 @@ def use_retention(model: M) -> M:
 
     Weights, buffers, state dict and cache keep their names and shapes; the function is the same, up to rounding, and so is
     that of a cache that either way of computing has filled. Chunks that continue a cache are computed at once instead of
-    token by token. States are fp32, or fp64 beside fp64 weights, where transformers' have the type of the weights.
+    token by token, and the cache becomes a `RetentionCache`, for beams and pieces of a prompt to be right. States are fp32,
+    or fp64 beside fp64 weights, where transformers' have the type of the weights.
 
     Args:
         model: transformers' `MiniMaxForCausalLM`, or any module with such layers.
@@ -46,7 +48,43 @@ def use_retention(model: M) -> M:
         )
     for layer in layers:
         layer.__class__ = RetentionLightningAttention
+    for inner in model.modules():
+        if isinstance(inner, MiniMaxModel):  # it masks by what a cache says before its layers see it
+            inner.register_forward_pre_hook(_before, with_kwargs=True)
     return model
+
+
+class RetentionCache(MiniMaxCache):  # type: ignore[misc]  # transformers has no types
+    """transformers' cache, whose linear states follow their beams, and whose tokens are counted where keys are.
+
+    transformers' own leaves linear states where they are when beams change places, and counts tokens in layer 0, which may
+    have no keys: then pieces that continue a cache get wrong positions and masks.
+    """
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that have been read, whichever layer is asked."""
+        return max((layer.get_seq_length() for layer in self.layers), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys after these queries, and the place of the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become those of beam_idx [B], in every layer."""
+        super().reorder_cache(beam_idx)
+        self.linear_cache: list[Any] = [
+            x.index_select(0, beam_idx.to(x.device)) if isinstance(x, Tensor) else x
+            for x in self.linear_cache
+        ]
+
+
+def _mend(cache: MiniMaxCache | None) -> None:
+    if type(cache) is MiniMaxCache:
+        cache.__class__ = RetentionCache
+
+
+def _before(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _mend(kwargs.get("past_key_values"))
 
 
 class RetentionLightningAttention(MiniMaxLightningAttention):  # type: ignore[misc]  # transformers has no types
@@ -82,6 +120,7 @@ class RetentionLightningAttention(MiniMaxLightningAttention):  # type: ignore[mi
         heads, state = self._retain(q, k, v, before if isinstance(before, Tensor) else None, cu_seq_lens_q)
         gate = torch.sigmoid(self.output_gate(hidden_states))
         if past_key_values is not None:
+            _mend(past_key_values)
             past_key_values.set_linear_cache(self.layer_idx, state)
         return self.out_proj(gate * self.norm(heads.flatten(-2))), state
 
