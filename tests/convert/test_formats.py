@@ -242,6 +242,10 @@ def test_combinations_that_make_no_sense(run, tmp_path):
         read(GOLDEN / "fla", config=tmp_path / "x.json")
     with pytest.raises(UserError, match=r"is a file, but kind 'fla' is a folder"):
         read(GOLDEN / "torchscale-gelu/config.json", "fla")
+    with pytest.raises(
+        UserError, match=r"looks like fla, and kind 'syncdoth' is a folder whose .* decoder_embed_dim"
+    ):
+        read(GOLDEN / "fla", "syncdoth")
     with pytest.raises(UserError, match=r"unknown kind 'onnx'"):
         convert(GOLDEN / "fla", tmp_path / "a", to="onnx")
     with pytest.raises(UserError, match=r"unknown dtype 'int8'"):

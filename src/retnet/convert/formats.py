@@ -139,6 +139,8 @@ def read(
         return torchscale.read(path, None if config is None else Path(config))
     if path.is_file():
         raise UserError(f"{source} is a file, but kind {kind!r} is {READERS[kind]}")
+    if (kinds := _kinds(path)) and kind not in kinds:
+        raise UserError(f"{source} looks like {' and '.join(kinds)}, and kind {kind!r} is {READERS[kind]}")
     readers = {
         "fla": fla.read,
         "syncdoth": syncdoth.read,
