@@ -292,6 +292,7 @@ def test_stages_are_runs_that_go_on_where_they_were_stopped(taught, tmp_path):
     again = shared().run([*words, *chosen, "--align-rate=0.01", *others], tmp_path)
     assert again.returncode == 0, again.stderr
     assert re.search(r"memory: about [\d.]+ .iB for the teacher, and [\d.]+ .iB to train", again.stderr)
+    assert re.search(r"memory in 3-longer, without the teacher: about [\d.]+ .iB", again.stderr)
     assert "2-distil: 30 steps\nfinished before: 30 steps" in again.stderr
     for stage in whole.stages:
         assert f"{stage.name}\t" in again.stdout

@@ -84,14 +84,22 @@ def _beforehand(config: Linearization, dest: Path) -> tuple[str, ...]:
 
     found = read(config.teacher, weights=False)
     model = student_config(found.config, config.how.mixer, config.how.keep_every)
-    stages = [replace(run, model=model) for run in config.stages(dest).values()]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    most = max((footprint(stage, processes).memory for stage in stages), key=lambda memory: memory.peak)
-    teacher, student = in_bytes(most.teacher), in_bytes(most.peak - most.teacher)
     whose = " of each process" if processes > 1 else ""
+    memory = {
+        name: footprint(replace(run, model=model), processes).memory
+        for name, run in config.stages(dest).items()
+    }
+    taught = max((stage for stage in memory.values() if stage.teacher), key=lambda stage: stage.peak)
+    teacher, student = in_bytes(taught.teacher), in_bytes(taught.peak - taught.teacher)
     return (
         *found.notes,
         f"memory{whose}: about {teacher} for the teacher, and {student} to train the student",
+        *(
+            f"memory{whose} in {name}, without the teacher: about {in_bytes(stage.peak)}"
+            for name, stage in memory.items()
+            if not stage.teacher
+        ),
     )
 
 
