@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -293,7 +294,11 @@ class TestEquivalences:
         monkeypatch.setenv("WANDB_SILENT", "true")
         self.weights(config_file, tmp_path / "a", wandb=True)
         (kept,) = (tmp_path / "a/wandb").glob("offline-run-*/run-*.wandb")
-        assert b"validation_bits_per_byte" in kept.read_bytes()
+        for _ in range(200):  # wandb's own process, which lives as long as this one, writes it soon
+            if found := b"validation_bits_per_byte" in kept.read_bytes():
+                break
+            time.sleep(0.1)
+        assert found
 
     @pytest.mark.parametrize(("end", "code"), [("", 0), ("a signal", 1), ("an error", 1)])
     def test_trackers_are_told_how_a_run_ends(self, end, code, config_file, tmp_path, monkeypatch):
