@@ -1,7 +1,10 @@
 """forward == prefill == step by step, padding, and sizes, for every preset dialect."""
 
+import ast
 import collections
 import dataclasses
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from retnet.mixers import MIXERS, RetentionConfig
 from retnet.model import LanguageModel, ModelConfig
 from retnet.model.checkpoint import weights
 from retnet.model.cost import cost, kv_cache_bytes
-from retnet.model.language_model import fresh_weights
+from retnet.model.language_model import Block, fresh_weights
 from retnet.nn import rotary
 from retnet.ops import rotation
 from retnet.settings import UserError, config_path, load, shipped_configs
@@ -292,3 +295,14 @@ class TestFreshWeights:
         most = most_alive(lambda: collections.deque(fresh_weights(config), maxlen=0))
         assert most - known < whole / 6
         assert most_alive(lambda: list(fresh_weights(config))) - known >= whole
+
+
+def test_blocks_of_the_vllm_plugin_add_as_blocks_do():
+    """Its own tests need vLLM, so none of these would see that what it overrides has moved."""
+    text = (Path(__file__).parents[2] / "integrations/vllm/src/retnet_vllm/model.py").read_text("utf-8")
+    (theirs,) = (
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name == "_add"
+    )
+    assert [argument.arg for argument in theirs.args.args] == list(inspect.signature(Block._add).parameters)

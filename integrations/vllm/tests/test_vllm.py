@@ -89,6 +89,7 @@ MODELS = {
                 temperature=4.0,
                 rotary="halves",
                 rotary_base=500.0,
+                head_norm="rms",
                 head_norm_eps=1e-2,
                 chunk_size=16,
             ),
@@ -106,7 +107,7 @@ MODELS = {
         },
         norm_eps=1e-3,
         residual="norm",
-        residual_alpha=1.3,
+        residual_alpha=(1.3, 0.9),  # of a mixer and of an FFN
         residual_beta=0.7,
         ffn_layers=("swiglu", "gelu"),
         ffn_dims=(96, 64, 128),

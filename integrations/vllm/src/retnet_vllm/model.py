@@ -20,7 +20,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, Suppo
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from retnet.model.config import ModelConfig
+from retnet.model.config import ModelConfig, Residual
 from retnet.model.language_model import Backbone, Block
 from retnet.nn import Linear
 from retnet.settings import UserError
@@ -39,9 +39,9 @@ class PagedBlock(Block):
         normed = self.mixer_norm(x)
         return self._close(x, normed, pages.mix(normed, step))
 
-    def _add(self, x: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, branch: Tensor, residual: Residual) -> Tensor:
         """Of several ranks each has some heads and a part of the FFN's width, and makes a summand of either output."""
-        return super()._add(x, normed, tensor_model_parallel_all_reduce(branch))
+        return super()._add(x, normed, tensor_model_parallel_all_reduce(branch), residual)
 
 
 class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
