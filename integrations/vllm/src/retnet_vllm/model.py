@@ -32,7 +32,7 @@ from retnet_vllm.refusals import refuse_mixers, refuse_settings
 class PagedBlock(Block):
     """A `Block` whose mixer is run by whoever keeps its states."""
 
-    def forward(self, x: Tensor, pages: StatePages | TokenPages, step: Step | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, pages: StatePages | TokenPages, step: Step | None) -> Tensor:  # type: ignore[override]  # pages, not bounds
         """x [T,D] → [T,D]; outside of a step one sequence from its beginning, whose state nobody wants."""
         if step is None:
             return Block.forward(self, x[None])[0]
@@ -110,9 +110,9 @@ class RetNetForCausalLM(Backbone, HasInnerState, IsHybrid, SupportsMambaPrefixCa
         self,
         input_ids: Tensor | None,
         positions: Tensor,
-        intermediate_tensors: Any = None,  # noqa: ANN401
+        intermediate_tensors: Any = None,  # noqa: ANN401  (vLLM has no type for them)
         inputs_embeds: Tensor | None = None,
-        **_: Any,  # noqa: ANN401
+        **_: Any,  # noqa: ANN401  (as above)
     ) -> Tensor:
         """What the head reads of all tokens of a step, [T] → [T,D]; `positions` are those in their sequences, [T]."""
         x = self._enter(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
