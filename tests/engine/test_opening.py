@@ -102,6 +102,13 @@ def test_folders_of_others(tmp_path, run):
         UserError, match=r"no tokenizer .*; `retnet convert .* --to run --tokenizer …` puts one"
     ):
         open_run(other)
+    convert(other, tmp_path / "run", to="run")
+    with pytest.raises(
+        UserError, match=r"no tokenizer .*; `retnet convert .*run DEST --to run --tokenizer …`"
+    ):
+        open_run(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "mended", to="run", tokenizer=Tokenizer.load("bytes"))
+    assert open_run(tmp_path / "mended").tokenizer.vocab_size == 257
     Tokenizer.load("bytes").save(other / "tokenizer.json")
     assert open_run(other).model.config.vocab_size == 257
     (tmp_path / "gpt2").mkdir()

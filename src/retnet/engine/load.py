@@ -72,7 +72,7 @@ def open_run(
     else:
         where, chosen = find_checkpoint(path, checkpoint)
         model = load_model(where, device=place, dtype=kind).eval()
-        tokenizer = Tokenizer.load(where / "tokenizer.json")
+        tokenizer = _tokenizer(where, where / "tokenizer.json")
     vocab_size = model.config.vocab_size
     assert vocab_size is not None  # no model is built without
     if tokenizer.vocab_size > vocab_size:
@@ -94,9 +94,13 @@ def _open_folder(folder: Path, checkpoint: str | None) -> tuple[LanguageModel, T
             f"{folder} holds no RetNet that can be run here, but a model of type {model_type(folder)!r}; "
             "`retnet eval` measures any"
         ) from None
-    found = read(folder, kind)
+    return read(folder, kind).model(), _tokenizer(folder, folder)
+
+
+def _tokenizer(folder: Path, spec: Path) -> Tokenizer:
+    """What lies beside a model; a model has no place for one that lies elsewhere, so the message makes one."""
     try:
-        return found.model(), Tokenizer.load(folder)
+        return Tokenizer.load(spec)
     except UserError as error:
         raise UserError(
             f"{error}; `retnet convert {folder} DEST --to run --tokenizer …` puts one beside the model"
