@@ -153,7 +153,7 @@ def test_another_process_may_hold_the_memory(file):
     first = bytes_read(file)
     with sqlite3.connect(cache_folder() / "files.sqlite") as other:
         other.execute("BEGIN IMMEDIATE")
-        other.execute("DELETE FROM contents_3")
+        other.execute("DELETE FROM contents_4")
         assert bytes_read(file) == (0, first[1])
         other.rollback()
     other.close()

@@ -59,6 +59,8 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, suffix):
         (".jsonl.gz", gzip.compress),
         (".jsonl.zst", zstandard.compress),
         (".jsonl.zst", lambda b: zstandard.compress(b[:100]) + zstandard.compress(b[100:])),  # two frames
+        (".jsonl.bz2", lambda b: bz2.compress(b[:100]) + bz2.compress(b"") + bz2.compress(b[100:])),
+        (".jsonl.xz", lambda b: lzma.compress(b[:100]) + bytes(8) + lzma.compress(b[100:]) + bytes(9000)),
     ],
 )
 def test_json_lines(tmp_path, suffix, compress):
@@ -295,16 +297,29 @@ def test_files_that_cannot_be_read_are_reported_and_what_stands_before_the_break
     assert "after line " in problems[1].message
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
-def test_almost_all_that_stands_before_garbage_is_kept(tmp_path, pack):
+PACK = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_almost_all_that_stands_before_garbage_is_kept(tmp_path, kind):
     """Also of a file that is read in one go."""
-    path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
-    path.write_bytes(
-        pack(lines([str(i) for i in range(1000)])) + pack(lines([str(i) for i in range(1000)])) + b"no more"
-    )
+    path = tmp_path / f"a.jsonl.{kind}"
+    packed = PACK[kind](lines([str(i) for i in range(1000)]))
+    path.write_bytes(packed + packed + b"no more")
     documents, problems = read_all(path)
     assert [problem.kind for problem in problems] == ["unreadable"]
     assert 1850 < len(documents) <= 2000
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("damage", [0, 12])  # in the magic number, and behind it
+def test_a_damaged_stream_behind_a_whole_one_is_told(tmp_path, kind, damage):
+    path = tmp_path / f"a.jsonl.{kind}"
+    packed = PACK[kind](lines([str(i) for i in range(1000)]))
+    path.write_bytes(packed + packed[:damage] + b"\xff\xff" + packed[damage + 2 :])
+    documents, problems = read_all(path)
+    assert [problem.kind for problem in problems][-1] == "unreadable"
+    assert len(documents) >= 850
 
 
 def test_empty_files_are_reported(tmp_path):

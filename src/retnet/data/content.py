@@ -37,6 +37,7 @@ _SETTLED = (
     2.0  # seconds after which a file's times tell a later change apart; file systems have clocks this coarse
 )
 _STEP = 4096  # bytes of a compressed text, which are lost before damage at most
+_PACKED = 1 << 13  # bytes read at a time of what is compressed
 _SURROGATES = re.compile("[\udc80-\udcff]")
 MARK = "\ufeff"  # a byte order mark
 
@@ -168,15 +169,49 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
     if compression == ".gz":
         file = gzip.GzipFile(fileobj=raw)
     elif compression == ".bz2":
-        file = bz2.BZ2File(raw)
+        file = io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), CHUNK)
     elif compression == ".xz":
-        file = lzma.LZMAFile(raw)  # noqa: SIM115  whoever reads closes it
+        file = io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), CHUNK)
     elif compression == ".zst":
         import pyarrow
 
         # zstandard's own reader takes a truncated file for a complete one; this one raises OSError.
         file = io.BufferedReader(_InSteps(pyarrow.input_stream(raw, compression="zstd")), CHUNK)
     return file  # type: ignore[return-value]  # all of them have read1
+
+
+class _Streams(io.RawIOBase):
+    """One compressed stream behind the other, and zeros between them; anything else behind one is an error.
+
+    Python's own readers take a damaged stream, and all behind it, for garbage that they leave out in silence.
+    """
+
+    def __init__(self, raw: IO[bytes], new: type[bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._new, self._stream = raw, new, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401
+        content = b""
+        while not content:
+            packed = b""
+            if self._stream.eof:
+                if not (packed := self._behind()):
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (packed := self._raw.read(_PACKED)):
+                raise EOFError
+            content = self._stream.decompress(packed, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _behind(self) -> bytes:
+        """What follows the stream that ended and the zeros behind it; empty at the end of the file."""
+        packed = self._stream.unused_data.lstrip(b"\0")
+        while not packed and (more := self._raw.read(_PACKED)):
+            packed = more.lstrip(b"\0")
+        return packed
 
 
 class _InSteps(io.RawIOBase):
@@ -223,8 +258,8 @@ class Contents:
             folder = cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
             self._memory = sqlite3.connect(folder / "files.sqlite", timeout=5, check_same_thread=False)
-            self._memory.execute(  # another number when what is refused changes
-                "CREATE TABLE IF NOT EXISTS contents_3 "
+            self._memory.execute(  # another number when what is read or refused changes
+                "CREATE TABLE IF NOT EXISTS contents_4 "
                 "(stamp TEXT PRIMARY KEY, digest TEXT, identity TEXT, size INT, refused TEXT)"
             )
 
@@ -237,7 +272,7 @@ class Contents:
             if self._memory is not None:
                 rows = [(stamp, *self._read[stamp]) for stamp in self._settled]
                 with self._memory:
-                    self._memory.executemany("INSERT OR REPLACE INTO contents_3 VALUES (?, ?, ?, ?, ?)", rows)
+                    self._memory.executemany("INSERT OR REPLACE INTO contents_4 VALUES (?, ?, ?, ?, ?)", rows)
                 self._memory.close()
 
     def of(self, source: Source) -> Content:
@@ -265,7 +300,7 @@ class Contents:
         if self._memory is None or self._verify:
             return None
         with contextlib.suppress(sqlite3.Error):
-            query = "SELECT digest, identity, size, refused FROM contents_3 WHERE stamp = ?"
+            query = "SELECT digest, identity, size, refused FROM contents_4 WHERE stamp = ?"
             if row := self._memory.execute(query, [key]).fetchone():
                 return Content(*row)
         return None
