@@ -45,4 +45,6 @@ class Outer:
 class Several:
     items: tuple[Inner, ...] = ()
     grid: tuple[tuple[int, ...], ...] = ()
+    words: tuple[str, ...] | None = None
+    widths: float | tuple[float, ...] = 1.0
     table: dict[str, Any] = field(default_factory=dict)

@@ -96,3 +96,21 @@ def test_what_was_changed_is_told_alike_by_versions_with_more_settings():
         RetentionConfig(), RetentionConfig(scale=1.0), RetentionConfig(decay=0.5), GatedRetentionConfig()
     )}  # fmt: skip
     assert len(told) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"words": "a, b"}, '["a", "b"]'),
+        ({"words": "[a,'b']"}, '["a", "b"]'),  # what a shell leaves of ["a",'b'] without quotes
+        ({"words": "a"}, '["a"]'),
+        ({"widths": "1,2.5"}, "[1.0, 2.5]"),
+        ({"widths": "x"}, ""),  # a number is as likely
+        ({"items": 3}, "[{…}, …]"),
+    ],
+)
+def test_what_should_be_a_list_is_shown_as_one(data, said):
+    with pytest.raises(UserError, match=r"Expected `.*array") as caught:
+        build(Several, data)
+    hint = f"; a list is written {said}, on a command line in single quotes"
+    assert str(caught.value).endswith(hint) if said else "list" not in str(caught.value)

@@ -149,8 +149,10 @@ def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: AN
     shown = "" if isinstance(value, Mapping) else f" {value!r}"
     words = _words(kind)
     allowed = f"; allowed: {', '.join(map(repr, words))}" if words else ""
-    spelled = _respelled(kind, value, words)
-    hint = "" if spelled is None else f"; did you mean {spelled}?"
+    listed = _as_list(kind, value)
+    spelled = None if listed else _respelled(kind, value, words)
+    hint = f"; a list is written {listed}, on a command line in single quotes" if listed else ""
+    hint = hint if spelled is None else f"; did you mean {spelled}?"
     return f"{name or 'configuration'}{shown}: {problem}{allowed}{hint}"
 
 
@@ -158,6 +160,21 @@ def _words(kind: Any) -> list[Any]:  # noqa: ANN401
     """The values of a Literal, or of those of a union."""
     literals = [k for k in _alternatives(kind) if typing.get_origin(k) is typing.Literal]
     return [word for k in literals for word in typing.get_args(k)]
+
+
+def _as_list(kind: Any, value: Any) -> str:  # noqa: ANN401
+    """A value that is none as the list that belongs there; empty where none does, or the value may stand for itself."""
+    kinds = [k for k in _alternatives(kind) if k is not types.NoneType]
+    lists = [k for k in kinds if typing.get_origin(k) is tuple]
+    single = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if not lists or not single or (lists != kinds and "," not in str(value)):
+        return ""
+    if dataclasses.is_dataclass(typing.get_args(lists[0])[0]):
+        return "[{…}, …]"
+    items: Any = [item.strip(" '\"") for item in str(value).strip("[]() ").split(",")]
+    with contextlib.suppress(msgspec.ValidationError):
+        items = msgspec.convert(items, lists[0], strict=False)
+    return json.dumps(items, ensure_ascii=False)
 
 
 def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:  # noqa: ANN401
