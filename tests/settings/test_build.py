@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from retnet.settings import UserError, build, dump, dump_changed, load
+from retnet.settings import UserError, build, differences, dump, dump_changed, load
 from tests.settings.shapes import Circle, Inner, Outer, Several, Square
 
 
@@ -114,3 +114,16 @@ def test_what_should_be_a_list_is_shown_as_one(data, said):
         build(Several, data)
     hint = f"; a list is written {said}, on a command line in single quotes"
     assert str(caught.value).endswith(hint) if said else "list" not in str(caught.value)
+
+
+def test_of_two_configurations_only_what_differs_is_told():
+    one = Several((Inner(1), Inner(2)), table={"a": {"b": 1, "c": 2}})
+    other = Several((Inner(1), Inner(3), Inner(4)), table={"a": {"b": 1, "c": 3}, "d": 4})
+    assert list(differences(one, other)) == [
+        ("items[1].steps", 2, 3),
+        ("items[2]", None, Inner(4)),
+        ("table.a.c", 2, 3),
+        ("table.d", None, 4),
+    ]
+    assert list(differences(Outer(), Outer(shape=Square()))) == [("shape.name", "circle", "square")]
+    assert not list(differences(one, one))

@@ -24,7 +24,7 @@ from retnet.settings import UserError, load
 from retnet.train.config import RunConfig, TrainConfig
 from retnet.train.objective import Objective, evaluate
 from retnet.train.progress import TrainingProgress
-from retnet.train.run_dir import RunDirectory, differences
+from retnet.train.run_dir import RunDirectory, changes
 from retnet.train.step_meter import MEASURED
 from retnet.train.trackers import TensorBoard
 from retnet.train.trainer import train
@@ -79,7 +79,7 @@ class TestRunDirectory:
     def test_holds_what_was_run(self, uninterrupted, config_file):
         resolved = load(RunConfig, uninterrupted / "config.toml")
         assert resolved.model.vocab_size == 257  # that of the tokenizer, resolved
-        assert differences(load(RunConfig, config_file), resolved) == ["model.vocab_size: None → 257"]
+        assert changes(load(RunConfig, config_file), resolved) == ["model.vocab_size: None → 257"]
         environment = json.loads((uninterrupted / "env.json").read_text())
         assert environment["versions"]["torch"] == torch.__version__
         assert environment["cpu"]

@@ -5,7 +5,7 @@ based on and the command line, `dump` writes it back so that loading the result 
 """
 
 from retnet.errors import UserError
-from retnet.settings.build import Choice, build, dump, dump_changed, nearest
+from retnet.settings.build import Choice, build, differences, dump, dump_changed, nearest
 from retnet.settings.checks import PATH, At, Checked, Count, Items
 from retnet.settings.files import (
     COMMAND_LINE,
@@ -28,6 +28,7 @@ __all__ = [
     "UserError",
     "build",
     "config_path",
+    "differences",
     "dump",
     "dump_changed",
     "load",

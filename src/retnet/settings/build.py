@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -87,6 +87,30 @@ def dump(config: object) -> str:
 def dump_changed(config: object) -> str:
     """The JSON text of what is not left at its default: the same text in versions to come that have more fields."""
     return json.dumps(_plain(config, whole=False), sort_keys=True)
+
+
+def differences(old: object, new: object, place: str = "") -> Iterator[tuple[str, object, object]]:
+    """Where two configurations differ: place, old value, new value; of a `Choice` of another kind its name alone."""
+    if old == new:
+        return
+    one, other = _table(old), _table(new)
+    alike = type(old) is type(new)
+    if one is None or other is None or not (alike or isinstance(old, Choice)):
+        yield place, old, new
+        return
+    for name in {**one, **other} if alike else ("name",):
+        inside = f"{place}{name}" if name.startswith("[") or not place else f"{place}.{name}"
+        yield from differences(one.get(name), other.get(name), inside)
+
+
+def _table(value: object) -> Mapping[str, object] | None:
+    """What a configuration holds by name, and a list of such by number; None of anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)):
+        tables = any(_table(item) is not None for item in value)
+        return {f"[{number}]": item for number, item in enumerate(value)} if tables else None
+    return vars(value) if dataclasses.is_dataclass(value) else None
 
 
 def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN401

@@ -31,7 +31,7 @@ from retnet.studies.folder import StudyFolder
 from retnet.studies.protocols import Job
 from retnet.studies.study import Study
 from retnet.studies.worker import STOPPED, Order
-from retnet.train.run_dir import differences
+from retnet.train.run_dir import changes
 
 # What may differ when a study is continued: how it is worked off, and how many seeds there are.
 HARMLESS = {"hours", "workers", "processes", "measure.seeds"}
@@ -58,14 +58,10 @@ def run_study(study: Study, out: Path, console: Console) -> Ended:
         UserError: the folder holds another study or another process works in it, or this machine cannot do this one.
     """
     folder = StudyFolder(out)
-    if folder.exists:
-        changed = [
-            line for line in differences(folder.study(), study) if line.partition(":")[0] not in HARMLESS
-        ]
-        if changed:
-            raise UserError(
-                f"{out} holds a study with other settings: {'; '.join(changed)}. Choose another --out"
-            )
+    if folder.exists and (changed := changes(folder.study(), study, HARMLESS)):
+        raise UserError(
+            f"{out} holds a study with other settings: {'; '.join(changed)}. Choose another --out"
+        )
     study.measure.check()
     plans = study.measure.plans()
     if plans and not folder.exists:  # what is begun was judged before

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +15,12 @@ from retnet.data.config import DataConfig
 from retnet.io import write_bytes, write_text
 from retnet.model import ModelConfig
 from retnet.model.runs import find_checkpoint
-from retnet.settings import UserError
+from retnet.settings import UserError, differences
 from retnet.train.config import RunConfig
 from retnet.train.run_dir import RunDirectory
 
 ORIGIN = "origin.json"  # in a run directory: where its weights came from, and their hashes
-_FREE = ("dropout", "init")  # of a model: what does not change the function that its weights compute
+_FREE = ("model.dropout", "model.init")  # do not change the function that weights compute
 
 
 def adopt(config: RunConfig, run: RunDirectory) -> RunConfig:
@@ -69,7 +68,8 @@ def of_weights(config: RunConfig) -> tuple[RunConfig, bytes | None]:
     found = read(source, weights=False)
     if config.model != ModelConfig():
         asked = replace(config.model, vocab_size=config.model.vocab_size or found.config.vocab_size)
-        other = _differences(asked, found.config)
+        places = differences(asked, found.config, "model")
+        other = [f"{place} {own!r}, there {there!r}" for place, own, there in places if place not in _FREE]
         if other:
             raise UserError(
                 f"--init {source} holds another model than [model] describes: {'; '.join(other)}. "
@@ -125,14 +125,3 @@ def note_source(run: RunDirectory, name: str, source: str, found: Found) -> None
 
 def _same_place(source: str, other: str | None) -> bool:
     return other is not None and Path(source).resolve() == Path(other).resolve()
-
-
-def _differences(wanted: Any, there: Any, place: str = "model") -> list[str]:  # noqa: ANN401
-    if not is_dataclass(wanted) or type(wanted) is not type(there):
-        return [] if wanted == there else [f"{place} {wanted!r}, there {there!r}"]
-    found: list[str] = []
-    for field in fields(wanted):
-        if place != "model" or field.name not in _FREE:
-            name = field.name
-            found += _differences(getattr(wanted, name), getattr(there, name), f"{place}.{name}")
-    return found

@@ -32,7 +32,7 @@ from retnet.train.distillation import shared, tokenizer_of
 from retnet.train.distributed import Ranks, processes
 from retnet.train.objective import POSITIONS, ByPosition, Quality, Repetition, summed
 from retnet.train.progress import TrainingProgress
-from retnet.train.run_dir import differences
+from retnet.train.run_dir import changes
 from retnet.train.start import prepare_data
 from retnet.train.student import student_config, transfer
 from retnet.train.trainer import train
@@ -230,7 +230,7 @@ def _begin(config: Linearization, folder: Path) -> None:
     """Notes what is done, or compares with what was noted; as long as no stage is there, settings may still change."""
     file = folder / SETTINGS
     if (folder / TRANSFER).is_dir() and file.is_file():
-        if changed := differences(load(Linearization, file), config):
+        if changed := changes(load(Linearization, file), config):
             raise UserError(
                 f"{folder} was begun with other settings: {'; '.join(changed)}; choose another DEST"
             )

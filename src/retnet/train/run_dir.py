@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from retnet.io import write_json, write_text
 from retnet.model.checkpoint import begin_checkpoint, staging, verify, write_checkpoint
 from retnet.model.checkpoint_layout import Entry, Files
 from retnet.model.runs import find_checkpoint
-from retnet.settings import UserError, dump, load
+from retnet.settings import UserError, differences, dump, load
 from retnet.train.config import ParallelConfig, RunConfig, TrainConfig
 from retnet.train.run_summary import LAUNCHES
 
@@ -338,11 +338,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def differences(old: object, new: object, place: str = "") -> list[str]:
-    """Settings that differ between two configurations, as ``"train.steps: 100 → 200"``, those in `HARMLESS` left out."""
-    if not hasattr(old, "__dataclass_fields__") or type(old) is not type(new):
-        return [] if old == new or place in HARMLESS else [f"{place}: {old!r} → {new!r}"]
-    found: list[str] = []
-    for name in old.__dataclass_fields__:
-        found += differences(getattr(old, name), getattr(new, name), f"{place}.{name}" if place else name)
-    return found
+def changes(old: object, new: object, harmless: Container[str] = HARMLESS) -> list[str]:
+    """Settings that differ between two configurations, as ``"train.steps: 100 → 200"``; harmless ones are left out."""
+    found = differences(old, new)
+    return [f"{place}: {before!r} → {now!r}" for place, before, now in found if place not in harmless]

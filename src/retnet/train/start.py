@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from retnet.train.distributed import Ranks
 from retnet.train.initial_weights import adopt
 from retnet.train.optimizer import bytes_per_parameter
 from retnet.train.progress import TrainingProgress
-from retnet.train.run_dir import LENGTH, PHASES, RunDirectory, differences
+from retnet.train.run_dir import LENGTH, PHASES, RunDirectory, changes
 from retnet.train.run_summary import last_mesh, mesh_words
 from retnet.train.tensor_parallel import check_heads
 
@@ -236,11 +237,11 @@ def resolve(
             environment = {**host.describe(), "processes": ranks.world, "mesh": vars(ranks.axes)}
             run.create(new, environment, RunData.of(prepared))
             return new
-        changed.extend(differences(old, new))
+        changed.extend(changes(old, new))
         done = run.steps_done()
         begun = [[phase for phase in one.data.phases or () if phase.step < done] for one in (old, new)]
         free = {LENGTH, PHASES} if begun[0] == begun[1] else {LENGTH}
-        fixed = [change for change in changed if change.partition(":")[0] not in free]
+        fixed = [change for change in changed if re.split(r"[:[]", change)[0] not in free]
         if fixed:
             raise UserError(
                 f"{run.path} was begun with other settings: {'; '.join(fixed)}. Start a new run in another --run-dir; "
