@@ -8,7 +8,7 @@ import socket
 import time
 import tracemalloc
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -104,6 +104,21 @@ def test_a_body_that_does_not_arrive_is_timed_out(serving, monkeypatch):
         answer = slow.recv(1 << 16)
         assert b"408" in answer.splitlines()[0]
         assert b"did not arrive within 0.5 seconds" in answer
+
+
+@pytest.mark.parametrize("lines", [b"a" * 1000, b"X-%d: 1\r\n" * 100])
+def test_a_head_that_does_not_end_is_refused(serving, lines):
+    """Nobody has been asked for a key yet, and what has come waits in memory."""
+    with serving() as server, connected(server) as endless:
+        with suppress(ConnectionError):
+            endless.sendall(b"GET /ready HTTP/1.1\r\nX: ")
+            for _ in range(4000):
+                endless.sendall(lines)
+        with suppress(ConnectionError):
+            assert read_all(endless).startswith(b"HTTP/1.1 431 ")
+        until(lambda: len(server.uvicorn.server_state.connections) <= 1)
+        assert server.http.get("/ready", headers={"X": "a" * 50_000}).status_code == 200
+        assert server.http.post("/tokenize", json={"prompt": "a" * 500_000}).json()["count"] == 500_001
 
 
 def test_what_is_no_http_is_told_so_with_the_envelope(serving):
@@ -239,6 +254,31 @@ class Ticking:
         time.sleep(self.seconds)
         self.left -= 1
         return [Event(7, 0, "x", 1, None, None if self.left else Completion("", (), "length", 1))]
+
+
+class Panic(BaseException):
+    """What libraries in Rust raise is no Exception."""
+
+
+def test_a_panic_does_not_end_the_thread():
+    def panic(*given):
+        raise Panic("at the disco")
+
+    async def main():
+        engine = Ticking(0, 3)
+        thread, arrivals = EngineThread(engine), Arrivals()
+        thread.start()
+        with pytest.raises(RuntimeError, match="at the disco"):
+            await asyncio.wait_for(thread.call(panic), 5)
+        step, engine.step = engine.step, panic
+        engine.cancel = lambda number: None
+        await thread.submit(Feed(arrivals, 0, Request("a")))
+        until(lambda: thread.error)
+        engine.step = step
+        assert (await asyncio.wait_for(arrivals.get(), 5))[1].text
+        assert thread.stop(5)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(("seconds", "apart"), [(0.0005, False), (0.03, True)])

@@ -19,6 +19,7 @@ STILL_SECONDS = (
     90.0  # that a connection may stand still; longer than uvicorn keeps one that waits for a request
 )
 MOST = 65_536  # connections, where the system allows as many
+HEAD_BYTES = 65_536  # of a request beside its body: its head, and what stands between the pieces of a body
 FILES = 256  # descriptors that are left for files, at most half of all
 _log = logging.getLogger("retnet.serve")
 
@@ -41,7 +42,8 @@ class WatchedConnection(HttpToolsProtocol):
     """Uvicorn's connection, closed when nothing moves on it, and refused with a sentence when there are too many.
 
     Uvicorn closes a connection that waits for its next request; not one that waits for its first, that never finishes a
-    request's head, or that does not take what is sent to it. Bodies have a limit of their own, see `read_body`.
+    request's head, or that does not take what is sent to it; nor does it limit a head. Bodies have limits of their own, see
+    `read_body`.
 
     Args:
         most: connections at once.
@@ -52,7 +54,7 @@ class WatchedConnection(HttpToolsProtocol):
 
     def __init__(self, *, most: int, **options: Any) -> None:  # noqa: ANN401
         super().__init__(**options)
-        self._most, self._answered, self._resumed = most, 0, 0
+        self._most, self._answered, self._resumed, self._head = most, 0, 0, 0
         self._seen = 0, 0, 0
         self._watch: asyncio.TimerHandle | None = None
 
@@ -69,6 +71,37 @@ class WatchedConnection(HttpToolsProtocol):
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio; a head that does not end is refused: nothing else limits it."""
+        if self.transport.is_closing():
+            return
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > HEAD_BYTES:
+            if self._waits:
+                self._close_with(
+                    ApiError(
+                        431, f"the request's head has more than the {HEAD_BYTES:,} bytes that it may have"
+                    )
+                )
+            else:
+                self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        """See uvicorn."""
+        self._head = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See uvicorn."""
+        self._head = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See uvicorn."""
+        self._head = 0
+        super().on_message_complete()
 
     def resume_writing(self) -> None:
         """See asyncio."""
@@ -87,13 +120,17 @@ class WatchedConnection(HttpToolsProtocol):
     def _look(self) -> None:
         """Ends a connection that has neither taken nor brought anything since the last look."""
         unsent = self.transport.get_write_buffer_size()
-        waits = self.cycle is None or self.cycle.response_complete
         now = unsent, self._resumed, self._answered
-        if (unsent or waits) and now == self._seen:
+        if (unsent or self._waits) and now == self._seen:
             self.transport.abort()
             return
         self._seen = now
         self._watch = self.loop.call_later(STILL_SECONDS, self._look)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether it is the client's turn."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _refuse(self) -> None:
         if not WatchedConnection._refused:

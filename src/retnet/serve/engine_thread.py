@@ -87,8 +87,10 @@ class EngineThread:
         def work() -> None:
             try:
                 result = function(self._engine)
-            except Exception as error:
-                self._post(_fail, future, error)
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                self._post(
+                    _fail, future, error if isinstance(error, Exception) else RuntimeError(repr(error))
+                )
             else:
                 self._post(_succeed, future, result)
 
@@ -145,7 +147,7 @@ class EngineThread:
         try:
             events = self._engine.step()
             self._failures = 0
-        except Exception:
+        except BaseException:  # a panic of a library in Rust is no Exception; the thread has to live
             _log.exception("a step of the engine failed")
             self._failures += 1
             events = []
