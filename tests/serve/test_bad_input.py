@@ -3,8 +3,20 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
-from retnet.serve.bodies import ChatBody, CompletionBody, SamplingBody, SessionGenerateBody
+from retnet.serve.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    SamplingBody,
+    SessionBody,
+    SessionGenerateBody,
+    parse,
+)
+from retnet.serve.conversation_bodies import MessagesBody, ResponsesBody
+from retnet.serve.errors import ApiError
 from tests.helpers.serving import refused
 
 NAN = float("nan")
@@ -26,7 +38,10 @@ def post(http, url, body, **headers):
         ({"best_of": 3}, "best_of is not supported"),
         ({"repetition_penalty": 5e-324}, "repetition_penalty must be greater than or equal to 0.000001"),
         ({"stop": ["x"] * 1000}, "stop must be a string, or up to 16"),
-        ({"stop": "x" * 10**6, "prompt": 3}, "prompt must be a string, a list of strings"),
+        ({"prompt": 3}, "prompt must be a string, a list of strings"),
+        ({"stop": "x" * 10**6}, "stop must be a string, or up to 16, each of 1 to 1,024"),
+        ({"prompt": [""] * 2049}, "of at most 2,048 texts"),
+        ({f"field_{i}": 1 for i in range(101)}, "the body must have at most 100 fields, got 101"),
         ({"stop": ["x" * 10**6]}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
         ({"logit_bias": {"abc": 1.0}}, "'abc' for a token id"),
@@ -42,6 +57,7 @@ def post(http, url, body, **headers):
         ({"min_tokens": 17}, "min_tokens 17 is above max_tokens 16"),
         ({"stream_options": {"include_usage": True}}, "needs stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "no field 'x'"),
+        ({"echo": True, "prompt": [[1], [257]]}, "token id 257"),
         ({"echo": True, "logprobs": 1}, "echo with logprobs"),
     ],
 )
@@ -132,6 +148,36 @@ def test_huge_bodies(http):
 def test_bad_conversations(http, body, message):
     good = {} if body in ({},) else {"messages": [{"role": "user", "content": "a"}]}
     assert message in refused(post(http, "/v1/chat/completions", good | body))
+
+
+MANY = 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"prompt": [None] * MANY}),
+        (CompletionBody, {"prompt": [[None] * MANY] * 3}),
+        (CompletionBody, {"prompt": [""] * MANY}),
+        (CompletionBody, {"stop": [1] * MANY, "stop_token_ids": [""] * MANY, "choice": [1] * MANY}),
+        (CompletionBody, {"logit_bias": {str(i): "x" for i in range(MANY)}}),
+        (CompletionBody, {str(i): 1 for i in range(MANY)}),
+        (ChatBody, {"messages": [{}] * MANY}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (EmbeddingBody, {"input": [None] * MANY}),
+        (DetokenizeBody, {"tokens": [None] * MANY}),
+        (MessagesBody, {"messages": [{}] * MANY, "max_tokens": 1, "system": [{}] * MANY}),
+        (ResponsesBody, {"input": [{}] * MANY}),
+        (SessionBody, {"tokens": [None] * MANY}),
+    ],
+)
+def test_of_many_faults_few_are_looked_at(kind, body):
+    """Each is an object with a dictionary: a body of 16 MB has room for millions."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate_json(content(body))
+    assert found.value.error_count() < 40
+    with pytest.raises(ApiError):
+        parse(kind, content(body))
 
 
 def test_all_bodies_share_the_sampling_fields():

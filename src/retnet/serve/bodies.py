@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import reprlib
 import secrets
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from retnet.engine import Grammar, Sampling
 from retnet.serve.errors import ApiError
 from retnet.settings import nearest
 
-SeveralStops = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16)]
+# Lists end at their first fault: of a body with millions of them each would be an object.
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+SeveralStops = Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+AnyTokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenIds = Annotated[AnyTokenIds, Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
+SeveralTokenIds = Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+MOST_BIASES = 1024
+MOST_FIELDS = 100  # of an object whose fields have names
 Whole = Annotated[int, Field(ge=1, lt=1 << 31)]
 SEED_END = 1 << 63
 MOST_LOGPROBS = 20
-PROMPT = "a string, a list of strings, a list of token ids, or a list of such lists"
+PROMPT = "a string, a list of strings, a list of token ids, or a list of such lists, of at most 2,048 texts"
+
+
+def _few(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise PydanticCustomError("too_many", f"must have at most {MOST_BIASES:,} ids")
+    return value
+
+
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-1000, le=1000)]], BeforeValidator(_few)]
 
 
 class StrictBody(BaseModel):
@@ -36,6 +54,8 @@ class StrictBody(BaseModel):
         """A field that is null is one that is not given."""
         if not isinstance(value, dict):
             return value
+        if len(value) > MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"must have at most {MOST_FIELDS} fields")
         return {name: item for name, item in value.items() if item is not None}
 
 
@@ -60,11 +80,9 @@ class SamplingBody(StrictBody):
     presence_penalty: float = Field(0.0, ge=-1000, le=1000)
     frequency_penalty: float = Field(0.0, ge=-1000, le=1000)
     repetition_penalty: float = Field(1.0, ge=1e-6, le=1000)
-    logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000)]] = Field(
-        {}, max_length=1024, description="token id → number added to its logit"
-    )
-    stop: str | SeveralStops = Field([], description="a string, or up to 16, each of 1 to 1,024 characters")
-    stop_token_ids: list[TokenId] = Field([], max_length=64)
+    logit_bias: Biases = Field({}, max_length=MOST_BIASES, description="token id → number added to its logit")
+    stop: Stop | SeveralStops = Field([], description="a string, or up to 16, each of 1 to 1,024 characters")
+    stop_token_ids: AnyTokenIds = Field([], max_length=64)
     min_tokens: int = Field(0, ge=0, lt=1 << 31)
     ignore_eos: bool = Field(False, description="nothing but max_tokens ends a text, as load tests ask")
     seed: int | None = Field(None, ge=0, lt=SEED_END, description="the same seed, the same text")
@@ -74,7 +92,7 @@ class SamplingBody(StrictBody):
     cache: bool = Field(True, description="whether kept states may be used for it, and left by it")
     json_schema: dict[str, Any] | None = Field(None, description="the text is JSON of this schema")
     regex: str | None = Field(None, max_length=4096, description="the text matches it")
-    choice: list[str] | None = Field(
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, min_length=1, max_length=1024, description="the text is one of them"
     )
 
@@ -128,7 +146,7 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
     NOT_SUPPORTED = frozenset({"best_of", "suffix"})
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field("", description=PROMPT)
+    prompt: str | TokenIds | Texts | SeveralTokenIds = Field("", description=PROMPT)
     max_tokens: Whole = 16
     n: int = Field(1, ge=1, le=128)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -142,6 +160,9 @@ class ContentPart(StrictBody):
     text: str
 
 
+ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+
+
 class ChatMessage(StrictBody):
     """A message of a conversation."""
 
@@ -149,8 +170,8 @@ class ChatMessage(StrictBody):
         {"audio", "function_call", "refusal", "tool_call_id", "tool_calls", "annotations"}
     )
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] = Field(description="a string, or a list of parts {type: text, text}")
-    name: str | None = Field(None, max_length=256)
+    content: str | ContentParts = Field(description="a string, or a list of parts {type: text, text}")
+    name: str | None = Field(None, max_length=256, description="is not used")
 
     @property
     def text(self) -> str:
@@ -201,7 +222,7 @@ class ChatBody(SamplingBody):
             "web_search_options",
         }
     )
-    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=10_000)
     max_tokens: Whole | None = Field(None, description="none: what the server allows")
     max_completion_tokens: Whole | None = Field(None, description="another name of max_tokens")
     n: int = Field(1, ge=1, le=128)
@@ -232,12 +253,7 @@ class EmbeddingBody(StrictBody):
 
     NOT_SUPPORTED = frozenset({"dimensions"})
     model: str | None = Field(None, description="the name that /v1/models gives; may be left out")
-    input: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
-    ) = Field(description=PROMPT)
+    input: str | TokenIds | Texts | SeveralTokenIds = Field(description=PROMPT)
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = Field(None, description="is not used")
 
@@ -256,7 +272,7 @@ class DetokenizeBody(StrictBody):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: AnyTokenIds
 
 
 class SessionBody(StrictBody):
@@ -316,6 +332,8 @@ def _refusal(kind: type[StrictBody], error: ValidationError) -> ApiError:
     place = [str(part) for part in first["loc"]]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == "too_many_fields":
+        return ApiError(400, f"{_path(place) or 'the body'} {first['msg']}, got {len(first['input']):,}")
     if not place:
         return ApiError(400, f"the body must be a JSON object, got {_shown(first['input'])}")
     name = place[0]
@@ -361,5 +379,5 @@ def _path(place: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401
-    text = repr(value)
+    text = reprlib.repr(value) if isinstance(value, list | dict) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from retnet.engine import Sampling
-from retnet.serve.bodies import ContentPart, SeveralStops, StrictBody, Whole
+from retnet.serve.bodies import ContentParts, SeveralStops, StrictBody, Whole
 
 
 class AnthropicMessage(StrictBody):
     """A message of a conversation in Anthropic's API."""
 
     role: Literal["user", "assistant"]
-    content: str | list[ContentPart] = Field(description="a string, or a list of parts {type: text, text}")
+    content: str | ContentParts = Field(description="a string, or a list of parts {type: text, text}")
 
     @property
     def text(self) -> str:
@@ -30,8 +30,10 @@ class CountBody(StrictBody):
         {"cache_control", "mcp_servers", "output_config", "thinking", "tool_choice", "tools"}
     )
     model: str | None = None
-    messages: list[AnthropicMessage] = Field(min_length=1, max_length=10_000)
-    system: str | list[ContentPart] | None = Field(
+    messages: Annotated[list[AnthropicMessage], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=10_000
+    )
+    system: str | ContentParts | None = Field(
         None, description="a string, or a list of parts {type: text, text}"
     )
 
@@ -78,7 +80,7 @@ class ResponsesItem(StrictBody):
     NOT_SUPPORTED = frozenset({"id", "status", "phase"})
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ResponsesPart] = Field(
+    content: str | Annotated[list[ResponsesPart], Field(fail_fast=True)] = Field(
         description="a string, or a list of parts {type: input_text, text}"
     )
 
@@ -110,7 +112,9 @@ class ResponsesBody(StrictBody):
         }
     )
     model: str | None = None
-    input: str | list[ResponsesItem] = Field([], description="a string, or a list of messages")
+    input: str | Annotated[list[ResponsesItem], Field(fail_fast=True)] = Field(
+        [], description="a string, or a list of messages"
+    )
     instructions: str | None = Field(None, description="the system's word, for this response alone")
     previous_response_id: str | None = Field(None, max_length=128)
     max_output_tokens: Whole | None = None
