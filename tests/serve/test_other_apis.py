@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from retnet.serve import response_store
 from tests.helpers.serving import refused
 
 USER = [{"role": "user", "content": "hello"}]
@@ -67,6 +68,17 @@ def test_responses_go_on(http):
     assert "whole conversation" in refused(http.post("/v1/responses", json=more), 404)
     hidden = http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, "store": False}).json()
     refused(http.get(f"/v1/responses/{hidden['id']}"), 404)
+
+
+def test_of_responses_no_more_is_remembered_than_there_is_room_for(http, monkeypatch):
+    monkeypatch.setattr(response_store, "MOST_BYTES", 10_000)
+    body = {"input": "a" * 3000, "max_output_tokens": 1}
+    names = [http.post("/v1/responses", json=body).json()["id"] for _ in range(5)]
+    status = [http.get(f"/v1/responses/{name}").status_code for name in names]
+    assert status == [404, 404, 200, 200, 200]
+    http.delete(f"/v1/responses/{names[2]}")
+    name = http.post("/v1/responses", json=body).json()["id"]
+    assert all(http.get(f"/v1/responses/{each}").status_code == 200 for each in (*names[3:], name))
 
 
 @pytest.mark.parametrize(

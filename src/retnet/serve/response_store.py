@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from retnet.serve.chat_template import ChatTurn
 from retnet.serve.errors import ApiError
+
+MOST_BYTES = 1 << 28  # of the texts of all conversations
 
 
 class StoredResponse(NamedTuple):
@@ -22,23 +25,29 @@ class StoredResponse(NamedTuple):
     turns: tuple[ChatTurn, ...]
     record: dict[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """Of the texts of its conversation, those that others have too included."""
+        return sum(sys.getsizeof(turn.text) for turn in self.turns)
+
 
 class ResponseStore:
     """The last responses, in memory; the engine's cache has the states along them.
 
     Args:
-        most: kept; the least recently used ones go first.
+        most: kept, and at most `MOST_BYTES`; the least recently used ones go first.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most, self._bytes = most, 0
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
 
     def put(self, name: str, stored: StoredResponse) -> None:
         """Keeps one."""
         self._stored[name] = stored
-        while len(self._stored) > self._most:
-            self._stored.popitem(last=False)
+        self._bytes += stored.bytes
+        while len(self._stored) > self._most or self._bytes > MOST_BYTES:
+            self._bytes -= self._stored.popitem(last=False)[1].bytes
 
     def find(self, owner: str, name: str) -> StoredResponse:
         """One of a key's.
@@ -64,4 +73,4 @@ class ResponseStore:
             ApiError: as `find`.
         """
         self.find(owner, name)
-        del self._stored[name]
+        self._bytes -= self._stored.pop(name).bytes
