@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,7 @@ def command(
     settings = ServerSettings(**limits)
     keys = None if api_key_file is None else ApiKeys.read(api_key_file)
     with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
         found = stack.enter_context(listen(host, port))
 
         def make() -> tuple[str, FastAPI]:
@@ -101,6 +104,16 @@ def command(
     if not in_order or app.state.service.engine.alive:
         sys.stderr.flush()
         os._exit(0 if in_order else 1)  # threads that are in the middle of something are not waited for
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While the server does not hear it yet: a container's first process is not ended by a signal that has no handler."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _name(checkpoint: Path) -> str:
