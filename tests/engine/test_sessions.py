@@ -109,6 +109,20 @@ def test_forks_know_nothing_of_each_other(model, tokenizer):
     assert one.tokens[: len(before)] != before
 
 
+def test_an_edit_is_no_beginning_of_a_text(model, tokenizer, monkeypatch):
+    """Some tokenizers put a space before a text that is one."""
+    session, seen, real = Session(engine(model, tokenizer)), [], type(tokenizer).encode
+    session.append("abcdef")
+    monkeypatch.setattr(
+        type(tokenizer),
+        "encode",
+        lambda self, text, before="": seen.append(before) or real(self, text, before),
+    )
+    session.edit(4, "x")
+    session.append("y")
+    assert (seen, session.text) == (["abc", "abcx"], "abcxy")
+
+
 @pytest.mark.parametrize("back", [1999, 1990, 1024, 1000, 10, 1])
 def test_rewinding_reads_again_from_the_nearest_kept_state(model, tokenizer, back):
     session = Session(engine(model, tokenizer))

@@ -1,13 +1,16 @@
 """Who may use the server: keys of a file, compared whole, and what belongs to whom."""
 
 import pytest
+import torch
 
 from retnet.serve import plain_routes
 from retnet.serve.access import ApiKeys
 from retnet.settings import UserError
 from tests.helpers.serving import refused
+from tests.helpers.sessions import altered
 
 FIRST, SECOND = "sk-first-äöü-0123", "sk-second-0123456"
+TEXT, OTHER = "It was a dark and stormy night. " * 10, "The rain fell in torrents today. " * 10
 
 
 def bearer(key):
@@ -65,6 +68,41 @@ def test_sessions_belong_to_a_key(guarded):
     ):
         assert "there is no session" in refused(answer, 404)
     assert guarded.get(path, headers=bearer(FIRST)).json()["position"] == 4
+
+
+def test_kept_states_belong_to_a_key(guarded):
+    """Nobody learns what another key has asked; a state that somebody made up and brought changes nobody else's text."""
+
+    def asked(key, **more):
+        body = {"prompt": TEXT, "max_tokens": 8, "temperature": 0, "logprobs": 1, **more}
+        reply = guarded.post("/v1/completions", json=body, headers=bearer(key)).json()
+        return reply["choices"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    want, _ = asked(FIRST, cache=False)
+    name = guarded.post("/v1/sessions", json={"text": TEXT}, headers=bearer(SECOND)).json()["id"]
+    guarded.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 1}, headers=bearer(SECOND))
+    content = guarded.get(f"/v1/sessions/{name}/export", headers=bearer(SECOND)).content
+    guarded.delete(f"/v1/sessions/{name}", headers=bearer(SECOND))
+
+    def change(header, tensors):
+        for part in tensors.values():
+            if part.is_floating_point():
+                part.fill_(3)
+        tensors["tokens"] = torch.tensor([256, *OTHER.encode()])
+
+    fake = altered(content, change)
+    kind = {"Content-Type": "application/octet-stream"}
+    brought = guarded.post("/v1/sessions/import", content=fake, headers=bearer(SECOND) | kind)
+    assert brought.status_code == 201
+    fooled, cached = asked(SECOND, prompt=OTHER)
+    assert cached >= 128  # whoever makes up states gets what comes of them ...
+    honest, cached = asked(FIRST, prompt=OTHER)
+    assert cached == 0
+    assert honest == asked(FIRST, prompt=OTHER, cache=False)[0] != fooled  # ... and nobody else
+
+    assert asked(FIRST) == (want, 0)
+    assert asked(FIRST) == (want, 256)
+    assert asked(SECOND)[0] == want
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,11 @@ def test_logprobs_echo_and_stop(http):
     assert places["text_offset"][0] == 0
     streamed = stream(http, "/v1/completions", body)
     assert [t for e in streamed for t in e["choices"][0]["logprobs"]["tokens"]] == places["tokens"]
+    random = body | {"max_tokens": 40, "temperature": 2, "seed": 1}  # bytes that are no characters among them
+    places = http.post("/v1/completions", json=random).json()["choices"][0]["logprobs"]
+    assert any(name.startswith("bytes:") for name in places["tokens"])
+    streamed = [e["choices"][0]["logprobs"] for e in stream(http, "/v1/completions", random)]
+    assert [place for each in streamed if each for place in each["text_offset"]] == places["text_offset"]
     echoed = http.post("/v1/completions", json={**body, "logprobs": None, "echo": True}).json()["choices"][0]
     assert echoed["text"] == "ab" + choice["text"]
     stop = choice["text"][2]

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from retnet.engine import ComposedDecoder, Engine, Sampling, Session
@@ -99,6 +100,16 @@ def test_a_record_that_is_damaged_or_of_another_model_is_left_out(serving, tmp_p
     with serving(sessions=tmp_path) as server:
         assert [each["id"] for each in server.http.get("/v1/sessions").json()["data"]] == [name]
         refused(server.http.get(f"/v1/sessions/{other}"), 404)
+        foreign = server.http.post("/v1/sessions", json={"text": "c"}).json()["id"]
+    files = VersionedFiles(DirectoryStorage(tmp_path), "records")
+    kept = files.load(foreign)
+    record = msgspec.json.decode(kept.content) | {"model": "0" * 64}
+    files.save(foreign, msgspec.json.encode(record), kept.generation)
+    with serving(sessions=tmp_path) as server:
+        assert f"session {foreign} was left out: it is of another model" in caplog.text
+        assert [each["id"] for each in server.http.get("/v1/sessions").json()["data"]] == [name]
+        assert "of another model" in refused(server.http.get(f"/v1/sessions/{foreign}"), 409)
+    assert files.load(foreign)
 
 
 def test_sessions_of_older_formats_are_told_of_and_left_as_they_are(serving, tmp_path, caplog):

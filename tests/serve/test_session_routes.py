@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+import threading
 
 import pytest
 import torch
@@ -86,6 +87,34 @@ def test_a_client_that_leaves_leaves_the_session_as_it_was(server, http):
     assert http.get(f"/v1/sessions/{name}").json()["position"] == 4
 
 
+def test_a_session_is_being_used_until_it_is_written(serving, tmp_path, monkeypatch):
+    """The client leaves as what was generated is being written: nobody else's change comes between text and record."""
+    real, writing, go_on = storage.DirectoryStorage.create, threading.Event(), threading.Event()
+
+    def create_slowly(self, *file):
+        writing.set()
+        go_on.wait(10)
+        return real(self, *file)
+
+    with serving(sessions=tmp_path) as server:
+        name = create(server.http, text="abc")
+        place = f"/v1/sessions/{name}"
+        monkeypatch.setattr(storage.DirectoryStorage, "create", create_slowly)
+        with server.http.stream("POST", f"{place}/generate", json={**GREEDY, "stream": True}):
+            assert writing.wait(10)
+        until(lambda: server.service.gate.texts == 0)
+        assert "being used" in refused(server.http.post(f"{place}/append", json={"text": "x"}), 409)
+        go_on.set()
+        until(lambda: not server.http.get(place).json()["busy"])
+        assert verb(server.http, name, "append", text="x")["position"] == 4 + 12 + 1
+
+
+def test_appending_nothing_is_no_place_to_go_back_to(http):
+    name = create(http, text="abc")
+    for _ in range(3):
+        assert verb(http, name, "append", text="")["marks"] == [1]
+
+
 def test_bytes_go_down_and_up(http, engine):
     name = create(http, text=TEXT)
     written(http, name)
@@ -135,13 +164,23 @@ def test_no_more_sessions_than_allowed(serving):
         create(server.http)
 
 
-def test_no_session_longer_than_allowed(serving):
+def test_no_session_longer_than_allowed(serving, exported):
     with serving(max_prompt_tokens=20) as server:
         http = server.http
         refused(http.post("/v1/sessions", json={"text": "x" * 20}))
         name = create(http, text="x" * 10)
         refused(http.post(f"/v1/sessions/{name}/append", json={"text": "x" * 10}))
-        assert http.get(f"/v1/sessions/{name}").json()["position"] == 11
+        for verb_ in ("append", "edit"):
+            for more in ({"text": "x" * 10}, {"tokens": [1] * 10}):
+                body = more if verb_ == "append" else more | {"position": 11}
+                assert "has 21 tokens" in refused(http.post(f"/v1/sessions/{name}/{verb_}", json=body))
+        assert http.get(f"/v1/sessions/{name}").json()["text"] == "x" * 10
+        assert verb(http, name, "edit", position=2, text="y" * 18)["position"] == 20
+        verb(http, name, "rewind", position=11)
+        refused(http.post("/v1/sessions/import", content=exported, headers=BYTES))
+        assert set(server.service.engine._engine.store._held) <= {
+            name
+        }  # nothing is kept for what was refused
         refused(http.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10}))
         assert not http.get(f"/v1/sessions/{name}").json()["busy"]
 

@@ -34,6 +34,7 @@ from retnet.model.text_ends import end_ids
 BOS = "<|bos|>"
 _CONTEXT = 64  # characters before a text that show that it is no beginning
 _WORTH_IT = 1 << 19  # characters of a batch, from which on the fast encoder is made, which takes a second
+_LONG = 4096  # characters, which take a millisecond: of more the library lets go of Python's lock, for batches alone
 _making = threading.Lock()  # of it: since Python 3.12 each thread would make one
 _OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _KNOWN_BOS = (BOS, "<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
@@ -191,7 +192,11 @@ class Tokenizer:
         return FastBpe.of(json.loads(self._json))
 
     def _raw(self, text: str) -> list[int]:
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        if len(text) < _LONG:
+            found = self._inner.encode(text, add_special_tokens=False)
+        else:
+            (found,) = self._inner.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = found.ids
         return ids
 
     def _makes(self, number: int, name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retnet.engine.decoder import Decoder
 from retnet.engine.requests import Stats
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, next_key
+from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, next_key, root_of
 from retnet.engine.streams import Stream
 from retnet.model import ModelState
 
@@ -31,12 +31,14 @@ class Prompt:
 
     Attributes:
         id: the request's.
+        asked: what that is.
         ids: its tokens.
         streams: samples that do not run yet.
         bytes: what the state of one may come to.
         slot: where it is read.
         position: tokens read so far.
         cached: how many of these were not read, since the cache had a state after them.
+        root: what these begin with.
         keys: of the states at its block boundaries.
         stops: after how many tokens the cache wants a state.
         snapshot: the state after it, when it has been read and samples wait for a slot.
@@ -44,8 +46,9 @@ class Prompt:
 
     def __init__(self, number: int, ids: tuple[int, ...], streams: Sequence[Stream], size: int) -> None:
         self.id, self.ids, self.streams, self.bytes = number, ids, deque(streams), size
-        self.cache, self.marks = streams[0].asked.cache, streams[0].asked.marks
+        self.asked = streams[0].asked
         self.slot, self.position, self.cached = -1, 0, 0
+        self.root = ""
         self.keys: list[str] = []
         self.stops: list[int] = []
         self.snapshot: Snapshot | None = None
@@ -54,7 +57,7 @@ class Prompt:
         """One of its samples runs from here on, in a slot."""
         stream.slot, stream.bytes = slot, self.bytes
         stream.prompt, stream.cached_tokens = self.ids, self.cached
-        stream.key, stream.kept = self.keys[-1] if self.keys else "", BLOCK * len(self.keys)
+        stream.key, stream.kept = self.keys[-1] if self.keys else self.root, BLOCK * len(self.keys)
 
     def piece(self, most: int) -> int:
         """How many tokens to read now, at most so many and not beyond the next state that the cache wants."""
@@ -98,10 +101,11 @@ class Prefill:
     def begin(self, prompt: Prompt) -> None:
         """Fills a prompt's slot: with the longest kept beginning of it, of which at least the last token is read anew."""
         self.prompts.append(prompt)
-        if self._store is not None and prompt.cache:
-            prompt.keys = keys_of(self._fingerprint, prompt.ids)
+        if self._store is not None and prompt.asked.cache:
+            prompt.root = root_of(self._fingerprint, prompt.asked.cache_salt)
+            prompt.keys = keys_of(prompt.root, prompt.ids)
             prompt.position, state = self._store.longest(prompt.keys[: (len(prompt.ids) - 1) // BLOCK])
-            prompt.stops = kept_positions(len(prompt.ids), prompt.marks)
+            prompt.stops = kept_positions(len(prompt.ids), prompt.asked.marks)
             prompt.cached = prompt.position
             if state is not None:
                 self._decoder.write(index(prompt.slot), state)
@@ -115,7 +119,7 @@ class Prefill:
         for stream in streams:
             while stream.kept + BLOCK <= stream.length and stream.asked.cache:
                 block = stream.ids(stream.kept, stream.kept + BLOCK)
-                stream.key = next_key(stream.key or self._fingerprint, block)
+                stream.key = next_key(stream.key, block)
                 stream.kept += BLOCK
                 if stream.kept == stream.length:
                     self._store.put(stream.key, self._decoder.read(index(stream.slot)))

@@ -34,9 +34,11 @@ class Request:
         samples: how many continuations. The prompt is read once for all.
         logprobs: None, or how many of the likeliest tokens to name beside each chosen one, with their log-probabilities in
             the model's own distribution, before bias, penalties, temperature and filters; 0 is the chosen one's alone.
-        echo: whether the text given back begins with the prompt's.
+        echo: whether the text given back begins with the prompt's; or the text that it begins with.
         cache: whether states along it may be kept for later requests, and kept ones used for it, where the engine has a
             cache.
+        cache_salt: kept states are shared only by requests of the same one; empty is one too. Of whoever must not see, or
+            may not be believed, what others keep.
         grammar: what the generated text must be; it ends where nothing may follow. Not together with `min_tokens`.
         marks: positions in the prompt, in tokens, where others may go on differently, such as ends of messages: the cache
             keeps states there.
@@ -54,8 +56,9 @@ class Request:
     seed: int = 0
     samples: int = 1
     logprobs: int | None = None
-    echo: bool = False
+    echo: bool | str = False
     cache: bool = True
+    cache_salt: str = ""
     marks: Sequence[int] = ()
     grammar: Grammar | None = None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retnet.engine.requests import Completion, Request, require_whole
 from retnet.engine.session_archive import SessionArchive, session_bytes
-from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of
+from retnet.engine.store import BLOCK, StateStore, kept_positions, keys_of, root_of
 from retnet.errors import UserError, told
 from retnet.io import write_bytes
 
@@ -35,9 +35,11 @@ class Session:
         engine: with `cache_bytes`.
         tokens: to begin with; None is BOS, a document's beginning.
         name: unique; None makes one up.
+        cache_salt: see `Request`; forks have the same.
 
     Attributes:
         name: of the session.
+        cache_salt: as given.
         tokens: the ids of the text so far; do not change them.
         marks: positions where something was appended, rising.
 
@@ -46,12 +48,17 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, tokens: Sequence[int] | None = None, *, name: str | None = None
+        self,
+        engine: Engine,
+        tokens: Sequence[int] | None = None,
+        *,
+        name: str | None = None,
+        cache_salt: str = "",
     ) -> None:
         if engine.store is None:
             raise UserError("sessions need an engine that keeps states; give it cache_bytes")
         self._engine = engine
-        self.name = name or uuid.uuid4().hex
+        self.name, self.cache_salt = name or uuid.uuid4().hex, cache_salt
         self.tokens: list[int] = []
         self.marks: list[int] = []
         self._chain: list[str] = []  # keys of the blocks of the text
@@ -62,37 +69,37 @@ class Session:
         """The text so far; special tokens have none."""
         return self._engine.tokenizer.decode(self.tokens)
 
+    def before(self, position: int | None = None) -> str:
+        """The end of the text up to a position, or of all of it: what follows is then no beginning to a tokenizer."""
+        end = len(self.tokens) if position is None else position
+        return self._engine.tokenizer.decode(self.tokens[max(0, end - _TAIL) : end])
+
     def append(self, more: str | Sequence[int]) -> None:
         """Adds a text, or token ids as they are; it is read when something is generated.
 
         Raises:
             UserError: ids outside the vocabulary.
         """
-        if isinstance(more, str):
-            before = self._engine.tokenizer.decode(self.tokens[-_TAIL:])
-            ids = self._engine.tokenizer.encode(more, before)
-        else:
-            ids = list(more)
-        self._engine.check_ids("tokens", ids)
-        if self.tokens:
+        ids = self._ids(more, len(self.tokens))
+        if self.tokens and ids:
             self.marks.append(len(self.tokens))
         self.tokens += ids
 
     def request(self, **options: Any) -> Request:  # noqa: ANN401
         """A request to continue this text, options as those of `Request`; for whoever steps the engine."""
-        return Request(tuple(self.tokens), marks=tuple(self.marks), **options)
+        return Request(tuple(self.tokens), marks=tuple(self.marks), cache_salt=self.cache_salt, **options)
 
     def generate(self, **options: Any) -> Completion:  # noqa: ANN401
         """Continues the text and adds what was generated, a stop string in its tokens included.
 
         Args:
-            **options: those of `Request` but for `prompt`, `samples` and `echo`. Other requests of the engine run on
-                meanwhile, and their events come with the next step.
+            **options: those of `Request` but for `prompt`, `samples`, `echo` and what is the session's. Other requests of
+                the engine run on meanwhile, and their events come with the next step.
 
         Raises:
             UserError: a value outside its range.
         """
-        for option in ("samples", "echo", "prompt", "marks"):
+        for option in ("samples", "echo", "prompt", "marks", "cache_salt"):
             if option in options:
                 raise UserError(f"a session's generate has no option {option!r}; fork it, or use request()")
         completion = self._engine.complete(self.request(**options))[0]
@@ -106,7 +113,7 @@ class Session:
 
     def fork(self, name: str | None = None) -> Session:
         """Another session with the same text; from here on they know nothing of each other."""
-        other = Session(self._engine, self.tokens, name=name)
+        other = Session(self._engine, self.tokens, name=name, cache_salt=self.cache_salt)
         other.marks = [*self.marks]
         other.hold()
         return other
@@ -117,9 +124,7 @@ class Session:
         Raises:
             UserError: a position that is not within the text.
         """
-        require_whole("position", position, 1)
-        if position > len(self.tokens):
-            raise UserError(f"position {position} is beyond the session's {len(self.tokens)} tokens")
+        self._require_within(position)
         del self.tokens[position:]
         del self._chain[position // BLOCK :]
         self.marks = [mark for mark in self.marks if mark < position]
@@ -130,8 +135,8 @@ class Session:
         Raises:
             UserError: a position that is not within the text, or ids outside the vocabulary; nothing has changed.
         """
-        ids = self._engine.tokenizer.encode(more) if isinstance(more, str) else list(more)
-        self._engine.check_ids("tokens", ids)
+        self._require_within(position)
+        ids = self._ids(more, position)
         self.rewind(position)
         self.append(ids)
 
@@ -157,14 +162,18 @@ class Session:
         )
 
     @classmethod
-    def from_bytes(cls, engine: Engine, content: bytes, *, name: str | None = None) -> Session:
+    def from_bytes(
+        cls, engine: Engine, content: bytes, *, name: str | None = None, cache_salt: str = ""
+    ) -> Session:
         """The session that `export` made these bytes of, under a new name if one is given.
+
+        Its states are believed: whoever has made some up gets what comes of them, and so do others of the same `cache_salt`.
 
         Raises:
             UserError: bytes that are damaged or no session, or one of another model, tokenizer or format.
         """
         archive = SessionArchive.from_bytes(content)
-        session = cls._of(engine, archive, name)
+        session = cls._of(engine, archive, name, cache_salt)
         states = {place: archive.state(place, session._store.template) for place in archive.positions}
         for position, state in states.items():  # the last one is what is wanted next
             session._store.put(session._keys()[position // BLOCK - 1], state)
@@ -207,10 +216,10 @@ class Session:
         return session
 
     @classmethod
-    def _of(cls, engine: Engine, archive: SessionArchive, name: str | None) -> Session:
+    def _of(cls, engine: Engine, archive: SessionArchive, name: str | None, cache_salt: str = "") -> Session:
         """An archive's text, without its states."""
         archive.require(_made_with(engine))
-        session = cls(engine, archive.tokens, name=name or archive.name)
+        session = cls(engine, archive.tokens, name=name or archive.name, cache_salt=cache_salt)
         session.marks = archive.marks
         return session
 
@@ -219,8 +228,20 @@ class Session:
         assert self._engine.store is not None  # or there were no session
         return self._engine.store
 
+    def _require_within(self, position: int) -> None:
+        require_whole("position", position, 1)
+        if position > len(self.tokens):
+            raise UserError(f"position {position} is beyond the session's {len(self.tokens)} tokens")
+
+    def _ids(self, more: str | Sequence[int], position: int) -> list[int]:
+        """The ids of what is to stand behind the first `position` tokens."""
+        encode = self._engine.tokenizer.encode
+        ids = encode(more, self.before(position)) if isinstance(more, str) else list(more)
+        self._engine.check_ids("tokens", ids)
+        return ids
+
     def _keys(self) -> list[str]:
-        self._chain = keys_of(self._engine.fingerprint, self.tokens, self._chain)
+        self._chain = keys_of(root_of(self._engine.fingerprint, self.cache_salt), self.tokens, self._chain)
         return self._chain
 
     def _kept(self, every: bool) -> dict[int, Any]:

@@ -37,23 +37,33 @@ BLOCK = 128  # tokens
 _log = logging.getLogger("retnet.engine")
 
 
-def keys_of(model: str, tokens: Sequence[int], known: Sequence[str] = ()) -> list[str]:
-    """The keys of the states after BLOCK, 2 BLOCK, … tokens of a text, for the model of this fingerprint.
+def root_of(model: str, salt: str) -> str:
+    """What the keys of texts begin with that share states with one another alone: those of a model and a salt.
 
     Args:
         model: its fingerprint.
+        salt: any text; empty is the model alone.
+    """
+    return hashlib.sha256(f"{model} {salt}".encode()).hexdigest() if salt else model
+
+
+def keys_of(root: str, tokens: Sequence[int], known: Sequence[str] = ()) -> list[str]:
+    """The keys of the states after BLOCK, 2 BLOCK, … tokens of a text.
+
+    Args:
+        root: of the model, see `root_of`.
         tokens: of the text.
         known: the first of the keys, which are not computed again.
     """
     keys = [*known]
     left = np.asarray(tokens[len(keys) * BLOCK :], dtype=np.int64)
     for start in range(0, len(left) - BLOCK + 1, BLOCK):
-        keys.append(next_key(keys[-1] if keys else model, left[start : start + BLOCK]))
+        keys.append(next_key(keys[-1] if keys else root, left[start : start + BLOCK]))
     return keys
 
 
 def next_key(key: str, block: Sequence[int] | NDArray[np.int64]) -> str:
-    """The key of the state `BLOCK` tokens after that of a key; before the first it is the model's fingerprint."""
+    """The key of the state `BLOCK` tokens after that of a key; before the first it is `root_of` the model."""
     return hashlib.sha256(key.encode() + np.asarray(block, dtype=np.int64).tobytes()).hexdigest()
 
 

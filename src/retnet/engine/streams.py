@@ -66,7 +66,8 @@ class Stream:
         self._text, self._scanner = tokenizer.stream(after[-_TAIL:]), StopScanner(asked.stop)
         self._unsent = ""
         if asked.echo:
-            self._unsent = asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(asked.prompt)
+            text = asked.prompt if asked.echo is True else asked.echo
+            self._unsent = text if isinstance(text, str) else tokenizer.decode(text)
         self._sent = (
             bytearray()
         )  # UTF-8; small strings, of which StringIO keeps 100,000, take ten times what they say

@@ -87,7 +87,9 @@ class ChatTemplate:
             ApiError: the template refuses it, fails, or takes too long.
         """
         if self.source is None:
-            return self._plain(turns)
+            if sum(len(turn.text) for turn in turns) <= SHORT:
+                return self._plain(turns)
+            return await asyncio.to_thread(self._plain, turns)
         messages = [{"role": turn.role, "content": self._guarded(turn.text)} for turn in turns]
         text = await self._ask({"messages": messages, "add_generation_prompt": True, **self._named})
         tokens = await asyncio.to_thread(self._encode, text)

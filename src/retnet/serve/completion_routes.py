@@ -32,7 +32,7 @@ from retnet.serve.events import (
     text_logprobs,
     usage,
 )
-from retnet.serve.service import Service, running, service_of
+from retnet.serve.service import Service, owner_of, running, service_of
 from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter()
@@ -52,8 +52,9 @@ async def completions(request: HttpRequest) -> Response:
         "max_tokens": body.max_tokens,
         "samples": body.n,
         "logprobs": body.logprobs,
+        "cache_salt": owner_of(request),
     }
-    requests = [Request(prompt, echo=body.echo, **options) for prompt in prompts]
+    requests = [Request(ids, echo=text, **options) for ids, text in prompts]
     offsets: dict[int, int] = {}
 
     def index(number: int, sample: int) -> int:
@@ -64,7 +65,8 @@ async def completions(request: HttpRequest) -> Response:
         logprobs = None
         if piece.logprobs:
             logprobs = text_logprobs(service.tokenizer, piece.logprobs, offsets.get(place, 0))
-            offsets[place] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+            last = service.tokenizer.decode([piece.logprobs[-1].token])
+            offsets[place] = logprobs["text_offset"][-1] + len(last)
         return [TextChoice(place, piece.text, logprobs, reason(piece.completion))]
 
     def whole(done: Done) -> list[Any]:
@@ -97,7 +99,7 @@ async def chat(request: HttpRequest) -> Response:
     named_tokens = body.top_logprobs if body.logprobs else None
     options = body.options(wanted) | {"samples": body.n, "logprobs": named_tokens}
     turns = [ChatTurn(each.role, each.text) for each in body.messages]
-    engine_request = await chat_request(service, turns, options, wanted)
+    engine_request = await chat_request(service, owner_of(request), turns, options, wanted)
     begun: set[int] = set()
 
     def named(places: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
@@ -122,12 +124,13 @@ async def chat(request: HttpRequest) -> Response:
 
 
 async def chat_request(
-    service: Service, turns: Sequence[ChatTurn], options: dict[str, Any], max_tokens: int
+    service: Service, owner: str, turns: Sequence[ChatTurn], options: dict[str, Any], max_tokens: int
 ) -> Request:
     """The engine's request for an answer to a conversation.
 
     Args:
         service: whose template.
+        owner: whose request it is.
         turns: the conversation.
         options: of the request; the template's own stops are added.
         max_tokens: of the answer.
@@ -141,7 +144,8 @@ async def chat_request(
         "stop": (*options["stop"], *rendered.stop),
         "stop_tokens": (*options["stop_tokens"], *rendered.stop_tokens),
     }
-    return Request(rendered.tokens, max_tokens=max_tokens, marks=rendered.marks, **options | stops)
+    more = options | stops | {"max_tokens": max_tokens, "cache_salt": owner}
+    return Request(rendered.tokens, marks=rendered.marks, **more)
 
 
 async def respond(
@@ -229,15 +233,13 @@ async def respond(
     return await answer(request, service.metrics, all_of_it())
 
 
-async def _prompts(service: Service, body: CompletionBody) -> list[str | list[int]]:
-    """The prompts of a body: ids, with BOS where it has texts; texts to be echoed stay texts."""
+async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[int], str | bool]]:
+    """The prompts of a body: ids, with BOS where it has texts; and whether or which text is echoed."""
     given: Any = body.prompt
-    several = given if isinstance(given, list) and not isinstance((given or [0])[0], int) else [given]
-    if not several:
-        raise ApiError(400, "prompt has no prompts; give at least one", param="prompt")
-    prompts: list[str | list[int]] = []
+    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    prompts: list[tuple[list[int], str | bool]] = []
     for each in several:
         ids = each if isinstance(each, list) else [service.tokenizer.bos_id, *await service.encode(each)]
         service.check_tokens(len(ids), body.max_tokens)
-        prompts.append(each if body.echo else ids)
+        prompts.append((ids, each if body.echo and isinstance(each, str) else body.echo))
     return prompts

@@ -18,7 +18,7 @@ from retnet.serve.completion_routes import chat_request
 from retnet.serve.conversation_bodies import CountBody, MessagesBody
 from retnet.serve.documents import documented, read
 from retnet.serve.errors import ApiError
-from retnet.serve.service import Service, completion_of, running, service_of
+from retnet.serve.service import Service, completion_of, owner_of, running, service_of
 from retnet.serve.streaming import EventStream, answer
 
 router = APIRouter(prefix="/v1/messages")
@@ -29,7 +29,7 @@ async def messages(request: HttpRequest) -> Response:
     """Answers a conversation; whole, or as a stream of Anthropic's events."""
     service = service_of(request)
     body = await read(request, MessagesBody)
-    asked = await chat_request(service, turns_of(body), body.options(), body.max_tokens)
+    asked = await chat_request(service, owner_of(request), turns_of(body), body.options(), body.max_tokens)
     name = f"msg_{uuid.uuid4().hex}"
     stack = AsyncExitStack()
     pieces = await stack.enter_async_context(running(service, [asked]))

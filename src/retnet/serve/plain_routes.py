@@ -62,7 +62,7 @@ async def detokenize(request: HttpRequest) -> Response:
         raise UserError(
             f"tokens has the token id {max(body.tokens)}, but the vocabulary ends with {size - 1}"
         )
-    return _json({"prompt": service.tokenizer.decode(body.tokens)})
+    return _json({"prompt": await service.decode(body.tokens)})
 
 
 @router.get("/health", summary="Whether the process lives", response_model=None)

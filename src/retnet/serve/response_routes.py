@@ -38,7 +38,7 @@ async def respond_to(request: HttpRequest) -> Response:
         raise ApiError(400, "input is missing", param="input")
     said = [ChatTurn("system", body.instructions)] if body.instructions else []
     wanted = body.max_output_tokens or service.settings.max_tokens
-    asked = await chat_request(service, said + turns, body.options(), wanted)
+    asked = await chat_request(service, owner, said + turns, body.options(), wanted)
     name, created = f"resp_{uuid.uuid4().hex}", int(time.time())
     stack = AsyncExitStack()
     pieces = await stack.enter_async_context(running(service, [asked]))

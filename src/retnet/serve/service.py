@@ -113,11 +113,17 @@ class Service:
                 param="max_tokens",
             )
 
-    async def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS; beside the event loop, and the engine."""
+    async def encode(self, text: str, before: str = "") -> list[int]:
+        """The ids of a text, without BOS, see `Tokenizer.encode`; beside the event loop, and the engine."""
         if len(text) < 1000:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+            return self.tokenizer.encode(text, before)
+        return await asyncio.to_thread(self.tokenizer.encode, text, before)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids; beside the event loop."""
+        if len(tokens) < 1000:
+            return self.tokenizer.decode(tokens)
+        return await asyncio.to_thread(self.tokenizer.decode, tokens)
 
 
 def service_of(request: HttpRequest) -> Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,6 @@ import msgspec
 
 from retnet.engine import Engine, Session
 from retnet.engine.versioned_files import Versioned
-from retnet.serve.errors import ApiError
 from retnet.settings import UserError
 
 FORMAT = 2  # of records; 1 was one file a session
@@ -51,12 +51,18 @@ class SessionEntry:
         busy: whether something is done with it now.
         position: tokens.
         marks: where something was appended.
+        changing: the last change of it, which may be under way.
     """
 
     def __init__(self, session: Session, owner: str, created: int, generation: int = 0) -> None:
         self.session, self.owner, self.created, self.busy = session, owner, created, False
         self.generation = generation
+        self.changing: asyncio.Future[Any] | None = None
         self.look()
+
+    def free(self) -> None:
+        """Others may do something with it."""
+        self.busy = False
 
     def record(self, engine: Engine) -> bytes:
         """Its record as it is now; in the engine's thread."""
@@ -93,13 +99,13 @@ def entry_of(engine: Engine, name: str, found: Versioned) -> SessionEntry:
         raise UserError("its record is of a session of another name")
     if (record.model, record.tokenizer) != (engine.fingerprint, engine.tokenizer.fingerprint):
         raise UserError("it is of another model")
-    session = session_of(engine, name, record.tokens, record.marks)
+    session = session_of(engine, name, record.owner, record.tokens, record.marks)
     return SessionEntry(session, record.owner, record.created, found.generation)
 
 
-def session_of(engine: Engine, name: str, tokens: Sequence[int], marks: Sequence[int]) -> Session:
-    """A session with these tokens and marks, its states held; in the engine's thread."""
-    session = Session(engine, tokens, name=name)
+def session_of(engine: Engine, name: str, owner: str, tokens: Sequence[int], marks: Sequence[int]) -> Session:
+    """A session of an owner's with these tokens and marks, its states held; in the engine's thread."""
+    session = Session(engine, tokens, name=name, cache_salt=owner)
     session.marks = [mark for mark in marks if 0 < mark <= len(tokens)]
     session.hold()
     return session
@@ -117,14 +123,3 @@ def described(entry: SessionEntry, model: str, state_bytes: int) -> dict[str, An
         "state_bytes": state_bytes,
         "busy": entry.busy,
     }
-
-
-def more_of(session: Session, text: str | None, tokens: Sequence[int] | None) -> str | Sequence[int]:
-    """What a body adds to a session: one of the two.
-
-    Raises:
-        ApiError: neither or both are given.
-    """
-    if (text is None) == (tokens is None):
-        raise ApiError(400, "give text or tokens, one of the two", param="text")
-    return text if text is not None else tokens or ()

@@ -22,7 +22,7 @@ from retnet.serve.documents import BYTES, documented, read
 from retnet.serve.errors import ApiError
 from retnet.serve.events import Reply, TextChoice, reason
 from retnet.serve.service import Service, owner_of, service_of
-from retnet.serve.session_records import SessionEntry, described, more_of
+from retnet.serve.session_records import SessionEntry, described
 from retnet.settings import UserError
 
 router = APIRouter(prefix="/v1/sessions")
@@ -32,18 +32,19 @@ KEPT_STATES = 64  # that an import may bring, beside its tokens
 @router.post("", **documented(SessionBody, "Create a session", status=201))
 async def create(request: HttpRequest) -> Response:
     """A session with nothing but a document's beginning, with a text after it, or with these token ids."""
-    service, body = service_of(request), await read(request, SessionBody)
+    service, owner = service_of(request), owner_of(request)
+    body = await read(request, SessionBody)
     if body.text is not None and body.tokens is not None:
         raise ApiError(400, "give text or tokens, not both", param="text")
+    more = await service.encode(body.text or "")
 
     def make(engine: Engine, name: str) -> Session:
-        session = Session(engine, body.tokens, name=name)
-        if body.text:
-            session.append(body.text)
-        _require_length(service, session)
+        session = Session(engine, body.tokens, name=name, cache_salt=owner)
+        session.append(more)
+        service.check_tokens(len(session.tokens), 1)
         return session
 
-    entry = await service.sessions.add(owner_of(request), make)
+    entry = await service.sessions.add(owner, make)
     return _shown(service, entry, status=201)
 
 
@@ -59,21 +60,21 @@ async def list_all(request: HttpRequest) -> Response:
 @router.post("/import", **documented(None, "Import a session", status=201))
 async def bring(request: HttpRequest) -> Response:
     """The session that an export is of, under a new id; it belongs to the key that brings it."""
-    service = service_of(request)
+    service, owner = service_of(request), owner_of(request)
     most = service.settings.max_body_bytes + KEPT_STATES * service.state_bytes
     content = await read_body(request, most, BYTES)
 
     def make(engine: Engine, name: str) -> Session:
         try:
-            session = Session.from_bytes(engine, content, name=name)
+            session = Session.from_bytes(engine, content, name=name, cache_salt=owner)
         except UserError:
             raise
         except Exception as error:  # what nobody thought of, in bytes that anybody may send
             raise UserError(f"this is no session, or a damaged one: {type(error).__name__}") from error
-        _require_length(service, session)
+        service.check_tokens(len(session.tokens), 1)
         return session
 
-    return _shown(service, await service.sessions.add(owner_of(request), make), status=201)
+    return _shown(service, await service.sessions.add(owner, make), status=201)
 
 
 @router.get("/{session}", summary="Show a session", response_model=None)
@@ -82,7 +83,7 @@ async def show(request: HttpRequest, session: str) -> Response:
     service = service_of(request)
     entry = await service.sessions.find(owner_of(request), session)
     tokens = await service.engine.call(lambda engine: list(entry.session.tokens))
-    text = service.tokenizer.decode(tokens)
+    text = await service.decode(tokens)
     return _json(described(entry, service.name, service.state_bytes) | {"text": text, "tokens": tokens})
 
 
@@ -99,30 +100,21 @@ async def delete(request: HttpRequest, session: str) -> Response:
 async def append(request: HttpRequest, session: str) -> Response:
     """Adds a text or token ids; they are read when something is generated."""
     body = await read(request, AppendBody)
-    service = service_of(request)
-
-    def verb(kept: Session) -> None:
-        more, before = more_of(kept, body.text, body.tokens), (len(kept.tokens), len(kept.marks))
-        kept.append(more)
-        _require_length(service, kept, before)
-
-    return await _change(request, session, verb)
+    return await _change(request, session, lambda kept, more: kept.append(more), body)
 
 
 @router.post("/{session}/rewind", **documented(RewindBody, "Rewind to a position"))
 async def rewind(request: HttpRequest, session: str) -> Response:
     """Takes back all tokens after a position."""
     body = await read(request, RewindBody)
-    return await _change(request, session, lambda kept: kept.rewind(body.position))
+    return await _change(request, session, lambda kept, _: kept.rewind(body.position))
 
 
 @router.post("/{session}/edit", **documented(EditBody, "Replace all tokens after a position"))
 async def edit(request: HttpRequest, session: str) -> Response:
     """Puts something else in the place of all tokens after a position."""
     body = await read(request, EditBody)
-    return await _change(
-        request, session, lambda kept: kept.edit(body.position, more_of(kept, body.text, body.tokens))
-    )
+    return await _change(request, session, lambda kept, more: kept.edit(body.position, more), body)
 
 
 @router.post("/{session}/fork", **documented(EmptyBody, "Fork a session", status=201))
@@ -194,22 +186,39 @@ async def generate(request: HttpRequest, session: str) -> Response:
     return await respond(request, service, body, [engine_request], head, head, choices, whole, stack, on_done)
 
 
-async def _change(request: HttpRequest, name: str, verb: Callable[[Session], None]) -> Response:
-    service = service_of(request)
+async def _change(
+    request: HttpRequest,
+    name: str,
+    verb: Callable[[Session, list[int]], None],
+    body: AppendBody | None = None,
+) -> Response:
+    """Changes a session by a verb, of it and of what a body adds."""
+    service, more = service_of(request), list[int]()
+
+    def checked(session: Session) -> None:
+        before = len(session.tokens)
+        verb(session, more)
+        if len(session.tokens) > before:
+            service.check_tokens(len(session.tokens), 1)
+
     async with service.sessions.use(owner_of(request), name) as entry:
-        await service.sessions.change(entry, verb)
+        if body is not None:
+            more = await _added(service, entry, body)
+        await service.sessions.change(entry, checked)
         shown = described(entry, service.name, service.state_bytes) | {"busy": False}
     return _json(shown)
 
 
-def _require_length(service: Service, session: Session, before: tuple[int, int] | None = None) -> None:
-    """Refuses a session that has become too long, which is then what it was `before`."""
-    try:
-        service.check_tokens(len(session.tokens), 1)
-    except ApiError:
-        if before is not None:
-            del session.tokens[before[0] :], session.marks[before[1] :]
-        raise
+async def _added(service: Service, entry: SessionEntry, body: AppendBody) -> list[int]:
+    """The ids of what a body adds to a session; a text becomes ids beside the engine, which goes on."""
+    if (body.text is None) == (body.tokens is None):
+        raise ApiError(400, "give text or tokens, one of the two", param="text")
+    if body.text is None:
+        return body.tokens or []
+    position = body.position if isinstance(body, EditBody) else None
+    return await service.encode(
+        body.text, await service.engine.call(lambda engine: entry.session.before(position))
+    )
 
 
 def _shown(service: Service, entry: SessionEntry, status: int = 200) -> Response:

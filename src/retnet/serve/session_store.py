@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 import msgspec
@@ -27,6 +27,10 @@ RECORDS, STATES = "records", "states"  # folders in the place of sessions
 OLD = ".session.json"  # how files of format 1 end, which had one a session
 SWEPT_AFTER = 3600.0  # seconds that a file has lain unused when a server starts
 _log = logging.getLogger("retnet.serve")
+
+
+class _UnusableError(ApiError):
+    """A record is of another model, or of a format that this version does not read."""
 
 
 class SessionStore:
@@ -49,6 +53,7 @@ class SessionStore:
         self._storage = storage
         self._files = None if storage is None else VersionedFiles(storage, RECORDS)
         self._entries: dict[str, SessionEntry] = {}
+        self._coming = 0  # that are being made
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -111,7 +116,8 @@ class SessionStore:
                 names = await asyncio.to_thread(self._files.names)
             for name in {*names, *self._entries}:
                 if is_name(name):
-                    await self._refresh(name)
+                    with suppress(_UnusableError):  # the log has said so when the server began
+                        await self._refresh(name)
         found = [entry for entry in self._entries.values() if entry.owner == owner]
         return sorted(found, key=lambda entry: entry.created)
 
@@ -146,7 +152,10 @@ class SessionStore:
         try:
             yield entry
         finally:
-            entry.busy = False
+            if entry.changing is None or entry.changing.done():
+                entry.busy = False
+            else:  # the client has left; what it began is not to be parted by others
+                entry.changing.add_done_callback(lambda _: entry.free())
 
     async def add(self, owner: str, make: Callable[[Engine, str], Session]) -> SessionEntry:
         """Keeps a session that is made in the engine's thread, of the engine and a new name.
@@ -155,18 +164,21 @@ class SessionStore:
             ApiError: there are too many, or it cannot be written.
             UserError: as `make`.
         """
-        if len(self._entries) >= self._most:
+        if len(self._entries) + self._coming >= self._most:
             raise ApiError(
                 429, f"this server keeps {self._most} sessions; delete one first", code="too_many_sessions"
             )
         name = uuid.uuid4().hex
-        made = await self._engine.call(lambda engine: make(engine, name))
-        entry = SessionEntry(made, owner, int(time.time()))
+        self._coming += 1
         try:
+            made = await self._engine.call(lambda engine: make(engine, name))
+            entry = SessionEntry(made, owner, int(time.time()))
             await self.change(entry, lambda session: None)
         except BaseException:
-            await self._engine.call(lambda engine: entry.session.close())
+            await self._release(name)
             raise
+        finally:
+            self._coming -= 1
         self._entries[name] = entry
         return entry
 
@@ -176,7 +188,9 @@ class SessionStore:
         Raises:
             ApiError: another server has changed it meanwhile, or it cannot be written.
         """
-        return await asyncio.shield(self._change(entry, verb))  # a client that leaves must not part the two
+        changing = asyncio.ensure_future(self._change(entry, verb))
+        entry.changing = changing
+        return await asyncio.shield(changing)  # a client that leaves must not part text and record
 
     async def _change(self, entry: SessionEntry, verb: Callable[[Session], Result]) -> Result:
         before = list[int](), list[int]()
@@ -184,13 +198,17 @@ class SessionStore:
         def work(engine: Engine) -> tuple[Result, bytes]:
             nonlocal before
             before = list(entry.session.tokens), list(entry.session.marks)
-            result = verb(entry.session)
+            try:
+                result = verb(entry.session)
+            except BaseException:
+                undo(engine)
+                raise
             entry.session.hold()
             entry.look()
             return result, entry.record(engine)
 
         def undo(engine: Engine) -> None:
-            entry.session = session_of(engine, entry.id, *before)
+            entry.session = session_of(engine, entry.id, entry.owner, *before)
             entry.look()
 
         result, content = await self._engine.call(work)
@@ -261,7 +279,7 @@ class SessionStore:
         try:
             await self._take(name, found)
         except (UserError, msgspec.DecodeError, ValueError) as error:
-            raise ApiError(500, f"session {name} cannot be used: {error}") from None
+            raise _UnusableError(409, f"session {name} cannot be used here: {error}") from None
 
     async def _take(self, name: str, found: Versioned) -> None:
         """Puts a session as its record says in the place of what is known of it."""
@@ -272,9 +290,17 @@ class SessionStore:
             known.position, known.marks = made.position, made.marks
 
     async def _drop(self, name: str) -> None:
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            await self._engine.call(lambda engine: entry.session.close())
+        if self._entries.pop(name, None) is not None:
+            await self._release(name)
+
+    async def _release(self, name: str) -> None:
+        """Lets go of a session's states."""
+
+        def work(engine: Engine) -> None:
+            assert engine.store is not None  # or there were no sessions
+            engine.store.hold(name, ())
+
+        await self._engine.call(work)
 
 
 def _warn_of_old(url: str, names: Sequence[str]) -> None:
