@@ -5,6 +5,8 @@ Names and shapes of the weights are those of its loader; what its quantiser leav
 weights are as fast as learned ones: nothing that a forward pass does depends on their values.
 """
 
+# ruff: noqa: ANN401 (gguf has no types)
+
 from __future__ import annotations
 
 import itertools
@@ -159,7 +161,7 @@ def _values(weight: TensorSpec, random: np.random.Generator) -> np.ndarray:
     return random.standard_normal(weight.shape, np.float32) * np.float32(weight.shape[-1] ** -0.5)
 
 
-def _add_vocabulary(writer: Any, vocab_size: int) -> None:  # noqa: ANN401  (gguf has no types)
+def _add_vocabulary(writer: Any, vocab_size: int) -> None:
     """A byte-level BPE of one merge, which prompts given as token ids never meet, but llama.cpp insists on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(BYTES) if b not in printable)
@@ -205,7 +207,7 @@ def _llama_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_llama(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
+def _describe_llama(writer: Any, size: PeerSize) -> None:
     writer.add_feed_forward_length(size.inner)
     writer.add_head_count(size.width // HEAD)
     writer.add_head_count_kv(size.width // HEAD)
@@ -251,7 +253,7 @@ def _rwkv7_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_rwkv7(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
+def _describe_rwkv7(writer: Any, size: PeerSize) -> None:
     ranks = _ranks(size.width)
     writer.add_feed_forward_length(size.inner)
     writer.add_head_count(0)
@@ -280,7 +282,7 @@ def _mamba2_layer(size: PeerSize, number: int) -> list[TensorSpec]:
     ]
 
 
-def _describe_mamba2(writer: Any, size: PeerSize) -> None:  # noqa: ANN401  (gguf has no types)
+def _describe_mamba2(writer: Any, size: PeerSize) -> None:
     writer.add_feed_forward_length(0)
     writer.add_head_count(0)
     writer.add_layer_norm_rms_eps(1e-5)

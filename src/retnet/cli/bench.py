@@ -1,5 +1,7 @@
 """`retnet bench`: how fast, as ratios to peers and physical limits measured beside."""
 
+# ruff: noqa: ANN401 (options of a benchmark, as click hands them on)
+
 from __future__ import annotations
 
 import functools
@@ -70,7 +72,7 @@ def _of_a_model(
             out: Path,
             quick: bool,
             overrides: tuple[str, ...],
-            **given: Any,  # noqa: ANN401
+            **given: Any,
         ) -> None:
             bench, measure = choose(_model(config, overrides, width if quick else None), quick, **given)
             _run(name, bench, quick, out, functools.partial(measure, bench), config=config)
@@ -87,7 +89,7 @@ def _of_a_model(
     *("rounds", "tokens", "extra", "minutes"),
     width=64,
 )
-def train(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
+def train(model: ModelConfig, quick: bool, **given: Any) -> Any:
     """Training steps beside a Llama of equal size, and beside the machine's fp32 matrix products.
 
     Settings of the model are changed as in training: --model.num_layers 4.
@@ -105,7 +107,7 @@ def train(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
     "retnet.bench.decoding:DecodingBench",
     *("rounds", "steps", "batch", "long", "minutes"),
 )
-def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
+def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:
     """Time per generated token against context length, memory traffic, and a Llama's KV cache.
 
     Settings of the model are changed as in training: --model.num_layers 4.
@@ -126,7 +128,7 @@ def decode(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN40
 
 
 @_of_a_model("engine", "laptop/17m", "retnet.bench.engine:EngineBench", "rounds", "prompt", "minutes")
-def engine(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
+def engine(model: ModelConfig, quick: bool, **given: Any) -> Any:
     """What the engine costs over its decoder, and what exactness, drafts and edits of a session cost and save.
 
     Settings of the model are changed as in training: --model.num_layers 4.
@@ -145,7 +147,7 @@ def engine(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN40
     *("tokens", "rounds", "turns", "longest", "minutes"),
 )
 @click.option("--peers/--no-peers", default=True, help="Whether servers of others are measured too.")
-def serve(model: ModelConfig, quick: bool, **given: Any) -> Any:  # noqa: ANN401
+def serve(model: ModelConfig, quick: bool, **given: Any) -> Any:
     """The HTTP server under load, beside llama.cpp's, Transformers' and a Transformer of equal size.
 
     1 to 64 streams after prompts of 128 to 8,192 tokens: time to the first token and between tokens, tokens per second,

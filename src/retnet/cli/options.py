@@ -3,6 +3,8 @@
 Classes are read from their source, not imported: `retnet VERB --help` answers at once, without torch.
 """
 
+# ruff: noqa: ANN401 (click's values and annotations are of any type)
+
 from __future__ import annotations
 
 import ast
@@ -38,14 +40,14 @@ class Field(NamedTuple):
 class HomePath(click.Path):
     """The path of a file or folder, in which a leading ``~`` stands for a home, also behind ``--option=``."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_expanded(self, value, param, ctx), param, ctx)
 
 
 class FiniteRange(click.FloatRange):
     """A range of numbers, in which NaN, for which no comparison holds, does not lie, and infinity neither."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number; allowed: {self._describe_range()}.", param, ctx)
@@ -57,16 +59,16 @@ class HomeText(click.ParamType[str]):
 
     name = "text"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(_expanded(self, value, param, ctx))
 
 
 def _expanded(
     kind: click.ParamType[Any],
-    value: Any,  # noqa: ANN401
+    value: Any,
     param: click.Parameter | None,
     ctx: click.Context | None,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """A path with its home; one that is empty, as of a variable that is not set, would be the current directory."""
     if value == "":
         kind.fail("it is empty; name a file or folder", param, ctx)
@@ -148,7 +150,7 @@ def read_fields(place: str) -> dict[str, Field]:
     return fields
 
 
-def _kind(node: ast.expr, known: dict[str, Any]) -> Any:  # noqa: ANN401
+def _kind(node: ast.expr, known: dict[str, Any]) -> Any:
     """An annotation; None for one that no option could hold."""
     try:
         # our own source
@@ -160,7 +162,7 @@ def _kind(node: ast.expr, known: dict[str, Any]) -> Any:  # noqa: ANN401
 _BUILTINS = {kind.__name__: kind for kind in (int, float, str, bool, tuple, dict)}
 
 
-def _constant(node: ast.expr) -> Any:  # noqa: ANN401
+def _constant(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -189,7 +191,7 @@ def _option(name: str, field: Field, unset: bool) -> Callable[[Function], Functi
     return click.option(f"--{name.replace('_', '-')}", name, **settings)
 
 
-def _single(kind: Any) -> tuple[Any, bool]:  # noqa: ANN401
+def _single(kind: Any) -> tuple[Any, bool]:
     """The kind of one value, and whether there may be several."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         parts = [part for part in typing.get_args(kind) if part is not type(None)]
@@ -198,7 +200,7 @@ def _single(kind: Any) -> tuple[Any, bool]:  # noqa: ANN401
     return kind, False
 
 
-def _type(kind: Any) -> Any:  # noqa: ANN401
+def _type(kind: Any) -> Any:
     marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
     plain = typing.get_args(kind)[0] if marks else kind
     if typing.get_origin(plain) is typing.Literal:

@@ -1,5 +1,7 @@
 """Structured output: tokens are masked so that a text follows a JSON schema, a regular expression, or is one of several."""
 
+# ruff: noqa: ANN401 (llguidance has no types)
+
 from __future__ import annotations
 
 import json
@@ -76,7 +78,7 @@ class Constraint:
         UserError: the grammar is in error.
     """
 
-    def __init__(self, matcher: Any) -> None:  # noqa: ANN401
+    def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
         self._require_sound()
 
@@ -121,13 +123,13 @@ def _as_json(schema: Mapping[str, Any] | str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _tokens_of(tokenizer: Tokenizer) -> Any:  # noqa: ANN401
+def _tokens_of(tokenizer: Tokenizer) -> Any:
     """The vocabulary as llguidance knows it; BOS is what ends a text."""
     content = tokenizer.content.decode()
     return _library().LLTokenizer(content, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.bos_id)
 
 
-def _library() -> Any:  # noqa: ANN401
+def _library() -> Any:
     try:
         import llguidance
     except ImportError:

@@ -1,5 +1,7 @@
 """Slots of recurrent states and KV caches: rows, in which sequences come and go without copying others."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -57,7 +59,7 @@ class SlotPool:
             for part, first, cached in zip(whole, self._initial, self._cached, strict=True)
         )
 
-    def take(self, rows: Rows, new: int) -> Any:  # noqa: ANN401
+    def take(self, rows: Rows, new: int) -> Any:
         """The state of some rows, with room for `new` more tokens in each.
 
         Those of a slice, and the cache of a single row, are views of the pool, others copies; whoever has moved them on must
@@ -79,7 +81,7 @@ class SlotPool:
             for slot, length in zip(_numbers(rows), lengths, strict=True):
                 self._make_room(number, slot, length, length + new)
 
-    def put(self, rows: Rows, before: Any, after: Any) -> None:  # noqa: ANN401
+    def put(self, rows: Rows, before: Any, after: Any) -> None:
         """Stores rows that `take` gave as `before` and that have become `after`; of a cache only the places that are new."""
         if self.grows:
             ends = zip(self.state.length[rows].tolist(), after.length.tolist(), strict=True)
@@ -115,7 +117,7 @@ class SlotPool:
             else:
                 pool[target] = pool[source].clone()
 
-    def read(self, rows: Rows) -> Any:  # noqa: ANN401
+    def read(self, rows: Rows) -> Any:
         """A copy of rows, as a state of the mixer; its caches are as long as the longest row."""
         lengths: list[int] = self.state.length[rows].tolist() if self.grows else []
         return self._like(
@@ -123,7 +125,7 @@ class SlotPool:
             for part, cached in zip(self.state, self._cached, strict=True)
         )
 
-    def write(self, rows: Rows, state: Any) -> None:  # noqa: ANN401
+    def write(self, rows: Rows, state: Any) -> None:
         """Puts the rows of a state of the mixer, [B,...] a tensor, in the place of what the slots held."""
         for number, (pool, cached, new) in enumerate(zip(self.state, self._cached, state, strict=True)):
             if cached:
@@ -160,7 +162,7 @@ class SlotPool:
         self.state[number][slot] = cache
         self.addresses[number, slot] = cache.data_ptr()
 
-    def _like(self, parts: Iterable[Any]) -> Any:  # noqa: ANN401
+    def _like(self, parts: Iterable[Any]) -> Any:
         return type(self._initial)(*parts)
 
 

@@ -1,5 +1,7 @@
 """Scoring of token sequences by a model: many short ones as a batch, or one of any length with a carried state."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ class Reader(Protocol):
     def score(self, sequences: Sequence[Tokens]) -> list[Losses]:
         """Each from its beginning, independently of the others."""
 
-    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:  # noqa: ANN401
+    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:
         """One sequence from a state (None: its beginning), and the state after all but its last token.
 
         Raises:
@@ -76,7 +78,7 @@ class RecurrentReader:
         return np.split(losses.double().cpu().numpy(), np.cumsum(lengths)[:-1])
 
     @torch.inference_mode()
-    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:  # noqa: ANN401
+    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:
         """See `Reader`."""
         if state is None:
             state = self._model.init_state(1)
@@ -127,7 +129,7 @@ class CachedReader:
         return [losses[row] for row in range(len(sequences))]
 
     @torch.inference_mode()
-    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:  # noqa: ANN401
+    def carry(self, sequence: Tokens, state: Any) -> tuple[Losses, Any]:
         """See `Reader`."""
         content = torch.from_numpy(sequence).to(self._device)
         out = self._model(input_ids=content[None, :-1], past_key_values=state, use_cache=True)

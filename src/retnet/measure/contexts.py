@@ -1,5 +1,7 @@
 """Decoding at any length of context: models and mixers with the states, or filled KV caches, of so many tokens."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -48,7 +50,7 @@ class Contexts:
                     told(self._seen)
             self._after[length] = select_rows(self._last, [0])
 
-    def state(self, length: int, batch: int) -> Any:  # noqa: ANN401
+    def state(self, length: int, batch: int) -> Any:
         """A state after `length` tokens, of `batch` equal rows; the next call may overwrite it."""
         if not self.grows:
             return select_rows(self._after[length], [0] * batch)
@@ -110,11 +112,11 @@ def _empty(part: Tensor) -> bool:
     return part.dim() > 1 and part.shape[1] == 0
 
 
-def _tensors(state: Any) -> list[Tensor]:  # noqa: ANN401
+def _tensors(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [x for part in state for x in _tensors(part)]
 
 
-def _mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
+def _mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
         return change(state)
     parts = [_mapped(part, change) for part in state]

@@ -1,5 +1,7 @@
 """`Mixer`, the protocol of sequence mixers: one module, one set of weights, three ways to run it."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -104,7 +106,7 @@ class Mixer(nn.Module):
     exactly_causal: ClassVar[bool] = True
     num_heads: int
 
-    def __init__(self, d_model: int, config: Any) -> None:  # noqa: ANN401
+    def __init__(self, d_model: int, config: Any) -> None:
         super().__init__()
 
     def keep_heads(self, begin: int, end: int) -> None:
@@ -123,7 +125,7 @@ class Mixer(nn.Module):
         self,
         x: Tensor,
         cu_seqlens: Tensor | None = None,
-        state: Any = None,  # noqa: ANN401
+        state: Any = None,
     ) -> Positions | None:
         """What layers of one kind would make alike of the places of tokens, cos and sin first of all: None by default.
 
@@ -140,17 +142,17 @@ class Mixer(nn.Module):
         """Whole sequences, for training: x [B,T,D] → [B,T,D]."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def prefill(self, x: Tensor, state: Any, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def prefill(self, x: Tensor, state: Any, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         """Many tokens from a state: x [B,T,D] → [B,T,D] and the state after them."""
         raise TypeError(f"{type(self).__name__} does not define prefill")
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token from a state: x [B,D] → [B,D] and the state after it."""
         raise TypeError(f"{type(self).__name__} does not define step")
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """The state before the first token. `dtype` is that of the computation; what accumulates is at least fp32."""
         raise TypeError(f"{type(self).__name__} does not define init_state")
 

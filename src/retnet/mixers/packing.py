@@ -1,5 +1,7 @@
 """Packed documents (unpad and pad) for mixers that are written for batches of sequences of one length."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 import itertools
@@ -28,7 +30,7 @@ class SequenceMixer(Mixer):
         """Sequences from their beginning: x [B,T,D], T ≥ 1 → [B,T,D]."""
         return self._extend(x, self.init_state(x.shape[0], device=x.device, dtype=x.dtype))[0]
 
-    def _extend(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def _extend(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Sequences from a state: x [B,T,D], T ≥ 1 → [B,T,D] and the state after them."""
         raise TypeError(f"{type(self).__name__} does not define _extend")
 
@@ -57,7 +59,7 @@ class SequenceMixer(Mixer):
     def prefill(
         self,
         x: Tensor,
-        state: Any,  # noqa: ANN401
+        state: Any,
         *,
         cu_seqlens: Tensor | None = None,
         positions: Positions | None = None,
@@ -89,7 +91,7 @@ class SequenceMixer(Mixer):
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(outputs)[None], _select(joined, back)
 
-    def step(self, x: Tensor, state: Any, *, positions: Positions | None = None) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def step(self, x: Tensor, state: Any, *, positions: Positions | None = None) -> tuple[Tensor, Any]:
         """x [B,D] from `state` → [B,D] and the state after it."""
         y, state = self._extend(x[:, None], state, **handed(positions))
         return y[:, 0], state
@@ -130,6 +132,6 @@ def document_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return [end - start for start, end in itertools.pairwise(bounds)]
 
 
-def _select(state: Any, rows: list[int]) -> Any:  # noqa: ANN401
+def _select(state: Any, rows: list[int]) -> Any:
     index = torch.tensor(rows, dtype=torch.long, device=state[0].device)
     return type(state)(*(part.index_select(0, index) for part in state))

@@ -1,5 +1,7 @@
 """Rows of recurrent states: tensors (or None), batch first, in tuples and NamedTuples of any depth."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def select_rows(state: Any, rows: Sequence[int] | Tensor) -> Any:  # noqa: ANN401
+def select_rows(state: Any, rows: Sequence[int] | Tensor) -> Any:
     """A new state made of the given rows, in that order; a row may be named several times. Always a copy."""
     index: dict[torch.device, Tensor] = {}
 
@@ -23,12 +25,12 @@ def select_rows(state: Any, rows: Sequence[int] | Tensor) -> Any:  # noqa: ANN40
     return _map(select, [state])
 
 
-def join_rows(states: Sequence[Any]) -> Any:  # noqa: ANN401
+def join_rows(states: Sequence[Any]) -> Any:
     """One state with the rows of all `states` (at least one), in order; of caches that grow, the shorter are filled up."""
     return states[0] if len(states) == 1 else _map(join_tensors, list(states))
 
 
-def _map(function: Callable[[list[Tensor]], Tensor], states: list[Any]) -> Any:  # noqa: ANN401
+def _map(function: Callable[[list[Tensor]], Tensor], states: list[Any]) -> Any:
     first = states[0]
     if first is None:
         return None

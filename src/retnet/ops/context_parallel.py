@@ -15,6 +15,8 @@ the op with its kernels and their backward passes runs as it is, from P_r as its
 `begin_exchange` and its end overlaps with the all-gather, forwards and backwards.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute)
+
 from __future__ import annotations
 
 import itertools
@@ -141,7 +143,7 @@ def context_parallel_retention(
     log_decay: Tensor,
     stretch: Stretch,
     state: Tensor | None = None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Retention of a sequence of which each rank holds a stretch: `retention` of the whole, and its gradients.
 
@@ -234,7 +236,7 @@ class _LastState(torch.autograd.Function):
     """S = Σ_j γ^(T−1−j) k_jᵀ v_j for k [B,T,H,K] and v [B,T,H,V]: [B,H,K,V], fp32 or fp64; block by block, both ways."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         ctx.save_for_backward(k, v, log_decay)
         wide = torch.promote_types(k.dtype, torch.float32)
         state = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[3], dtype=wide)
@@ -245,7 +247,7 @@ class _LastState(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_state: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, d_state: Tensor) -> tuple[Tensor, Tensor, None]:
         k, v, log_decay = ctx.saved_tensors
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         with _exact(k):
@@ -261,7 +263,7 @@ def _exact(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _blocks(k: Tensor, log_decay: Tensor) -> Any:  # noqa: ANN401
+def _blocks(k: Tensor, log_decay: Tensor) -> Any:
     """(tokens, their weights γ^(T−1−j) [n,H,1]), for all tokens of k [B,T,H,K]."""
     T, wide = k.shape[1], torch.promote_types(k.dtype, torch.float32)
     for start, end in itertools.pairwise([*range(0, T, BLOCK_TOKENS), T]):
@@ -296,7 +298,7 @@ class _Leaving(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         leaving: Tensor,
         log_decay: Tensor,
         stretch: Stretch,
@@ -308,7 +310,7 @@ class _Leaving(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, every: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, every: Tensor) -> tuple[Tensor, None, None, None]:
         (log_decay,), stretch = ctx.saved_tensors, ctx.stretch
         ctx.gathers.end()
         distances = [stretch.distance(stretch.rank, target) for target in range(len(stretch.origins))]
@@ -320,7 +322,7 @@ class _Entering(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         every: Tensor,
         log_decay: Tensor,
         stretch: Stretch,
@@ -333,7 +335,7 @@ class _Entering(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_entering: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, d_entering: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.gathers.begin(d_entering), None, None, None
 
 

@@ -5,6 +5,8 @@ Derivatives go to the operator's autograd key as one function with a backward, a
 tangent, and `torch.func.grad` refuses it.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute, and its operators any argument)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -43,7 +45,7 @@ def define(
     derivatives: Derivatives | None = None,
     instead: str = "backend 'reference'",
     casts: int = 0,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Defines ``retnet::name``.
 
     Args:
@@ -73,7 +75,7 @@ def define(
     return op
 
 
-def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any]:  # noqa: ANN401
+def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any]:
     """The operator's kernel at its autograd key: notes the rules, and runs the operator below."""
 
     def forward(*inputs: object) -> Outputs:
@@ -102,11 +104,11 @@ def _differentiable(op: Any, name: str, rules: Derivatives) -> Callable[..., Any
 def refusals(name: str, instead: str) -> Derivatives:
     """The rules of an operator that has no derivative, but `instead` has."""
 
-    def save(ctx: Any, inputs: object, output: object) -> None:  # noqa: ANN401
+    def save(ctx: Any, inputs: object, output: object) -> None:
         pass
 
     def refuse(kind: str) -> Callable[..., Any]:
-        def rule(*_: object) -> Any:  # noqa: ANN401
+        def rule(*_: object) -> Any:
             raise NotImplementedError(f"retnet::{name} has no {kind}; use {instead}")
 
         return rule
@@ -116,10 +118,10 @@ def refusals(name: str, instead: str) -> Derivatives:
     )
 
 
-def _narrowing(op: Any, device: str, count: int) -> Callable[..., Any]:  # noqa: ANN401
+def _narrowing(op: Any, device: str, count: int) -> Callable[..., Any]:
     """The operator's kernel at its autocast key. `torch.library.register_autocast` would narrow every tensor."""
 
-    def kernel(*inputs: Any) -> Outputs:  # noqa: ANN401
+    def kernel(*inputs: Any) -> Outputs:
         dtype = torch.get_autocast_dtype(device)
         with torch_private.without_autocast(device):
             result: Outputs = op(*(x.to(dtype) for x in inputs[:count]), *inputs[count:])

@@ -6,6 +6,8 @@ that their derivatives are products with what else is there (`retnet.ops.decay_d
 order, is made of the forward and backward pass again.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute, and its operators any argument)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +61,7 @@ class _Call(NamedTuple):
     inputs: RetentionInputs
     chunk: int
 
-    def forward(self, **changed: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(self, **changed: Any) -> tuple[Tensor, Tensor]:
         out, final, _ = self.ops.forward(*self.inputs._replace(**changed), self.chunk, False)
         return out, final
 
@@ -69,7 +71,7 @@ class _Call(NamedTuple):
         d_final: Tensor | None,
         snapshots: Tensor | None = None,
         wide: bool = False,
-        **changed: Any,  # noqa: ANN401
+        **changed: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = self.inputs._replace(**changed)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.backward(
@@ -165,18 +167,18 @@ def _define(
     def recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *flat: kernel(RetentionInputs(*flat[:INPUTS]), *flat[INPUTS:])
 
-    def call(ctx: Any) -> tuple[_Call, Sequence[Any]]:  # noqa: ANN401
+    def call(ctx: Any) -> tuple[_Call, Sequence[Any]]:
         """The call whose derivative is wanted, and what else it saved; saved tensors may be looked at once."""
         saved = ctx.saved_tensors
         inputs = RetentionInputs(*(*saved[: INPUTS - 1], ctx.scale))
         return _Call(made, inputs, ctx.chunk), saved[INPUTS - 1 :]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, ctx.scale, ctx.chunk, keep_states = inputs
         ctx.mark_non_differentiable(output[2])
         keep(ctx, *tensors, output[2] if keep_states else None)
 
-    def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:  # noqa: ANN401
+    def gradients(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: object) -> Any:
         run, (snapshots,) = call(ctx)
         q, k, v, _, state, *_ = run.inputs
         d_out, wide = torch.zeros_like(v) if d_out is None else d_out, ctx.needs_input_grad[3]
@@ -188,7 +190,7 @@ def _define(
         dq, dk = dq.to(q.dtype), dk.to(k.dtype)
         return dq, dk, dv, d_log_decay, None if state is None else d_state, *[None] * 4
 
-    def tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
+    def tangents(ctx: Any, *along: Tensor | None) -> Any:
         a, b, c, direction, e, *_ = along
         run, _ = call(ctx)
         out, final = run.forward_along((a, b, c, e))
@@ -198,12 +200,12 @@ def _define(
         zeros = run.inputs._replace(state=None).fresh_state() if final is None else final
         return torch.zeros_like(run.inputs.v) if out is None else out, zeros, None
 
-    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         # the snapshots follow from k, v and the state
         *tensors, ctx.scale, ctx.chunk, d_out, d_final, _, ctx.wide = inputs
         keep(ctx, *tensors, d_out, d_final)
 
-    def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:  # noqa: ANN401
+    def second_gradients(ctx: Any, *cotangents: Tensor | None) -> Any:
         run, (d_out, d_final) = call(ctx)
         along = _narrowed(cotangents, run.inputs)
         out, final = run.forward_along(along)
@@ -218,7 +220,7 @@ def _define(
         final = None if d_final is None else final
         return dq, dk, dv, d_log_decay, d_state, None, None, None, out, final, None, None
 
-    def second_tangents(ctx: Any, *along: Tensor | None) -> Any:  # noqa: ANN401
+    def second_tangents(ctx: Any, *along: Tensor | None) -> Any:
         a, b, c, direction, e, _, _, _, t_out, t_final, _, _ = along
         run, (d_out, d_final) = call(ctx)
         changes = run.backward_along(d_out, d_final, (a, b, c, e))
@@ -281,7 +283,7 @@ _SIDES = (2, 2, 2, -1, 1, None, None, None, None), (2, 1, 1)
 _SIDES_BACKWARD = (2, 2, 2, -1, 1, None, None, None, 2, 1, 1, None), (2, 2, 2, 1)
 
 
-def _fold(op: Any, sides: Any, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # noqa: ANN401
+def _fold(op: Any, sides: Any, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
     """The rule of `torch.vmap`: n calls with H heads each are one call with n·H heads."""
     folded, n = [], info.batch_size
     for x, dim, heads in zip(inputs, in_dims, sides[0], strict=True):

@@ -1,5 +1,7 @@
 """`retention` and its decoding steps: arguments checked, then handed to the backend that `dispatch` chooses."""
 
+# ruff: noqa: ANN401 (implementations of an op pass its arguments on as they are)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -212,29 +214,29 @@ _RETENTION = Op(
 # Arguments of the steps: q, k, v, log_decay, state, slots, scale.
 
 
-def _step_by_numba(q: Tensor, *rest: Any) -> Tensor:  # noqa: ANN401
+def _step_by_numba(q: Tensor, *rest: Any) -> Tensor:
     """By the operator where something wants to see it, whose dispatch costs more than a small step."""
     run = decode.step if plain() and not torch.is_grad_enabled() else operators.NUMBA.step
     out: Tensor = run(q, *rest)
     return out
 
 
-def _no_step(*tensors: Any) -> str | None:  # noqa: ANN401
+def _no_step(*tensors: Any) -> str | None:
     if torch.is_grad_enabled() or differentiating_forwards():
         return NO_STEP_DERIVATIVE if is_differentiated(*tensors[:5]) else None
     return None
 
 
-def _no_numba_step(*arguments: Any) -> str | None:  # noqa: ANN401
+def _no_numba_step(*arguments: Any) -> str | None:
     return _no_step(*arguments) or decode.no_step(*arguments)
 
 
-def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:  # noqa: ANN401
+def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     unfit = _no_step(q, k, v, *rest) or capability.unsupported(q, v, "chunkwise")
     return unfit or capability.missing(str(q.device))
 
 
-def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
+def _one_by_one(step: Callable[..., Tensor], *arguments: Any) -> Tensor:
     q, k, v, log_decay, *rest = arguments
     out = torch.empty_like(v)
     for t in range(q.shape[1]):

@@ -4,6 +4,8 @@ Angles are formed in fp64 and reduced to one turn before they become fp32, so a 
 exactly as one at position 10.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute)
+
 from __future__ import annotations
 
 import math
@@ -237,12 +239,12 @@ def _rotate_by_autograd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return turned.flatten(-2).to(x.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     _, cos, sin, ctx.interleaved = inputs
     keep(ctx, cos, sin)
 
 
-def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """The transpose of a rotation is the rotation by the opposite angle."""
     cos, sin = ctx.saved_tensors
     _refuse_angles(any(ctx.needs_input_grad[1:3]))
@@ -251,7 +253,7 @@ def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # n
     return _OPERATOR(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _turn_along(ctx: Any, x: Tensor | None, *angles: Tensor | None) -> Tensor:  # noqa: ANN401
+def _turn_along(ctx: Any, x: Tensor | None, *angles: Tensor | None) -> Tensor:
     _refuse_angles(x is None or angles[0] is not None or angles[1] is not None)
     turned: Tensor = _OPERATOR(x, *ctx.saved_tensors, ctx.interleaved)
     return turned
@@ -264,7 +266,7 @@ def _refuse_angles(wanted: bool) -> None:
         )
 
 
-def _rotate_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:  # noqa: ANN401
+def _rotate_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
     """The rule of `torch.vmap`: one more dimension in front of all."""
     x, cos, sin, interleaved = inputs
     x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)

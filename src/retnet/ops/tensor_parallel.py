@@ -6,6 +6,8 @@ gate, stays where its head is. Each rank reads the whole input and makes a summa
 forwards, and two backwards. Of the vocabulary each rank has a stretch; of logits only three numbers a token travel.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute)
+
 from __future__ import annotations
 
 from typing import Any
@@ -76,13 +78,13 @@ class _Replicated(torch.autograd.Function):
     """Identity forwards, all-reduce backwards: f of Megatron-LM."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
 
 
@@ -90,11 +92,11 @@ class _Summed(torch.autograd.Function):
     """All-reduce forwards, identity backwards: g of Megatron-LM."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         return _sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -102,7 +104,7 @@ class _VocabularyScores(torch.autograd.Function):
     """Vocabulary-parallel log-sum-exp and target's logit; kept for the backward pass are the logits alone."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Any, logits: Tensor, own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         here = (own >= 0) & (own < logits.shape[1])
         own = own.masked_fill(~here, 0)[:, None]
         largest = logits.amax(1)
@@ -117,7 +119,7 @@ class _VocabularyScores(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_normaliser: Tensor, d_score: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, d_normaliser: Tensor, d_score: Tensor) -> tuple[Tensor, None, None]:
         logits, own, here, log_normaliser = ctx.saved_tensors
         grad = (logits - log_normaliser[:, None]).exp_().mul_(d_normaliser[:, None])
         grad.scatter_add_(1, own, d_score.masked_fill(~here, 0)[:, None])

@@ -4,6 +4,8 @@ A field typed with a subclass of `Choice` holds one of several dataclasses, told
 this is how ``[model.mixer]`` can be any row of the mixer table without this module knowing any mixer.
 """
 
+# ruff: noqa: ANN401 (plain data and annotations are of any type)
+
 from __future__ import annotations
 
 import contextlib
@@ -64,7 +66,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """
     _refuse_unknown_keys(cls, data, where)
 
-    def choose(kind: type, value: Any) -> Any:  # noqa: ANN401
+    def choose(kind: type, value: Any) -> Any:
         if isinstance(kind, type) and issubclass(kind, Choice):
             return build(_chosen(kind, value, where), value)
         raise NotImplementedError(f"no way to build a {kind}")
@@ -113,7 +115,7 @@ def _table(value: object) -> Mapping[str, object] | None:
     return vars(value) if dataclasses.is_dataclass(value) else None
 
 
-def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN401
+def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:
     if not isinstance(data, Mapping):
         raise UserError(f"{where or 'the configuration'} must be a table of settings, got {data!r}")
     hints = _hints(cls)
@@ -134,7 +136,7 @@ def _refuse_unknown_keys(cls: Any, data: Any, where: str) -> None:  # noqa: ANN4
                 _refuse_unknown_keys_of_each(typing.get_args(kind)[1], value, place)
 
 
-def _refuse_unknown_keys_of_each(kind: Any, data: Any, where: str) -> None:  # noqa: ANN401
+def _refuse_unknown_keys_of_each(kind: Any, data: Any, where: str) -> None:
     """For a table of tables whose names are the user's own."""
     if not isinstance(kind, type) or not issubclass(kind, Choice) or data is None:
         return
@@ -144,7 +146,7 @@ def _refuse_unknown_keys_of_each(kind: Any, data: Any, where: str) -> None:  # n
         _refuse_unknown_keys(_chosen(kind, item, f"{where}.{name}"), item, f"{where}.{name}")
 
 
-def _chosen(kind: type[Choice], value: Any, where: str) -> type:  # noqa: ANN401
+def _chosen(kind: type[Choice], value: Any, where: str) -> type:
     if not isinstance(value, Mapping) or "name" not in value:
         raise UserError(f"{where} must be a table with a 'name'; known: {', '.join(kind.options())}")
     options = kind.options()
@@ -153,12 +155,12 @@ def _chosen(kind: type[Choice], value: Any, where: str) -> type:  # noqa: ANN401
     return options[value["name"]]
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _alternatives(kind: Any) -> tuple[Any, ...]:
     unions = (types.UnionType, typing.Union)  # which of them `|` makes depends on what stands beside it
     return typing.get_args(kind) if typing.get_origin(kind) in unions else (kind,)
 
 
-def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: ANN401
+def _readable(message: str, cls: Any, data: Any, where: str) -> str:
     """msgspec says "… - at `$.train.steps`"; say the place first, the value that stands there, and what is allowed."""
     problem, _, place = message.partition(" - at `$")
     kind, value = cls, data
@@ -180,13 +182,13 @@ def _readable(message: str, cls: Any, data: Any, where: str) -> str:  # noqa: AN
     return f"{name or 'configuration'}{shown}: {problem}{allowed}{hint}"
 
 
-def _words(kind: Any) -> list[Any]:  # noqa: ANN401
+def _words(kind: Any) -> list[Any]:
     """The values of a Literal, or of those of a union."""
     literals = [k for k in _alternatives(kind) if typing.get_origin(k) is typing.Literal]
     return [word for k in literals for word in typing.get_args(k)]
 
 
-def _as_list(kind: Any, value: Any) -> str:  # noqa: ANN401
+def _as_list(kind: Any, value: Any) -> str:
     """A value that is none as the list that belongs there; empty where none does, or the value may stand for itself."""
     kinds = [k for k in _alternatives(kind) if k is not types.NoneType]
     lists = [k for k in kinds if typing.get_origin(k) is tuple]
@@ -201,7 +203,7 @@ def _as_list(kind: Any, value: Any) -> str:  # noqa: ANN401
     return json.dumps(items, ensure_ascii=False)
 
 
-def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:  # noqa: ANN401
+def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:
     """The nearest value of the right type, as TOML writes it: 'False' → false, 1e3 → 1000, '1,000' → 1000."""
     tries: list[Any] = []
     if isinstance(value, str):
@@ -218,7 +220,7 @@ def _respelled(kind: Any, value: Any, words: Sequence[Any]) -> str | None:  # no
     return None
 
 
-def _plain(value: Any, whole: bool = True) -> Any:  # noqa: ANN401
+def _plain(value: Any, whole: bool = True) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = (
             (f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if whole or _set(value, f)
@@ -231,7 +233,7 @@ def _plain(value: Any, whole: bool = True) -> Any:  # noqa: ANN401
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _set(config: Any, field: dataclasses.Field[Any]) -> bool:  # noqa: ANN401
+def _set(config: Any, field: dataclasses.Field[Any]) -> bool:
     """Whether a field is not at its default; the name of a table's kind, and what is a table itself, always count."""
     value = getattr(config, field.name)
     return field.name == "name" or dataclasses.is_dataclass(value) or value != field.default

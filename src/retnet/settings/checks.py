@@ -1,5 +1,7 @@
 """Validation of settings, said where a field is declared: ranges of numbers, and which texts are paths."""
 
+# ruff: noqa: ANN401 (values and annotations are of any type)
+
 from __future__ import annotations
 
 import dataclasses
@@ -42,7 +44,7 @@ class At:
     most: float = math.inf
     below: float = math.inf
 
-    def __contains__(self, value: Any) -> bool:  # noqa: ANN401
+    def __contains__(self, value: Any) -> bool:
         return bool(
             self.least <= value <= self.most
             and (self.above < value or self.above == -math.inf)
@@ -91,13 +93,13 @@ class Checked:
 
 
 @functools.cache
-def _kinds(cls: Any) -> dict[str, Any]:  # noqa: ANN401
+def _kinds(cls: Any) -> dict[str, Any]:
     """Name → annotation, its marks included, of the fields of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]:  # noqa: ANN401
+def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]:
     """What is wrong with the numbers of a value, as the end of a sentence that its name begins."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     # would be taken for the current directory
@@ -121,7 +123,7 @@ def _faults(kind: Any, value: Any, ranges: tuple[At, ...] = ()) -> Iterator[str]
         yield from _number_faults(kind, value, ranges)
 
 
-def _number_faults(kind: type, value: Any, ranges: tuple[At, ...]) -> Iterator[str]:  # noqa: ANN401
+def _number_faults(kind: type, value: Any, ranges: tuple[At, ...]) -> Iterator[str]:
     real, whole = isinstance(value, Real) and not isinstance(value, bool), isinstance(value, Integral)
     if not real:
         yield f"is {value!r}; it must be a number"
@@ -139,7 +141,7 @@ def _bounded(ranges: tuple[At, ...]) -> bool:
     return any(math.isfinite(limits.most) or math.isfinite(limits.below) for limits in ranges)
 
 
-def _expanded(kind: Any, value: Any) -> Any:  # noqa: ANN401
+def _expanded(kind: Any, value: Any) -> Any:
     """A value with the ``~`` of its paths expanded, and tuples for lists."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated and PATH in inner[1:]:

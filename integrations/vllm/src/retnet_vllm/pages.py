@@ -1,5 +1,7 @@
 """Mixers on vLLM's pages: states of a constant size, a page a sequence; keys and values of tokens, in blocks of pages."""
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -103,7 +105,7 @@ class StatePages(MambaBase):
         self._put(pages, after)
         return y
 
-    def _positions(self, x: Tensor, bounds: Tensor | None, state: Any, step: Step) -> dict[str, Any]:  # noqa: ANN401  (of any mixer)
+    def _positions(self, x: Tensor, bounds: Tensor | None, state: Any, step: Step) -> dict[str, Any]:
         """The keyword for a mixer that takes positions."""
         key = (self._kind, "rows" if bounds is None else "documents")
         if key not in step.shared:
@@ -120,13 +122,13 @@ class StatePages(MambaBase):
             yield pages[:, begin : begin + numbers].unflatten(1, part.shape[1:])
             begin += numbers
 
-    def _take(self, pages: Tensor, position: Tensor) -> Any:  # noqa: ANN401  (of any mixer)
+    def _take(self, pages: Tensor, position: Tensor) -> Any:
         """Copies of the states of some pages."""
         parts = {name: part[pages] for name, part in zip(held(self._initial), self._parts(), strict=True)}
         names = self._initial._fields
         return type(self._initial)(*(position if name == POSITION else parts[name] for name in names))
 
-    def _put(self, pages: Tensor, state: Any) -> None:  # noqa: ANN401  (of any mixer)
+    def _put(self, pages: Tensor, state: Any) -> None:
         for part, after in zip(self._parts(), held(state).values(), strict=True):
             part[pages] = after
 
@@ -169,12 +171,12 @@ def pages_of(mixer: Mixer, kind: int, name: str, config: VllmConfig) -> StatePag
     return StatePages(mixer, kind, name, config)
 
 
-def held(state: Any) -> dict[str, Tensor]:  # noqa: ANN401  (of any mixer)
+def held(state: Any) -> dict[str, Tensor]:
     """The parts of a state that a page holds."""
     return {name: part for name, part in zip(state._fields, state, strict=True) if name != POSITION}
 
 
-def page_numbers(state: Any) -> int:  # noqa: ANN401  (of any mixer)
+def page_numbers(state: Any) -> int:
     """fp32 numbers of a page."""
     return sum(prod(part.shape[1:]) for part in held(state).values())
 

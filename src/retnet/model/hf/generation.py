@@ -1,5 +1,7 @@
 """What `generate` of transformers needs to know of a recurrent model."""
 
+# ruff: noqa: ANN401 (transformers' own arguments are handed on)
+
 from __future__ import annotations
 
 from typing import Any, NoReturn
@@ -36,7 +38,7 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
         next_sequence_length: int | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next call. Padding stands before a text, so only its reading needs the mask."""
         if next_sequence_length is not None and next_sequence_length < 1:
@@ -64,7 +66,7 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        generation_mode: Any,  # noqa: ANN401
+        generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
@@ -87,7 +89,7 @@ class RecurrentGenerationMixin(GenerationMixin):  # type: ignore[misc]  # transf
         if copies > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(copies)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses.
 
         Raises:

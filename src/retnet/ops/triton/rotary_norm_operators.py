@@ -4,6 +4,8 @@ They keep types as they are, so autocast has nothing to say: what it narrowed co
 of them first runs.
 """
 
+# ruff: noqa: ANN401 (torch's contexts of derivatives take any attribute, and its operators any argument)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +25,7 @@ INSTEAD = "backend 'torch'"  # of whoever wants a derivative that the kernels la
 def _launched(name: str) -> Callable[..., Any]:
     """A pass of `rotary_norm_launch`, which imports Triton."""
 
-    def run(*arguments: Any) -> Any:  # noqa: ANN401
+    def run(*arguments: Any) -> Any:
         from retnet.ops.triton import rotary_norm_launch
 
         return getattr(rotary_norm_launch, name)(*arguments)
@@ -37,7 +39,7 @@ def _fake_rotary(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _fake_norm(o: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+def _fake_norm(o: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     kind = rest[3]
     rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
     mean = rstd.new_empty(rstd.shape if kind == "group" else (0,))
@@ -45,16 +47,16 @@ def _fake_norm(o: Tensor, gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tens
     return y.new_empty(y.shape), mean, rstd
 
 
-def _fake_norm_backward(d_out: Tensor, o: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _fake_norm_backward(d_out: Tensor, o: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(o.new_empty(0) if x is None else x.new_empty(x.shape) for x in (o, *rest[:3]))
 
 
-def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:  # noqa: ANN401
+def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     _, _, position, theta, ctx.interleaved, ctx.backwards = inputs
     keep(ctx, position, theta)
 
 
-def _turn_back(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _turn_back(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:
     """The transpose of a rotation is the rotation by the opposite angle."""
     position, theta = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
@@ -62,14 +64,14 @@ def _turn_back(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor
     return *_turn_some(d_q, d_k, position, theta, ctx.interleaved, not ctx.backwards), *[None] * 4
 
 
-def _turn_along(ctx: Any, t_q: Tensor | None, t_k: Tensor | None, *rest: Any) -> Any:  # noqa: ANN401
+def _turn_along(ctx: Any, t_q: Tensor | None, t_k: Tensor | None, *rest: Any) -> Any:
     position, theta = ctx.saved_tensors
     if rest[1] is not None:
         _refuse("theta")
     return _turn_some(t_q, t_k, position, theta, ctx.interleaved, ctx.backwards)
 
 
-def _turn_some(q: Tensor | None, k: Tensor | None, *rest: Any) -> Any:  # noqa: ANN401
+def _turn_some(q: Tensor | None, k: Tensor | None, *rest: Any) -> Any:
     """Both turned, where one is None as zeros."""
     given = q if q is not None else k
     if given is None:
@@ -83,7 +85,7 @@ def _refuse(name: str) -> None:
     )
 
 
-def _rotary_of_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # noqa: ANN401
+def _rotary_of_many(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
     """The rule of `torch.vmap`: one more dimension of tokens; the angles are given to each."""
     q, k, position, theta, *rest = inputs
     if in_dims[3] is not None:
@@ -124,7 +126,7 @@ def norm_by_torch(
 
 
 def _norm_of(
-    ctx: Any,  # noqa: ANN401
+    ctx: Any,
     given: list[Tensor | None],
 ) -> tuple[Callable[..., Tensor], list[int]]:
     """The normalised heads as a function of those inputs that are there, and which these are."""
@@ -138,13 +140,13 @@ def _norm_of(
     return function, there
 
 
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.kind, ctx.eps = inputs
     ctx.mark_non_differentiable(*output[1:])
     keep(ctx, *tensors, *output[1:])
 
 
-def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _norm_gradients(ctx: Any, d_out: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     *inputs, mean, rstd = ctx.saved_tensors
     found: list[Tensor | None] = [None] * 7
     if d_out is None:
