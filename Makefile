@@ -15,6 +15,8 @@ export NUMBA_CACHE_DIR          := $(CACHE)/numba
 export TRITON_CACHE_DIR         := $(CACHE)/triton
 export TMPDIR                   := $(CACHE)/tmp
 export PYTHONPYCACHEPREFIX      := $(CACHE)/pycache
+# Containers forbid it; then every worker would compile every test anew.
+export PYTHONDONTWRITEBYTECODE  :=
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 # pip asks rustc for its version; where that is rustup's, it writes settings.
 export RUSTUP_HOME              := $(CACHE)/rustup
