@@ -53,7 +53,10 @@ def pytest_collection_finish():
 def _seeded():
     import torch  # not where pytest distributes tests to others
 
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # which notes a stack for each kind of device that may still come: a millisecond
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
