@@ -14,6 +14,13 @@ from retnet.settings import UserError
 inf, nan = math.inf, math.nan
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """Compiled, or read from the disk: by the first test that needs it."""
+    if sampler() is None:
+        pytest.skip("needs numba")
+
+
 def brute_force(logits, sampling, seen):
     """One row, one token at a time, each rule as its definition says."""
     scores = list(logits)
@@ -212,7 +219,7 @@ def random_samplings(rng, rows):
     ]
 
 
-@pytest.mark.skipif(sampler() is None, reason="needs numba")
+@pytest.mark.usefixtures("kernel")
 @settings(deadline=None, max_examples=100)
 @given(seed=st.integers(0, 10**6), vocab_size=st.sampled_from([1, 2, 63, 64, 65, 300, 5000, 150_000]))
 def test_the_compiled_kernel_draws_what_the_definitions_say(seed, vocab_size):
@@ -238,7 +245,7 @@ def test_the_compiled_kernel_draws_what_the_definitions_say(seed, vocab_size):
         assert single.sample(logits[row : row + 1], draws[row : row + 1]).tolist() == [token]
 
 
-@pytest.mark.skipif(sampler() is None, reason="needs numba")
+@pytest.mark.usefixtures("kernel")
 def test_a_nucleus_of_equals_ends_where_its_mass_is_reached():
     """Three times a tenth is 0.3 or a bit more, as sums go: the definition and the kernel agree that it reaches 0.3."""
     for n in range(1, 24):

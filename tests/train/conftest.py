@@ -14,7 +14,7 @@ num_heads = 2
 
 [data]
 corpus = "CORPUS"
-validation_fraction = 0.15
+validation_fraction = 0.06
 cache = "CACHE"
 
 [train]
