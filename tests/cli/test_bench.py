@@ -205,6 +205,7 @@ def test_values_out_of_range_are_refused():
     assert "Invalid value for '--minutes': 0" in result.stderr
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from retnet.cli import cli; cli(['bench', 'train', '--help'], standalone_mode=False);"

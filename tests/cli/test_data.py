@@ -22,6 +22,7 @@ def corpus(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_help_needs_no_heavy_import():
     import subprocess
 

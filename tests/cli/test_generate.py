@@ -207,6 +207,7 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     assert "model.safetensors" in fails(copy, "--prompt", "a")
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from retnet.cli import cli; cli(['generate', '--help'], standalone_mode=False);"

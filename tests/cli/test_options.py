@@ -97,6 +97,7 @@ def test_a_home_is_expanded_in_paths(monkeypatch):
     assert HomeText().convert("a~/b", None, None) == "a~/b"
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_to_read_them():
     code = (
         "import sys; from retnet.cli.options import read_fields\n"

@@ -124,6 +124,7 @@ def test_paths(home):
         invoke("empty")
 
 
+@pytest.mark.slow
 def test_many_runs_are_there_at_once(home):
     """Two hundred of 4,000 lines each, without torch."""
     lines = Path("runs/base/metrics.jsonl").read_text() * 500

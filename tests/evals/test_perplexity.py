@@ -51,7 +51,7 @@ def check(measured, logits_of, tokenizer, documents, tolerance):
             assert row.nats_per_token == pytest.approx(want / count, rel=10 * tolerance)
 
 
-@pytest.mark.parametrize("batch_tokens", few_fast(BATCHES, 8192))
+@pytest.mark.parametrize("batch_tokens", few_fast(BATCHES))
 def test_every_cut_and_batch_gives_the_windows_read_alone(
     batch_tokens, corpus, model, byte_tokenizer, documents
 ):
@@ -153,6 +153,7 @@ class Counting:
         return np.ones(len(sequence) - 1), (state or 0) + len(sequence) - 1
 
 
+@pytest.mark.slow
 def test_a_document_of_any_length_in_constant_memory(tmp_path, byte_tokenizer):
     """Twice the text takes no more memory, and a model is never given much at once."""
     peaks = []

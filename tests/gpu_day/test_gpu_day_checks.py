@@ -108,7 +108,7 @@ class TestChecks:
     def test_the_next_attempt_goes_on_with_what_was_missed(self, place, answers, monkeypatch):
         monkeypatch.setattr(verify, "tiny", lambda case: case)
         monkeypatch.setitem(verify.REHEARSED, "op", 9)
-        cases = [verify.base(T=T, takes=1.3 if T == 2 else 0.0) for T in range(1, 5)]
+        cases = [verify.base(T=T, takes=1.1 if T == 2 else 0.0) for T in range(1, 5)]
         with pytest.raises(StoppedError, match="2 of its cases were not reached"):
             verify.check(replace(place, seconds=1.0), iter(cases))
         place.notebook.stop("heads", "2 of its cases were not reached")
@@ -135,7 +135,7 @@ class TestChecks:
         )
         process = worker._process
         process.send_signal(signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
-        answer = worker.ask(verify.tiny(verify.base()), 1.0 if how == "stopped" else 60.0)
+        answer = worker.ask(verify.tiny(verify.base()), 0.2 if how == "stopped" else 60.0)
         if how == "stopped":
             assert answer is None
         assert gone(process.pid)

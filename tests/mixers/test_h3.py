@@ -84,6 +84,7 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(H3, H3Config(), 16)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(H3Config(**SMALL))
 

@@ -161,6 +161,7 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(Hyena, HyenaConfig(), 32)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(HyenaConfig())
 

@@ -90,6 +90,7 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(LinearAttention, LinearConfig(), 32)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(LinearConfig())
 

@@ -1,5 +1,6 @@
 """The LSTM: against its equations, token by token."""
 
+import pytest
 import torch
 
 from retnet.mixers import LSTM, LstmConfig
@@ -67,5 +68,6 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(LSTM, LstmConfig(), 16)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(LstmConfig(), learning_rate=2e-2)

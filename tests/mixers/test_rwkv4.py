@@ -133,5 +133,6 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(TimeMix, Rwkv4Config(), 32)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(Rwkv4Config())

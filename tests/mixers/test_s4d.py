@@ -149,6 +149,7 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(S4DMixer, S4DConfig(), 32)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(S4DConfig(state_size=16))
 

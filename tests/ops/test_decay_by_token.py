@@ -89,7 +89,13 @@ def test_a_sequence_cut_and_carried_equals_the_uncut_one(backend):
     assert all(relative(a, b) < 1e-10 for a, b in zip(run(1, 17, 32), run(), strict=True))
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 3, 5])], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    "cu_seqlens",
+    [
+        pytest.param(None, id="rows", marks=pytest.mark.slow),
+        pytest.param(torch.tensor([0, 3, 3, 5]), id="packed"),
+    ],
+)
 def test_all_orders_and_directions(cu_seqlens):
     """Of the decays too, in chunks of which the last is not whole."""
     inputs = random_inputs(1, 5, 1, 2, 1, rows=None if cu_seqlens is None else 3)
@@ -235,6 +241,7 @@ def test_steps(backend, slots):
     assert torch.equal(pool, other)
 
 
+@pytest.mark.slow
 def test_opcheck():
     backend = "torch"
     cu_seqlens = torch.tensor([0, 9, 9, 20])

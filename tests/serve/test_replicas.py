@@ -19,6 +19,7 @@ import pytest
 from retnet.engine import ComposedDecoder, Engine, Sampling, Session
 from retnet.engine.storage import DirectoryStorage
 from retnet.engine.versioned_files import VersionedFiles
+from tests.helpers.fast import few_fast
 from tests.helpers.served_processes import started_many, write_tiny
 from tests.helpers.serving import refused, until
 
@@ -27,7 +28,7 @@ GREEDY = {"temperature": 0, "max_tokens": 20, "logit_bias": {"256": -1000}}
 PAGE = Path(__file__).parents[2] / "docs/serving.md"
 
 
-@pytest.fixture(params=["directory", "memory"])
+@pytest.fixture(params=few_fast(["directory", "memory"], "directory"))
 def shared(request, tmp_path):
     """A place for sessions: a directory, or a URL of fsspec."""
     return tmp_path if request.param == "directory" else f"memory://{tmp_path.name}"

@@ -15,6 +15,7 @@ from retnet.serve import engine_thread, gate
 from retnet.serve import server as server_module
 from retnet.serve.app import make_app
 from retnet.serve.server import config_of, listen
+from tests.helpers.fast import few_fast
 from tests.helpers.serving import not_reading, refused, request, until
 
 LONG = {"max_tokens": 60_000, "temperature": 0, "logit_bias": {"256": -1000}}
@@ -45,9 +46,13 @@ def cut_short(server, url, body):
 @pytest.mark.parametrize(
     ("url", "body"),
     [
-        ("/v1/completions", {"prompt": "abc", **LONG}),
+        pytest.param("/v1/completions", {"prompt": "abc", **LONG}, marks=pytest.mark.slow),
         ("/v1/chat/completions", {**TALK, **LONG}),
-        ("/v1/responses", {"input": "abc", "max_output_tokens": 60_000, "temperature": 0}),
+        pytest.param(
+            "/v1/responses",
+            {"input": "abc", "max_output_tokens": 60_000, "temperature": 0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_streams_of_openai_end_with_its_error(serving, url, body):
@@ -83,7 +88,7 @@ def test_whole_answers_are_refused_with_a_time_to_come_back(serving, url):
         until(lambda: server.service.gate.texts == 0)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", few_fast([False, True], False))
 def test_a_session_keeps_what_was_sent(serving, whole, tmp_path):
     with serving(sessions=tmp_path) as server:
         name = server.http.post("/v1/sessions", json={"text": "abc"}).json()["id"]

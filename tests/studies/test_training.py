@@ -56,6 +56,7 @@ def test_jobs_leave_all_that_the_summary_reads(tmp_path):
     assert all(line.y for panel in summary.figures[0].panels for line in panel.lines)
 
 
+@pytest.mark.slow
 def test_memory_beside_the_time(tmp_path):
     """One job a size, which says what its steps took; compiled, and with blocks computed again."""
     study = measure(memory="step", activation_checkpointing=True)

@@ -19,7 +19,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draws the weight as torch does, but for the meta device: it keeps no numbers, and drawing is two fifths of its time."""
+        """Draws the weight, but not on the meta device, which keeps no numbers: two fifths of making a model there."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
