@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from retnet.engine import ComposedDecoder, choose_decoder
+from retnet.measure.memory import most_alive
 from retnet.model import LanguageModel
 from tests.helpers.kinds import KINDS, configured
 from tests.helpers.parity import relative
@@ -154,6 +155,20 @@ def test_other_rows_are_not_copied(name):
     assert addresses() == there
     for old, new in zip(before, decoder.read(rows(0, 1)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax+lstm+retention"])
+def test_caches_are_read_where_they_lie(name):
+    """A long text beside short ones: nothing of its size is made, and these get room for themselves alone."""
+    decoder = ComposedDecoder(model(name), 8)
+    decoder.reset(rows(*range(8)))
+    decoder.prefill(*packed([5] * 500, [3]), rows(0, 7))
+    keys = decoder.pools[0].state.keys
+    assert [len(cache) for cache in keys] == [512, *[0] * 6, 64]
+    decoder.step(torch.arange(8), rows(*range(8)))
+    assert [len(cache) for cache in keys] == [512, *[64] * 7]
+    assert most_alive(lambda: decoder.step(torch.arange(8), rows(*range(8)))) < keys[0].nbytes
+    assert most_alive(lambda: decoder.prefill(*packed([1, 2], [3]), rows(0, 7))) < keys[0].nbytes
 
 
 def test_a_state_of_the_model_goes_in_and_comes_out():

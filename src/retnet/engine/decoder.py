@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -109,7 +110,8 @@ class Decoder(ABC):
 class ComposedDecoder(Decoder):
     """The decoder of any mixer on any device, made of the model's own parts: the law that faster ones are tested against.
 
-    A step of slots that follow one another works on the pool itself; the states of others are gathered and put back.
+    Caches are read and grow where they lie. Other states of slots that follow one another change in the pool itself; those
+    of any others are gathered and put back.
 
     Args:
         model: in evaluation mode.
@@ -143,7 +145,7 @@ class ComposedDecoder(Decoder):
         if not any(lengths):
             return logits
         bounds = cu_seqlens.to(self.device, torch.int32)
-        features = self._features(tokens, bounds, slots, max(lengths))
+        features = self._features(tokens, bounds, slots, lengths)
         full = [i for i, length in enumerate(lengths) if length]
         last = bounds[1:][full].long() - 1
         logits[full] = self._model.head(features[last])
@@ -154,12 +156,12 @@ class ComposedDecoder(Decoder):
         """See `Decoder.prefill_logits`; one pass."""
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
         self._check_prefill(tokens, bounds, slot)
-        return self._model.head(self._features(tokens, bounds.to(self.device), slot, len(tokens)))
+        return self._model.head(self._features(tokens, bounds.to(self.device), slot, [len(tokens)]))
 
-    def _features(self, tokens: Tensor, bounds: Tensor, slots: Tensor, longest: int) -> Tensor:
+    def _features(self, tokens: Tensor, bounds: Tensor, slots: Tensor, lengths: Sequence[int]) -> Tensor:
         """What the head reads after each token, [T,D], of pieces that have been checked; moves their slots on."""
         rows = rows_of(slots, self.device)
-        before = tuple(pool.take(rows, longest) for pool in self.pools)
+        before = tuple(pool.take(rows, lengths) for pool in self.pools)
         features, after = self._model.read(tokens[None], before, cu_seqlens=bounds)
         for pool, old, new in zip(self.pools, before, after, strict=True):
             pool.put(rows, old, new)
@@ -181,7 +183,7 @@ class ComposedDecoder(Decoder):
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Rows without padding, checked."""
         rows = rows_of(slots, self.device)
-        before = tuple(pool.take(rows, 1) for pool in self.pools)
+        before = tuple(pool.take(rows, [1] * len(slots)) for pool in self.pools)
         logits, after = self._model.step(tokens, before)
         for pool, old, new in zip(self.pools, before, after, strict=True):
             pool.put(rows, old, new)

@@ -52,6 +52,7 @@ class SlotPool:
         self._initial = mixer.init_state(1, device=like.device, dtype=like.dtype)
         self._cached = [name in mixer.caches for name in self._initial._fields]
         self.grows, self.slots = any(self._cached), slots
+        self._places = [0] * slots  # that the caches of each have
         self.addresses = torch.zeros(len(self._cached), slots, dtype=torch.int64)
         whole = mixer.init_state(slots, device=like.device, dtype=like.dtype)
         self.state = self._like(
@@ -59,39 +60,31 @@ class SlotPool:
             for part, first, cached in zip(whole, self._initial, self._cached, strict=True)
         )
 
-    def take(self, rows: Rows, new: int) -> Any:
-        """The state of some rows, with room for `new` more tokens in each.
+    def take(self, rows: Rows, new: Sequence[int]) -> Any:
+        """The state of some rows, with room for so many more tokens in each.
 
-        Those of a slice, and the cache of a single row, are views of the pool, others copies; whoever has moved them on must
-        `put` them back either way.
+        Caches are a list of the pool's own, one a row, which grow in place. The rest of a slice are views of the pool, of
+        other rows copies; whoever has moved them on must `put` them back either way.
         """
-        lengths: list[int] = self.state.length[rows].tolist() if self.grows else []
-        if len(lengths) == 1:
+        if self.grows:
             self.reserve(rows, new)
-        taken = self._like(
-            self._gather(part, rows, lengths, new) if cached else part[rows]
+        return self._like(
+            [part[slot] for slot in _numbers(rows)] if cached else part[rows]
             for part, cached in zip(self.state, self._cached, strict=True)
         )
-        return taken._replace(length=taken.length.clone()) if self.grows else taken
 
-    def reserve(self, rows: Rows, new: int) -> None:
-        """Makes room for `new` more tokens in the caches of some rows."""
+    def reserve(self, rows: Rows, new: Sequence[int]) -> None:
+        """Makes room for so many more tokens in the caches of some rows."""
         lengths: list[int] = self.state.length[rows].tolist()
-        for number, _ in self._caches():
-            for slot, length in zip(_numbers(rows), lengths, strict=True):
-                self._make_room(number, slot, length, length + new)
+        for slot, length, more in zip(_numbers(rows), lengths, new, strict=True):
+            if length + more > self._places[slot]:
+                for number, caches in self._caches():
+                    self._put_cache(number, slot, caches[slot][:length], length + more)
 
     def put(self, rows: Rows, before: Any, after: Any) -> None:
-        """Stores rows that `take` gave as `before` and that have become `after`; of a cache only the places that are new."""
-        if self.grows:
-            ends = zip(self.state.length[rows].tolist(), after.length.tolist(), strict=True)
-            places = [*enumerate(zip(_numbers(rows), ends, strict=True))]
-        for number, (pool, old, new) in enumerate(zip(self.state, before, after, strict=True)):
-            if self._cached[number]:
-                for row, (slot, (start, end)) in places if new is not old or len(new) > 1 else ():
-                    self._make_room(number, slot, start, end)
-                    pool[slot][start:end] = new[row, start:end]
-            elif new is not old or self.grows or not isinstance(rows, slice):
+        """Stores rows that `take` gave as `before` and that have become `after`."""
+        for pool, old, new, cached in zip(self.state, before, after, self._cached, strict=True):
+            if not cached and (new is not old or not isinstance(rows, slice)):
                 pool[rows] = new  # else a view, moved on in place
 
     def reset(self, rows: Rows) -> None:
@@ -119,9 +112,8 @@ class SlotPool:
 
     def read(self, rows: Rows) -> Any:
         """A copy of rows, as a state of the mixer; its caches are as long as the longest row."""
-        lengths: list[int] = self.state.length[rows].tolist() if self.grows else []
         return self._like(
-            (self._gather(part, rows, lengths, 0) if cached else part[rows]).clone()
+            self._gather(part, rows) if cached else part[rows].clone()
             for part, cached in zip(self.state, self._cached, strict=True)
         )
 
@@ -138,29 +130,23 @@ class SlotPool:
         """Each cache of the state, by slot, and the number of its field."""
         return [(number, self.state[number]) for number, cached in enumerate(self._cached) if cached]
 
-    def _gather(self, caches: Sequence[Tensor], rows: Rows, lengths: Sequence[int], new: int) -> Tensor:
-        """The caches [B,S,...] of some rows up to the longest and so many places more; of a single row a view."""
-        places, numbers = max(lengths, default=0) + new, _numbers(rows)
-        if len(numbers) == 1:
-            return caches[numbers[0]][None, :places]
-        together = caches[0].new_zeros(len(numbers), places, *caches[0].shape[1:])
-        for row, slot, length in zip(together, numbers, lengths, strict=True):
+    def _gather(self, caches: Sequence[Tensor], rows: Rows) -> Tensor:
+        """The caches of some rows as one, [B,S,...], as long as the longest."""
+        slots, lengths = _numbers(rows), self.state.length[rows].tolist()
+        if len(slots) == 1:
+            return caches[slots[0]][None, : lengths[0]].clone()
+        together = caches[0].new_zeros(len(slots), max(lengths, default=0), *caches[0].shape[1:])
+        for row, slot, length in zip(together, slots, lengths, strict=True):
             row[:length] = caches[slot][:length]
         return together
 
-    def _make_room(self, number: int, slot: int, length: int, tokens: int) -> None:
-        """Lets the cache of a slot, of which so many places are filled, hold so many tokens."""
-        cache = self.state[number][slot]
-        if len(cache) < tokens:
-            self._put_cache(number, slot, cache[:length], tokens)
-
     def _put_cache(self, number: int, slot: int, content: Tensor, tokens: int) -> None:
-        """Gives a slot a cache of its own with this content, room for so many tokens, and zeros behind."""
+        """Gives a slot a cache of its own with this content and room for so many tokens."""
         with torch.inference_mode(False):  # else nobody outside of it could change it
-            cache = content.new_zeros(room_for(tokens), *content.shape[1:])
+            cache = content.new_empty(room_for(tokens), *content.shape[1:])
         cache[: len(content)] = content
         self.state[number][slot] = cache
-        self.addresses[number, slot] = cache.data_ptr()
+        self.addresses[number, slot], self._places[slot] = cache.data_ptr(), len(cache)
 
     def _like(self, parts: Iterable[Any]) -> Any:
         return type(self._initial)(*parts)

@@ -80,7 +80,8 @@ class Mixer(nn.Module):
 
     Attributes:
         caches: names of the tensors of a state that have a place for each token, [B,S,...]; then its `length` [B] says how
-            many are filled, and what stands behind them is never read. Empty where a state has a constant size.
+            many are filled, and what stands behind them is never read. Empty where a state has a constant size. A decoder
+            gives a list instead, one [S,...] a row with room for what comes, in which `prefill` and `step` write.
         paper_row: its row in the paper's table of architectures (`retnet.paper.COMPLEXITY`), if it is there.
         theory: how the cost of a decoded token, and what training keeps, grow with the length N, if it is not there.
         along_time: how training goes along time, in tables.

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Cache = Tensor | list[Tensor]  # [B,S,...], or a row [S,...] each that has room for what comes
 
 
-def append(cache: Tensor, length: Tensor, new: Tensor) -> Tensor:
-    """Writes new [B,T,...] behind the first `length` [B] places of each row of a cache [B,S,...].
+def append(cache: Cache, length: Tensor, new: Tensor) -> Cache:
+    """Writes new [B,T,...] behind the first `length` [B] places of each row of a cache.
 
     Places from a row's length on are never read, so rows of different lengths stand in one cache. It is changed in place
     where there is room and no gradient is wanted; else it is copied. For single tokens it grows by an eighth at a time,
-    so that copying costs a constant per token.
+    so that copying costs a constant per token. A list of rows is always changed in place.
     """
     B, T = new.shape[:2]
+    if isinstance(cache, list):
+        for row, start, part in zip(cache, length.tolist(), new, strict=True):
+            row[start : start + T] = part
+        return cache
     need = int(length.max()) + T
     grows = need > cache.shape[1]
     if grows:
@@ -29,8 +36,11 @@ def append(cache: Tensor, length: Tensor, new: Tensor) -> Tensor:
     return cache
 
 
-def right_aligned(cache: Tensor, length: Tensor) -> Tensor:
-    """The filled places of a cache [B,S,...], [B, max(length), ...], the newest of each row last, zeros before the first."""
+def right_aligned(cache: Cache, length: Tensor) -> Tensor:
+    """The filled places of a cache, [B, max(length), ...], the newest of each row last, zeros before the first."""
+    if isinstance(cache, list):
+        filled = [row[:count] for row, count in zip(cache, length.tolist(), strict=True)]
+        return pad_sequence(filled, True, padding_side="left") if len(filled) > 1 else filled[0][None]
     longest = int(length.max())
     cache = cache[:, :longest]
     short = longest - length

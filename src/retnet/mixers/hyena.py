@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retnet.mixers.base import MixerConfig, state_place
-from retnet.mixers.cache import append, right_aligned
+from retnet.mixers.cache import Cache, append, right_aligned
 from retnet.mixers.packing import SequenceMixer
 from retnet.nn import Linear, Precise, ShortConvolution, exactly, fft_convolution, fft_flops
 from retnet.settings import At, Count, UserError
@@ -50,7 +50,7 @@ class HyenaState(NamedTuple):
     """The inputs of both long convolutions: it grows with every token. Places from a row's length on are room to grow."""
 
     projected: Tensor  # the last short_taps − 1 projections, [B,short_taps−1,3D], fp32 or fp64
-    inputs: Tensor  # [B,S,2,D], in the type of the computation: nothing accumulates in it
+    inputs: Cache  # [B,S,2,D], in the type of the computation: nothing accumulates in it
     length: Tensor  # int64 [B], tokens seen so far
 
 

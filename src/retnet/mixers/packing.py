@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class SequenceMixer(Mixer):
         if cu_seqlens is None:
             return self._extend(x, state, **handed(positions)) if x.numel() else (x, state)
         lengths = document_lengths(x, cu_seqlens)
-        if state[0].shape[0] != len(lengths):
+        if len(state[0]) != len(lengths):
             raise ValueError(
-                f"state has {state[0].shape[0]} rows for {len(lengths)} documents; give one a document"
+                f"state has {len(state[0])} rows for {len(lengths)} documents; give one a document"
             )
         if not any(lengths):
             return x, state
@@ -80,16 +81,16 @@ class SequenceMixer(Mixer):
         for i, length in enumerate(lengths):
             equal[length].append(i)
         for length, rows in equal.items():
-            part = _select(state, rows)
+            part = _select(state, rows, x.device)
             if length:
                 batch, part = self._extend(torch.stack([documents[i] for i in rows]), part)
                 for i, y in zip(rows, batch.unbind(), strict=True):
                     outputs[i] = y
             order += rows
             after.append(part)
-        joined = type(state)(*(join_tensors(parts) for parts in zip(*after, strict=True)))
+        joined = type(state)(*(_join(parts) for parts in zip(*after, strict=True)))
         back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(outputs)[None], _select(joined, back)
+        return torch.cat(outputs)[None], _select(joined, back, x.device)
 
     def step(self, x: Tensor, state: Any, *, positions: Positions | None = None) -> tuple[Tensor, Any]:
         """x [B,D] from `state` → [B,D] and the state after it."""
@@ -132,6 +133,14 @@ def document_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return [end - start for start, end in itertools.pairwise(bounds)]
 
 
-def _select(state: Any, rows: list[int]) -> Any:
-    index = torch.tensor(rows, dtype=torch.long, device=state[0].device)
-    return type(state)(*(part.index_select(0, index) for part in state))
+def _join(parts: Sequence[Any]) -> Any:
+    return list(itertools.chain(*parts)) if isinstance(parts[0], list) else join_tensors(parts)
+
+
+def _select(state: Any, rows: list[int], device: torch.device) -> Any:
+    index = torch.tensor(rows, dtype=torch.long, device=device)
+
+    def select(part: Any) -> Any:
+        return [part[i] for i in rows] if isinstance(part, list) else part.index_select(0, index)
+
+    return type(state)(*map(select, state))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retnet.mixers.base import PROJECTION_AXES, MixerConfig, TrainingForm, head_width
-from retnet.mixers.cache import append
+from retnet.mixers.cache import Cache, append
 from retnet.mixers.packing import SequenceMixer, batch_positions
 from retnet.nn import Linear, Norm, Positions, Rotary, Rotation, needs_formula, once_differentiable
 from retnet.settings import At, Count, UserError
@@ -58,8 +58,8 @@ class SoftmaxConfig(MixerConfig):
 class SoftmaxState(NamedTuple):
     """The KV cache; it grows with every token. Places from a row's length on are room to grow into."""
 
-    keys: Tensor  # [B,S,G,K] of G = kv_heads, in the type of the computation: nothing accumulates in it
-    values: Tensor  # [B,S,G,K]
+    keys: Cache  # [B,S,G,K] of G = kv_heads, in the type of the computation: nothing accumulates in it
+    values: Cache  # [B,S,G,K]
     length: Tensor  # int64 [B], tokens seen so far
 
 
@@ -139,19 +139,29 @@ class SoftmaxAttention(SequenceMixer):
     def _extend(
         self, x: Tensor, state: SoftmaxState, *, positions: Positions | None = None
     ) -> tuple[Tensor, SoftmaxState]:
-        T, dtype = x.shape[1], state.keys.dtype
+        T, dtype, lengths = x.shape[1], state.keys[0].dtype, state.length.tolist()
         positions = positions or self.rotary.positions(x, None, state.length)
         q, k, v = (y.to(dtype) for y in self.project(x, positions))
         keys, values = append(state.keys, state.length, k), append(state.values, state.length, v)
-        shortest, longest = int(state.length.min()), int(state.length.max())
-        if longest == 0:
-            o = self._causal(q, k, v)
-        else:
-            seen = keys[:, : longest + T], values[:, : longest + T]
-            masked = T > 1 or shortest < longest
-            sdpa = "math" if _chosen(self.config.sdpa) == "math" else "auto"  # flash on a GPU takes no mask
-            o = _attend(q, *seen, positions.position, masked=masked, sdpa=sdpa)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor):
+            seen = (keys, values) if any(lengths) else (k, v)
+            o = self._see(q, *seen, positions.position, lengths)
+        else:  # where they lie, and with nothing of the size of the longest
+            rows = zip(q.split(1), keys, values, positions.position.split(1), lengths, strict=True)
+            o = torch.cat([self._see(q, k[None], v[None], at, [length]) for q, k, v, at, length in rows])
         return self._finish(o.to(x.dtype)), SoftmaxState(keys, values, state.length + T)
+
+    def _see(
+        self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """q [B,T,H,K] on a cache [B,S,G,K] that has so many tokens before them in each row, and then them."""
+        T, longest = q.shape[1], max(lengths)
+        keys, values = keys[:, : longest + T], values[:, : longest + T]
+        if not longest:
+            return self._causal(q, keys, values)
+        masked = T > 1 or min(lengths) < longest
+        sdpa = "math" if _chosen(self.config.sdpa) == "math" else "auto"  # flash on a GPU takes no mask
+        return _attend(q, keys, values, position, masked=masked, sdpa=sdpa)
 
     def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B,T,H,K], keys and values [B,T,G,K] of x [B,T,D]."""
@@ -218,10 +228,11 @@ def _backend(name: str) -> AbstractContextManager[None]:
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, masked: bool, sdpa: str) -> Tensor:
     """q [B,T,H,K] at `position` [B,T] on keys and values [B,S,G,K], of which each sees those up to its own place."""
-    place = torch.arange(keys.shape[1], device=q.device)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    outputs = []
+    if not masked:
+        return _attention(q.transpose(1, 2), keys, values, sdpa).transpose(1, 2)
+    place, outputs = torch.arange(keys.shape[2], device=q.device), []
     for part, at in zip(q.split(QUERIES, dim=1), position.split(QUERIES, dim=1), strict=True):
-        mask = (place <= at[..., None])[:, None] if masked else None  # [B,1,t,S]
+        mask = (place <= at[..., None])[:, None]  # [B,1,t,S]
         outputs.append(_attention(part.transpose(1, 2), keys, values, sdpa, attn_mask=mask))  # [B,H,t,K]
     return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -86,7 +86,7 @@ class CompiledSteps:
             self._memory = torch.empty(need)
         for pool in self._pools:
             if pool.grows:
-                pool.reserve(slots, 1)
+                pool.reserve(slots, [1] * B)
         tokens, slots, logits = tokens.contiguous(), slots.contiguous(), torch.empty(B, self._logits)
         entries = {
             CallTable.ROWS: B,
