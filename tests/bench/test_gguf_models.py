@@ -17,7 +17,13 @@ LLAMA, RWKV7, MAMBA2 = FAMILIES
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize(
     ("d_model", "num_layers", "heads", "vocab_size"),
-    [(448, 7, 4, 257), (832, 12, 4, 257), (448, 7, 4, 8192), (2048, 24, 8, 50304), (192, 6, 2, 300)],
+    [
+        (448, 7, 4, 257),
+        (832, 12, 4, 257),
+        (448, 7, 4, 8192),
+        pytest.param(2048, 24, 8, 50304, marks=pytest.mark.slow),
+        (192, 6, 2, 300),
+    ],
 )
 def test_peers_have_as_many_parameters(family, d_model, num_layers, heads, vocab_size):
     with torch.device("meta"):

@@ -145,6 +145,7 @@ def test_contexts_are_what_the_model_has_seen():
     assert all(contender.measure() > 0 for contender in contenders)
 
 
+@pytest.mark.slow
 def test_a_long_generation_is_one_generation():
     said = []
     long = long_generation.generate_long(MODEL, 250, said.append)

@@ -11,7 +11,7 @@ from retnet.settings import UserError
 
 BOS = 256
 RANDOM = np.random.default_rng(0)
-TEXTS = ["".join(RANDOM.choice(list("abcdefgh"), n)) for n in RANDOM.integers(1, 40, 60)]
+TEXTS = ["".join(RANDOM.choice(list("abcdefgh"), n)) for n in RANDOM.integers(1, 40, 35)]
 STREAM = [token for text in TEXTS for token in [BOS, *text.encode()]]
 
 

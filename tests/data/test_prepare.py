@@ -54,6 +54,7 @@ def test_every_document_lies_on_one_side_in_order(config, corpus, jsonl, shard_t
     assert prepared.manifest.corpora[0].files == 1
 
 
+@pytest.mark.slow
 def test_a_vocabulary_beyond_16_bits_takes_32(config, corpus, jsonl, tmp_path):
     plan = json.loads(Tokenizer.load("bytes")._json)
     plan["added_tokens"].append({**plan["added_tokens"][0], "id": 70_000, "content": "<far>"})

@@ -28,7 +28,7 @@ def model():
 # -- exact ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax"))
+@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax"))
 def test_company_arrival_and_cache_change_no_bit(name, tokenizer):
     model = make(name)
     long = words(700)
@@ -265,7 +265,7 @@ def test_of_a_file_only_the_state_that_is_wanted_is_read(model, tokenizer, tmp_p
         Session.load(engine(model, tokenizer), path)
 
 
-@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax", "softmax"))
+@pytest.mark.parametrize("name", few_fast(KINDS, "retention+softmax"))
 def test_every_mixer_has_sessions_that_survive_export(name, tokenizer):
     model = make(name)
     session = Session(engine(model, tokenizer))

@@ -11,6 +11,7 @@ from retnet import paper
 from retnet.evals.models import open_model
 from retnet.settings import UserError
 from tests.evals.local_tasks import COUNT, SPLITS, examples, write_tasks
+from tests.helpers.fast import few_fast
 from tests.helpers.lazily import Lazy, needs
 
 pytestmark = needs("lm_eval")
@@ -163,7 +164,7 @@ def test_batches_generate_as_one_by_one(candidate):
     assert any(one)
 
 
-@pytest.mark.parametrize("size", [1, "auto"])
+@pytest.mark.parametrize("size", few_fast([1, "auto"], "auto"))
 def test_the_batch_size_changes_no_number(outcome, candidate, local, size):
     again = harness.evaluate(
         candidate, ["hellaswag", "wsc273"], num_fewshot=(4,), batch_size=size, local=local

@@ -6,11 +6,15 @@ import pytest
 
 
 def few_fast(cases: Iterable, *fast) -> list:
-    """Parameters of a test: all cases, of which those that are not named here, by themselves or by their ids, are slow."""
-    return [case if case in fast or getattr(case, "id", None) in fast else _slow(case) for case in cases]
+    """Parameters of a test: all cases, of which those that are not named here, by their ids if they have some, are slow."""
+    return [case if (case.id if _is_param(case) else case) in fast else _slow(case) for case in cases]
+
+
+def _is_param(case):
+    return hasattr(case, "marks")  # of pytest.param
 
 
 def _slow(case):
-    if hasattr(case, "values"):  # of pytest.param
+    if _is_param(case):
         return pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
     return pytest.param(case, marks=pytest.mark.slow)

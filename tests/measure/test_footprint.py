@@ -141,7 +141,8 @@ class TestNearestFit:
         assert (changes(held, run), processes) == ("--parallel.replicate 1 --parallel.shard 2", 2)
 
     def test_none_where_nothing_fits(self):
-        assert nearest_fit(RUN, 1, 1000.0) is None
+        few = replace(RUN, train=replace(RUN.train, batch_size=2, accumulate=2))
+        assert nearest_fit(few, 1, 1000.0) is None
 
 
 def invoke(*words):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from retnet import LanguageModel, ModelConfig
 from retnet.mixers import MIXERS, SoftmaxConfig
 from tests.helpers.derivatives import WAYS, assert_right_or_refused, gradient, leaves, loss, second
+from tests.helpers.fast import few_fast
 from tests.helpers.parity import relative
 
 TOKENS = torch.arange(80).mul(7).remainder(11).view(2, 40)  # enough rows for the kernels of many
@@ -49,7 +50,7 @@ def exact(model):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops where it has no rule
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", few_fast(MIXERS, "retention", "gated_retention", "softmax"))
 def test_right_or_refused(mixer, way):
     model = model_of(MIXERS[mixer].Config())
     law, _ = function_of(exact(model))

@@ -75,7 +75,11 @@ def test_every_mixer_holds_the_protocol(name):
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["fp64", "fp32"]
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float64, 1e-9, id="fp64"),
+        pytest.param(torch.float32, 1e-4, id="fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_variants_in_three_ways(options, dtype, tolerance):
     module = mixer(dtype, **options)

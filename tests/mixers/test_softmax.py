@@ -137,6 +137,7 @@ def test_gradients_are_finite():
     assert_gradients_are_finite(SoftmaxAttention, SoftmaxConfig(), 32)
 
 
+@pytest.mark.slow
 def test_learns():
     assert_learns(SoftmaxConfig())
 

@@ -54,7 +54,7 @@ def test_pipeline(texts, batch_size):
     ],
     ids=["cpu", "auto", "dict", "disk"],
 )
-@pytest.mark.parametrize("dialect", ["fla", "torchscale"])
+@pytest.mark.parametrize("dialect", few_fast(["fla", "torchscale"], "fla"))
 def test_device_maps(dialect, device_map, tmp_path):
     pytest.importorskip("accelerate")
     model = causal_lm(dialect)
@@ -165,6 +165,7 @@ def check_compiled(dialect, backend):
             assert relative(decode(model, step, ids, start), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", few_fast(["torchscale", "plain"], "plain"))
 def test_a_compiled_step_is_one_graph_and_stays_it(dialect):
     check_compiled(dialect, "aot_eager")

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from retnet.ops import log_decays, retention, retention_step, rotate, rotation
+from tests.helpers.fast import few_fast
 from tests.helpers.parity import random_inputs, relative
 
 LOG_DECAY = log_decays("paper", 3)
@@ -37,7 +38,7 @@ def test_opcheck_chunkwise(backend, state, cu_seqlens):
 
 
 @pytest.mark.parametrize("slots", [None, torch.tensor([4, -1], dtype=torch.int32)], ids=["rows", "slots"])
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("backend", few_fast(["torch", "numba"], "numba"))
 def test_opcheck_step(slots, backend):
     q, k, v = (torch.randn(2, 3, n) for n in (8, 8, 12))
     step = getattr(torch.ops.retnet, f"retention_step_{backend}")

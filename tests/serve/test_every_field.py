@@ -122,6 +122,7 @@ ROUTES = {
 LONG = {
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/messages",
     "/v1/responses",
     "/v1/sessions/{session}/generate",
 }  # seconds each

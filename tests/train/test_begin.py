@@ -10,6 +10,7 @@ from rich.console import Console
 from retnet.settings import UserError
 from retnet.train.progress import TrainingProgress
 from retnet.train.trainer import train
+from tests.helpers.fast import few_fast
 from tests.train.runs import Fails, tiny
 
 
@@ -34,7 +35,7 @@ class TestBegin:
             with pytest.raises(UserError, match=r"lies in the run \S*run; --run-dir \S*run names that"):
                 train(tiny(config_file), tmp_path / "run" / inside, begin="resume")
 
-    @pytest.mark.parametrize("begin", ["new", "resume", "resume-or-start"])
+    @pytest.mark.parametrize("begin", few_fast(["new", "resume", "resume-or-start"], "resume-or-start"))
     def test_checkpoints_without_a_configuration_are_not_gone_on_from(self, begin, config_file, tmp_path):
         train(tiny(config_file), tmp_path / "run")
         (tmp_path / "run/config.toml").unlink()
