@@ -169,9 +169,9 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
     if compression == ".gz":
         file = gzip.GzipFile(fileobj=raw)
     elif compression == ".bz2":
-        file = io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), CHUNK)
+        file = io.BufferedReader(_StreamsInARow(raw, bz2.BZ2Decompressor), CHUNK)
     elif compression == ".xz":
-        file = io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), CHUNK)
+        file = io.BufferedReader(_StreamsInARow(raw, lzma.LZMADecompressor), CHUNK)
     elif compression == ".zst":
         import pyarrow
 
@@ -180,7 +180,7 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
     return file  # type: ignore[return-value]  # all of them have read1
 
 
-class _Streams(io.RawIOBase):
+class _StreamsInARow(io.RawIOBase):
     """One compressed stream behind the other, and zeros between them; anything else behind one is an error.
 
     Python's own readers take a damaged stream, and all behind it, for garbage that they leave out in silence.
