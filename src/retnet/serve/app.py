@@ -65,6 +65,34 @@ def make_app(
         UserError: a value outside its range, files of a chat template that cannot be read, a directory that cannot be
             made, a URL that cannot be opened.
     """
+    app = FastAPI(
+        title="retnet",
+        version=__version__,
+        description="Text of a retentive network: OpenAI's API, and sessions that can be forked and rewound.",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = _service(run, name, settings, sessions, decoder)
+    for routes in (
+        plain_routes,
+        completion_routes,
+        embedding_routes,
+        message_routes,
+        response_routes,
+        session_routes,
+    ):
+        app.include_router(routes.router)
+    install_handlers(app)
+    install_openapi(app)
+    app.add_middleware(AccessMiddleware, keys=keys or ApiKeys(), files=plain_routes.FILES)
+    app.add_middleware(CountingMiddleware, metrics=app.state.service.metrics)
+    return app
+
+
+def _service(
+    run: Run, name: str, settings: ServerSettings, sessions: str | Path | None, decoder: Decoder | None
+) -> Service:
     storage = None if sessions is None else open_storage(sessions)
     engine = Engine(
         decoder or run.model,
@@ -81,7 +109,7 @@ def make_app(
             f"max_state_bytes is {settings.max_state_bytes:,}, but one state takes {least:,}; allow at least that"
         )
     thread, gate = EngineThread(engine), Gate(settings.slots, settings.queue)
-    service = Service(
+    return Service(
         name=name,
         model=run.model,
         tokenizer=run.tokenizer,
@@ -96,29 +124,6 @@ def make_app(
         state_grows=engine.state_bytes(1) != engine.state_bytes(2),
         created=int(time.time()),
     )
-    app = FastAPI(
-        title="retnet",
-        version=__version__,
-        description="Text of a retentive network: OpenAI's API, and sessions that can be forked and rewound.",
-        lifespan=_lifespan,
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.state.service = service
-    for routes in (
-        plain_routes,
-        completion_routes,
-        embedding_routes,
-        message_routes,
-        response_routes,
-        session_routes,
-    ):
-        app.include_router(routes.router)
-    install_handlers(app)
-    install_openapi(app)
-    app.add_middleware(AccessMiddleware, keys=keys or ApiKeys(), files=plain_routes.FILES)
-    app.add_middleware(CountingMiddleware, metrics=service.metrics)
-    return app
 
 
 @asynccontextmanager
