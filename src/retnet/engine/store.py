@@ -12,6 +12,8 @@ without nodes to split and join; and a folder of states can be shared by process
 Nothing here is needed to be right: what is not kept is read again.
 """
 
+# ruff: noqa: ANN401 (the state of a mixer is a type of its own)
+
 from __future__ import annotations
 
 import hashlib
@@ -114,7 +116,7 @@ class StateStore:
         UserError: a directory that cannot be made, or a URL that cannot be opened.
     """
 
-    def __init__(self, template: Any, max_bytes: int, directory: str | Path | None = None) -> None:  # noqa: ANN401
+    def __init__(self, template: Any, max_bytes: int, directory: str | Path | None = None) -> None:
         self.template, self._max_bytes = template, max_bytes
         self._files = None if directory is None else open_storage(directory)
         self._states: OrderedDict[str, Any] = OrderedDict()  # the most recently used last
@@ -124,7 +126,7 @@ class StateStore:
         self._saved: set[str] = set()  # keys that have a file, as far as is known
         self.bytes, self._said = 0, False
 
-    def get(self, key: str) -> Any | None:  # noqa: ANN401
+    def get(self, key: str) -> Any | None:
         """The state of a key, or None. It is shared: whoever changes it must copy it."""
         if key in self._states:
             self._states.move_to_end(key)
@@ -156,7 +158,7 @@ class StateStore:
                 self._say(error)
         return [after + i + 1 for i, key in enumerate(left) if key in found]
 
-    def put(self, key: str, state: Any) -> None:  # noqa: ANN401
+    def put(self, key: str, state: Any) -> None:
         """Keeps a state of one row, which nobody may change any more."""
         if key not in self._states:
             self._states[key] = state
@@ -220,7 +222,7 @@ class StateStore:
     def __len__(self) -> int:
         return len(self._states)
 
-    def _save(self, key: str, state: Any) -> None:  # noqa: ANN401
+    def _save(self, key: str, state: Any) -> None:
         if self._files is None or key in self._saved:
             return
         if not self._files.among([_file(key)]):
@@ -229,7 +231,7 @@ class StateStore:
             self._files.write(_file(key), content)
         self._saved.add(key)
 
-    def _save_or_drop(self, key: str, state: Any) -> None:  # noqa: ANN401
+    def _save_or_drop(self, key: str, state: Any) -> None:
         try:
             self._save(key, state)
         except OSError as error:
@@ -241,13 +243,13 @@ class StateStore:
             _log.warning("states are not kept in %s: %s", self._files.url, reason_of(error))
         self._said = True
 
-    def _borrow(self, key: str) -> Any | None:  # noqa: ANN401
+    def _borrow(self, key: str) -> Any | None:
         state = self._lent[key]() if key in self._lent else None
         if state is None:
             self._lent.pop(key, None)
         return state
 
-    def _load(self, key: str) -> Any | None:  # noqa: ANN401
+    def _load(self, key: str) -> Any | None:
         if self._files is None:
             return None
         try:
@@ -300,12 +302,12 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def state_size(state: Any) -> int:  # noqa: ANN401
+def state_size(state: Any) -> int:
     """Bytes of the tensors of a state."""
     return sum(part.nbytes for part in to_tensors(state).values())
 
 
-def to_tensors(state: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def to_tensors(state: Any) -> dict[str, Tensor]:
     """A state as tensors by name, "layer.field", such as safetensors keeps."""
     return {
         f"{number}.{name}": part.contiguous()
@@ -314,7 +316,7 @@ def to_tensors(state: Any) -> dict[str, Tensor]:  # noqa: ANN401
     }
 
 
-def from_tensors(tensors: dict[str, Tensor], template: Any) -> Any:  # noqa: ANN401
+def from_tensors(tensors: dict[str, Tensor], template: Any) -> Any:
     """The state of one row that `to_tensors` made these of.
 
     Args:
@@ -348,6 +350,6 @@ def from_tensors(tensors: dict[str, Tensor], template: Any) -> Any:  # noqa: ANN
     return tuple(layers)
 
 
-def _fields(layer: Any) -> list[tuple[str, Tensor]]:  # noqa: ANN401
+def _fields(layer: Any) -> list[tuple[str, Tensor]]:
     names = getattr(layer, "_fields", None)
     return [("state", layer)] if names is None else list(zip(names, layer, strict=True))
