@@ -1,5 +1,7 @@
 """exp, SiLU and GELU of the compiled decoder against fp64."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -30,5 +32,7 @@ def test_every_size_of_number(name):
     every(x.numpy(), y.numpy())
     want = getattr(F, name)(x.double())
     assert ((y - want).abs() <= 1e-6 * want.abs() + 1e-7).all()
+    (code,) = every.inspect_llvm().values()
+    assert re.search(r"fdiv.* <\d+ x float>", code), "one number at a time"
     every(np.full(3, np.nan, np.float32), y.numpy())
     assert y[:3].isnan().all()

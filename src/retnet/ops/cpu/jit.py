@@ -81,7 +81,8 @@ def _make_compiler() -> Compiler:
     import numba
 
     numba_private.take_enums_as_places()
-    compiled = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+    # Errors "as numpy": a division that may raise is one number at a time, with a call for it, and nobody hears it here.
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
     pointer, real, prefetch = _intrinsics()
 
     def function(written: Callable[..., Any]) -> Any:  # noqa: ANN401
