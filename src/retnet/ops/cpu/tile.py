@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retnet.ops.cpu.numba_private import has_feature
+
 LANES = 16  # partial sums of a dot product
 
 
@@ -40,11 +42,12 @@ def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
         takes its share, the one at `tile` of `tiles`. Tiles whose rows are apart begin at each row from `begin` to `end`,
         and `later` is from one of their rows to the next.
     """
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
+    binding.initialize_native_asmparser()  # for `_Tile.add_in_pairs`
     whole, none = ir.IntType(64), ir.VoidType()
 
     def micro_kernel(module: Any, size: RegisterTile) -> Any:
@@ -137,6 +140,8 @@ class _Tile:
         )
         self.vector = ir.VectorType(self.real, self.lanes)
         self.stored = self.vector if self.plain else ir.VectorType(self.byte, self.lanes)
+        int8_times_one_row = not self.plain and self.apart and self.columns == 1 and self.parts == 2
+        self.paired = int8_times_one_row and has_feature("avx2") and has_feature("fma")
 
     def write(
         self, w: Any, K: Any, x: Any, out: Any, width: Any, scales: Any, ahead: Any, stride: Any
@@ -157,7 +162,10 @@ class _Tile:
             builder.store(zero, total)
         full = builder.and_(K, whole(-LANES))
         with self.cgutils.for_range_slice(builder, whole(0), full, whole(LANES), intp=whole) as (k, _):
-            self.add(k, self.weight)
+            if self.paired:
+                self.add_in_pairs(k)
+            else:
+                self.add(k, self.weight)
             self.prefetch(k)
         with builder.if_then(builder.icmp_signed("<", full, K)):
             self.add(full, self.last_weight)
@@ -225,6 +233,31 @@ class _Tile:
                 for r in range(self.rows):
                     total = self.sums[r, c, part]
                     builder.store(builder.call(fused, [weights[r], x, builder.load(total)]), total)
+
+    def add_in_pairs(self, k: Any) -> None:
+        """`add` of int8 rows times one row of x, in AVX2's own instructions: two of a kind follow each other.
+
+        Zen 4 deals instructions out to pipes as they come, so that two of a kind run at once. In LLVM's order, with a sum
+        that it keeps in memory, a step of four rows takes 9.7 cycles, in this one 7.4 to 8.2, of 6 that its pipes allow.
+        """
+        builder, ir = self.builder, self.ir
+        text = """
+            vpmovsxbd ($6,$7), $2
+            vpmovsxbd 8($6,$7), $3
+            vcvtdq2ps $2, $2
+            vcvtdq2ps $3, $3
+            vfmadd231ps $2, $8, $0
+            vfmadd231ps $3, $9, $1"""
+        arguments = [self.vector, self.vector, self.whole, self.whole, self.vector, self.vector]
+        kind = ir.FunctionType(ir.LiteralStructType([self.vector] * 4), arguments)
+        both = ir.InlineAsm(kind, text, "=&x,=&x,=&x,=&x,0,1,r,r,x,x")  # two sums and two to work with
+        panel = builder.add(self.x, builder.mul(k, self.whole(4)))
+        x = [self.load(panel, self.whole(4 * self.lanes * part), self.vector) for part in range(2)]
+        for r in range(self.rows):
+            totals = [self.sums[r, 0, part] for part in range(2)]
+            done = builder.call(both, [*map(builder.load, totals), self.weights[r], k, *x])
+            for part, total in enumerate(totals):
+                builder.store(builder.extract_value(done, part), total)
 
     def prefetch(self, k: Any) -> None:
         builder = self.builder
