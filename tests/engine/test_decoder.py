@@ -171,6 +171,14 @@ def test_caches_are_read_where_they_lie(name):
     assert most_alive(lambda: decoder.prefill(*packed([1, 2], [3]), rows(0, 7))) < keys[0].nbytes
 
 
+@pytest.mark.parametrize("name", ["retention", "gated_retention", "linear"])
+def test_states_move_on_where_they_lie_in_any_order_that_leaves_none_out(name):
+    decoder, order = ComposedDecoder(model(name, d_model=128), 10), rows(2, 7, 3, 6, 4, 1, 5, 8)
+    decoder.reset(rows(*range(10)))
+    size = min(part[1:9].nbytes for part in decoder.pools[0].state if part.dim() == 4)
+    assert most_alive(lambda: decoder.step(torch.arange(8), order)) < size
+
+
 def test_a_state_of_the_model_goes_in_and_comes_out():
     module = model("retention", torch.float32)
     decoder, tokens = ComposedDecoder(module, 2), torch.randint(VOCABULARY, (2, 30))

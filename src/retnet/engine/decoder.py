@@ -110,8 +110,8 @@ class Decoder(ABC):
 class ComposedDecoder(Decoder):
     """The decoder of any mixer on any device, made of the model's own parts: the law that faster ones are tested against.
 
-    Caches are read and grow where they lie. Other states of slots that follow one another change in the pool itself; those
-    of any others are gathered and put back.
+    Caches are read and grow where they lie. So are other states where slots, in any order, leave none out; else they are
+    gathered and put back.
 
     Args:
         model: in evaluation mode.
@@ -182,7 +182,11 @@ class ComposedDecoder(Decoder):
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Rows without padding, checked."""
-        rows = rows_of(slots, self.device)
+        rows, order = rows_of(slots, self.device), slots.argsort()
+        if not isinstance(rows, slice) and isinstance(rows_of(slots[order], self.device), slice):
+            # in the order of the pool, whose states then move on where they are
+            ordered, back = order.to(self.device), order.argsort().to(self.device)
+            return self._step(tokens[ordered], slots[order])[back]
         before = tuple(pool.take(rows, [1] * len(slots)) for pool in self.pools)
         logits, after = self._model.step(tokens, before)
         for pool, old, new in zip(self.pools, before, after, strict=True):

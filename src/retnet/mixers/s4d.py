@@ -87,12 +87,17 @@ class S4D(Precise):
         return torch.cat(outputs, dim=-1) + self.skip[:, None, None] * u, torch.view_as_real(x)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One token from a state: u [B,D,M] → [B,D,M] and the state after it."""
+        """One token from a state: u [B,D,M] → [B,D,M] and the state after it, in place where no gradient is wanted."""
         log_a, weight = self._discrete()
         u = u.to(widened(u))
-        x = torch.view_as_complex(state) * log_a.exp()[:, None] + u[..., None]
+        x, fading = torch.view_as_complex(state), log_a.exp()[:, None]
+        if torch.is_grad_enabled():
+            x = x * fading + u[..., None]
+            state = torch.view_as_real(x)
+        else:
+            x.mul_(fading).add_(u[..., None])
         y = 2 * (x * weight[:, None]).sum(-1).real + self.skip[:, None] * u
-        return y, torch.view_as_real(x)
+        return y, state
 
     def init_state(self, batch: int, signals: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Zeros [B,D,M,N/2,2]."""
