@@ -125,6 +125,16 @@ def test_structured_output(http):
     assert "one of" in refused(http.post("/v1/completions", json={"regex": "a", "choice": ["a"]}))
 
 
+@pytest.mark.slow
+def test_a_grammar_that_takes_gigabytes_is_refused(http):
+    """No limit of the library's ends it; the engine's thread never sees it."""
+    pytest.importorskip("llguidance")
+    heavy = {"allOf": [{"pattern": f"(a|b)*c{{{n}}}"} for n in range(1, 100)]}
+    message = refused(http.post("/v1/completions", json={"json_schema": heavy, "max_tokens": 3}))
+    assert "takes more than 2 seconds or 1024 MiB" in message
+    assert http.post("/v1/completions", json={"choice": ["yes"], "max_tokens": 3}).status_code == 200
+
+
 def test_a_client_that_leaves_is_cancelled(server):
     body = {"prompt": "a", "max_tokens": 60_000, "logit_bias": {"256": -1000}, "stream": True}
     gate = server.service.gate

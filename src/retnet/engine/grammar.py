@@ -61,14 +61,21 @@ class Grammar:
         Raises:
             UserError: a schema or expression that means nothing or allows nothing; llguidance is missing.
         """
+        return Constraint(_library().LLMatcher(_tokens_of(tokenizer), self.source, log_level=0))
+
+    @property
+    def source(self) -> str:
+        """It as llguidance has it, not compiled.
+
+        Raises:
+            UserError: llguidance is missing.
+        """
         matcher = _library().LLMatcher
         if self.regex is not None:
-            grammar = matcher.grammar_from_regex(self.regex)
-        elif self.choice is not None:
-            grammar = matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, self.choice)))
-        else:
-            grammar = matcher.grammar_from_json_schema(self.json_schema)
-        return Constraint(matcher(_tokens_of(tokenizer), grammar, log_level=0))
+            return str(matcher.grammar_from_regex(self.regex))
+        if self.choice is not None:
+            return str(matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, self.choice))))
+        return str(matcher.grammar_from_json_schema(self.json_schema))
 
 
 class Constraint:

@@ -30,6 +30,7 @@ from retnet.serve.documents import install_openapi
 from retnet.serve.engine_thread import EngineThread
 from retnet.serve.errors import as_api_error, install_handlers
 from retnet.serve.gate import Gate
+from retnet.serve.grammar_check import GrammarCheck
 from retnet.serve.metrics import ServerMetrics
 from retnet.serve.response_store import ResponseStore
 from retnet.serve.service import Service
@@ -118,6 +119,7 @@ def _service(
         gate=gate,
         metrics=ServerMetrics(gate),
         template=ChatTemplate(run.tokenizer, run.checkpoint),
+        grammars=GrammarCheck(),
         sessions=SessionStore(thread, storage, settings.max_sessions),
         responses=ResponseStore(settings.max_sessions),
         state_bytes=engine.state_bytes(1),

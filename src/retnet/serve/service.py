@@ -23,6 +23,7 @@ from retnet.serve.settings import ServerSettings
 if TYPE_CHECKING:
     from retnet.model import LanguageModel
     from retnet.serve.chat_template import ChatTemplate
+    from retnet.serve.grammar_check import GrammarCheck
     from retnet.serve.response_store import ResponseStore
     from retnet.serve.session_store import SessionStore
 
@@ -42,6 +43,7 @@ class Service:
         gate: counts what is under way.
         metrics: of everything.
         template: makes a text of a conversation.
+        grammars: refuses those that are too heavy.
         sessions: of all keys.
         responses: that may be gone on from, of all keys.
         state_bytes: of one text; of a growing cache, of one token.
@@ -58,6 +60,7 @@ class Service:
     gate: Gate
     metrics: ServerMetrics
     template: ChatTemplate
+    grammars: GrammarCheck
     sessions: SessionStore
     responses: ResponseStore
     state_bytes: int
@@ -161,6 +164,8 @@ async def running(
     began = time.monotonic()
     timeout = service.settings.timeout
     too_long = ApiError(504, TIMEOUT.format(timeout), code="timeout")
+    for grammar in {request.grammar for request in requests if request.grammar is not None}:
+        await service.grammars.require_light(grammar)
     feeds = [Feed(arrivals, number, request) for number, request in enumerate(requests)]
 
     def look(number: int, piece: Delta, first: bool, last: bool) -> None:
