@@ -43,7 +43,12 @@ WIDE = (
     TileChoice(9, 2, 12, True),
     TileChoice(13, 4, 6, True),
 )
-NARROW = (TileChoice(1, 1, 1, False), TileChoice(2, 3, 2, True))
+NARROW = (
+    TileChoice(1, 1, 1, False),
+    TileChoice(2, 1, 2, False),
+    TileChoice(3, 1, 6, True),
+    TileChoice(13, 3, 2, True),
+)
 # int8 numbers come so fast that the sums of one row, which wait for each other, would be what takes the time. Four rows that
 # follow each other are streams too short for the CPU to read ahead: from memory they took 1.13 to 1.17 times as long.
 WIDE_INT8 = (
@@ -56,6 +61,8 @@ NARROW_INT8 = (
     TileChoice(1, 4, 1, False, True),
     TileChoice(2, 3, 2, True),
     TileChoice(3, 2, 3, True),
+    TileChoice(4, 1, 6, True),
+    TileChoice(13, 2, 3, True),
 )
 
 
