@@ -22,6 +22,12 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export RUSTUP_HOME              := $(CACHE)/rustup
 export HF_HUB_OFFLINE           ?= 1
 
+# A place for pytest, beside which what the last run left is removed: some disks take long to forget ten thousand files.
+define fresh
+@mkdir -p "$(TMPDIR)"; old=$$(mktemp -d "$(TMPDIR)/old.XXXXXX"); mv "$(TMPDIR)/pytest" "$$old" 2>/dev/null; \
+  rm -rf "$(TMPDIR)"/old.* >/dev/null 2>&1 &
+endef
+
 .PHONY: setup demo serve test test-fast vllm-test lint types layers clean
 
 setup: $(STAMP)
@@ -42,11 +48,11 @@ serve: setup
 	@$(BIN)/retnet serve runs/demo
 
 test: lint types layers
-	@mkdir -p "$(TMPDIR)"
+	$(fresh)
 	$(BIN)/python -m pytest -n auto --dist loadfile --basetemp="$(TMPDIR)/pytest" -o cache_dir="$(CACHE)/pytest"
 
 test-fast: setup
-	@mkdir -p "$(TMPDIR)"
+	$(fresh)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --basetemp="$(TMPDIR)/pytest" -o cache_dir="$(CACHE)/pytest"
 
 # Outside the gate, in an environment of its own (3 GB): vLLM's build for the CPU, and the plugin.
