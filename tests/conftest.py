@@ -16,7 +16,11 @@ os.fsync = os.fstat
 # A shell starts what runs in the background deaf to Ctrl-C, and what that starts; here it is pressed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Files whose tests import transformers (see tests/helpers/lazily.py), which takes seconds: one worker does it.
-TRANSFORMERS = ("tests/convert/", "tests/engine/test_opening", "tests/evals/", "tests/model/test_hf_")
+TRANSFORMERS = (
+    "tests/bench/test_measurements", "tests/cli/test_convert", "tests/cli/test_eval", "tests/convert/",
+    "tests/engine/test_opening", "tests/evals/", "tests/measure/test_peers", "tests/model/test_hf_",
+    "tests/train/test_initial_weights",
+)  # fmt: skip
 
 
 def pytest_configure(config):

@@ -131,7 +131,6 @@ def test_a_second_signal_ends_at_once(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_signal_while_the_model_is_read_is_heard():
     """Without a handler it would be lost where the server is the first process of a container."""
     code = """
@@ -147,6 +146,7 @@ main(["serve", "x", "--port", "0"])
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_killed_between_two_saves_it_has_every_session_again(checkpoint, tmp_path):
     text, greedy = "It was a dark and stormy night. " * 10, {"temperature": 0, "max_tokens": 20}
     with started(checkpoint, "--sessions", tmp_path, "--exact") as (process, http):

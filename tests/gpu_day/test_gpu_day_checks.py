@@ -105,6 +105,7 @@ class TestChecks:
         assert [case["T"] for case in notes[-1]["missed"]] == [5, 6, 7, 8]
         assert notes[-1]["wrong"][0]["smallest"]["T"] == 3
 
+    @pytest.mark.slow
     def test_the_next_attempt_goes_on_with_what_was_missed(self, place, answers, monkeypatch):
         monkeypatch.setattr(verify, "tiny", lambda case: case)
         monkeypatch.setitem(verify.REHEARSED, "op", 9)

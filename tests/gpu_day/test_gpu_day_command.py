@@ -39,6 +39,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     assert "finds no GPU here; --rehearse runs everything" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_it_takes_to_begin_is_a_part_of_the_call(tmp_path, monkeypatch):
     """Importing torch, that is, before anything is planned."""
     days = []

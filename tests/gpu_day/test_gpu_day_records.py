@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from retnet.measure.summary import Summary
+from tests.helpers.fast import few_fast
 from tools.gpu_day import __main__ as command
 from tools.gpu_day import identity, page
 from tools.gpu_day.notebook import Notebook, attempts
@@ -113,7 +114,7 @@ def test_both_attempts_stay(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["machine", "ops"])
-@pytest.mark.parametrize("name", ["card", "torch", "commit", "sources"])
+@pytest.mark.parametrize("name", few_fast(["card", "torch", "commit", "sources"], "card"))
 def test_another_place_is_refused(name, step, tmp_path, monkeypatch, capsys):
     """Before anything is measured, by any step; where it is the same, the day goes on."""
     book = Notebook(tmp_path, "machine", True)

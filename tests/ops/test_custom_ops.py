@@ -22,7 +22,7 @@ def arguments(state, cu_seqlens):
     [
         pytest.param("torch", True, None, id="torch-state", marks=pytest.mark.slow),
         pytest.param("torch", False, PACKED, id="torch-packed", marks=pytest.mark.slow),
-        pytest.param("numba", True, PACKED, id="numba-state-packed"),
+        pytest.param("numba", True, PACKED, id="numba-state-packed", marks=pytest.mark.slow),
         pytest.param("numba", False, None, id="numba", marks=pytest.mark.slow),
     ],
 )

@@ -37,7 +37,7 @@ def test_all_orders_and_directions(backend, cu_seqlens):
 
 
 @pytest.mark.parametrize("backend", few_fast(BACKENDS, "numba"))
-@pytest.mark.parametrize("frozen", few_fast(range(4), 1, 3))
+@pytest.mark.parametrize("frozen", few_fast(range(4), 3))
 def test_with_one_input_frozen_or_absent(backend, frozen):
     inputs = list(random_inputs(2, 4, 2, 2, 3))
     inputs[frozen] = None if frozen == 3 else inputs[frozen].detach()
@@ -205,7 +205,7 @@ def test_a_step_refuses_transforms_and_leaves(backend):
         step(q, state.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "halves"])
+@pytest.mark.parametrize("layout", few_fast(["interleaved", "halves"], "halves"))
 def test_rotation(layout):
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     cos, sin = rotation(torch.arange(3)[None], torch.rand(2, dtype=torch.float64), torch.float64)

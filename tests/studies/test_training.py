@@ -71,6 +71,7 @@ def test_memory_beside_the_time(tmp_path):
     assert any(note.startswith("Activation checkpointing") for note in summary.tables[0].notes)
 
 
+@pytest.mark.slow
 def test_models_for_which_there_is_no_room_together_are_measured_in_turn(tmp_path, monkeypatch):
     study = measure(memory="step", lengths=[64])
     size = study.steps.sizes[0]

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import pytest
 import torch
 
 from retnet.train.profiling import profiled
@@ -11,6 +12,7 @@ from retnet.train.trainer import train
 from tests.train.test_trainer import config, final_weights
 
 
+@pytest.mark.slow
 def test_three_steps_are_traced(config_file, tmp_path, capsys):
     run = config(config_file, steps=9, eval_every=0)
     train(run, tmp_path / "run", profile=True, progress=TrainingProgress())
