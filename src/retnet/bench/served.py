@@ -117,7 +117,7 @@ def ascii_model(config: ModelConfig) -> LanguageModel:
 @contextmanager
 def _run_ours(words: Sequence[str], log: Path, streams: int, context: int) -> Iterator[Listening]:
     del context  # it has no bound
-    with _process([*words, "--port", "0", "--slots", str(streams)], log, words[4]) as process:
+    with _process([*words, "--port", "0", "--slots", str(streams)], log) as process:
         url = _when(lambda: re.search(r"http://[\d.]+:\d+", _said(log)), process, log, "retnet serve")[0]
         _when(lambda: _answers(f"{url}/ready"), process, log, "retnet serve")
         yield Listening(url, process.pid)
@@ -190,13 +190,13 @@ def _run_transformers(path: Path, streams: int, context: int) -> Iterator[Listen
         *batching,
     ]
     log, url = path.with_suffix(".log"), f"http://127.0.0.1:{port}"
-    with _process([*words, "--host", "127.0.0.1"], log, HF) as process:
+    with _process([*words, "--host", "127.0.0.1"], log) as process:
         _when(lambda: _answers(f"{url}/health"), process, log, HF)
         yield Listening(url, process.pid)
 
 
 @contextmanager
-def _process(words: Sequence[str], log: Path, who: str) -> Iterator[subprocess.Popen[bytes]]:
+def _process(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block, what it says in a file."""
     with log.open("wb") as said, subprocess.Popen(words, stdout=said, stderr=said) as process:
         try:

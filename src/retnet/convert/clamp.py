@@ -31,6 +31,6 @@ def clamp_effect(found: Found, tokens: Tensor) -> float:
         return float((wide.model()(tokens).double() - exact).norm() / exact.norm())
 
 
-def random_tokens(vocab_size: int, rows: int = 2, length: int = 128) -> Tensor:
-    """Token ids to measure on where no text is at hand, the same at every call."""
-    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+def random_tokens(vocab_size: int) -> Tensor:
+    """Token ids [2,128] to measure on where no text is at hand, the same at every call."""
+    return torch.randint(vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))

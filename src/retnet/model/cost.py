@@ -55,9 +55,9 @@ def with_bytes(config: ModelConfig) -> ModelConfig:
     return replace(config, vocab_size=257) if config.vocab_size is None else config
 
 
-def kv_cache_bytes(config: ModelConfig, length: int, bytes_per_number: int = 2) -> int:
-    """Keys and values a Transformer of the same width and depth keeps for `length` tokens, bf16 by default."""
-    return 2 * config.num_layers * config.d_model * length * bytes_per_number
+def kv_cache_bytes(config: ModelConfig, length: int) -> int:
+    """Keys and values a Transformer of the same width and depth keeps for `length` tokens, in bf16."""
+    return 2 * config.num_layers * config.d_model * length * 2
 
 
 def _count(module: nn.Module) -> int:
