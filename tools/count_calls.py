@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import retnet
 from retnet.mixers import MIXERS
 from retnet.model import LanguageModel, ModelConfig
+from retnet.ops.torch_private import TorchDispatchMode
 
 OURS = str(Path(retnet.__file__).parent)
 MODULES = str(Path(torch.nn.__file__).parent)

@@ -1,64 +1,79 @@
-"""Private interfaces of torch and numba that the ops rely on: when a new version moves one, its name is what fails here."""
+"""Private interfaces of torch and numba: one file knows each; when a new version moves one, its name is what fails here."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import retnet
 from retnet.ops import torch_private
 
-TORCH = [
-    "torch._C._AutoDispatchBelowAutograd",
-    "torch._C._ExcludeDispatchKeyGuard",
-    "torch._C._dispatch_key_for_device",
-    "torch._C._len_torch_dispatch_stack",
-    "torch._C._get_tracing_state",
-    "torch._C._functorch.peek_interpreter_stack",
-    "torch._C._functorch.is_functorch_wrapped_tensor",
-    "torch._C._functorch.is_batchedtensor",
-    "torch._C._functorch.is_legacy_batchedtensor",
-    "torch._C._functorch.get_unwrapped",
-    "torch.autograd.function._SingleLevelFunction",
-    "torch._functorch.autograd_function.enable_single_level_autograd_function",
-    "torch.autograd.forward_ad._current_level",
-    "torch.autograd.forward_ad._set_fwd_grad_enabled",
-    "torch._assert_async",
-]
-NUMBA = [
-    "numba.core.ccallback.CFunc",
-    "numba.types.ExternalFunction",
-    "numba.extending.intrinsic",
-    "numba.core.cgutils.alloca_once_value",
-    "numba.core.cgutils.for_range_slice",
-]
+SOURCES = Path(retnet.__file__).parent
+TORCH, NUMBA = SOURCES / "ops/torch_private.py", SOURCES / "ops/cpu/numba_private.py"
+PRIVATE = re.compile(
+    r"(torch(?!\.ops\.)|numba)\.(\w+\.)*_(?!_)\w|numba\.core\b"
+)  # operators have a test of their own
 
 
-def find(path):
-    import importlib
+def private_names(file):
+    """The private names of torch and numba in a file, in full: what it imports, and attributes of that."""
+    tree, whole, found = ast.parse(file.read_text(encoding="utf-8")), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in node.names:
+                path = f"{node.module}.{name.name}" if isinstance(node, ast.ImportFrom) else name.name
+                found.add(path)
+                whole[name.asname or name.name.partition(".")[0]] = (
+                    path if name.asname or isinstance(node, ast.ImportFrom) else path.partition(".")[0]
+                )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{whole.get(name)}.{rest}")
+    return {path for path in found if re.fullmatch(r"[\w.]+", path) and PRIVATE.match(path)}
 
+
+def is_there(path):
     parts = path.split(".")
-    for length in range(len(parts) - 1, 0, -1):
+    for length in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:length]))
         except ImportError:
             continue
         for name in parts[length:]:
-            found = getattr(found, name)
-        return found
-    raise AttributeError(path)
+            found = getattr(found, name, None)
+        return found is not None
+    return False
 
 
-@pytest.mark.parametrize("path", TORCH)
-def test_torch_has(path):
-    assert find(path) is not None, (
-        f"{path} is gone from torch {torch.__version__}; see retnet/ops/torch_private.py"
-    )
+def test_nobody_else_knows_any():
+    files = [*SOURCES.rglob("*.py"), *(SOURCES.parents[1] / "tools").rglob("*.py")]
+    assert len(files) > 200
+    known = {
+        str(file): names for file in files if file not in (TORCH, NUMBA) and (names := private_names(file))
+    }
+    assert not known, "private interfaces stand in ops/torch_private.py and ops/cpu/numba_private.py"
 
 
-@pytest.mark.parametrize("path", NUMBA)
-def test_numba_has(path):
+def test_torch_has_them():
+    names = private_names(TORCH)
+    assert {"torch._C._functorch.get_unwrapped", "torch.autograd.forward_ad._current_level"} < names
+    gone = sorted(name for name in names if not is_there(name))
+    assert not gone, f"gone from torch {torch.__version__}; see retnet/ops/torch_private.py"
+    assert set(torch_private.HOOKS) < set(torch.nn.Module().__dict__)
+
+
+def test_numba_has_them():
     numba = pytest.importorskip("numba")
-    assert find(path) is not None, (
-        f"{path} is gone from numba {numba.__version__}; see retnet/ops/cpu/numba_private.py"
-    )
+    names = private_names(NUMBA)
+    assert "numba.core.ccallback.CFunc" in names
+    used = ("alloca_once", "alloca_once_value", "for_range", "for_range_slice", "get_or_insert_function")
+    names |= {"numba.types.ExternalFunction", *(f"numba.core.cgutils.{name}" for name in used)}
+    gone = sorted(name for name in names if not is_there(name))
+    assert not gone, f"gone from numba {numba.__version__}; see retnet/ops/cpu/numba_private.py"
 
 
 def test_what_they_mean():

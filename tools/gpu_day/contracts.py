@@ -50,7 +50,7 @@ def _opcheck(device: torch.device) -> dict[str, float]:
 
 def _compiled(device: torch.device) -> dict[str, float]:
     """One graph for any length, by inductor (in the interpreter, which inductor cannot call, by aot_eager)."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     module = _Layer().to(device)
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     compiled: Any = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)

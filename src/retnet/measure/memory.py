@@ -15,10 +15,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from retnet.host import peak_memory
+from retnet.ops.torch_private import TorchDispatchMode, tree_leaves
 
 GIB = 2**30
 UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))

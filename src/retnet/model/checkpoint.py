@@ -27,6 +27,7 @@ from retnet.model.config import ModelConfig
 from retnet.model.language_model import LanguageModel
 from retnet.model.safetensors_files import load_tensors, save_tensors
 from retnet.model.wrapped import unwrapped
+from retnet.ops.torch_private import foreach_norm
 from retnet.settings import UserError, dump, load
 
 
@@ -141,7 +142,7 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity: of one fused pass, and only where it fails, one by one."""
     numbers = [x for x in tensors.values() if x.is_floating_point() and x.numel()]
-    if not numbers or all(bool(x.isfinite()) for x in torch._foreach_norm(numbers, math.inf)):
+    if not numbers or all(bool(x.isfinite()) for x in foreach_norm(numbers, math.inf)):
         return None
     return next(name for name, x in tensors.items() if not x.isfinite().all())
 

@@ -46,7 +46,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from retnet.errors import UserError, file_errors, reason_of, told
 from retnet.io import flush
@@ -60,6 +59,7 @@ from retnet.model.checkpoint_layout import (
     tensor_files,
 )
 from retnet.model.safetensors_files import save_tensors
+from retnet.ops.torch_private import begin_of_part
 
 Held = Mapping[str, Mapping[str, TensorPart]]  # kind → name → part
 
@@ -68,8 +68,7 @@ def local_part(x: Tensor) -> TensorPart:
     """What this process holds of a tensor: of a DTensor its piece, of any other all."""
     if not isinstance(x, DTensor):
         return TensorPart(x.detach(), tuple(x.shape), (0,) * x.dim())
-    _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return TensorPart(x.to_local().detach(), tuple(x.shape), tuple(offset))
+    return TensorPart(x.to_local().detach(), tuple(x.shape), begin_of_part(x))
 
 
 class SavedTensors:

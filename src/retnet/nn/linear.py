@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retnet.ops import Remade, product, product_of
+from retnet.ops.torch_private import HOOKS
 from retnet.settings import UserError
 
 
@@ -45,8 +46,7 @@ def linear_of(
         torch.is_grad_enabled()
         and type(layer) is Linear
         and type(layer.weight) is nn.Parameter
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not any(map(layer.__dict__.get, HOOKS))
         and "forward" not in layer.__dict__
     ):
         return product_of(function, layer.weight, *rows, shared=shared, lead=lead)

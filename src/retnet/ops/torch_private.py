@@ -1,17 +1,22 @@
-"""All private interfaces of torch that the ops rely on, in one place; `tests/ops/test_private.py` says which one moved."""
+"""All private interfaces of torch that are relied on, in one place; `tests/ops/test_private.py` says which one moved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,9 +86,8 @@ def is_readable(x: Tensor) -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether x is many tensors at once: a gradient under `torch.vmap`, or with torch's `is_grads_batched`."""
-    level = torch._C._functorch
     return not torch.compiler.is_compiling() and (
-        level.is_legacy_batchedtensor(x) or level.is_functorch_wrapped_tensor(x)
+        torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
 
 
@@ -99,6 +103,25 @@ def is_differentiated(*tensors: Tensor) -> bool:
     return any(
         level.is_functorch_wrapped_tensor(x) and is_differentiated(level.get_unwrapped(x)) for x in tensors
     )
+
+
+# Where a module keeps hooks: what has any must be called, and not only computed.
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+
+# One call for many tensors, as torch's optimisers make it: norms of an order, products with a number, copies.
+foreach_norm, foreach_multiply, foreach_copy = torch._foreach_norm, torch._foreach_mul_, torch._foreach_copy_
+
+# assert_on_device(condition, words): fails where the condition is computed, which nobody waits for.
+assert_on_device = torch._assert_async
+
+
+def begin_of_part(x: DTensor) -> tuple[int, ...]:
+    """Where in the whole tensor the part begins that this process holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, begin = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(begin)
 
 
 # onednn_linear(x, weight): x Wᵀ by oneDNN, fp32 on a CPU, without a derivative; None where torch does not carry oneDNN.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from retnet.model import LanguageModel
+from retnet.ops.torch_private import foreach_copy
 from retnet.train.distributed import ALONE, Ranks, own_part
 
 
@@ -41,12 +42,12 @@ class AveragedWeights:
         weights, averages = self._own(self._weights), self._own(self.tensors)
         held = [weight.clone() for weight in weights]
         with torch.no_grad():
-            torch._foreach_copy_(weights, averages)
+            foreach_copy(weights, averages)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(weights, held)
+                foreach_copy(weights, held)
 
     def _own(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [own_part(x.detach(), self._ranks) for x in tensors.values()]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from retnet.model import LanguageModel
+from retnet.ops.torch_private import foreach_multiply
 from retnet.train.distributed import Ranks, holders, own_part
 from retnet.train.tensor_parallel import global_tensors
 
@@ -29,4 +29,4 @@ def share_of_square(model: LanguageModel, ranks: Ranks) -> Tensor:
 def scale(parameters: Sequence[nn.Parameter], factor: float, ranks: Ranks) -> None:
     """Multiplies the gradients, each rank's part of them."""
     if factor != 1:
-        torch._foreach_mul_([own_part(p.grad, ranks) for p in parameters if p.grad is not None], factor)
+        foreach_multiply([own_part(p.grad, ranks) for p in parameters if p.grad is not None], factor)

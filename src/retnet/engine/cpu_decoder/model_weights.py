@@ -18,8 +18,7 @@ from retnet.engine.cpu_decoder.table import (
 from retnet.mixers import MultiScaleRetention, SoftmaxAttention
 from retnet.model import Block, LanguageModel
 from retnet.nn import FeedForward, Int8Linear, Linear, Norm
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+from retnet.ops.torch_private import FORWARD_HOOKS
 
 
 def read_model(model: nn.Module) -> WeightTable:
@@ -160,7 +159,7 @@ def _weights_of(q: Norm | None, k: Norm | None) -> tuple[Tensor | None, Tensor |
 
 def _called(module: nn.Module) -> bool:
     """Whether somebody would miss the call of a module: it trains, has a hook, or a `forward` of its own."""
-    return module.training or "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
+    return module.training or "forward" in module.__dict__ or any(map(module.__dict__.get, FORWARD_HOOKS))
 
 
 def _alike(*norms: nn.Module) -> bool:

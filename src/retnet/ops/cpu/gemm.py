@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retnet.ops.cpu import jit
-from retnet.ops.cpu.numba_private import has_feature
+from retnet.ops.cpu import jit, numba_private
 
 # Which part of a product is needed where one of its matrices is a lower triangle.
 ALL, LOWER_RESULT, LOWER_LEFT, UPPER_LEFT = range(4)
@@ -51,7 +50,7 @@ class PackedGemm(NamedTuple):
 
 def compile_packed_gemm(compiler: jit.Compiler, number: type) -> PackedGemm:
     """The functions for fp32 or fp64, a type of numpy."""
-    registers = 64 if has_feature("avx512f") else 32
+    registers = 64 if numba_private.has_feature("avx512f") else 32
     item = np.dtype(number).itemsize
     W, R = 2 * registers // item, 8 if registers == 64 else 4
     tile = _compile_tile(number, R, W)
@@ -184,9 +183,9 @@ def _compile_tile(number: type, rows: int, width: int) -> Any:  # noqa: ANN401
     """
     from llvmlite import ir
     from numba import types
-    from numba.core import cgutils
     from numba.extending import intrinsic
 
+    cgutils = numba_private.cgutils()
     scalar = ir.FloatType() if number is np.float32 else ir.DoubleType()
     vector = ir.VectorType(scalar, width // 2)
     item = np.dtype(number).itemsize

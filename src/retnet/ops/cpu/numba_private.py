@@ -6,6 +6,7 @@ numba's public ways of compiling have no function of one address with its own ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -35,6 +36,13 @@ def named(name: str, compiled: Any, integers: int) -> Any:  # noqa: ANN401
 
     binding.add_symbol(name, compiled.address)
     return types.ExternalFunction(name, types.void(*[types.int64] * integers))
+
+
+def cgutils() -> ModuleType:
+    """numba's helpers for who writes LLVM's code: loops, places on the stack, functions of a module."""
+    from numba.core import cgutils
+
+    return cgutils
 
 
 def has_feature(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retnet.ops.cpu.numba_private import has_feature
+from retnet.ops.cpu import numba_private
 
 LANES = 16  # partial sums of a dot product
 
@@ -44,10 +44,10 @@ def compile_sweep(number: type, sizes: Sequence[RegisterTile]) -> Any:
     """
     from llvmlite import binding, ir
     from numba import types
-    from numba.core import cgutils
     from numba.extending import intrinsic
 
     binding.initialize_native_asmparser()  # for `_Tile.add_in_pairs`
+    cgutils = numba_private.cgutils()
     whole, none = ir.IntType(64), ir.VoidType()
 
     def micro_kernel(module: Any, size: RegisterTile) -> Any:
@@ -124,9 +124,8 @@ class _Tile:
 
     def __init__(self, builder: Any, number: type, size: RegisterTile, distance: Any) -> None:
         from llvmlite import ir
-        from numba.core import cgutils
 
-        self.ir, self.cgutils, self.builder = ir, cgutils, builder
+        self.ir, self.cgutils, self.builder = ir, numba_private.cgutils(), builder
         self.distance = distance  # from one row of the tile to the next, in rows of the weight
         self.rows, self.columns, self.lanes, self.fetch, self.apart = size
         self.parts = LANES // self.lanes
@@ -141,6 +140,7 @@ class _Tile:
         self.vector = ir.VectorType(self.real, self.lanes)
         self.stored = self.vector if self.plain else ir.VectorType(self.byte, self.lanes)
         int8_times_one_row = not self.plain and self.apart and self.columns == 1 and self.parts == 2
+        has_feature = numba_private.has_feature
         self.paired = int8_times_one_row and has_feature("avx2") and has_feature("fma")
 
     def write(

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from retnet.ops import decay
+from retnet.ops.torch_private import assert_on_device
 from retnet.ops.triton import chunkwise_kernels, tile_table
 from retnet.ops.triton.autotune import tuned
 from retnet.ops.triton.capability import architecture
@@ -48,7 +49,7 @@ def cut(q: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     fits = (bounds[0] == 0) & (bounds[-1] == T) & (lengths >= 0).all()
-    torch._assert_async(fits, f"cu_seqlens must rise from 0 to T = {T}")
+    assert_on_device(fits, f"cu_seqlens must rise from 0 to T = {T}")
     chunks = (lengths + length - 1) // length
     ends = chunks.cumsum(0)
     first = ends - chunks
