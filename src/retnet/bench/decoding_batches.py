@@ -183,9 +183,9 @@ def _rows(model: LanguageModel, bench: BatchBench) -> list[BatchRow]:
     return found
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], seconds: float = SECONDS) -> float:
     with torch.inference_mode():
-        return median_seconds(run, 100, warmup=WARMUP, budget=SECONDS)
+        return median_seconds(run, 100, warmup=WARMUP, budget=seconds)
 
 
 def _products(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
