@@ -16,7 +16,8 @@ MESSAGES = [
 PLAIN = "System: Be brief.\n\nUser: What is 2 + 2?\n\nAssistant:"
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
-    "<|{{ m.role }}|>{{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -113,6 +114,16 @@ def test_the_template_of_the_folder(templated, tiny, tokenizer):
         )
         said = {"messages": [{"role": "developer", "content": "x"}]}
         assert "no developers" in refused(server.http.post("/v1/chat/completions", json=said))
+
+        first, reasoned, more = ["a" * 300, f"{'b' * 400}</think>yes", "go on"]
+        question = {"role": "user", "content": first}
+        turns = [question, {"role": "assistant", "content": reasoned}, {"role": "user", "content": more}]
+        # What is before the reasoning, which the template leaves out, is not read again.
+        for messages, cached in ((turns[:1], 0), (turns, 256)):
+            said = {"messages": messages, "max_tokens": 1}
+            usage = server.http.post("/v1/chat/completions", json=said).json()["usage"]
+            assert usage["prompt_tokens"] < 400
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
 
 
 def test_what_people_say_never_becomes_a_special_token_nor_a_template(templated):
