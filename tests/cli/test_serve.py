@@ -134,14 +134,15 @@ def test_a_second_signal_ends_at_once(checkpoint):
 def test_a_signal_while_the_model_is_read_is_heard():
     """Without a handler it would be lost where the server is the first process of a container."""
     code = """
-import os, signal, time
+import os, signal, sys, time
 import retnet.engine
 def open_run(*given, **options):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 retnet.engine.open_run = open_run
 from retnet.cli import main
-main(["serve", "x", "--port", "0"])
+sys.argv = ["retnet", "serve", "x", "--port", "0"]
+main()
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
